@@ -1,0 +1,65 @@
+"""hanok: from an open-weight checkpoint on disk to production.
+
+>>> import hanok
+>>> model = hanok.load(hanok.BUNDLED)
+>>> model.generate("Once upon a time", max_new_tokens=8).text  # doctest: +SKIP
+', there was a little girl named'
+
+The names below are public and stable. They are loaded when first used, so that importing hanok (and
+`hanok --help`) does not import torch.
+"""
+
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hanok.errors import (
+    CheckpointError,
+    HanokError,
+    OptionError,
+    RequestError,
+    UnsupportedError,
+)
+
+if TYPE_CHECKING:
+    from hanok.engine.generate import TokenEvent
+    from hanok.engine.model import Generation, Model, PrefixCache, Score, load
+    from hanok.engine.params import SamplingParams
+
+__version__ = "0.1.0"
+
+BUNDLED = Path(__file__).parent / "bundled"
+"""The folder of the small model that ships with hanok."""
+
+_LAZY = {
+    "Generation": "hanok.engine.model",
+    "Model": "hanok.engine.model",
+    "PrefixCache": "hanok.engine.model",
+    "SamplingParams": "hanok.engine.params",
+    "Score": "hanok.engine.model",
+    "TokenEvent": "hanok.engine.generate",
+    "load": "hanok.engine.model",
+}
+
+__all__ = [
+    "BUNDLED",
+    "CheckpointError",
+    "Generation",
+    "HanokError",
+    "Model",
+    "OptionError",
+    "PrefixCache",
+    "RequestError",
+    "SamplingParams",
+    "Score",
+    "TokenEvent",
+    "UnsupportedError",
+    "__version__",
+    "load",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'hanok' has no attribute {name!r}")

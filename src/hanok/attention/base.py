@@ -1,0 +1,196 @@
+"""The attention seam: what a layer asks for, what a batch looks like, and who can answer.
+
+Every score in hanok goes through one `Backend.attend`. Activations are packed: the tokens of all
+sequences stand one after another, `query_lengths` says how many belong to each, and nothing is
+padded. Keys and values come from a layer's `LayerState` when there is a cache, else from the batch.
+
+A backend is one file of this package that defines `BACKEND`. `choose` takes the first that fits and
+can say why each of the others does not. `reference` is the oracle for all of them.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from hanok.attention.cache import LayerState
+from hanok.errors import OptionError, UnsupportedError
+from hanok.registry import discover, nearest_first
+
+# What "auto" tries, in this order; a backend that is not named here is used only when asked for.
+AUTO_ORDER = ("sdpa", "eager")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionSpec:
+    """What one layer asks of a backend."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    scale: float
+    window: int | None = None  # tokens a query sees, itself included; None: all before it
+    softcap: float | None = None  # scores become softcap * tanh(score / softcap)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ForwardBatch:
+    """The packed tokens of one forward pass and their bookkeeping.
+
+    token_ids, positions: (tokens,) int64. `query_lengths` has one entry for each sequence and sums to
+    tokens; `key_lengths` counts the keys that the sequence's last token sees (cached and new);
+    `slots` says which rows of the cache the sequences own. `sequence_lengths` are the tokens that each
+    sequence has in all, those of later batches too: angles may depend on them.
+    """
+
+    token_ids: Tensor
+    positions: Tensor
+    query_lengths: tuple[int, ...]
+    key_lengths: tuple[int, ...]
+    slots: tuple[int, ...]
+    sequence_lengths: tuple[int, ...]
+
+    @classmethod
+    def of(
+        cls,
+        sequences: list[list[int]],
+        *,
+        past: list[int] | None = None,
+        slots: list[int] | None = None,
+        sequence_lengths: list[int] | None = None,
+        device: torch.device | str = "cpu",
+    ) -> "ForwardBatch":
+        """Pack token lists; `past` tokens of each are in the cache already, in `slots` (0, 1, …).
+
+        `sequence_lengths` default to what is there after this batch.
+        """
+        past = past or [0] * len(sequences)
+        positions = [
+            torch.arange(start, start + len(tokens))
+            for start, tokens in zip(past, sequences, strict=True)
+        ]
+        flat = [token for tokens in sequences for token in tokens]
+        key_lengths = tuple(p + len(t) for p, t in zip(past, sequences, strict=True))
+        return cls(
+            token_ids=torch.tensor(flat, dtype=torch.int64, device=device),
+            positions=torch.cat(positions).to(device),
+            query_lengths=tuple(map(len, sequences)),
+            key_lengths=key_lengths,
+            slots=tuple(slots if slots is not None else range(len(sequences))),
+            sequence_lengths=tuple(sequence_lengths or key_lengths),
+        )
+
+    def last_tokens(self) -> Tensor:
+        """Return the index of each sequence's last token, (sequences,)."""
+        return torch.tensor(self.query_lengths, device=self.token_ids.device).cumsum(0) - 1
+
+
+class Backend(Protocol):
+    """One implementation of attention."""
+
+    name: str
+    summary: str
+
+    def why_not(self, spec: AttentionSpec, device: torch.device, dtype: torch.dtype) -> str | None:
+        """Return why this backend cannot serve such layers, or None when it can."""
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        spec: AttentionSpec,
+        batch: ForwardBatch,
+        state: LayerState | None,
+    ) -> Tensor:
+        """Score `q` against the keys that each token may see and return the weighted values.
+
+        q: (tokens, heads, head_dim)   k, v: (tokens, kv_heads, head_dim), the new tokens'
+        returns: (tokens, heads, head_dim). With a `state`, `k` and `v` are appended to it.
+        """
+
+
+@cache
+def backends() -> dict[str, Backend]:
+    """Return every backend by the name the user picks it by."""
+    found: dict[str, Backend] = {}
+    for plugin in discover("hanok.attention", "BACKENDS").values():
+        found |= {backend.name: backend for backend in plugin}
+    return found
+
+
+def why_not_table(
+    spec: AttentionSpec, device: torch.device, dtype: torch.dtype
+) -> dict[str, str | None]:
+    """Return, for every backend, why it does not fit (None: it does)."""
+    return {name: item.why_not(spec, device, dtype) for name, item in backends().items()}
+
+
+def choose(name: str, spec: AttentionSpec, device: torch.device, dtype: torch.dtype) -> Backend:
+    """Return the backend called `name`, or the first that fits for "auto".
+
+    Raises OptionError for an unknown name, UnsupportedError (with every reason) when none fits.
+    """
+    if name != "auto" and name not in backends():
+        known = ", ".join(["auto", *nearest_first(name, list(backends()))])
+        raise OptionError(f"attention {name!r} is unknown. Choose one of: {known}.")
+    reasons = why_not_table(spec, device, dtype)
+    for candidate in AUTO_ORDER if name == "auto" else (name,):
+        if reasons[candidate] is None:
+            return backends()[candidate]
+    rows = "\n".join(
+        f"  {item:<16} {reason or 'fits; it was excluded by attention=' + name}"
+        for item, reason in reasons.items()
+    )
+    raise UnsupportedError(
+        f"no attention backend fits {spec.num_heads} heads / {spec.num_kv_heads} KV x "
+        f"{spec.head_dim}, {str(dtype).removeprefix('torch.')}, {device.type}.\n{rows}\n"
+        "Use attention 'auto'."
+    )
+
+
+def split_sequences(
+    q: Tensor, k: Tensor, v: Tensor, batch: ForwardBatch, state: LayerState | None
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yield each sequence's queries, and all its keys and values, the new ones appended.
+
+    Yields (time, heads, head_dim) and twice (kv_heads, keys, head_dim), all views.
+    """
+    start = 0
+    for length, slot, key_length in zip(
+        batch.query_lengths, batch.slots, batch.key_lengths, strict=True
+    ):
+        end = start + length
+        new_k, new_v = k[start:end].transpose(0, 1), v[start:end].transpose(0, 1)
+        if state is not None:
+            new_k, new_v = state.extend(slot, key_length - length, new_k, new_v)
+        yield q[start:end], new_k, new_v
+        start = end
+
+
+def visible(num_queries: int, num_keys: int, window: int | None, device: torch.device) -> Tensor:
+    """Return which keys each of the last `num_queries` positions sees, (queries, keys) bool."""
+    keys = torch.arange(num_keys, device=device)
+    queries = torch.arange(num_keys - num_queries, num_keys, device=device)[:, None]
+    seen = keys <= queries
+    return seen if window is None else seen & (keys > queries - window)
+
+
+def reference(q: Tensor, keys: Tensor, values: Tensor, spec: AttentionSpec) -> Tensor:
+    """Attend for one sequence, plainly and in float32: the oracle of every backend.
+
+    q: (time, heads, head_dim)   keys, values: (kv_heads, keys, head_dim), the queries are the last
+    positions. returns: (time, heads, head_dim) float32. Memory: heads x time x keys.
+    """
+    group = spec.num_heads // spec.num_kv_heads
+    keys = keys.float().repeat_interleave(group, 0)
+    values = values.float().repeat_interleave(group, 0)
+    scores = q.float().transpose(0, 1) @ keys.transpose(1, 2) * spec.scale
+    if spec.softcap is not None:
+        scores = spec.softcap * torch.tanh(scores / spec.softcap)
+    seen = visible(q.shape[0], keys.shape[1], spec.window, q.device)
+    weights = scores.masked_fill(~seen, float("-inf")).softmax(-1)
+    return (weights @ values).transpose(0, 1)

@@ -1,0 +1,95 @@
+"""The keys and values of the tokens already computed, one state for each layer.
+
+Memory is claimed once, for `capacity` tokens of each sequence: (sequences, kv_heads, capacity,
+head_dim), so that one head's keys lie together and a single query reads them as a plain matrix.
+`lengths` counts the tokens that are valid; going back (`truncate`) only lowers it.
+
+Where angles depend on the length of the sequence (dynamic and longrope scaling), what is cached was
+computed for one length, `computed_for`, and is worth nothing for a length with other angles: whoever
+runs the decoder then truncates to nothing and computes again.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hanok.errors import RequestError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StateSpec:
+    """What one layer keeps for each token."""
+
+    num_kv_heads: int
+    head_dim: int
+
+
+class LayerState:
+    """Keys and values of one layer, for all sequences."""
+
+    __slots__ = ("keys", "values")
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        self.keys = keys
+        self.values = values
+
+    def extend(self, slot: int, start: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write new keys and values at position `start` of sequence `slot`; return all up to them.
+
+        k, v: (kv_heads, time, head_dim)   returns: two views (kv_heads, start + time, head_dim)
+        """
+        end = start + k.shape[1]
+        self.keys[slot, :, start:end] = k
+        self.values[slot, :, start:end] = v
+        return self.keys[slot, :, :end], self.values[slot, :, :end]
+
+
+class KVCache:
+    """The states of all layers, and how many tokens of each sequence they hold."""
+
+    def __init__(
+        self,
+        specs: Sequence[StateSpec],
+        *,
+        num_sequences: int,
+        capacity: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.capacity = capacity
+        self.lengths = [0] * num_sequences
+        self.computed_for = [0] * num_sequences
+        self.states = []
+        for spec in specs:
+            shape = (num_sequences, spec.num_kv_heads, capacity, spec.head_dim)
+            keys, values = (torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
+            self.states.append(LayerState(keys, values))
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes claimed; on a CPU the operating system backs them only once they are written."""
+        return sum(state.keys.nbytes + state.values.nbytes for state in self.states)
+
+    def advance(
+        self, slots: Sequence[int], num_tokens: Sequence[int], sequence_lengths: Sequence[int]
+    ) -> None:
+        """Count tokens whose keys and values a forward pass is about to write.
+
+        `sequence_lengths` are the lengths that their angles are chosen for. Raises RequestError when
+        a sequence would outgrow the capacity; nothing is changed then.
+        """
+        for slot, count in zip(slots, num_tokens, strict=True):
+            if self.lengths[slot] + count > self.capacity:
+                raise RequestError(
+                    f"sequence {slot} holds {self.lengths[slot]} tokens and {count} more would "
+                    f"exceed the cache's {self.capacity}; ask for a larger cache or fewer tokens."
+                )
+        for slot, count, length in zip(slots, num_tokens, sequence_lengths, strict=True):
+            self.lengths[slot] += count
+            self.computed_for[slot] = length
+
+    def truncate(self, slot: int, num_tokens: int) -> None:
+        """Forget all but the first `num_tokens` tokens of a sequence."""
+        self.lengths[slot] = min(self.lengths[slot], num_tokens)

@@ -1,0 +1,301 @@
+"""Opens a checkpoint on disk: its config and, for every tensor, the place of its bytes.
+
+A checkpoint is a folder in the Hugging Face layout, or one weights file with its config beside it.
+Safetensors are preferred to pickles, a whole file to an index, a known name to an unknown one.
+
+Invariant: a `Checkpoint` names each tensor once, and every index agrees with its shards in both
+directions. Opening never runs code from the checkpoint and never follows a name out of its folder.
+
+Cost: opening reads headers only; `read_tensor_bytes` reads one tensor's range and nothing else.
+"""
+
+import itertools
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any, Literal
+
+from hanok.checkpoint.pickles import read_pickle_header
+from hanok.checkpoint.safetensors import (
+    DTYPE_BITS,
+    TensorRef,
+    parse_json_object,
+    read_header,
+)
+from hanok.errors import CheckpointError
+
+__all__ = [
+    "DTYPE_BITS",
+    "INDEX_SUFFIX",
+    "PICKLES",
+    "SAFETENSORS",
+    "Checkpoint",
+    "TensorRef",
+    "WeightsKind",
+    "find_entries",
+    "open_checkpoint",
+    "read_header",
+    "read_object",
+    "read_tensor_bytes",
+]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightsKind:
+    """How the weights of one format are named in a folder."""
+
+    whole: str
+    index: str
+    suffixes: tuple[str, ...]
+    ignored: tuple[str, ...] = ()
+    """Beginnings of file names that hold training state and not weights."""
+
+
+SAFETENSORS = WeightsKind(
+    whole="model.safetensors", index="model.safetensors.index.json", suffixes=(".safetensors",)
+)
+PICKLES = WeightsKind(
+    whole="pytorch_model.bin",
+    index="pytorch_model.bin.index.json",
+    suffixes=(".bin", ".pt", ".pth"),
+    ignored=("training_args.", "optimizer.", "scheduler.", "scaler.", "rng_state"),
+)
+INDEX_SUFFIX = ".index.json"
+ITEM_FORMATS: Mapping[int, Literal["B", "H", "I", "Q"]] = {1: "B", 2: "H", 4: "I", 8: "Q"}
+LISTED_NAMES = 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    """A checkpoint on disk: what its JSON files say and where its tensors lie."""
+
+    folder: Path
+    config: Mapping[str, Any]
+    generation_config: Mapping[str, Any] = field(default_factory=dict)
+    """Empty where the checkpoint has no generation_config.json."""
+    tensors: Mapping[str, TensorRef]
+    """In file order."""
+    files: tuple[Path, ...]
+    """The weight files."""
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    """The `__metadata__` of the safetensors files; of shards that differ the last one counts."""
+
+
+def open_checkpoint(path: str | Path, *, needs_config: bool = True) -> Checkpoint:
+    """Return the checkpoint at `path`: a folder, one weights file, or a weights index.
+
+    With `needs_config` false, an absent config.json gives an empty config. Whatever is missing,
+    damaged or contradictory is a CheckpointError.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise CheckpointError(f"{path}: no such file or folder; check the path")
+    folder, entry = (path, _find_entry(path)) if path.is_dir() else (path.parent, path)
+    config_path = folder / "config.json"
+    if needs_config and not config_path.is_file():
+        raise CheckpointError(
+            f"{config_path}: is absent, and without it the model behind the weights is not known; "
+            "copy it from where the checkpoint comes from"
+        )
+    generation_path = folder / "generation_config.json"
+    config = read_object(config_path) if config_path.is_file() else {}
+    generation_config = read_object(generation_path) if generation_path.is_file() else {}
+    shards = _read_index(entry) if entry.name.endswith(INDEX_SUFFIX) else {entry: None}
+    tensors: dict[str, TensorRef] = {}
+    metadata: dict[str, str] = {}
+    for file, promised in shards.items():
+        found, notes = _read_weights(file)
+        _check_names(file, found, promised, tensors)
+        tensors |= found
+        metadata |= notes
+    return Checkpoint(
+        folder=folder,
+        config=config,
+        generation_config=generation_config,
+        tensors=tensors,
+        files=tuple(shards),
+        metadata=metadata,
+    )
+
+
+def find_entries(folder: Path, kind: WeightsKind) -> list[Path]:
+    """Return the weights of one kind in `folder`: the whole file, else the index, else all others.
+
+    More than one path means that nothing declares which of them is the checkpoint.
+    """
+    for name in (kind.whole, kind.index):
+        if (folder / name).is_file():
+            return [folder / name]
+    return sorted(
+        file
+        for file in folder.iterdir()
+        if file.suffix in kind.suffixes
+        and file.is_file()
+        and not file.name.startswith((".", *kind.ignored))
+    )
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file; a CheckpointError if it cannot be read or is none."""
+    return parse_json_object(_read_file(path), str(path))
+
+
+def read_tensor_bytes(ref: TensorRef) -> bytearray:
+    """Return the tensor's bytes in C order; reads only its range of the file.
+
+    Memory: the range, and for a tensor with strides its dense bytes as well.
+    """
+    data = bytearray(ref.size_bytes)
+    view, done = memoryview(data), 0
+    try:
+        with ref.path.open("rb", buffering=0) as file:
+            file.seek(ref.offset_bytes)
+            while done < ref.size_bytes and (count := file.readinto(view[done:])):
+                done += count
+    except OSError as error:
+        raise CheckpointError(f"{ref.path}: tensor {ref.name!r} cannot be read: {error}") from error
+    if done < ref.size_bytes:
+        raise CheckpointError(
+            f"{ref.path}: tensor {ref.name!r} needs {ref.size_bytes} bytes from byte "
+            f"{ref.offset_bytes} on, and the file ends after {done} of them; it was changed or "
+            "cut off since it was opened, get it again"
+        )
+    return data if ref.strides is None else _gather(data, ref.shape, ref.strides, ref.dtype)
+
+
+def _gather(
+    data: bytearray, shape: tuple[int, ...], strides: tuple[int, ...], dtype: str
+) -> bytearray:
+    """Return the elements of a strided view in C order; `data` starts at its first element."""
+    item_bytes = DTYPE_BITS[dtype] // 8
+    dense: list[tuple[int, int, int]] = []  # (extent, stride in data, stride in the result)
+    step = 1
+    for extent, stride in zip(reversed(shape), reversed(strides), strict=True):
+        if dense and stride == dense[-1][1] * dense[-1][0]:
+            inner = dense.pop()  # both dimensions advance evenly, so they are one
+            dense.append((inner[0] * extent, inner[1], inner[2]))
+        elif extent != 1:
+            dense.append((extent, stride, step))
+        step *= extent
+    result = bytearray(step * item_bytes)
+    if not result:
+        return result
+    item_format = ITEM_FORMATS[item_bytes]
+    source = memoryview(data).cast(item_format)
+    target = memoryview(result).cast(item_format)
+    # One copy in C per row: rows run along the longest dimension, so there are few of them.
+    dense.sort()
+    extent, stride, jump = dense.pop() if dense else (1, 1, 1)
+    for index in itertools.product(*(range(dimension[0]) for dimension in dense)):
+        begin = sum(i * dimension[1] for i, dimension in zip(index, dense, strict=True))
+        to = sum(i * dimension[2] for i, dimension in zip(index, dense, strict=True))
+        if stride:
+            row = source[begin : begin + (extent - 1) * stride + 1 : stride]
+        else:
+            row = memoryview(source[begin : begin + 1].tobytes() * extent).cast(item_format)
+        target[to : to + (extent - 1) * jump + 1 : jump] = row
+    return result
+
+
+def _find_entry(folder: Path) -> Path:
+    """Return the one weights file or index of `folder`, safetensors first."""
+    for kind in (SAFETENSORS, PICKLES):
+        entries = find_entries(folder, kind)
+        if len(entries) > 1:
+            raise CheckpointError(
+                f"{folder}: holds {_listed(entry.name for entry in entries)}, and neither "
+                f"{kind.whole} nor {kind.index} says which of them is the checkpoint; give the "
+                "path of one file, or get the index that belongs to the shards"
+            )
+        if entries:
+            return entries[0]
+    raise CheckpointError(
+        f"{folder}: holds no weights (*.safetensors, *.bin, *.pt, *.pth); it holds "
+        f"{_listed(sorted(file.name for file in folder.iterdir())) or 'nothing'}"
+    )
+
+
+def _read_weights(file: Path) -> tuple[dict[str, TensorRef], dict[str, str]]:
+    if file.suffix in SAFETENSORS.suffixes:
+        return read_header(file)
+    if file.suffix in PICKLES.suffixes:
+        return read_pickle_header(file), {}
+    raise CheckpointError(
+        f"{file}: is no weights file; known endings are .safetensors, .bin, .pt and .pth"
+    )
+
+
+def _read_index(index: Path) -> dict[Path, set[str] | None]:
+    """Return the tensor names that an index promises for each of its shards."""
+    weight_map = parse_json_object(_read_file(index), str(index), is_strict=True).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(
+            f"{index}: has no weight_map from tensor names to files, so it is no weights index; "
+            "get it again"
+        )
+    shards: dict[str, set[str]] = {}
+    for name, file_name in weight_map.items():
+        _check_inside(index, name, file_name)
+        shards.setdefault(file_name, set()).add(name)
+    missing = [name for name in sorted(shards) if not (index.parent / name).is_file()]
+    if missing:
+        raise CheckpointError(
+            f"{index}: names {len(missing)} of {len(shards)} shards that are missing: "
+            f"{_listed(missing)}; download them into {index.parent}"
+        )
+    return {index.parent / name: shards[name] for name in sorted(shards)}
+
+
+def _check_inside(index: Path, name: str, file_name: Any) -> None:
+    """Refuse a shard name that could lead out of the folder of the index.
+
+    Only the spelling counts: a shard may be a symbolic link, as in the Hugging Face cache.
+    """
+    if not isinstance(file_name, str) or not file_name:
+        raise CheckpointError(f"{index}: the shard of tensor {name!r} is {file_name!r}, no name")
+    for pure in (PurePosixPath(file_name), PureWindowsPath(file_name)):
+        if pure.anchor or ".." in pure.parts or "\0" in file_name:
+            raise CheckpointError(
+                f"{index}: the shard of tensor {name!r} is {file_name!r}, which lies outside "
+                f"{index.parent}; such an index is damaged or malicious and is not followed"
+            )
+
+
+def _check_names(
+    file: Path,
+    found: Mapping[str, TensorRef],
+    promised: set[str] | None,
+    earlier: Mapping[str, TensorRef],
+) -> None:
+    """Refuse a shard that differs from what the index promises, or repeats a tensor."""
+    for name in found:
+        if name in earlier:
+            raise CheckpointError(
+                f"tensor {name!r} is in two files, {earlier[name].path} and {file}, so it is not "
+                "clear which one counts; remove the file that does not belong to the checkpoint"
+            )
+    if promised is None:
+        return
+    if absent := sorted(promised - found.keys()):
+        raise CheckpointError(
+            f"{file}: lacks {len(absent)} tensors that the index says it holds: "
+            f"{_listed(absent)}; shard and index are of different versions, get both again"
+        )
+    if extra := sorted(found.keys() - promised):
+        raise CheckpointError(
+            f"{file}: holds {len(extra)} tensors that the index does not give to it: "
+            f"{_listed(extra)}; shard and index are of different versions, get both again"
+        )
+
+
+def _read_file(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}") from error
+
+
+def _listed(names: Iterable[str]) -> str:
+    names = list(names)
+    rest = len(names) - LISTED_NAMES
+    return ", ".join(names[:LISTED_NAMES]) + (f" and {rest} more" if rest > 0 else "")

@@ -1,0 +1,179 @@
+"""Token ids to text, one id at a time: the pieces, joined, are the text of the whole list.
+
+A vocabulary spells text in one of two ways, and each has its stream. Where every token is a string
+of bytes (byte-level BPE), the bytes go through an incremental UTF-8 decoder. Elsewhere the text of
+a token depends on what stands before it (the first space of a text is dropped), so a piece is the
+difference between two decodes that begin with the same context: the group emitted before.
+
+Invariants: a piece never ends in half a character; what was emitted is never taken back. A byte
+that cannot belong to a character becomes U+FFFD at once, so at most three bytes are ever held back.
+Only a decoder which mixes bytes with other rules holds tokens by looking at the text, and then at
+most HOLD_LIMIT of them; `Tokenizer.decode` is the join of the pieces, so nothing can disagree.
+
+Cost per token: two decodes of at most HOLD_LIMIT + 1 ids, whatever the length of the text.
+"""
+
+import codecs
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+HOLD_LIMIT = 16
+"""Tokens that a stream keeps in hand at most. A character has four bytes, hence four tokens."""
+
+REPLACEMENT = "\ufffd"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenTexts:
+    """What a stream asks of a vocabulary. None of the functions skips special tokens."""
+
+    decode: Callable[[Sequence[int]], str]
+    """The text of a whole list of ids, as the library that owns the vocabulary writes it."""
+
+    token_bytes: Callable[[int], bytes | None]
+    """The bytes a token stands for, or None where it stands for text."""
+
+    is_known: Callable[[int], bool]
+    """Whether the id has a token; ids of padding rows have none and add nothing to a text."""
+
+    is_bytes_only: bool
+    """Every token is bytes, and the text is what the bytes spell, with nothing added or removed."""
+
+    can_split_characters: bool
+    """A token that is not bytes may still hold a part of a character."""
+
+    anchor: tuple[int, ...]
+    """Ids of some plain text: put before a token, they show how it reads in the middle of a text."""
+
+    def token_text(self, token_id: int) -> str:
+        """The text of one token in the middle of a text; U+FFFD for a part of a character."""
+        data = self.token_bytes(token_id)
+        if data is not None:
+            return data.decode(errors="replace")
+        before = self.decode(self.anchor)
+        after = self.decode((*self.anchor, token_id))
+        return after[len(before) :] if after.startswith(before) else self.decode((token_id,))
+
+    def stream(self, skipped: frozenset[int]) -> "StreamDecoder":
+        """A new stream that passes over the ids in `skipped`."""
+        if self.is_bytes_only:
+            return ByteStream(self, skipped)
+        return WindowStream(self, skipped)
+
+
+class StreamDecoder(ABC):
+    """Text from token ids as they come. Not for reuse after `finish`."""
+
+    def __init__(self, texts: TokenTexts, skipped: frozenset[int]) -> None:
+        self._texts = texts
+        self._skipped = skipped
+
+    def push(self, token_id: int) -> str:
+        """The text that is certain now and was not before; often "", never half a character."""
+        if token_id in self._skipped or not self._texts.is_known(token_id):
+            return ""
+        return self._take(token_id)
+
+    @abstractmethod
+    def finish(self) -> str:
+        """What was held back: "" or an unfinished character as U+FFFD."""
+
+    @abstractmethod
+    def _take(self, token_id: int) -> str:
+        """`push` for an id which is known and not passed over."""
+
+
+class ByteStream(StreamDecoder):
+    """For vocabularies whose tokens are bytes and nothing else."""
+
+    def __init__(self, texts: TokenTexts, skipped: frozenset[int]) -> None:
+        super().__init__(texts, skipped)
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def finish(self) -> str:
+        """What was held back: "" or an unfinished character as U+FFFD."""
+        return self._decoder.decode(b"", final=True)
+
+    def _take(self, token_id: int) -> str:
+        return self._decoder.decode(self._texts.token_bytes(token_id) or b"")
+
+
+class WindowStream(StreamDecoder):
+    """For vocabularies of text pieces, with or without a fallback to bytes.
+
+    The library's decoder sees a byte token only once its character is whole: it would otherwise
+    turn the valid characters beside a bad byte into U+FFFD as well, after they were emitted.
+    """
+
+    def __init__(self, texts: TokenTexts, skipped: frozenset[int]) -> None:
+        super().__init__(texts, skipped)
+        self._context: tuple[int, ...] = ()
+        self._context_text = ""
+        self._bytes: list[tuple[int, bytes]] = []
+        self._tokens: list[int] = []
+
+    def finish(self) -> str:
+        """What was held back: "" or an unfinished character as U+FFFD."""
+        return self._take_bytes(final=True) + self._emit_tokens()
+
+    def _take(self, token_id: int) -> str:
+        data = self._texts.token_bytes(token_id)
+        if data is not None:
+            self._bytes.append((token_id, data))
+            return self._emit_tokens() + self._take_bytes(final=False)
+        piece = self._take_bytes(final=True)
+        self._tokens.append(token_id)
+        if self._texts.can_split_characters and len(self._tokens) < HOLD_LIMIT:
+            text = self._texts.decode((*self._context, *self._tokens))
+            if text.endswith(REPLACEMENT):
+                return piece
+        return piece + self._emit_tokens()
+
+    def _take_bytes(self, *, final: bool) -> str:
+        """The characters that the held bytes spell; what may still become one stays, unless `final`."""
+        piece = ""
+        while self._bytes:
+            data = b"".join(held for _, held in self._bytes)
+            try:
+                text, _ = codecs.utf_8_decode(data, "strict", final)
+            except UnicodeDecodeError as error:
+                piece += REPLACEMENT
+                del self._bytes[: error.end]
+                # The library has not seen these tokens, but the text has begun: a space that
+                # follows is no longer its first.
+                self._begin_with(self._texts.anchor)
+                continue
+            if not text:
+                break
+            group = tuple(token_id for token_id, _ in self._bytes)
+            self._bytes.clear()
+            piece += self._emit(group)
+        return piece
+
+    def _emit_tokens(self) -> str:
+        group = tuple(self._tokens)
+        self._tokens.clear()
+        return self._emit(group) if group else ""
+
+    def _emit(self, group: tuple[int, ...]) -> str:
+        """The text that `group` adds after the context; the group becomes the context."""
+        decode = self._texts.decode
+        extended = (*self._context, *group)
+        text = decode(extended)
+        alone = decode(group)
+        # A decoder may rewrite what came before; what was emitted stays as it is.
+        is_extension = text.startswith(self._context_text)
+        piece = text[len(self._context_text) :] if is_extension else alone
+        if alone:
+            self._context, self._context_text = group, alone
+        elif len(extended) <= HOLD_LIMIT:
+            # A space that vanishes where it is first: only together with what precedes it does it
+            # tell the next token that the text has begun.
+            self._context, self._context_text = extended, text
+        else:
+            self._begin_with((extended[0], *extended[1 - HOLD_LIMIT :]))
+        return piece
+
+    def _begin_with(self, context: tuple[int, ...]) -> None:
+        self._context, self._context_text = context, self._texts.decode(context)

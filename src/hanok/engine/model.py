@@ -1,0 +1,368 @@
+"""A loaded model as its user sees it: text in, text out, and the numbers behind it.
+
+    model = hanok.load("path")
+    model.generate("Once upon a time", max_new_tokens=64).text
+
+A prompt is a text, a list of token ids, or a conversation (a list of messages with "role" and
+"content"). A list of those is several prompts, which are generated together and give the same tokens
+as each alone.
+"""
+
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar, Unpack, overload
+
+import torch
+from torch import Tensor
+
+from hanok.attention.base import ForwardBatch
+from hanok.attention.cache import KVCache
+from hanok.checkpoint.files import Checkpoint, open_checkpoint
+from hanok.checkpoint.tokenizer import Tokenizer, open_tokenizer
+from hanok.checkpoint.writer import write_json
+from hanok.engine.generate import FinishReason, GenerationSequence, TokenEvent, generate
+from hanok.engine.params import SamplingOptions, SamplingParams, from_generation_config
+from hanok.errors import CheckpointError, RequestError
+from hanok.memory.load import Loaded, LoadReport, load_decoder
+from hanok.memory.save import save_weights
+from hanok.models.config import ModelConfig
+
+Message = Mapping[str, Any]
+Prompt = str | Sequence[int] | Sequence[Message]
+LOGIT_ROWS = 1024  # rows of (vocab,) float32 that `score` holds at once
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generation:
+    """What was generated for one prompt."""
+
+    prompt_ids: list[int]
+    token_ids: list[int]
+    """The generated tokens, the one that ended it included."""
+    text: str
+    """Their text without special tokens and stop texts; empty where there is no tokenizer."""
+    logprobs: list[float]
+    """The model's log-probability of each token, natural logarithm, before any processor."""
+    top_logprobs: list[tuple[tuple[int, float], ...]]
+    """For each token the likeliest ids with their log-probabilities (`top_logprobs` of them)."""
+    finish_reason: FinishReason
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Score:
+    """How likely a text is."""
+
+    token_ids: list[int]
+    logprobs: list[float | None]
+    """Log-probability of each token given those before it; None for the first, which has none."""
+
+    @property
+    def nll(self) -> float:
+        """Mean negative log-probability per scored token, in nats."""
+        scored = [value for value in self.logprobs if value is not None]
+        return -sum(scored) / len(scored) if scored else math.nan
+
+    @property
+    def perplexity(self) -> float:
+        """exp(nll)."""
+        return math.exp(self.nll)
+
+
+class Model:
+    """A decoder with its weights, its tokenizer and its defaults."""
+
+    def __init__(self, checkpoint: Checkpoint, loaded: Loaded, tokenizer: Tokenizer | None) -> None:
+        self.checkpoint = checkpoint
+        self.decoder = loaded.decoder
+        self.config: ModelConfig = loaded.decoder.config
+        self.tokenizer = tokenizer
+        self.report: LoadReport = loaded.report
+        self.defaults: SamplingParams = from_generation_config(checkpoint.generation_config)
+        self.end_ids = _end_ids(checkpoint, tokenizer)
+        self._sources = loaded.sources
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the weights and of what is computed."""
+        return self.decoder.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.decoder.device
+
+    def num_parameters(self) -> int:
+        """Return the number of parameters, tied ones counted once."""
+        return self.config.num_parameters()
+
+    @overload
+    def generate(  # type: ignore[overload-overlap]  # a text is also a sequence of texts
+        self,
+        prompt: str | Sequence[int] | Sequence[Message],
+        *,
+        use_cache: bool = ...,
+        **options: Unpack[SamplingOptions],
+    ) -> Generation: ...
+
+    @overload
+    def generate(
+        self,
+        prompt: Sequence[str] | Sequence[Sequence[int]] | Sequence[Sequence[Message]],
+        *,
+        use_cache: bool = ...,
+        **options: Unpack[SamplingOptions],
+    ) -> list[Generation]: ...
+
+    def generate(
+        self,
+        prompt: Prompt | Sequence[Prompt],
+        *,
+        use_cache: bool = True,
+        **options: Unpack[SamplingOptions],
+    ) -> Generation | list[Generation]:
+        """Continue a prompt, or several (a list gives a list).
+
+        The options are the fields of `SamplingParams`; what is not given comes from the checkpoint's
+        generation_config.json. Raises RequestError for a prompt that cannot be served and
+        OptionError for an option that cannot be.
+        """
+        prompts, is_several = _as_list(prompt)
+        sequences = [self._sequence(item, options) for item in prompts]
+        events: list[list[TokenEvent]] = [[] for _ in sequences]
+        for event in generate(self.decoder, sequences, use_cache=use_cache):
+            events[event.sequence].append(event)
+        results = [
+            _collected(sequence, found) for sequence, found in zip(sequences, events, strict=True)
+        ]
+        return results if is_several else results[0]
+
+    def stream(
+        self,
+        prompt: Prompt,
+        *,
+        use_cache: bool = True,
+        cache: "PrefixCache | None" = None,
+        **options: Unpack[SamplingOptions],
+    ) -> Iterator[TokenEvent]:
+        """Yield the tokens of one prompt as they come; their `text`s join to the whole text.
+
+        `cache` keeps keys and values from call to call: what a prompt shares with the last one is not
+        computed again, as in a conversation.
+        """
+        sequence = self._sequence(prompt, options)
+        kept = cache.prepare(self.decoder.new_cache, sequence) if cache is not None else None
+        return generate(self.decoder, [sequence], cache=kept, use_cache=use_cache)
+
+    def logits(self, prompt: Prompt) -> Tensor:
+        """Return the scores of the token after each position, (tokens, vocab) float32."""
+        return self._hidden_and(self.encode(prompt), lambda rows: self.decoder.logits(rows))
+
+    def score(self, prompt: Prompt) -> Score:
+        """Return the log-probability of each token of a text given those before it."""
+        token_ids = self.encode(prompt)
+        following = torch.tensor([*token_ids[1:], 0], device=self.device)
+        done = 0
+
+        def of_rows(rows: Tensor) -> Tensor:
+            nonlocal done
+            logprobs = self.decoder.logits(rows).log_softmax(-1)
+            chosen = logprobs.gather(1, following[done : done + len(rows), None])[:, 0]
+            done += len(rows)
+            return chosen
+
+        logprobs: list[float] = self._hidden_and(token_ids, of_rows).tolist()
+        return Score(token_ids=token_ids, logprobs=[None, *logprobs[:-1]])
+
+    @torch.inference_mode()
+    def _hidden_and(self, token_ids: list[int], then: Callable[[Tensor], Tensor]) -> Tensor:
+        """Run the decoder and apply `then` to LOGIT_ROWS hidden states at a time."""
+        hidden = self.decoder(ForwardBatch.of([token_ids], device=self.device))
+        starts = range(0, len(token_ids), LOGIT_ROWS)
+        return torch.cat([then(hidden[start : start + LOGIT_ROWS]) for start in starts])
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Return the token ids of a prompt; RequestError when they cannot be served."""
+        if isinstance(prompt, str):
+            token_ids = self._needed_tokenizer().encode(prompt)
+        elif prompt and all(isinstance(item, Mapping) for item in prompt):
+            token_ids = self._needed_tokenizer().encode_chat([dict(item) for item in prompt])  # type: ignore[arg-type]
+        else:
+            token_ids = [self._checked_id(item) for item in prompt]
+        if not token_ids:
+            raise RequestError("the prompt has no tokens; give at least one.")
+        limit = self.config.max_context_tokens
+        if len(token_ids) > limit:
+            raise RequestError(
+                f"the prompt has {len(token_ids)} tokens, and this model's context holds {limit}. "
+                "Shorten the prompt."
+            )
+        return token_ids
+
+    def save(self, path: str | Path) -> Path:
+        """Write the model to a new folder, in the Hugging Face layout, and return the folder.
+
+        Everything is written beside it first and renamed last. Raises CheckpointError when the folder
+        exists and is not empty.
+        """
+        folder = Path(path)
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise CheckpointError(f"{folder} exists and is not empty; choose another folder.")
+        unfinished = folder.with_name(f".{folder.name}.unfinished-{os.getpid()}")
+        unfinished.mkdir(parents=True)
+        try:
+            save_weights(unfinished, self.decoder, self._sources)
+            config = dict(self.checkpoint.config)
+            key = "torch_dtype" if "torch_dtype" in config else "dtype"
+            config[key] = str(self.dtype).removeprefix("torch.")
+            write_json(unfinished / "config.json", config)
+            if self.checkpoint.generation_config:
+                values = dict(self.checkpoint.generation_config)
+                write_json(unfinished / "generation_config.json", values)
+            for file in self.tokenizer.files if self.tokenizer else ():
+                target = unfinished / file.relative_to(self.checkpoint.folder)
+                target.parent.mkdir(exist_ok=True)
+                shutil.copyfile(file, target)
+            if folder.exists():
+                folder.rmdir()
+            unfinished.rename(folder)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+        return folder
+
+    def _sequence(self, prompt: Prompt, options: SamplingOptions) -> GenerationSequence:
+        params = self.defaults.updated(options)
+        token_ids = self.encode(prompt)
+        limit = self.config.max_context_tokens
+        if len(token_ids) >= limit:
+            raise RequestError(
+                f"the prompt fills the model's context of {limit} tokens; no token can follow it."
+            )
+        if params.stop:
+            self._needed_tokenizer()
+        end_ids = frozenset(params.stop_token_ids)
+        return GenerationSequence(
+            prompt_ids=token_ids,
+            params=params,
+            end_ids=end_ids if params.ignore_eos else end_ids | self.end_ids,
+            max_tokens=limit,
+            decoder=self.tokenizer.stream() if self.tokenizer else None,
+        )
+
+    def _needed_tokenizer(self) -> Tokenizer:
+        if self.tokenizer is None:
+            raise RequestError(
+                f"{self.checkpoint.folder} has no tokenizer, so only token ids can be given. Add "
+                "the tokenizer.json or tokenizer.model that belongs to the model."
+            )
+        return self.tokenizer
+
+    def _checked_id(self, token: Any) -> int:
+        is_id = isinstance(token, int) and not isinstance(token, bool)
+        if not is_id or not 0 <= token < self.config.vocab_size:
+            raise RequestError(
+                f"{token!r} is not a token id; this model's are 0 to {self.config.vocab_size - 1}. "
+                "A prompt is a text, token ids, or messages with role and content."
+            )
+        return int(token)
+
+
+class PrefixCache:
+    """Keys and values kept between prompts that begin alike, such as the turns of a conversation."""
+
+    def __init__(self) -> None:
+        self._cache: KVCache | None = None
+        self._sequence: GenerationSequence | None = None
+
+    def prepare(
+        self, new_cache: Callable[[int, int], KVCache], sequence: GenerationSequence
+    ) -> KVCache:
+        """Return a cache that fits the sequence and holds what its prompt shares with the last one."""
+        capacity = len(sequence.prompt_ids) + sequence.room
+        if self._cache is None or self._cache.capacity < capacity:
+            # A larger one starts empty; asking for twice as much makes that rare.
+            self._cache = new_cache(1, min(2 * capacity, sequence.max_tokens))
+        elif self._sequence is not None:
+            shared = _common_prefix(self._sequence.token_ids, sequence.prompt_ids)
+            # The last prompt token is computed again: its logits are needed.
+            self._cache.truncate(0, min(shared, len(sequence.prompt_ids) - 1))
+        self._sequence = sequence
+        return self._cache
+
+
+def load(
+    path: str | Path,
+    *,
+    dtype: str = "auto",
+    device: str = "cpu",
+    attn_implementation: str = "auto",
+    progress: Callable[[int], None] | None = None,
+) -> Model:
+    """Load a checkpoint: a folder in the Hugging Face layout, or one weights file in such a folder.
+
+    `dtype` is "auto" (what the checkpoint declares), "float32", "bfloat16" or "float16";
+    `attn_implementation` is "auto" or the name of a backend ("sdpa", "eager", …, see `hanok info`).
+    `progress` is called with the bytes of each weight placed. Raises CheckpointError, OptionError or
+    UnsupportedError, each saying what to do.
+    """
+    checkpoint = open_checkpoint(path)
+    loaded = load_decoder(
+        checkpoint,
+        dtype=dtype,
+        device=device,
+        attention=attn_implementation,
+        progress=progress,
+    )
+    return Model(checkpoint, loaded, _tokenizer_of(checkpoint))
+
+
+def _tokenizer_of(checkpoint: Checkpoint) -> Tokenizer | None:
+    names = ("tokenizer.json", "tokenizer.model", "vocab.json")
+    if not any((checkpoint.folder / name).is_file() for name in names):
+        return None
+    return open_tokenizer(checkpoint.folder)
+
+
+def _end_ids(checkpoint: Checkpoint, tokenizer: Tokenizer | None) -> frozenset[int]:
+    """Return the end tokens: generation_config.json's, else config.json's, else the tokenizer's."""
+    for values in (checkpoint.generation_config, checkpoint.config):
+        given = values.get("eos_token_id")
+        if given is not None:
+            return frozenset([given] if isinstance(given, int) else given)
+    found = tokenizer.eos_token_id if tokenizer is not None else None
+    return frozenset() if found is None else frozenset([found])
+
+
+def _as_list(prompt: Prompt | Sequence[Prompt]) -> tuple[list[Prompt], bool]:
+    """Return the prompts, and whether several were given."""
+    if isinstance(prompt, str):
+        return [prompt], False
+    items = list(prompt)
+    if not items:
+        raise RequestError("there is no prompt; give a text, token ids, or messages.")
+    first = items[0]
+    if isinstance(first, int | Mapping):
+        return [items], False  # type: ignore[list-item]
+    return items, True  # type: ignore[return-value]
+
+
+def _collected(sequence: GenerationSequence, events: list[TokenEvent]) -> Generation:
+    if sequence.finish_reason is None:
+        raise RuntimeError("generation ended before the sequence did")
+    return Generation(
+        prompt_ids=sequence.prompt_ids,
+        token_ids=sequence.generated_ids,
+        text="".join(event.text for event in events),
+        logprobs=[event.logprob for event in events],
+        top_logprobs=[event.top_logprobs for event in events],
+        finish_reason=sequence.finish_reason,
+    )
+
+
+def _common_prefix(first: list[int], second: list[int]) -> int:
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((index for index, (a, b) in pairs if a != b), min(len(first), len(second)))

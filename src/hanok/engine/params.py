@@ -1,0 +1,139 @@
+"""How one sequence is continued: the options, their ranges, and a checkpoint's own defaults.
+
+Imports no torch, so that the command line can list the options with their help.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, TypedDict
+
+from hanok.errors import OptionError
+from hanok.registry import nearest_first
+
+
+class SamplingOptions(TypedDict, total=False):
+    """The keyword arguments of `generate` and `stream`; see `SamplingParams` for each."""
+
+    max_new_tokens: int
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    typical_p: float
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    logit_bias: Mapping[int, float]
+    seed: int | None
+    stop: Sequence[str]
+    stop_token_ids: Sequence[int]
+    ignore_eos: bool
+    top_logprobs: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How one sequence is continued. The defaults are greedy: the likeliest token each time."""
+
+    max_new_tokens: int = 256
+    """Tokens to generate at the most; the model's context may end it earlier."""
+    temperature: float = 0.0
+    """Divides the scores; 0 takes the likeliest token, 1 draws from the model's distribution."""
+    top_k: int = 0
+    """Draw among so many likeliest tokens; 0: all."""
+    top_p: float = 1.0
+    """Draw among the likeliest tokens that together have this probability."""
+    min_p: float = 0.0
+    """Draw among tokens at least this fraction as likely as the likeliest."""
+    typical_p: float = 1.0
+    """Draw among the tokens of most typical surprise with this probability (arXiv 2202.00666)."""
+    repetition_penalty: float = 1.0
+    """Divides positive and multiplies negative scores of tokens already seen, the prompt's too."""
+    presence_penalty: float = 0.0
+    """Subtracted from the score of every token generated before."""
+    frequency_penalty: float = 0.0
+    """Subtracted once for every time the token was generated before."""
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    """Added to the scores of these token ids."""
+    seed: int | None = None
+    """Fixes the draws; None: a new one each time."""
+    stop: tuple[str, ...] = ()
+    """Texts that end the generation; they are not part of the answer."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Token ids that end the generation, beside the model's own."""
+    ignore_eos: bool = False
+    """Go on after the model's end tokens."""
+    top_logprobs: int = 0
+    """How many of the likeliest tokens to report at each step."""
+
+    def __post_init__(self) -> None:
+        self._check("max_new_tokens", self.max_new_tokens >= 1, "at least 1")
+        self._check("temperature", 0 <= self.temperature < float("inf"), "0 or more")
+        self._check("top_k", self.top_k >= 0, "0 (all) or more")
+        self._check("top_p", 0 < self.top_p <= 1, "above 0 and at most 1")
+        self._check("min_p", 0 <= self.min_p <= 1, "between 0 and 1")
+        self._check("typical_p", 0 < self.typical_p <= 1, "above 0 and at most 1")
+        self._check("repetition_penalty", self.repetition_penalty > 0, "above 0")
+        self._check("presence_penalty", -100 <= self.presence_penalty <= 100, "-100 to 100")
+        self._check("frequency_penalty", -100 <= self.frequency_penalty <= 100, "-100 to 100")
+        self._check("stop", all(self.stop), "texts that are not empty")
+        self._check("top_logprobs", 0 <= self.top_logprobs <= 1000, "0 to 1000")
+
+    def _check(self, name: str, is_right: bool, expected: str) -> None:
+        if not is_right:
+            raise OptionError(f"{name} is {getattr(self, name)!r}; it must be {expected}.")
+
+    def updated(self, options: Mapping[str, Any]) -> "SamplingParams":
+        """Return these parameters with some changed.
+
+        Raises OptionError for an unknown name, a wrong type or range, and for options that only make
+        sense when drawing while the temperature is 0.
+        """
+        known = [item.name for item in fields(self)]
+        for name, value in options.items():
+            if name not in known:
+                guess = nearest_first(name, known)[0]
+                raise OptionError(f"there is no option {name!r}; did you mean {guess!r}?")
+            if not _is_like(value, getattr(self, name), name):
+                raise OptionError(f"{name} is {value!r}, which is not of the right type.")
+        values = dict(options)
+        for name in ("stop", "stop_token_ids"):
+            if name in values:
+                given = values[name]
+                values[name] = (given,) if isinstance(given, str | int) else tuple(given)
+        changed = replace(self, **values)
+        if changed.temperature == 0:
+            idle = [name for name in ("top_k", "top_p", "min_p", "typical_p") if name in options]
+            if idle:
+                raise OptionError(
+                    f"{', '.join(idle)} given, but the temperature is 0, which always takes the "
+                    "likeliest token. Give a temperature above 0 as well."
+                )
+        return changed
+
+
+def from_generation_config(values: Mapping[str, Any]) -> SamplingParams:
+    """Return the defaults that a checkpoint's generation_config.json recommends.
+
+    Without `do_sample` they are greedy, whatever temperature the file names, as in transformers.
+    """
+    names = ["repetition_penalty", "max_new_tokens"]
+    options: dict[str, Any] = {}
+    if values.get("do_sample"):
+        options["temperature"] = 1.0
+        names += ["temperature", "top_k", "top_p", "min_p", "typical_p"]
+    options |= {name: values[name] for name in names if values.get(name) is not None}
+    return SamplingParams().updated(options)
+
+
+def _is_like(value: Any, default: Any, name: str) -> bool:
+    if name == "seed":
+        return value is None or (isinstance(value, int) and not isinstance(value, bool))
+    if isinstance(default, bool):
+        return isinstance(value, bool)
+    if isinstance(default, int | float):
+        kinds = (int,) if isinstance(default, int) else (int, float)
+        return isinstance(value, kinds) and not isinstance(value, bool)
+    if name == "logit_bias":
+        return isinstance(value, Mapping)
+    return isinstance(value, str | int | Sequence) and not isinstance(value, bool)

@@ -1,0 +1,116 @@
+"""How the next token is chosen: the processors that change scores, and the draw.
+
+Processors are pure functions of one row of logits, (vocab,) float32, in the order of `processed`. They
+agree with transformers' where it has the same (temperature, top-k, top-p, min-p, typical-p,
+repetition penalty) and with OpenAI's definition for presence and frequency penalties.
+
+A sequence draws with a generator of its own, one number for each token, so its text depends on its
+seed and nothing else that runs.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from hanok.engine.params import SamplingParams
+from hanok.errors import OptionError
+
+
+def processed(
+    logits: Tensor, params: SamplingParams, prompt_ids: Sequence[int], generated_ids: Sequence[int]
+) -> Tensor:
+    """Return the scores that the next token is drawn from, (vocab,) float32; excluded ones are -inf."""
+    scores = logits.clone()
+    if params.logit_bias:
+        scores = add_bias(scores, params.logit_bias)
+    if params.repetition_penalty != 1.0:
+        scores = penalise_repetition(
+            scores, params.repetition_penalty, [*prompt_ids, *generated_ids]
+        )
+    if params.presence_penalty or params.frequency_penalty:
+        scores = penalise_counts(
+            scores, params.presence_penalty, params.frequency_penalty, generated_ids
+        )
+    if params.temperature == 0:
+        return scores
+    scores = scores / params.temperature
+    if params.top_k:
+        scores = keep_top_k(scores, params.top_k)
+    if params.top_p < 1:
+        scores = keep_top_p(scores, params.top_p)
+    if params.min_p > 0:
+        scores = keep_min_p(scores, params.min_p)
+    if params.typical_p < 1:
+        scores = keep_typical_p(scores, params.typical_p)
+    return scores
+
+
+def add_bias(scores: Tensor, bias: Mapping[int, float]) -> Tensor:
+    """Return the scores with a number added to some tokens'. OptionError: an id out of range."""
+    wrong = [token for token in bias if not 0 <= token < len(scores)]
+    if wrong:
+        raise OptionError(
+            f"logit_bias names token {wrong[0]}; the vocabulary has ids 0 to {len(scores) - 1}."
+        )
+    ids = torch.tensor(list(bias), device=scores.device)
+    values = torch.tensor(list(bias.values()), dtype=scores.dtype, device=scores.device)
+    return scores.index_add(0, ids, values)
+
+
+def penalise_repetition(scores: Tensor, penalty: float, seen: Sequence[int]) -> Tensor:
+    """Return the scores with seen tokens' made smaller (arXiv 1909.05858)."""
+    ids = torch.tensor(sorted(set(seen)), dtype=torch.int64, device=scores.device)
+    old = scores[ids]
+    return scores.index_copy(0, ids, torch.where(old < 0, old * penalty, old / penalty))
+
+
+def penalise_counts(
+    scores: Tensor, presence: float, frequency: float, generated: Sequence[int]
+) -> Tensor:
+    """Return scores - presence * [count > 0] - frequency * count, counting generated tokens."""
+    ids = torch.tensor(generated, dtype=torch.int64, device=scores.device)
+    counts = torch.bincount(ids, minlength=len(scores)).to(scores.dtype)
+    return scores - presence * (counts > 0) - frequency * counts
+
+
+def keep_top_k(scores: Tensor, top_k: int) -> Tensor:
+    """Return the scores with all below the `top_k`-th largest excluded."""
+    smallest = scores.topk(min(top_k, len(scores))).values[-1]
+    return scores.masked_fill(scores < smallest, float("-inf"))
+
+
+def keep_top_p(scores: Tensor, top_p: float) -> Tensor:
+    """Return the scores with the least likely tokens excluded that sum to at most 1 - top_p."""
+    ordered, ids = scores.sort()
+    excluded = ordered.softmax(-1).cumsum(-1) <= 1 - top_p
+    excluded[-1] = False
+    return scores.masked_fill(excluded.scatter(0, ids, excluded), float("-inf"))
+
+
+def keep_min_p(scores: Tensor, min_p: float) -> Tensor:
+    """Return the scores with tokens excluded that are less likely than min_p times the likeliest."""
+    likelihoods = scores.softmax(-1)
+    return scores.masked_fill(likelihoods < min_p * likelihoods.max(), float("-inf"))
+
+
+def keep_typical_p(scores: Tensor, typical_p: float) -> Tensor:
+    """Return the scores of the tokens whose surprise is nearest to the expected one."""
+    logprobs = scores.log_softmax(-1)
+    likelihoods = logprobs.exp()
+    entropy = -(logprobs * likelihoods).nansum()
+    distance, ids = (-logprobs - entropy).abs().sort()
+    last = int((likelihoods[ids].cumsum(-1) < typical_p).sum().clamp(max=len(scores) - 1))
+    return scores.masked_fill((-logprobs - entropy).abs() > distance[last], float("-inf"))
+
+
+def draw(scores: Tensor, params: SamplingParams, generator: torch.Generator) -> int:
+    """Return a token id: the likeliest at temperature 0, else one drawn by its probability.
+
+    Draws by inverting the cumulative distribution in float64 with one number of the generator.
+    """
+    if params.temperature == 0:
+        return int(scores.argmax())
+    cumulative = scores.double().softmax(-1).cumsum(-1).cpu()
+    number = torch.rand((), generator=generator, dtype=torch.float64) * cumulative[-1]
+    return int(torch.searchsorted(cumulative, number, right=True).clamp(max=len(scores) - 1))

@@ -1,0 +1,45 @@
+"""Every error that hanok raises on purpose.
+
+HanokError
+├── OptionError        an option or argument has no such name, or a value out of range
+├── CheckpointError    a file or a tensor of a checkpoint is missing, damaged or not what was promised
+├── UnsupportedError   no implementation fits: the message lists each one with its reason
+└── RequestError       one prompt, conversation or token list cannot be served
+
+A message says what happened, with which values, why, and what to do. `exit_code` is what the command
+line returns; `http_status` is what a server answers.
+"""
+
+
+class HanokError(Exception):
+    """Base of every error that hanok raises on purpose."""
+
+    exit_code = 1
+    http_status = 500
+
+
+class OptionError(HanokError):
+    """An option or argument has no such name, or a value out of range."""
+
+    exit_code = 2
+    http_status = 422
+
+
+class CheckpointError(HanokError):
+    """A file or a tensor of a checkpoint is missing, damaged or not what was promised."""
+
+    exit_code = 3
+
+
+class UnsupportedError(HanokError):
+    """No implementation fits what was asked; the message lists each one with its reason."""
+
+    exit_code = 4
+    http_status = 501
+
+
+class RequestError(HanokError):
+    """One prompt, conversation or token list cannot be served; nothing else is affected."""
+
+    exit_code = 5
+    http_status = 422

@@ -1,0 +1,269 @@
+"""Builds a decoder from a checkpoint: on `meta` first, then tensor by tensor, every name accounted for.
+
+A weight whose bytes lie in the file as the decoder wants them stays mapped; the rest is read into one
+arena (see `tensors.py`). Host memory beyond the weights is one tensor.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from math import prod
+
+import torch
+from torch import Tensor
+
+from hanok.checkpoint.files import Checkpoint, TensorRef
+from hanok.errors import CheckpointError, OptionError, UnsupportedError
+from hanok.memory.tensors import Arena, MappedFiles, dtype_of, read_into
+from hanok.models.config import DTYPE_BYTES, ModelConfig
+from hanok.models.decoder import Decoder
+from hanok.models.family import Family, Source, read_config, sources
+
+Progress = Callable[[int], None]
+SHOWN_NAMES = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadReport:
+    """What loading did, and what it decided on the user's behalf."""
+
+    mapped_bytes: int
+    copied_bytes: int
+    attention: Mapping[str, int]
+    """How many layers use which attention backend."""
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loaded:
+    """A decoder with its weights, and where they came from."""
+
+    decoder: Decoder
+    family: Family
+    sources: Mapping[str, Source]
+    report: LoadReport
+
+
+def load_decoder(
+    checkpoint: Checkpoint,
+    *,
+    dtype: str = "auto",
+    device: str = "cpu",
+    attention: str = "auto",
+    progress: Progress | None = None,
+) -> Loaded:
+    """Return the decoder of a checkpoint, ready to run.
+
+    `dtype` is a torch name or "auto" (what config.json declares, else what the file holds; float16
+    becomes bfloat16 on a CPU). `progress` is called with the bytes of each weight placed. Raises
+    CheckpointError for tensors that are missing, left over or of the wrong shape.
+    """
+    family, config = read_config(checkpoint.config, str(checkpoint.folder / "config.json"))
+    table = sources(family, config, checkpoint.tensors)
+    notes: list[str] = []
+    account_for(checkpoint, family, config, table)
+    target_dtype = _choose_dtype(checkpoint, config, dtype, device, notes)
+    with torch.device("meta"):
+        decoder = Decoder(config)
+    placer = _Placer(checkpoint, target_dtype, _choose_device(device))
+    order = sorted(table, key=lambda name: _file_position(checkpoint, table[name]))
+    placer.claim([table[name] for name in order])
+    for name in order:
+        weight = placer.place(table[name])
+        module_path, _, leaf = name.rpartition(".")
+        parameter = torch.nn.Parameter(weight, requires_grad=False)
+        decoder.get_submodule(module_path).register_parameter(leaf, parameter)
+        if progress is not None:
+            progress(weight.nbytes)
+    decoder.tie()
+    decoder.eval()
+    report = LoadReport(
+        mapped_bytes=placer.mapped_bytes,
+        copied_bytes=placer.copied_bytes,
+        attention=decoder.use_attention(attention),
+        notes=tuple(notes),
+    )
+    return Loaded(decoder=decoder, family=family, sources=table, report=report)
+
+
+def account_for(
+    checkpoint: Checkpoint, family: Family, config: ModelConfig, table: Mapping[str, Source]
+) -> None:
+    """Raise CheckpointError unless files and decoder agree on every tensor's name and shape."""
+    expected = {
+        name: shape
+        for source in table.values()
+        for name, shape in zip(source.names, source.file_shapes(), strict=True)
+    }
+    missing = [name for name in expected if name not in checkpoint.tensors]
+    left_over = [
+        name
+        for name in checkpoint.tensors
+        if name not in expected
+        and not any(re.fullmatch(pattern, name) for pattern in family.ignored_tensors)
+        and not _is_tied_head(name, checkpoint, family, config, table)
+    ]
+    wrong = [
+        f"{name} is {list(checkpoint.tensors[name].shape)} and should be {list(shape)}"
+        for name, shape in expected.items()
+        if name in checkpoint.tensors and checkpoint.tensors[name].shape != shape
+    ]
+    complaints = [
+        f"{len(items)} {what}: {_shown(items)}"
+        for what, items in (
+            ("missing", missing),
+            ("of the wrong shape", wrong),
+            ("left over", left_over),
+        )
+        if items
+    ]
+    if complaints:
+        raise CheckpointError(
+            f"{checkpoint.folder}: the tensors are not those of the {config.model_type} model that "
+            f"config.json describes. {'; '.join(complaints)}. Check that config.json and the weights "
+            "belong together and that every file was downloaded."
+        )
+
+
+def _is_tied_head(
+    name: str,
+    checkpoint: Checkpoint,
+    family: Family,
+    config: ModelConfig,
+    table: Mapping[str, Source],
+) -> bool:
+    """Return whether `name` is a second copy of the embedding, which ties allow when it is the same."""
+    if not config.tie_embeddings or name != f"{family.names['lm_head']}.weight":
+        return False
+    files = MappedFiles()
+    head = files.view(checkpoint.tensors[name])
+    embedding = files.view(checkpoint.tensors[table["embed_tokens.weight"].names[0]])
+    if not torch.equal(head, embedding):
+        raise CheckpointError(
+            f"{checkpoint.folder}: config.json ties the head to the embedding, but {name} differs "
+            "from it. Set tie_word_embeddings to false to use both, or delete the tensor."
+        )
+    return True
+
+
+def _choose_dtype(
+    checkpoint: Checkpoint, config: ModelConfig, dtype: str, device: str, notes: list[str]
+) -> torch.dtype:
+    stored = [dtype_of(ref) for ref in checkpoint.tensors.values()]
+    floats = [item for item in stored if item.is_floating_point]
+    declared = config.dtype or (str(floats[0]).removeprefix("torch.") if floats else "float32")
+    name = dtype
+    if dtype == "auto":
+        name = declared if declared in DTYPE_BYTES else "float32"
+        if name == "float16" and device == "cpu":
+            name = "bfloat16"
+            notes.append(
+                "dtype: bfloat16 instead of the file's float16, which CPUs multiply several times "
+                "slower; choose float32 for the exact values"
+            )
+    if name not in DTYPE_BYTES:
+        raise OptionError(f"dtype {name!r} is unknown. Choose auto, {', '.join(DTYPE_BYTES)}.")
+    found: torch.dtype = getattr(torch, name)
+    return found
+
+
+def _choose_device(device: str) -> torch.device:
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise OptionError(f"device {device!r} is not a device: {error}") from error
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise UnsupportedError(f"device {device!r} was asked for, but torch finds no CUDA device.")
+    return found
+
+
+def _file_position(checkpoint: Checkpoint, source: Source) -> tuple[str, int]:
+    ref = checkpoint.tensors[source.names[0]]
+    return str(ref.path), ref.offset_bytes
+
+
+class _Placer:
+    """Puts weights where they will live, and counts the bytes of each way."""
+
+    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> None:
+        self.tensors = checkpoint.tensors
+        self.dtype = dtype
+        self.device = device
+        self.files = MappedFiles()
+        self.arena: Arena | None = None
+        self.mapped_bytes = 0
+        self.copied_bytes = 0
+
+    def claim(self, all_sources: list[Source]) -> None:
+        """Claim the arena for every weight that cannot stay mapped."""
+        if self.device.type == "cpu":
+            sizes = [prod(item.shape) for item in all_sources if not self._is_mappable(item)]
+            self.arena = Arena(sum(sizes) * self.dtype.itemsize, len(sizes))
+
+    def place(self, source: Source) -> Tensor:
+        """Return the weight of a source in its final place, dtype and order."""
+        if self._is_mappable(source):
+            weight = self.files.view(self.tensors[source.names[0]], self._num_bytes(source))
+            weight = weight.view(source.shape)
+            self.mapped_bytes += weight.nbytes
+        else:
+            weight = self._read(source)
+            self.copied_bytes += weight.nbytes
+        return weight if weight.device == self.device else weight.to(self.device)
+
+    def _num_bytes(self, source: Source) -> int:
+        return prod(source.shape) * self.dtype.itemsize
+
+    def _is_mappable(self, source: Source) -> bool:
+        refs = [self.tensors[name] for name in source.names]
+        keeps_order = source.layout == "rows" or (
+            source.layout == "columns" and len(source.shape) == 1
+        )
+        return (
+            keeps_order
+            and all(dtype_of(ref) == self.dtype and ref.strides is None for ref in refs)
+            and _lie_together(refs)
+        )
+
+    def _read(self, source: Source) -> Tensor:
+        refs = [self.tensors[name] for name in source.names]
+        make = torch.empty if self.arena is None else self.arena.empty
+        target: Tensor = make(source.shape, dtype=self.dtype)
+        if source.layout == "rows":
+            start = 0
+            for ref, rows in zip(refs, source.rows, strict=True):
+                read_into(ref, target[start : start + rows])
+                start += rows
+            return target
+        stored = torch.empty(source.file_shapes()[0], dtype=self.dtype)
+        read_into(refs[0], stored)
+        return target.copy_(from_file_order(stored, source))
+
+
+def from_file_order(stored: Tensor, source: Source) -> Tensor:
+    """Return a stored matrix or bias in our order: (out, in), query, key and value rows in turn."""
+    if source.layout == "columns":
+        return stored.t() if stored.dim() == 2 else stored
+    grouped = stored.view(-1, 3, source.head_rows, *stored.shape[1:])
+    return grouped.transpose(0, 1).reshape(stored.shape)
+
+
+def to_file_order(weight: Tensor, source: Source) -> Tensor:
+    """Undo `from_file_order`."""
+    if source.layout == "columns":
+        return weight.t() if weight.dim() == 2 else weight
+    grouped = weight.view(3, -1, source.head_rows, *weight.shape[1:])
+    return grouped.transpose(0, 1).reshape(weight.shape)
+
+
+def _lie_together(refs: list[TensorRef]) -> bool:
+    return all(
+        first.path == second.path and first.offset_bytes + first.size_bytes == second.offset_bytes
+        for first, second in pairwise(refs)
+    )
+
+
+def _shown(items: list[str]) -> str:
+    more = f" and {len(items) - SHOWN_NAMES} more" if len(items) > SHOWN_NAMES else ""
+    return ", ".join(items[:SHOWN_NAMES]) + more

@@ -1,0 +1,135 @@
+"""Turns the places that a checkpoint names into torch tensors: mapped where possible, else read.
+
+A mapped tensor is a view of the file: nothing is copied, processes share the pages, and the first use
+brings them in. What must change on the way (another dtype, parts that do not lie together, another
+order) is read into an `Arena`: anonymous memory in large pages, claimed once.
+
+Reading goes through `pread` and not through the mapping, so that pages which were only copied from do
+not count as this process's memory.
+"""
+
+import ctypes
+import mmap
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from hanok.checkpoint.files import TensorRef
+from hanok.errors import CheckpointError, UnsupportedError
+
+DTYPES: Mapping[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+DTYPE_NAMES: Mapping[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.items()}
+_ALIGNMENT = 64  # bytes; a cache line, and what vector loads like
+
+
+def dtype_of(ref: TensorRef) -> torch.dtype:
+    """Return the torch dtype of a stored tensor; UnsupportedError where hanok does not compute in it."""
+    if ref.dtype not in DTYPES:
+        raise UnsupportedError(
+            f"{ref.path}: tensor {ref.name} is {ref.dtype}, which this version does not compute "
+            f"with. It reads {', '.join(DTYPES)}."
+        )
+    return DTYPES[ref.dtype]
+
+
+class MappedFiles:
+    """Weight files, each mapped once; a mapping lives as long as a tensor that looks into it."""
+
+    def __init__(self) -> None:
+        self._maps: dict[Path, mmap.mmap] = {}
+
+    def view(self, ref: TensorRef, size_bytes: int | None = None) -> Tensor:
+        """Return a tensor over the file's own bytes, shaped as `ref` says; nothing is read yet.
+
+        With `size_bytes`, the flat run of so many bytes that starts at `ref`.
+        """
+        dtype = dtype_of(ref)
+        run_bytes = ref.size_bytes if size_bytes is None else size_bytes
+        if run_bytes == 0:
+            return torch.empty(ref.shape, dtype=dtype)
+        flat = torch.frombuffer(
+            self._map(ref.path),
+            dtype=dtype,
+            count=run_bytes // dtype.itemsize,
+            offset=ref.offset_bytes,
+        )
+        if size_bytes is not None:
+            return flat
+        if ref.strides is not None:
+            return flat.as_strided(ref.shape, ref.strides)
+        return flat.view(ref.shape)
+
+    def _map(self, path: Path) -> mmap.mmap:
+        if path not in self._maps:
+            with path.open("rb") as file:
+                # Private and writable: torch wants writable memory, and the file never changes.
+                self._maps[path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        return self._maps[path]
+
+
+class Arena:
+    """Anonymous memory for weights that are copied, handed out piece by piece.
+
+    Large pages are asked for, since faulting in and walking 4 KiB pages halves the speed of both
+    loading and decoding.
+    """
+
+    def __init__(self, size_bytes: int, num_tensors: int) -> None:
+        self._memory = mmap.mmap(-1, max(1, size_bytes + num_tensors * _ALIGNMENT))
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            self._memory.madvise(mmap.MADV_HUGEPAGE)
+        self._offset = 0
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Return an uninitialised tensor in the arena."""
+        count = 1
+        for size in shape:
+            count *= size
+        if count == 0:
+            return torch.empty(shape, dtype=dtype)
+        tensor = torch.frombuffer(self._memory, dtype=dtype, count=count, offset=self._offset)
+        self._offset += -(-count * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
+        return tensor.view(shape)
+
+
+def read_into(ref: TensorRef, target: Tensor) -> None:
+    """Fill `target` (a contiguous CPU tensor of `ref`'s shape) from the file, converting its dtype."""
+    if ref.size_bytes == 0:
+        return
+    dtype = dtype_of(ref)
+    is_plain = ref.strides is None and dtype == target.dtype
+    scratch = target if is_plain else torch.empty(ref.size_bytes // dtype.itemsize, dtype=dtype)
+    buffer = (ctypes.c_char * ref.size_bytes).from_address(scratch.data_ptr())
+    view, done = memoryview(buffer).cast("B"), 0
+    descriptor = os.open(ref.path, os.O_RDONLY)
+    try:
+        while done < ref.size_bytes:
+            count = os.preadv(descriptor, [view[done:]], ref.offset_bytes + done)
+            if count == 0:
+                raise CheckpointError(
+                    f"{ref.path}: tensor {ref.name} needs {ref.size_bytes} bytes at offset "
+                    f"{ref.offset_bytes}, but the file ends after {done} of them."
+                )
+            done += count
+    finally:
+        os.close(descriptor)
+    if not is_plain:
+        strides = ref.strides
+        shaped = (
+            scratch.view(ref.shape) if strides is None else scratch.as_strided(ref.shape, strides)
+        )
+        target.copy_(shaped)

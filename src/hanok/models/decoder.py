@@ -1,0 +1,202 @@
+"""The only forward pass: packed token ids in, hidden states out, logits for the rows that need them.
+
+    embed -> [norm -> attention -> +] -> [norm -> mlp -> +] x layers -> norm -> head
+
+Training, generation and serving run this code. Where norms stand, what they are, which layers see a
+window or no positions is data (`ModelConfig`). Module paths are Llama's tensor names without the
+leading "model.", fused weights aside; `models/family.py` knows what files call them.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from hanok.attention.base import AttentionSpec, Backend, ForwardBatch, choose
+from hanok.attention.cache import KVCache, LayerState, StateSpec
+from hanok.models.config import LayerConfig, ModelConfig, Rope
+from hanok.models.layers import ExpertsLayer, MlpLayer, NormLayer
+from hanok.models.linear import Linear
+from hanok.models.rotary import Rotary
+
+
+class Attention(nn.Module):
+    """Projections, norms on heads, rotation, and one call of a backend."""
+
+    def __init__(self, config: ModelConfig, layer: LayerConfig, rotary: Rotary | None) -> None:
+        super().__init__()
+        self.spec = AttentionSpec(
+            num_heads=config.num_heads,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            scale=config.attention_scale,
+            window=layer.window,
+            softcap=config.attention_softcap,
+        )
+        self.rotary = rotary
+        self.qk_norm = config.qk_norm
+        self.sizes = config.qkv_sizes
+        self.backend: Backend = choose("eager", self.spec, torch.device("cpu"), torch.float32)
+        hidden, (query_rows, key_rows, _) = config.hidden_size, config.qkv_sizes
+        self.qkv_proj = Linear(hidden, query_rows + 2 * key_rows, has_bias=config.has_qkv_bias)
+        self.o_proj = Linear(query_rows, hidden, has_bias=config.has_output_bias)
+        if config.qk_norm is not None:
+            rows = (config.head_dim,) * 2 if config.qk_norm == "head" else (query_rows, key_rows)
+            self.q_norm, self.k_norm = (NormLayer(config.norm, n, has_bias=False) for n in rows)
+
+    def forward(
+        self, x: Tensor, batch: ForwardBatch, cos_sin: Tensor | None, state: LayerState | None
+    ) -> Tensor:
+        """(tokens, hidden) -> (tokens, hidden); `cos_sin` are the tokens' angles."""
+        spec = self.spec
+        q, k, v = self.qkv_proj(x).split(self.sizes, dim=-1)
+        if self.qk_norm == "full":
+            q, k = self.q_norm(q), self.k_norm(k)
+        q = q.reshape(-1, spec.num_heads, spec.head_dim)
+        k = k.reshape(-1, spec.num_kv_heads, spec.head_dim)
+        v = v.reshape(-1, spec.num_kv_heads, spec.head_dim)
+        if self.qk_norm == "head":
+            q, k = self.q_norm(q), self.k_norm(k)
+        if self.rotary is not None and cos_sin is not None:
+            q, k = self.rotary.rotate(q, cos_sin), self.rotary.rotate(k, cos_sin)
+        scored = self.backend.attend(q, k, v, spec, batch, state)
+        output: Tensor = self.o_proj(scored.reshape(x.shape[0], -1))
+        return output
+
+
+class Block(nn.Module):
+    """Attention and MLP with their residuals; `norm_placement` says where the norms stand."""
+
+    attention_norm: nn.Module
+    attention_post_norm: nn.Module
+    mlp_norm: nn.Module
+    mlp_post_norm: nn.Module
+
+    def __init__(self, config: ModelConfig, layer: LayerConfig, rotary: Rotary | None) -> None:
+        super().__init__()
+        self.is_parallel = config.norm_placement == "parallel"
+        self.residual_scale = config.residual_scale
+        self.self_attn = Attention(config, layer, rotary)
+        if layer.has_experts and config.experts is not None:
+            self.mlp: nn.Module = ExpertsLayer(config.hidden_size, config.experts, config.mlp)
+        else:
+            self.mlp = MlpLayer(config.hidden_size, config.mlp)
+        for name in ("attention_norm", "attention_post_norm", "mlp_norm", "mlp_post_norm"):
+            stands = name in config.norm_names()
+            norm = NormLayer(config.norm, config.hidden_size) if stands else nn.Identity()
+            self.add_module(name, norm)
+
+    def forward(
+        self, x: Tensor, batch: ForwardBatch, cos_sin: Tensor | None, state: LayerState | None
+    ) -> Tensor:
+        """(tokens, hidden) -> (tokens, hidden)."""
+        attended = self.self_attn(self.attention_norm(x), batch, cos_sin, state)
+        if self.is_parallel:
+            output: Tensor = x + attended + self.mlp(self.mlp_norm(x))
+            return output
+        x = x + self._scaled(self.attention_post_norm(attended))
+        return x + self._scaled(self.mlp_post_norm(self.mlp(self.mlp_norm(x))))
+
+    def _scaled(self, x: Tensor) -> Tensor:
+        return x if self.residual_scale == 1.0 else x * self.residual_scale
+
+
+class Decoder(nn.Module):
+    """Embedding, blocks, norm and head of one `ModelConfig`.
+
+    Build it on the `meta` device and assign the weights, or `initialise` it to train from nothing.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        ropes = {layer.rope for layer in config.layers if layer.rope is not None}
+        self.rotaries: dict[Rope, Rotary] = {rope: Rotary(rope) for rope in ropes}
+        hidden = config.hidden_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, hidden)
+        if config.has_learned_positions:
+            self.embed_positions = nn.Embedding(config.max_positions, hidden)
+        self.layers = nn.ModuleList(
+            Block(config, layer, self.rotaries[layer.rope] if layer.rope else None)
+            for layer in config.layers
+        )
+        self.norm = NormLayer(config.norm, hidden)
+        self.lm_head = Linear(hidden, config.vocab_size)
+        self.tie()
+
+    def tie(self) -> None:
+        """Let the head share the embedding's weight where the config says so."""
+        if self.config.tie_embeddings:
+            self.lm_head.register_parameter("weight", self.embed_tokens.get_parameter("weight"))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the weights."""
+        return self.embed_tokens.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the embedding is."""
+        return self.embed_tokens.weight.device
+
+    def initialise(self, std: float, generator: torch.Generator) -> None:
+        """Draw matrices from N(0, std²) and set norms to one: the start of a training run."""
+        with torch.no_grad():
+            for parameter in self.parameters():
+                if parameter.dim() == 2:
+                    parameter.normal_(0.0, std, generator=generator)
+                else:
+                    parameter.zero_()
+            for module in self.modules():
+                if isinstance(module, NormLayer):
+                    module.weight.fill_(0.0 if module.norm.unit_offset else 1.0)
+
+    def use_attention(self, name: str) -> dict[str, int]:
+        """Let every layer attend through backend `name` ("auto": the first that fits).
+
+        Returns how many layers use which backend. Raises as `attention.base.choose` does.
+        """
+        layers = [block.self_attn for block in self.layers if isinstance(block, Block)]
+        chosen = [choose(name, layer.spec, self.device, self.dtype) for layer in layers]
+        for layer, backend in zip(layers, chosen, strict=True):
+            layer.backend = backend
+        names = [backend.name for backend in chosen]
+        return {name: names.count(name) for name in dict.fromkeys(names)}
+
+    def new_cache(self, num_sequences: int, capacity: int) -> KVCache:
+        """Return an empty cache for `num_sequences` of up to `capacity` tokens each."""
+        spec = StateSpec(num_kv_heads=self.config.num_kv_heads, head_dim=self.config.head_dim)
+        return KVCache(
+            [spec] * self.config.num_layers,
+            num_sequences=num_sequences,
+            capacity=capacity,
+            dtype=self.dtype,
+            device=self.device,
+        )
+
+    def forward(self, batch: ForwardBatch, cache: KVCache | None = None) -> Tensor:
+        """Return the normed hidden states of the packed tokens, (tokens, hidden).
+
+        With a cache, the tokens' keys and values are appended to their sequences in it.
+        """
+        if cache is not None:
+            cache.advance(batch.slots, batch.query_lengths, batch.sequence_lengths)
+        x = self.embed_tokens(batch.token_ids)
+        if self.config.embedding_scale != 1.0:
+            # Rounded to the weights' dtype first, as Gemma was trained.
+            x = x * torch.tensor(self.config.embedding_scale, dtype=x.dtype)
+        if self.config.has_learned_positions:
+            x = x + self.embed_positions(batch.positions)
+        angles = {rope: rotary.cos_sin(batch, x.dtype) for rope, rotary in self.rotaries.items()}
+        for index, (block, layer) in enumerate(zip(self.layers, self.config.layers, strict=True)):
+            state = cache.states[index] if cache is not None else None
+            x = block(x, batch, angles[layer.rope] if layer.rope else None, state)
+        output: Tensor = self.norm(x)
+        return output
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return the scores of the next token, (rows, vocab) float32, of some hidden states."""
+        scores: Tensor = self.lm_head(hidden).float()
+        if self.config.logit_scale != 1.0:
+            scores = scores * self.config.logit_scale
+        if self.config.logit_softcap is not None:
+            scores = self.config.logit_softcap * torch.tanh(scores / self.config.logit_softcap)
+        return scores

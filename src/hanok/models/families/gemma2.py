@@ -1,0 +1,76 @@
+"""Gemma 2 and 3: Gemma with norms on both sides, windows on most layers, a scale of its own.
+
+Gemma 2 soft-caps scores and logits and alternates window and full; Gemma 3 norms query and key heads,
+has five windowed layers to one full, and turns them at another base.
+"""
+
+from dataclasses import replace
+
+from hanok.models.config import LayerConfig, ModelConfig, Rope
+from hanok.models.family import LLAMA_NAMES, Family
+from hanok.models.keys import Keys, llama_config
+
+
+def read_config(keys: Keys) -> ModelConfig:
+    """Read a Gemma 2 or Gemma 3 (text) config.json."""
+    is_third = keys.model_type == "gemma3_text"
+    head_dim = keys.whole("head_dim", 256)
+    full = keys.rope(head_dim, default_theta=1e6 if is_third else 1e4)
+    config = llama_config(keys, rope=full)
+    keys.demand("use_bidirectional_attention", False, None)
+    keys.ignore("cache_implementation")
+    windowed = _local_rope(keys, head_dim) if is_third else full
+    period = 2
+    if is_third:
+        period = keys.whole("sliding_window_pattern", keys.get("_sliding_window_pattern", 6))
+    default = [
+        "sliding_attention" if (index + 1) % period else "full_attention"
+        for index in range(config.num_layers)
+    ]
+    window = keys.whole("sliding_window", 4096)
+    layers = tuple(
+        LayerConfig(rope=windowed, window=window)
+        if kind == "sliding_attention"
+        else LayerConfig(rope=full)
+        for kind in keys.layer_kinds(config.num_layers, default)
+    )
+    has_bias = keys.flag("attention_bias", False)
+    return replace(
+        config,
+        head_dim=head_dim,
+        layers=layers,
+        norm=replace(config.norm, unit_offset=True),
+        mlp=replace(
+            config.mlp,
+            activation=keys.activation("hidden_activation", default="gelu_pytorch_tanh"),
+        ),
+        norm_placement="sandwich",
+        qk_norm="head" if is_third else None,
+        embedding_scale=config.hidden_size**0.5,
+        attention_scale=keys.number("query_pre_attn_scalar", 256) ** -0.5,
+        attention_softcap=keys.get("attn_logit_softcapping", None if is_third else 50.0),
+        logit_softcap=keys.get("final_logit_softcapping", None if is_third else 30.0),
+        tie_embeddings=keys.flag("tie_word_embeddings", True),
+        has_qkv_bias=has_bias,
+        has_output_bias=has_bias,
+    )
+
+
+def _local_rope(keys: Keys, head_dim: int) -> Rope:
+    """Return the windowed layers' rope; `rope_scaling` speaks of the full layers only."""
+    theta = keys.number("rope_local_base_freq", 10000.0)
+    if isinstance(keys.get("rope_parameters"), dict):
+        return keys.rope(head_dim, kind="sliding_attention", default_theta=theta)
+    return Rope(theta=theta, rotary_dim=head_dim)
+
+
+FAMILY = Family(
+    model_types=("gemma2", "gemma3_text"),
+    read_config=read_config,
+    names={
+        **LLAMA_NAMES,
+        "attention_post_norm": "post_attention_layernorm",
+        "mlp_norm": "pre_feedforward_layernorm",
+        "mlp_post_norm": "post_feedforward_layernorm",
+    },
+)

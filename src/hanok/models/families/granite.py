@@ -1,0 +1,26 @@
+"""Granite 3: Llama with four multipliers, on embeddings, residuals, scores and logits."""
+
+from dataclasses import replace
+
+from hanok.models.config import ModelConfig
+from hanok.models.family import Family
+from hanok.models.keys import Keys, llama_config
+
+
+def read_config(keys: Keys) -> ModelConfig:
+    """Read a Granite config.json."""
+    config = llama_config(keys)
+    has_bias = keys.flag("attention_bias", False)
+    return replace(
+        config,
+        mlp=replace(config.mlp, has_bias=keys.flag("mlp_bias", False)),
+        has_qkv_bias=has_bias,
+        has_output_bias=has_bias,
+        embedding_scale=keys.number("embedding_multiplier", 1.0),
+        residual_scale=keys.number("residual_multiplier", 1.0),
+        attention_scale=keys.number("attention_multiplier", 1.0),
+        logit_scale=1.0 / keys.number("logits_scaling", 1.0),
+    )
+
+
+FAMILY = Family(model_types=("granite",), read_config=read_config)

@@ -1,0 +1,29 @@
+"""Llama 2 and 3.x, Mistral, and the many models that are Llama with other sizes.
+
+Llama may have biases (`attention_bias`, `mlp_bias`); Mistral may see a sliding window.
+"""
+
+from dataclasses import replace
+
+from hanok.models.config import ModelConfig
+from hanok.models.family import Family
+from hanok.models.keys import Keys, llama_config
+
+
+def read_config(keys: Keys) -> ModelConfig:
+    """Read a Llama or Mistral config.json."""
+    config = llama_config(keys)
+    if keys.model_type == "mistral":
+        window = keys.get("sliding_window")
+        layers = tuple(replace(layer, window=window) for layer in config.layers)
+        return replace(config, layers=layers)
+    has_bias = keys.flag("attention_bias", False)
+    return replace(
+        config,
+        has_qkv_bias=has_bias,
+        has_output_bias=has_bias,
+        mlp=replace(config.mlp, has_bias=keys.flag("mlp_bias", False)),
+    )
+
+
+FAMILY = Family(model_types=("llama", "mistral"), read_config=read_config)

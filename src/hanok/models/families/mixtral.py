@@ -1,0 +1,39 @@
+"""Mixtral: Mistral with a softmax router over experts; the chosen weights sum to one."""
+
+from dataclasses import replace
+
+from hanok.models.config import Experts, ModelConfig
+from hanok.models.family import LLAMA_NAMES, Family
+from hanok.models.keys import Keys, llama_config
+
+
+def read_config(keys: Keys) -> ModelConfig:
+    """Read a Mixtral config.json."""
+    config = llama_config(keys)
+    keys.ignore("output_router_logits", "router_aux_loss_coef", "router_jitter_noise")
+    window = keys.get("sliding_window")
+    return replace(
+        config,
+        layers=tuple(replace(layer, window=window, has_experts=True) for layer in config.layers),
+        experts=Experts(
+            num_experts=keys.whole("num_local_experts"),
+            num_experts_per_token=keys.whole("num_experts_per_tok"),
+            intermediate_size=config.mlp.intermediate_size,
+            is_renormalised=True,
+        ),
+    )
+
+
+FAMILY = Family(
+    model_types=("mixtral",),
+    read_config=read_config,
+    names={
+        **LLAMA_NAMES,
+        "mlp.router": "block_sparse_moe.gate",
+        "mlp.experts.{}.gate_up_proj": (
+            "block_sparse_moe.experts.{}.w1",
+            "block_sparse_moe.experts.{}.w3",
+        ),
+        "mlp.experts.{}.down_proj": "block_sparse_moe.experts.{}.w2",
+    },
+)

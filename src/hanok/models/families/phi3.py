@@ -1,0 +1,31 @@
+"""Phi-3, 3.5, 4 and 4-mini: fused projections in the file, longrope, perhaps a partial rotary."""
+
+from dataclasses import replace
+
+from hanok.models.config import ModelConfig
+from hanok.models.family import LLAMA_NAMES, Family
+from hanok.models.keys import Keys, llama_config
+
+
+def read_config(keys: Keys) -> ModelConfig:
+    """Read a Phi-3 config.json."""
+    config = llama_config(keys)
+    keys.ignore("resid_pdrop", "embd_pdrop")
+    keys.demand("attention_bias", False)
+    keys.demand("mlp_bias", False)
+    keys.demand("lm_head_bias", False)
+    keys.demand("full_attn_mod", 1)
+    keys.ignore("interpolate_factor")
+    window = keys.get("sliding_window")
+    return replace(config, layers=tuple(replace(layer, window=window) for layer in config.layers))
+
+
+FAMILY = Family(
+    model_types=("phi3",),
+    read_config=read_config,
+    names={
+        **LLAMA_NAMES,
+        "self_attn.qkv_proj": "self_attn.qkv_proj",
+        "mlp.gate_up_proj": "mlp.gate_up_proj",
+    },
+)

@@ -1,0 +1,47 @@
+"""SmolLM3: Llama without position information in every fourth layer."""
+
+from dataclasses import replace
+
+from hanok.models.config import ModelConfig
+from hanok.models.family import Family
+from hanok.models.keys import Keys, llama_config
+
+
+def read_config(keys: Keys) -> ModelConfig:
+    """Read a SmolLM3 config.json."""
+    head_dim = keys.get("head_dim") or keys.whole("hidden_size") // keys.whole(
+        "num_attention_heads"
+    )
+    config = llama_config(keys, rope=keys.rope(head_dim, default_theta=2e6))
+    period = keys.whole("no_rope_layer_interval", 4)
+    default = [int((index + 1) % period != 0) for index in range(config.num_layers)]
+    turned = keys.get("no_rope_layers", default)  # 1: this layer is rotated
+    window = keys.get("sliding_window")
+    if not keys.flag("use_sliding_window", False):
+        window = None
+    default_kinds = [
+        "sliding_attention" if window is not None and not turns else "full_attention"
+        for turns in turned
+    ]
+    kinds = keys.layer_kinds(config.num_layers, default_kinds)
+    keys.ignore("max_window_layers")
+    layers = tuple(
+        replace(
+            layer,
+            rope=layer.rope if turns else None,
+            window=window if kind == "sliding_attention" else None,
+        )
+        for layer, turns, kind in zip(config.layers, turned, kinds, strict=True)
+    )
+    has_bias = keys.flag("attention_bias", False)
+    return replace(
+        config,
+        layers=layers,
+        mlp=replace(config.mlp, has_bias=keys.flag("mlp_bias", False)),
+        has_qkv_bias=has_bias,
+        has_output_bias=has_bias,
+        tie_embeddings=keys.flag("tie_word_embeddings", True),
+    )
+
+
+FAMILY = Family(model_types=("smollm3",), read_config=read_config)

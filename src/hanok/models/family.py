@@ -1,0 +1,156 @@
+"""A model family as data: how its `config.json` is read, and what its tensors are called in files.
+
+Our own names are Llama's; a family whose files use others says so in `names`, and says in `layouts`
+where a matrix lies differently. `sources` joins both into one answer: which checkpoint tensors each
+parameter is made of. Imports no torch.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Literal
+
+from hanok.errors import CheckpointError
+from hanok.models.config import ModelConfig
+from hanok.models.keys import Keys
+from hanok.registry import discover, nearest_first
+
+# rows: (out, in), parts one after another. columns: (in, out), GPT-2's Conv1D.
+# heads: rows ordered head by head, each with its query, key and value (GPT-NeoX).
+Layout = Literal["rows", "columns", "heads"]
+
+LLAMA_NAMES: Mapping[str, str | tuple[str, ...]] = {
+    "embed_tokens": "model.embed_tokens",
+    "layers": "model.layers",
+    "norm": "model.norm",
+    "lm_head": "lm_head",
+    "attention_norm": "input_layernorm",
+    "mlp_norm": "post_attention_layernorm",
+    "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Family:
+    """One file of `models/families`: `FAMILY = Family(...)` is all the registration there is.
+
+    `names` maps our module paths to the files' (paths inside a block are relative to it, and an
+    expert's number is written `{}`); a tuple lists the parts that a fused weight is made of.
+    `optional_prefix` may be absent from the files; `ignored_tensors` are regular expressions.
+    """
+
+    model_types: tuple[str, ...]
+    read_config: Callable[[Keys], ModelConfig]
+    names: Mapping[str, str | tuple[str, ...]] = field(default_factory=lambda: LLAMA_NAMES)
+    layouts: Mapping[str, Layout] = field(default_factory=dict)
+    ignored_tensors: tuple[str, ...] = (r".*\.rotary_emb\.inv_freq",)
+    optional_prefix: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """How one parameter lies in a checkpoint.
+
+    `rows` are the output rows that each of `names` contributes; `shape` is the parameter's own.
+    `head_rows` are the rows of one head, which the layout "heads" needs.
+    """
+
+    names: tuple[str, ...]
+    rows: tuple[int, ...]
+    shape: tuple[int, ...]
+    head_rows: int
+    layout: Layout = "rows"
+
+    def file_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Return the shape that each of `names` must have in the file."""
+        if self.layout == "columns" and len(self.shape) == 2:
+            return tuple((self.shape[1], rows) for rows in self.rows)
+        return tuple((rows, *self.shape[1:]) for rows in self.rows)
+
+
+@cache
+def families() -> dict[str, Family]:
+    """Return every known family by `model_type`."""
+    found: dict[str, Family] = {}
+    for family in discover("hanok.models.families", "FAMILY").values():
+        found |= dict.fromkeys(family.model_types, family)
+    return found
+
+
+def family_of(config: Mapping[str, object], where: str) -> Family:
+    """Return the family of a `config.json`; `where` names the file in the error."""
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str):
+        raise CheckpointError(
+            f"{where} has no `model_type`, which says how the model is built. "
+            f"Known: {', '.join(sorted(families()))}."
+        )
+    if model_type not in families():
+        known = nearest_first(model_type, list(families()))
+        raise CheckpointError(
+            f"{where} has model_type {model_type!r}, which hanok does not know. "
+            f"Known, the nearest first: {', '.join(known)}."
+        )
+    return families()[model_type]
+
+
+def read_config(config: Mapping[str, object], where: str) -> tuple[Family, ModelConfig]:
+    """Return the family and the `ModelConfig` of a `config.json`; every key must be accounted for."""
+    family = family_of(config, where)
+    keys = Keys(config, where)
+    model_config = family.read_config(keys)
+    keys.refuse_unread()
+    return family, model_config
+
+
+def sources(family: Family, config: ModelConfig, present: Iterable[str]) -> dict[str, Source]:
+    """Return the source of every parameter, by its name in `Decoder`.
+
+    `present` are the checkpoint's tensor names; they only decide whether `optional_prefix` is there.
+    """
+    prefix = family.optional_prefix
+    drop = bool(prefix) and not any(name.startswith(prefix) for name in present)
+    found = {}
+    for name, shape in config.parameter_shapes().items():
+        module, _, leaf = name.rpartition(".")
+        paths = _file_paths(module, family.names)
+        if drop:
+            paths = tuple(path.removeprefix(prefix) for path in paths)
+        key = _layer_relative(module)[1]
+        found[name] = Source(
+            names=tuple(f"{path}.{leaf}" for path in paths),
+            rows=_part_rows(config, key, shape[0], len(paths)),
+            shape=shape,
+            layout=family.layouts.get(key, "rows"),
+            head_rows=config.head_dim,
+        )
+    return found
+
+
+def _layer_relative(module: str) -> tuple[str, str]:
+    """Split "layers.3.mlp.down_proj" into ("layers.3", "mlp.down_proj"); other paths have no first."""
+    match = re.fullmatch(r"(layers\.\d+)\.(.+)", module)
+    return (match[1], match[2]) if match else ("", module)
+
+
+def _file_paths(module: str, names: Mapping[str, str | tuple[str, ...]]) -> tuple[str, ...]:
+    layer, inner = _layer_relative(module)
+    pattern = re.sub(r"(?<=experts\.)\d+", "{}", inner)
+    expert = re.search(r"(?<=experts\.)\d+", inner)
+    target = names.get(pattern, pattern)
+    parts = (target,) if isinstance(target, str) else target
+    if expert:
+        parts = tuple(part.replace("{}", expert[0]) for part in parts)
+    if layer:
+        parts = tuple(f"{names['layers']}.{layer.removeprefix('layers.')}.{part}" for part in parts)
+    return parts
+
+
+def _part_rows(config: ModelConfig, key: str, rows: int, num_parts: int) -> tuple[int, ...]:
+    if num_parts == 1:
+        return (rows,)
+    if key.endswith("qkv_proj"):
+        return config.qkv_sizes
+    return (rows // num_parts,) * num_parts

@@ -1,0 +1,290 @@
+"""Reads a `config.json` and keeps account of it: a key that nobody read is an error, not a silence.
+
+An unread key may be the one that makes the model another model (a new rope, a new norm). A family
+therefore reads each key, demands a value it assumes, or ignores it by name.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from hanok.errors import CheckpointError, UnsupportedError
+from hanok.models.config import (
+    Activation,
+    DynamicScaling,
+    LayerConfig,
+    LinearScaling,
+    Llama3Scaling,
+    LongRopeScaling,
+    Mlp,
+    ModelConfig,
+    Norm,
+    Rope,
+    RopeScaling,
+    YarnScaling,
+)
+
+# What says nothing about the forward pass: provenance, training, and generation defaults that old
+# files keep here.
+IGNORED_KEYS = frozenset(
+    "_name_or_path architectures auto_map model_type transformers_version torch_dtype dtype use_cache"
+    " initializer_range attention_dropout bos_token_id eos_token_id pad_token_id unk_token_id"
+    " sep_token_id tokenizer_class pretraining_tp rope_theta rope_scaling rope_parameters"
+    " output_attentions output_hidden_states return_dict is_decoder task_specific_params"
+    " keys_to_ignore_at_inference problem_type id2label label2id num_labels finetuning_task"
+    " do_sample temperature top_k top_p max_length max_new_tokens repetition_penalty"
+    " gradient_checkpointing _attn_implementation attn_implementation chunk_size_feed_forward"
+    " unsloth_version unsloth_fixed _flash_attn_2_enabled".split()
+)
+ACTIVATIONS: Mapping[str, Activation] = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "relu": "relu",
+}
+_REQUIRED = object()
+
+
+class Keys:
+    """The keys of one `config.json`; every read is remembered."""
+
+    def __init__(self, config: Mapping[str, Any], where: str) -> None:
+        self._config = config
+        self._where = where
+        self._read: set[str] = set()
+
+    @property
+    def model_type(self) -> str:
+        """The `model_type` of the file."""
+        return str(self._config["model_type"])
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """Return the value of a key, `default` when it is absent or null."""
+        self._read.add(name)
+        value = self._config.get(name)
+        return default if value is None else value
+
+    def whole(self, name: str, default: int | object = _REQUIRED) -> int:
+        """Return a positive whole number."""
+        value = self._required(name, default)
+        if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
+            raise self._wrong(name, value, "a positive whole number")
+        return value
+
+    def number(self, name: str, default: float | object = _REQUIRED) -> float:
+        """Return a number."""
+        value = self._required(name, default)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise self._wrong(name, value, "a number")
+        return float(value)
+
+    def flag(self, name: str, default: bool | object = _REQUIRED) -> bool:
+        """Return true or false."""
+        value = self._required(name, default)
+        if not isinstance(value, bool):
+            raise self._wrong(name, value, "true or false")
+        return value
+
+    def demand(self, name: str, *allowed: Any) -> None:
+        """Refuse the file when the key is there with a value that the family does not implement."""
+        value = self.get(name, allowed[0])
+        if value not in allowed:
+            choices = " or ".join(map(repr, allowed))
+            raise UnsupportedError(
+                f"{self._where}: {name} is {value!r}; hanok's {self.model_type} supports {choices}."
+            )
+
+    def ignore(self, *names: str) -> None:
+        """Account for keys that do not change what the model computes."""
+        self._read.update(names)
+
+    def activation(self, *names: str, default: str = "silu") -> Activation:
+        """Return the activation that the first present of `names` names."""
+        values = [value for name in names if (value := self.get(name)) is not None]
+        value = values[0] if values else default
+        if value not in ACTIVATIONS:
+            raise UnsupportedError(
+                f"{self._where}: activation {value!r} is not one of {', '.join(ACTIVATIONS)}."
+            )
+        return ACTIVATIONS[value]
+
+    def layer_kinds(self, num_layers: int, default: list[str]) -> list[str]:
+        """Return "full_attention" or "sliding_attention" for each layer (`layer_types`)."""
+        kinds = self.get("layer_types", default)
+        if not isinstance(kinds, list) or len(kinds) != num_layers:
+            raise self._wrong("layer_types", kinds, f"a list of {num_layers} names")
+        for kind in kinds:
+            if kind not in ("full_attention", "sliding_attention"):
+                raise UnsupportedError(
+                    f"{self._where}: layer_types has {kind!r}; hanok's {self.model_type} supports "
+                    "'full_attention' and 'sliding_attention'."
+                )
+        return kinds
+
+    def rope(
+        self,
+        head_dim: int,
+        *,
+        kind: str = "full_attention",
+        default_theta: float = 10000.0,
+        default_partial: float = 1.0,
+        is_interleaved: bool = False,
+    ) -> Rope:
+        """Return the rotary embedding, from `rope_parameters` or `rope_theta` and `rope_scaling`.
+
+        `kind` picks the entry when `rope_parameters` holds one for each kind of layer.
+        """
+        values: dict[str, Any] = dict(self.get("rope_parameters") or self.get("rope_scaling") or {})
+        if isinstance(values.get(kind), Mapping):
+            values = dict(values[kind])
+        kind_name = values.pop("rope_type", None) or values.pop("type", None) or "default"
+        values.pop("type", None)
+        theta = float(values.pop("rope_theta", None) or self.get("rope_theta") or default_theta)
+        top_partial = self.get("partial_rotary_factor", default_partial)
+        partial = float(values.pop("partial_rotary_factor", None) or top_partial)
+        rotary_dim = int(head_dim * partial)
+        scaling = self._scaling(kind_name, values, rotary_dim)
+        if values and kind_name != "default":
+            raise UnsupportedError(
+                f"{self._where}: rope type {kind_name!r} has parameters that hanok does not know: "
+                f"{', '.join(sorted(values))}."
+            )
+        return Rope(
+            theta=theta, rotary_dim=rotary_dim, is_interleaved=is_interleaved, scaling=scaling
+        )
+
+    def _scaling(self, kind: str, values: dict[str, Any], rotary_dim: int) -> RopeScaling | None:
+        max_positions = self.whole("max_position_embeddings")
+        inner_original = values.pop("original_max_position_embeddings", None)
+        # Phi-3 keeps the original length beside the rope, and that one counts.
+        original = self.get("original_max_position_embeddings") or inner_original or max_positions
+        factor = values.pop("factor", None)
+        try:
+            if kind == "default":
+                return None
+            if kind == "linear":
+                return LinearScaling(factor=float(factor))
+            if kind == "dynamic":
+                return DynamicScaling(factor=float(factor), max_positions=max_positions)
+            if kind == "llama3":
+                return Llama3Scaling(
+                    factor=float(factor),
+                    low_freq_factor=float(values.pop("low_freq_factor")),
+                    high_freq_factor=float(values.pop("high_freq_factor")),
+                    original_max_positions=int(original),
+                )
+            ratio = float(factor or max_positions / original)
+            if kind == "yarn":
+                return YarnScaling(
+                    factor=ratio,
+                    original_max_positions=int(original),
+                    attention_factor=_yarn_attention_factor(ratio, values),
+                    beta_fast=float(values.pop("beta_fast", None) or 32),
+                    beta_slow=float(values.pop("beta_slow", None) or 1),
+                    truncate=bool(values.pop("truncate", True)),
+                )
+            if kind in ("longrope", "su"):
+                return self._longrope(values, int(original), ratio, rotary_dim)
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"{self._where}: rope type {kind!r} is incomplete or has a wrong value: {error}."
+            ) from error
+        raise UnsupportedError(
+            f"{self._where}: rope type {kind!r} is not one of default, linear, dynamic, llama3, "
+            "yarn, longrope."
+        )
+
+    def _longrope(
+        self, values: dict[str, Any], original: int, ratio: float, rotary_dim: int
+    ) -> LongRopeScaling:
+        factors = {}
+        for name in ("short_factor", "long_factor"):
+            factors[name] = tuple(float(value) for value in values.pop(name))
+            if len(factors[name]) != rotary_dim // 2:
+                raise CheckpointError(
+                    f"{self._where}: rope {name} has {len(factors[name])} values; "
+                    f"{rotary_dim} rotated components need {rotary_dim // 2}."
+                )
+        grown = math.sqrt(1 + math.log(ratio) / math.log(original)) if ratio > 1 else 1.0
+        given = values.pop("attention_factor", None)
+        return LongRopeScaling(
+            short_factor=factors["short_factor"],
+            long_factor=factors["long_factor"],
+            original_max_positions=original,
+            attention_factor=float(given if given is not None else grown),
+        )
+
+    def refuse_unread(self) -> None:
+        """Raise unless every key was read or is ignored."""
+        if "quantization_config" in self._config and "quantization_config" not in self._read:
+            method = self._config["quantization_config"]
+            name = method.get("quant_method") if isinstance(method, Mapping) else method
+            raise UnsupportedError(
+                f"{self._where}: the checkpoint is quantized ({name!r}). This version reads "
+                "unquantized checkpoints; use the one it was made from."
+            )
+        unread = sorted(set(self._config) - self._read - IGNORED_KEYS)
+        if unread:
+            shown = ", ".join(f"{name} = {self._config[name]!r}" for name in unread)
+            raise UnsupportedError(
+                f"{self._where}: hanok's {self.model_type} does not account for {shown}. If the "
+                "key does not change what the model computes, remove it from config.json; "
+                "otherwise the model would be computed wrongly."
+            )
+
+    def _required(self, name: str, default: Any) -> Any:
+        value = self.get(name, default)
+        if value is _REQUIRED:
+            raise CheckpointError(f"{self._where} has no {name}; {self.model_type} needs it.")
+        return value
+
+    def _wrong(self, name: str, value: Any, expected: str) -> CheckpointError:
+        return CheckpointError(f"{self._where}: {name} is {value!r}; it must be {expected}.")
+
+
+def llama_config(keys: Keys, *, rope: Rope | None = None) -> ModelConfig:
+    """Read the keys that Llama and its descendants share; families `replace` what differs.
+
+    All layers see everything and share one rope. `rope` is given where a family reads it otherwise.
+    """
+    hidden, heads = keys.whole("hidden_size"), keys.whole("num_attention_heads")
+    head_dim = keys.get("head_dim") or hidden // heads
+    layer = LayerConfig(rope=rope or keys.rope(head_dim))
+    return ModelConfig(
+        model_type=keys.model_type,
+        vocab_size=keys.whole("vocab_size"),
+        hidden_size=hidden,
+        num_heads=heads,
+        num_kv_heads=keys.whole("num_key_value_heads", heads),
+        head_dim=head_dim,
+        max_positions=keys.whole("max_position_embeddings"),
+        norm=Norm(kind="rms", eps=keys.number("rms_norm_eps", 1e-6)),
+        mlp=Mlp(
+            intermediate_size=keys.whole("intermediate_size"),
+            activation=keys.activation("hidden_activation", "hidden_act"),
+        ),
+        layers=(layer,) * keys.whole("num_hidden_layers"),
+        tie_embeddings=keys.flag("tie_word_embeddings", False),
+        dtype=declared_dtype(keys),
+    )
+
+
+def declared_dtype(keys: Keys) -> str | None:
+    """Return the torch name of the dtype that the file declares (`dtype`, once `torch_dtype`)."""
+    value = keys.get("dtype") or keys.get("torch_dtype")
+    return str(value).removeprefix("torch.") if value else None
+
+
+def _yarn_attention_factor(factor: float, values: dict[str, Any]) -> float:
+    given = values.pop("attention_factor", None)
+    scale, scale_all = values.pop("mscale", None), values.pop("mscale_all_dim", None)
+    if given is not None:
+        return float(given)
+
+    def grown(scale: float) -> float:
+        return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+    return grown(scale) / grown(scale_all) if scale and scale_all else grown(1.0)

@@ -1,0 +1,97 @@
+"""The parts of a block. Axis words: tokens, heads, kv_heads, head_dim, hidden, vocab, out, in.
+
+All activations are packed, (tokens, …); none of these parts knows where a sequence ends.
+"""
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hanok.models.config import Activation, Experts, Mlp, Norm
+from hanok.models.linear import Linear
+
+ACTIVATIONS: Mapping[Activation, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+}
+
+
+class NormLayer(nn.Module):
+    """RMSNorm (arXiv 1910.07467) or LayerNorm over the last axis, computed in float32."""
+
+    bias: nn.Parameter | None
+
+    def __init__(self, norm: Norm, size: int, *, has_bias: bool | None = None) -> None:
+        super().__init__()
+        self.norm = norm
+        self.weight = nn.Parameter(torch.empty(size))
+        with_bias = norm.has_bias if has_bias is None else has_bias
+        self.bias = nn.Parameter(torch.empty(size)) if with_bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, size) -> (…, size)."""
+        shape, eps = (x.shape[-1],), self.norm.eps
+        if self.norm.kind == "layer":
+            return F.layer_norm(x, shape, self.weight, self.bias, eps)
+        if self.norm.unit_offset:  # 1 + weight is rounded away in bfloat16
+            return F.rms_norm(x.float(), shape, 1.0 + self.weight.float(), eps).type_as(x)
+        return F.rms_norm(x, shape, self.weight, eps)
+
+
+class MlpLayer(nn.Module):
+    """down(activation(gate(x)) * up(x)); without a gate down(activation(up(x)))."""
+
+    def __init__(self, hidden_size: int, mlp: Mlp) -> None:
+        super().__init__()
+        size, bias = mlp.intermediate_size, mlp.has_bias
+        self.activation = ACTIVATIONS[mlp.activation]
+        self.is_gated = mlp.is_gated
+        if mlp.is_gated:
+            self.gate_up_proj = Linear(hidden_size, 2 * size, has_bias=bias)
+        else:
+            self.up_proj = Linear(hidden_size, size, has_bias=bias)
+        self.down_proj = Linear(size, hidden_size, has_bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(tokens, hidden) -> (tokens, hidden)."""
+        if self.is_gated:
+            gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+            inner = self.activation(gate) * up
+        else:
+            inner = self.activation(self.up_proj(x))
+        output: Tensor = self.down_proj(inner)
+        return output
+
+
+class ExpertsLayer(nn.Module):
+    """A router's softmax picks experts for each token; their outputs are added, weighted.
+
+    Each expert multiplies only the tokens that chose it.
+    """
+
+    def __init__(self, hidden_size: int, experts: Experts, mlp: Mlp) -> None:
+        super().__init__()
+        self.num_chosen = experts.num_experts_per_token
+        self.is_renormalised = experts.is_renormalised
+        inner = Mlp(intermediate_size=experts.intermediate_size, activation=mlp.activation)
+        self.router = Linear(hidden_size, experts.num_experts)
+        self.experts = nn.ModuleList(
+            MlpLayer(hidden_size, inner) for _ in range(experts.num_experts)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(tokens, hidden) -> (tokens, hidden)."""
+        weights, chosen = self.router(x).float().softmax(-1).topk(self.num_chosen, dim=-1)
+        if self.is_renormalised:
+            weights = weights / weights.sum(-1, keepdim=True)
+        weights = weights.to(x.dtype)
+        output = torch.zeros_like(x)
+        for expert in chosen.unique().tolist():
+            tokens, rank = (chosen == expert).nonzero(as_tuple=True)
+            part = self.experts[expert](x[tokens]) * weights[tokens, rank, None]
+            output = output.index_add(0, tokens, part)
+        return output

@@ -1,0 +1,95 @@
+"""Every weight product goes through `Linear`, and every unquantized one through `dense`.
+
+On a GPU, and for float32, `dense` is torch's own product. For bfloat16 on a CPU torch calls oneDNN,
+which for one token reads the weights at half the speed of memory, and on processors without bfloat16
+instructions computes many tokens at a fifth of the float32 rate. What is faster was measured
+(benchmarks/linear.py) and depends on the processor alone, so that a result never depends on a
+stopwatch:
+
+| processor          | 1 token             | more tokens                                            |
+|--------------------|---------------------|--------------------------------------------------------|
+| with bfloat16      | torch, oneDNN off   | torch (oneDNN)                                         |
+| without bfloat16   | matrix times vector | weights widened to float32, a block of rows at a time  |
+"""
+
+import platform
+from functools import cache
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+# Rows widened at a time: few enough to stay in L2 when the product is short, enough to keep the
+# float32 product busy when it is long (measured: 256 and 1024 rows of 2048 columns).
+FEW_TOKENS, FEW_TOKENS_ROWS, MANY_TOKENS_ROWS = 32, 256, 1024
+
+Product = Literal["torch", "torch without oneDNN", "vector", "widened"]
+
+
+@cache
+def has_bfloat16_instructions() -> bool:
+    """Return whether this CPU multiplies bfloat16 natively (AVX512_BF16 or AMX)."""
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def choose_product(weight: Tensor, num_tokens: int) -> Product:
+    """Return how `dense` multiplies `num_tokens` rows with this weight."""
+    needs_grad = torch.is_grad_enabled() and weight.requires_grad
+    if weight.dtype is not torch.bfloat16 or weight.device.type != "cpu" or needs_grad:
+        return "torch"
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return "torch"
+    if has_bfloat16_instructions():
+        return "torch without oneDNN" if num_tokens == 1 else "torch"
+    return "vector" if num_tokens == 1 else "widened"
+
+
+def dense(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return x @ weight.T + bias.
+
+    x: (tokens, in)   weight: (out, in)   bias: (out,)   returns: (tokens, out), in x's dtype.
+    """
+    match choose_product(weight, x.shape[0]):
+        case "vector":
+            row = x[0]
+            product = torch.mv(weight, row) if bias is None else torch.addmv(bias, weight, row)
+            return product[None]
+        case "torch without oneDNN":
+            with torch.backends.mkldnn.flags(enabled=False):
+                return F.linear(x, weight, bias)
+        case "widened":
+            return _widened(x, weight, bias)
+        case _:
+            return F.linear(x, weight, bias)
+
+
+def _widened(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Multiply in float32, widening a block of rows at a time into one buffer."""
+    rows = FEW_TOKENS_ROWS if x.shape[0] <= FEW_TOKENS else MANY_TOKENS_ROWS
+    wide_x = x.float()
+    buffer = torch.empty(min(rows, weight.shape[0]), weight.shape[1])
+    output = x.new_empty(x.shape[0], weight.shape[0])
+    for start in range(0, weight.shape[0], rows):
+        block = weight[start : start + rows]
+        wide = buffer[: block.shape[0]].copy_(block)
+        product = wide_x @ wide.t()
+        if bias is not None:
+            product += bias[start : start + rows]
+        output[:, start : start + rows] = product
+    return output
+
+
+class Linear(nn.Module):
+    """A weight (out, in) and perhaps a bias (out,)."""
+
+    bias: nn.Parameter | None
+
+    def __init__(self, in_features: int, out_features: int, *, has_bias: bool = False) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.bias = nn.Parameter(torch.empty(out_features)) if has_bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(tokens, in) -> (tokens, out)."""
+        return dense(x, self.weight, self.bias)

@@ -1,0 +1,133 @@
+"""Rotary position embedding and its scalings (arXiv 2104.09864): angles in float32, applied to heads.
+
+`inverse_frequencies` is the formula of each scaling; `Rotary` keeps the cosines and sines. Angles of
+dynamic and longrope scaling depend on the length of the whole sequence (`Rope.angles_for`).
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from hanok.attention.base import ForwardBatch
+from hanok.models.config import (
+    DynamicScaling,
+    LinearScaling,
+    Llama3Scaling,
+    LongRopeScaling,
+    Rope,
+    YarnScaling,
+)
+
+
+def inverse_frequencies(rope: Rope, num_tokens: int) -> tuple[Tensor, float]:
+    """Return the angle per position of each pair, (rotary_dim / 2,) float32, and a factor on cos, sin.
+
+    `num_tokens` is the length of the sequence, which only dynamic and longrope scaling look at.
+    """
+    dim, theta = rope.rotary_dim, rope.theta
+    exponents = torch.arange(0, dim, 2, dtype=torch.float32) / dim
+    match rope.scaling:
+        case None:
+            return 1.0 / theta**exponents, 1.0
+        case LinearScaling(factor=factor):
+            return 1.0 / theta**exponents / factor, 1.0
+        case DynamicScaling(factor=factor, max_positions=limit):
+            grown = factor * max(num_tokens, limit) / limit - (factor - 1)
+            return 1.0 / (theta * grown ** (dim / (dim - 2))) ** exponents, 1.0
+        case Llama3Scaling() as scaling:
+            return _llama3(1.0 / theta**exponents, scaling), 1.0
+        case YarnScaling() as scaling:
+            return _yarn(theta**exponents, rope, scaling), scaling.attention_factor
+        case LongRopeScaling() as scaling:
+            is_long = num_tokens > scaling.original_max_positions
+            factors = scaling.long_factor if is_long else scaling.short_factor
+            return 1.0 / (torch.tensor(factors) * theta**exponents), scaling.attention_factor
+
+
+def _llama3(frequencies: Tensor, scaling: Llama3Scaling) -> Tensor:
+    wavelengths = 2 * math.pi / frequencies
+    original = scaling.original_max_positions
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    ramp = ((original / wavelengths - low) / (high - low)).clamp(0, 1)
+    return (1 - ramp) * frequencies / scaling.factor + ramp * frequencies
+
+
+def _yarn(periods: Tensor, rope: Rope, scaling: YarnScaling) -> Tensor:
+    def pair_of(num_rotations: float) -> float:
+        """Return the index of the pair that turns so often within the original length."""
+        turns = scaling.original_max_positions / (num_rotations * 2 * math.pi)
+        return rope.rotary_dim * math.log(turns) / (2 * math.log(rope.theta))
+
+    low, high = pair_of(scaling.beta_fast), pair_of(scaling.beta_slow)
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, rope.rotary_dim - 1)
+    high += 0.001 if low == high else 0
+    ramp = ((torch.arange(len(periods), dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
+    return ramp / (scaling.factor * periods) + (1 - ramp) / periods
+
+
+class Rotary:
+    """Cosines and sines of one `Rope`, kept in tables that grow with the longest position seen."""
+
+    def __init__(self, rope: Rope) -> None:
+        self.rope = rope
+        self._tables: dict[object, tuple[int, Tensor]] = {}
+
+    def cos_sin(self, batch: ForwardBatch, dtype: torch.dtype) -> Tensor:
+        """Return the packed tokens' cosines and sines, (2, tokens, 1, rotary_dim) in `dtype`."""
+        chosen = {self.rope.angles_for(length) for length in batch.sequence_lengths}
+        if len(chosen) == 1:
+            table = self._table(chosen.pop(), max(batch.key_lengths), batch.positions.device, dtype)
+            return table[:, batch.positions]
+        parts, start = [], 0
+        for count, keys, length in zip(
+            batch.query_lengths, batch.key_lengths, batch.sequence_lengths, strict=True
+        ):
+            positions = batch.positions[start : start + count]
+            table = self._table(self.rope.angles_for(length), keys, positions.device, dtype)
+            parts.append(table[:, positions])
+            start += count
+        return torch.cat(parts, dim=1)
+
+    def _table(
+        self, angles_for: int, num_positions: int, device: torch.device, dtype: torch.dtype
+    ) -> Tensor:
+        """Return the table for at least `num_positions`, (2, positions, 1, rotary_dim).
+
+        Only the angles asked for last are kept for each device and dtype.
+        """
+        key = (device, dtype)
+        kept_for, table = self._tables.get(key, (-1, torch.empty(2, 0)))
+        if kept_for != angles_for or table.shape[1] < num_positions:
+            size = 1 << max(num_positions - 1, 63).bit_length()
+            frequencies, factor = inverse_frequencies(self.rope, angles_for)
+            angles = torch.outer(torch.arange(size, dtype=torch.float32), frequencies)
+            if self.rope.is_interleaved:
+                angles = angles.repeat_interleave(2, dim=-1)
+            else:
+                angles = torch.cat([angles, angles], dim=-1)
+            table = torch.stack([angles.cos(), angles.sin()])[:, :, None] * factor
+            table = table.to(device=device, dtype=dtype)
+            self._tables[key] = (angles_for, table)
+        return table
+
+    def rotate(self, heads: Tensor, cos_sin: Tensor) -> Tensor:
+        """Return heads turned by their positions' angles; components past rotary_dim are kept.
+
+        heads: (tokens, heads, head_dim)   cos_sin: (2, tokens, 1, rotary_dim)
+        """
+        cos, sin = cos_sin[0], cos_sin[1]
+        dim = self.rope.rotary_dim
+        if dim == heads.shape[-1]:
+            return heads * cos + self._quarter_turn(heads) * sin
+        turned = heads[..., :dim]
+        turned = turned * cos + self._quarter_turn(turned) * sin
+        return torch.cat([turned, heads[..., dim:]], dim=-1)
+
+    def _quarter_turn(self, heads: Tensor) -> Tensor:
+        if self.rope.is_interleaved:
+            return torch.stack([-heads[..., 1::2], heads[..., ::2]], dim=-1).flatten(-2)
+        first, second = heads.chunk(2, dim=-1)
+        return torch.cat([-second, first], dim=-1)

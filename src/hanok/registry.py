@@ -1,0 +1,30 @@
+"""The file is the registration: a plugin is one file of a package that defines one named constant.
+
+`discover` imports every module of a package and collects the constant, so adding a model family or an
+attention backend touches no list. A plugin must therefore import without optional dependencies.
+"""
+
+import importlib
+import pkgutil
+from difflib import get_close_matches
+from typing import Any
+
+
+def discover(package: str, constant: str) -> dict[str, Any]:
+    """Return `{module name: value of the constant}` for the modules of `package` that define it.
+
+    Modules are imported in alphabetical order; the names are the last components ("llama").
+    """
+    module = importlib.import_module(package)
+    found = {}
+    for info in sorted(pkgutil.iter_modules(module.__path__), key=lambda info: info.name):
+        plugin = importlib.import_module(f"{package}.{info.name}")
+        if hasattr(plugin, constant):
+            found[info.name] = getattr(plugin, constant)
+    return found
+
+
+def nearest_first(name: str, known: list[str]) -> list[str]:
+    """Return `known`, the names most like `name` first and the rest in alphabetical order."""
+    close = get_close_matches(name, known, n=5, cutoff=0.4)
+    return close + sorted(set(known) - set(close))

@@ -1,0 +1,559 @@
+"""Every family against transformers: tiny random checkpoints, the same logits.
+
+A case is a transformers config; its weights are random, norms and biases too, so that each one matters.
+`without` switches the family's distinguishing rules off, one at a time, and the logits must then differ:
+a rule that could be lost without a test noticing is not implemented.
+
+Tolerance: all is float32, so only the order of sums differs. Logits here are of the order of 1, and
+sums over at most 128 products differ by a few 1e-6; 1e-4 leaves room for four layers of them.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+from hanok.attention.base import ForwardBatch
+from hanok.checkpoint.files import open_checkpoint
+from hanok.memory.load import load_decoder
+from hanok.models.config import Mlp, ModelConfig, Norm, Rope
+from hanok.models.decoder import Decoder
+from hanok.models.family import families
+
+TOLERANCE = 1e-4
+# What a switched-off rule must change the logits by, at the least: far above the tolerance.
+VISIBLE = 1e-2
+
+Change = Callable[[ModelConfig], ModelConfig]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    config: str
+    options: Mapping[str, Any]
+    num_tokens: int = 24
+    without: Mapping[str, Change] = field(default_factory=dict)
+    depends_on_length: bool = False
+    drop_prefix: str = ""
+
+
+BASE = {
+    "vocab_size": 97,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+def rope(**scaling: Any) -> dict[str, Any]:
+    return {"rope_theta": 10000.0, **scaling}
+
+
+def ropes(change: Callable[[Rope], Rope | None]) -> Change:
+    def changed(config: ModelConfig) -> ModelConfig:
+        layers = [
+            replace(layer, rope=change(layer.rope) if layer.rope else None)
+            for layer in config.layers
+        ]
+        return replace(config, layers=tuple(layers))
+
+    return changed
+
+
+def with_fields(**values: Any) -> Change:
+    return lambda config: replace(config, **values)
+
+
+def each_layer(**values: Any) -> Change:
+    return lambda config: replace(
+        config, layers=tuple(replace(layer, **values) for layer in config.layers)
+    )
+
+
+def everywhere_turned(config: ModelConfig) -> ModelConfig:
+    turned = next(layer.rope for layer in config.layers if layer.rope)
+    return each_layer(rope=turned)(config)
+
+
+def with_mlp(**values: Any) -> Change:
+    def changed(config: ModelConfig) -> ModelConfig:
+        mlp: Mlp = replace(config.mlp, **values)
+        return replace(config, mlp=mlp)
+
+    return changed
+
+
+def with_norm(**values: Any) -> Change:
+    def changed(config: ModelConfig) -> ModelConfig:
+        norm: Norm = replace(config.norm, **values)
+        return replace(config, norm=norm)
+
+    return changed
+
+
+def with_experts(**values: Any) -> Change:
+    def changed(config: ModelConfig) -> ModelConfig:
+        assert config.experts is not None
+        return replace(config, experts=replace(config.experts, **values))
+
+    return changed
+
+
+no_scaling = ropes(lambda rope: replace(rope, scaling=None))
+whole_rotary = ropes(lambda rope: replace(rope, scaling=None, rotary_dim=16))
+halves = ropes(lambda rope: replace(rope, is_interleaved=False))
+
+LLAMA3 = rope(
+    rope_type="llama3",
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=16,
+)
+LONG = {
+    "short_factor": [1.0 + 0.1 * i for i in range(8)],
+    "long_factor": [2.0 + i for i in range(8)],
+}
+
+CASES = {
+    "llama-mha": Case(
+        config="LlamaConfig",
+        options={"num_key_value_heads": 4},
+        without={"rope": each_layer(rope=None), "eps": with_norm(eps=1e-1)},
+    ),
+    "llama-tied-llama3-rope": Case(
+        config="LlamaConfig",
+        options={"rope_parameters": LLAMA3, "tie_word_embeddings": True},
+        num_tokens=40,
+        without={"llama3 scaling": no_scaling},
+    ),
+    "llama-biases": Case(
+        config="LlamaConfig",
+        options={"attention_bias": True, "mlp_bias": True},
+        without={
+            "qkv bias": with_fields(has_qkv_bias=False),
+            "output bias": with_fields(has_output_bias=False),
+            "mlp bias": with_mlp(has_bias=False),
+        },
+    ),
+    "llama-linear": Case(
+        config="LlamaConfig",
+        options={"rope_parameters": rope(rope_type="linear", factor=4.0)},
+        num_tokens=40,
+        without={"linear scaling": no_scaling},
+    ),
+    "llama-dynamic": Case(
+        config="LlamaConfig",
+        options={
+            "rope_parameters": rope(rope_type="dynamic", factor=4.0),
+            "max_position_embeddings": 16,
+        },
+        num_tokens=28,
+        without={"dynamic scaling": no_scaling},
+        depends_on_length=True,
+    ),
+    "llama-yarn": Case(
+        config="LlamaConfig",
+        options={
+            "rope_parameters": rope(
+                rope_type="yarn", factor=4.0, original_max_position_embeddings=16
+            )
+        },
+        num_tokens=40,
+        without={"yarn scaling": no_scaling},
+    ),
+    "llama-yarn-mscale": Case(
+        config="LlamaConfig",
+        options={
+            "rope_parameters": rope(
+                rope_type="yarn",
+                factor=4.0,
+                original_max_position_embeddings=16,
+                mscale=0.7,
+                mscale_all_dim=1.0,
+                beta_fast=16.0,
+                beta_slow=2.0,
+                truncate=False,
+            )
+        },
+        num_tokens=40,
+        without={"yarn scaling": no_scaling},
+    ),
+    "mistral": Case(
+        config="MistralConfig",
+        options={"sliding_window": 8, "head_dim": 24},
+        without={"window": each_layer(window=None), "one less": each_layer(window=7)},
+    ),
+    "mixtral": Case(
+        config="MixtralConfig",
+        options={"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
+        without={
+            "renormalised": with_experts(is_renormalised=False),
+            "two experts": with_experts(num_experts_per_token=1),
+        },
+    ),
+    "qwen2": Case(
+        config="Qwen2Config",
+        options={"tie_word_embeddings": True},
+        without={"qkv bias": with_fields(has_qkv_bias=False)},
+    ),
+    "qwen2-window": Case(
+        config="Qwen2Config",
+        options={"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2},
+        without={"window above": each_layer(window=None), "full below": each_layer(window=6)},
+    ),
+    "qwen3": Case(
+        config="Qwen3Config",
+        options={"head_dim": 24},
+        without={"norms on heads": with_fields(qk_norm=None)},
+    ),
+    "qwen3_moe": Case(
+        config="Qwen3MoeConfig",
+        options={
+            "head_dim": 16,
+            "num_experts": 6,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 32,
+            "norm_topk_prob": True,
+            "mlp_only_layers": [1],
+        },
+        without={"renormalised": with_experts(is_renormalised=False)},
+    ),
+    "qwen3_moe-not-renormalised": Case(
+        config="Qwen3MoeConfig",
+        options={
+            "head_dim": 16,
+            "num_experts": 6,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 32,
+            "norm_topk_prob": False,
+            "decoder_sparse_step": 2,
+        },
+        without={"not renormalised": with_experts(is_renormalised=True)},
+    ),
+    "gemma": Case(
+        config="GemmaConfig",
+        options={"head_dim": 24, "num_key_value_heads": 1},
+        without={
+            "1 + weight": with_norm(unit_offset=False),
+            "scaled embedding": with_fields(embedding_scale=1.0),
+            "gelu": with_mlp(activation="silu"),
+        },
+    ),
+    "gemma2": Case(
+        config="Gemma2Config",
+        options={
+            "head_dim": 24,
+            "sliding_window": 6,
+            "query_pre_attn_scalar": 20,
+            "attn_logit_softcapping": 2.0,
+            "final_logit_softcapping": 3.0,
+        },
+        without={
+            "score cap": with_fields(attention_softcap=None),
+            "logit cap": with_fields(logit_softcap=None),
+            "query scale": with_fields(attention_scale=24**-0.5),
+            "window": each_layer(window=None),
+            "full": each_layer(window=6),
+            "norms on both sides": with_fields(norm_placement="pre"),
+        },
+    ),
+    "gemma3_text": Case(
+        config="Gemma3TextConfig",
+        options={
+            "head_dim": 24,
+            "sliding_window": 6,
+            "query_pre_attn_scalar": 20,
+            "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2,
+            "num_hidden_layers": 6,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1000000.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+            },
+        },
+        without={
+            "local base": everywhere_turned,
+            "full scaling": no_scaling,
+            "window": each_layer(window=None),
+            "norms on heads": with_fields(qk_norm=None),
+            "norms on both sides": with_fields(norm_placement="pre"),
+        },
+    ),
+    "phi3": Case(
+        config="Phi3Config",
+        options={"sliding_window": 8},
+        without={"window": each_layer(window=None)},
+    ),
+    "phi3-longrope": Case(
+        config="Phi3Config",
+        options={
+            "rope_parameters": rope(rope_type="longrope", **LONG),
+            "original_max_position_embeddings": 16,
+        },
+        num_tokens=28,
+        without={"longrope": no_scaling},
+        depends_on_length=True,
+    ),
+    "phi3-partial": Case(
+        config="Phi3Config",
+        options={"rope_parameters": rope(rope_type="default", partial_rotary_factor=0.75)},
+        without={"partial rotary": whole_rotary},
+    ),
+    "olmo2": Case(
+        config="Olmo2Config",
+        options={},
+        without={
+            "norms after": with_fields(norm_placement="pre"),
+            "norms on query and key": with_fields(qk_norm=None),
+        },
+    ),
+    "smollm3": Case(
+        config="SmolLM3Config",
+        options={"no_rope_layer_interval": 2},
+        without={"layers without rope": everywhere_turned},
+    ),
+    "granite": Case(
+        config="GraniteConfig",
+        options={
+            "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.4,
+            "attention_multiplier": 0.1,
+            "logits_scaling": 0.5,
+        },
+        without={
+            "embedding": with_fields(embedding_scale=1.0),
+            "residual": with_fields(residual_scale=1.0),
+            "attention": with_fields(attention_scale=16**-0.5),
+            "logits": with_fields(logit_scale=1.0),
+        },
+    ),
+    "glm4": Case(
+        config="Glm4Config",
+        options={"head_dim": 24},
+        without={
+            "interleaved": halves,
+            "norms on both sides": with_fields(norm_placement="pre"),
+            "half a head": ropes(lambda rope: replace(rope, rotary_dim=24)),
+        },
+    ),
+    "gpt_neox": Case(
+        config="GPTNeoXConfig",
+        options={"rope_parameters": rope(rope_type="default", partial_rotary_factor=0.25)},
+        without={
+            "parallel": with_fields(norm_placement="pre"),
+            "partial rotary": whole_rotary,
+            "exact gelu": with_mlp(activation="silu"),
+            "layer norm": with_norm(kind="rms"),
+        },
+    ),
+    "gpt_neox-sequential": Case(
+        config="GPTNeoXConfig",
+        options={"use_parallel_residual": False},
+        without={"sequential": with_fields(norm_placement="parallel")},
+    ),
+    "exaone4": Case(
+        config="Exaone4Config",
+        options={"sliding_window": 6, "sliding_window_pattern": 4},
+        without={
+            "full without rope": everywhere_turned,
+            "window": each_layer(window=None),
+            "norms after": with_fields(norm_placement="pre"),
+            "norms on heads": with_fields(qk_norm=None),
+        },
+    ),
+    "exaone4-no-window": Case(
+        config="Exaone4Config",
+        options={"sliding_window": None, "layer_types": ["full_attention"] * 4},
+        without={"rope": each_layer(rope=None)},
+    ),
+    "gpt2": Case(
+        config="GPT2Config",
+        options={"n_inner": 96},
+        without={
+            "learned positions": with_fields(has_learned_positions=False),
+            "gelu": with_mlp(activation="relu"),
+            "layer norm": with_norm(kind="rms"),
+        },
+    ),
+    "gpt2-without-prefix": Case(
+        config="GPT2Config", options={"n_inner": 96}, drop_prefix="transformer."
+    ),
+}
+
+# Config classes that spell the shared sizes otherwise, or have no such size.
+RENAMED: Mapping[str, Mapping[str, str | None]] = {
+    "GPTNeoXConfig": {"num_key_value_heads": None},
+    "GPT2Config": {
+        "hidden_size": "n_embd",
+        "num_hidden_layers": "n_layer",
+        "num_attention_heads": "n_head",
+        "max_position_embeddings": "n_positions",
+        "intermediate_size": None,
+        "num_key_value_heads": None,
+    },
+}
+
+
+@dataclass(frozen=True)
+class Built:
+    folder: Path
+    model: Any
+    tokens: list[int]
+
+
+def hf_config(case: Case) -> Any:
+    options = {}
+    names = RENAMED.get(case.config, {})
+    for name, value in BASE.items():
+        new_name = names.get(name, name)
+        if new_name is not None:
+            options[new_name] = value
+    return getattr(transformers, case.config)(**(options | case.options))
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Built]:
+    made: dict[str, Built] = {}
+
+    def build(name: str) -> Built:
+        if name not in made:
+            made[name] = save_random(CASES[name], tmp_path_factory.mktemp(name))
+        return made[name]
+
+    return build
+
+
+def save_random(case: Case, folder: Path) -> Built:
+    config = hf_config(case)
+    config._attn_implementation = "eager"
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.3)
+            else:
+                scale = 1.5 * parameter.shape[-1] ** -0.5
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+    model.save_pretrained(folder)
+    if case.drop_prefix:
+        rename_tensors(folder, lambda name: name.removeprefix(case.drop_prefix))
+    tokens = torch.randint(3, 97, (case.num_tokens,), generator=generator).tolist()
+    return Built(folder=folder, model=model, tokens=tokens)
+
+
+def rename_tensors(folder: Path, rename: Callable[[str], str]) -> None:
+    from safetensors.torch import load_file, save_file
+
+    path = folder / "model.safetensors"
+    save_file({rename(name): tensor for name, tensor in load_file(path).items()}, path)
+
+
+def hanok_decoder(folder: Path, attention: str = "auto") -> Decoder:
+    return load_decoder(open_checkpoint(folder), dtype="float32", attention=attention).decoder
+
+
+@torch.inference_mode()
+def oracle(built: Built, tokens: list[int]) -> Tensor:
+    logits: Tensor = built.model(torch.tensor([tokens]), use_cache=False).logits[0].float()
+    return logits
+
+
+@torch.inference_mode()
+def prefill(decoder: Decoder, tokens: list[int]) -> Tensor:
+    return decoder.logits(decoder(ForwardBatch.of([tokens])))
+
+
+def test_every_known_model_type_has_a_case() -> None:
+    tested = {hf_config(case).model_type for case in CASES.values()}
+    assert tested == set(families())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_prefill_is_transformers(name: str, built: Callable[[str], Built]) -> None:
+    made = built(name)
+    expected = oracle(made, made.tokens)
+    torch.testing.assert_close(
+        prefill(hanok_decoder(made.folder), made.tokens), expected, atol=TOLERANCE, rtol=0
+    )
+    assert expected.std() > 0.1  # logits that say something
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("name", CASES)
+@torch.inference_mode()
+def test_token_by_token_is_transformers(
+    name: str, attention: str, built: Callable[[str], Built]
+) -> None:
+    made, case = built(name), CASES[name]
+    if attention == "sdpa" and "attn_logit_softcapping" in case.options:
+        pytest.skip("sdpa cannot soft-cap scores")
+    decoder = hanok_decoder(made.folder, attention)
+    cache = decoder.new_cache(1, len(made.tokens))
+    rows = []
+    for end in range(1, len(made.tokens) + 1):
+        # What was computed for other angles is computed again, as generation does.
+        if not decoder.config.shares_angles(cache.computed_for[0], end):
+            cache.truncate(0, 0)
+        past = cache.lengths[0]
+        hidden = decoder(ForwardBatch.of([made.tokens[past:end]], past=[past]), cache)
+        rows.append(decoder.logits(hidden[-1:])[0])
+    if case.depends_on_length:
+        # Each length has its own angles, so each step is compared with a prefill of its own.
+        expected = torch.stack(
+            [oracle(made, made.tokens[: end + 1])[-1] for end in range(len(made.tokens))]
+        )
+    else:
+        expected = oracle(made, made.tokens)
+    torch.testing.assert_close(torch.stack(rows), expected, atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("name", CASES)
+@torch.inference_mode()
+def test_packed_sequences_and_chunks_are_each_alone(
+    name: str, built: Callable[[str], Built]
+) -> None:
+    """Three sequences of unequal length in one batch, then more tokens of each in another."""
+    made = built(name)
+    decoder = hanok_decoder(made.folder)
+    whole = [made.tokens, made.tokens[3:14], made.tokens[::-1][:17]]
+    first = [made.tokens[:20], made.tokens[3:4], made.tokens[::-1][:9]]
+    lengths = [len(tokens) for tokens in whole]
+    cache = decoder.new_cache(3, len(made.tokens))
+    decoder(ForwardBatch.of(first, sequence_lengths=lengths), cache)
+    rest = [tokens[len(start) :] for tokens, start in zip(whole, first, strict=True)]
+    batch = ForwardBatch.of(rest, past=[len(start) for start in first])
+    together = decoder.logits(decoder(batch, cache))[batch.last_tokens()]
+    uncached = ForwardBatch.of(whole)
+    packed = decoder.logits(decoder(uncached))[uncached.last_tokens()]
+    for index, tokens in enumerate(whole):
+        expected = oracle(made, tokens)[-1]
+        torch.testing.assert_close(together[index], expected, atol=TOLERANCE, rtol=0)
+        torch.testing.assert_close(packed[index], expected, atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "rule"), [(name, rule) for name, case in CASES.items() for rule in case.without]
+)
+def test_a_switched_off_rule_is_noticed(
+    name: str, rule: str, built: Callable[[str], Built]
+) -> None:
+    made = built(name)
+    right = hanok_decoder(made.folder)
+    wrong = Decoder(CASES[name].without[rule](right.config))
+    wrong.initialise(0.02, torch.Generator().manual_seed(0))  # norms that `right` has not are ones
+    wrong.load_state_dict(right.state_dict(), strict=False)
+    wrong.use_attention("auto")
+    difference = (prefill(wrong, made.tokens) - oracle(made, made.tokens)).abs().max()
+    assert difference > VISIBLE
