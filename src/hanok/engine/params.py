@@ -10,6 +10,11 @@ from typing import Any, TypedDict
 from hanok.errors import OptionError
 from hanok.registry import nearest_first
 
+# What a checkpoint's generation_config.json decides: always, and only where it says `do_sample`.
+ALWAYS_READ = ("repetition_penalty", "max_new_tokens")
+READ_WHEN_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p")
+GENERATION_CONFIG_FIELDS = ALWAYS_READ + READ_WHEN_SAMPLING
+
 
 class SamplingOptions(TypedDict, total=False):
     """The keyword arguments of `generate` and `stream`; see `SamplingParams` for each."""
@@ -56,7 +61,7 @@ class SamplingParams:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     """Added to the scores of these token ids."""
     seed: int | None = None
-    """Fixes the draws; None: a new one each time."""
+    """Fixes the draws; without one each run draws anew."""
     stop: tuple[str, ...] = ()
     """Texts that end the generation; they are not part of the answer."""
     stop_token_ids: tuple[int, ...] = ()
@@ -117,11 +122,9 @@ def from_generation_config(values: Mapping[str, Any]) -> SamplingParams:
 
     Without `do_sample` they are greedy, whatever temperature the file names, as in transformers.
     """
-    names = ["repetition_penalty", "max_new_tokens"]
-    options: dict[str, Any] = {}
-    if values.get("do_sample"):
-        options["temperature"] = 1.0
-        names += ["temperature", "top_k", "top_p", "min_p", "typical_p"]
+    samples = bool(values.get("do_sample"))
+    options: dict[str, Any] = {"temperature": 1.0} if samples else {}
+    names = GENERATION_CONFIG_FIELDS if samples else ALWAYS_READ
     options |= {name: values[name] for name in names if values.get(name) is not None}
     return SamplingParams().updated(options)
 

@@ -13,11 +13,12 @@ from math import prod
 import torch
 from torch import Tensor
 
+from hanok.attention.base import AUTO_ORDER, why_not_table
 from hanok.checkpoint.files import Checkpoint, TensorRef
 from hanok.errors import CheckpointError, OptionError, UnsupportedError
 from hanok.memory.tensors import Arena, MappedFiles, dtype_of, read_into
 from hanok.models.config import DTYPE_BYTES, ModelConfig
-from hanok.models.decoder import Decoder
+from hanok.models.decoder import Block, Decoder
 from hanok.models.family import Family, Source, read_config, sources
 
 Progress = Callable[[int], None]
@@ -78,13 +79,27 @@ def load_decoder(
             progress(weight.nbytes)
     decoder.tie()
     decoder.eval()
+    used = decoder.use_attention(attention)
+    notes += _fallback_notes(decoder, attention, used)
     report = LoadReport(
         mapped_bytes=placer.mapped_bytes,
         copied_bytes=placer.copied_bytes,
-        attention=decoder.use_attention(attention),
+        attention=used,
         notes=tuple(notes),
     )
     return Loaded(decoder=decoder, family=family, sources=table, report=report)
+
+
+def _fallback_notes(decoder: Decoder, attention: str, used: Mapping[str, int]) -> list[str]:
+    """Say which layers do not get the backend that "auto" tries first, and why."""
+    preferred = AUTO_ORDER[0]
+    if attention != "auto" or set(used) == {preferred}:
+        return []
+    specs = {block.self_attn.spec for block in decoder.layers if isinstance(block, Block)}
+    tables = [why_not_table(spec, decoder.device, decoder.dtype) for spec in specs]
+    reasons = {reason for table in tables if (reason := table[preferred])}
+    others = ", ".join(f"{name} in {count} layers" for name, count in used.items())
+    return [f"attention: {others}, because {preferred} {' and '.join(sorted(reasons))}"]
 
 
 def account_for(

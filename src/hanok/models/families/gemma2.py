@@ -18,7 +18,7 @@ def read_config(keys: Keys) -> ModelConfig:
     full = keys.rope(head_dim, default_theta=1e6 if is_third else 1e4)
     config = llama_config(keys, rope=full)
     keys.demand("use_bidirectional_attention", False, None)
-    keys.ignore("cache_implementation")
+    keys.ignore("cache_implementation", "sliding_window_size")
     windowed = _local_rope(keys, head_dim) if is_third else full
     period = 2
     if is_third:

@@ -9,6 +9,7 @@ def read_config(keys: Keys) -> ModelConfig:
     """Read a GPT-2 config.json."""
     hidden, heads = keys.whole("n_embd"), keys.whole("n_head")
     keys.ignore("n_ctx", "resid_pdrop", "embd_pdrop", "attn_pdrop", "reorder_and_upcast_attn")
+    keys.ignore("n_special", "predict_special_tokens")
     keys.ignore(*(f"summary_{name}" for name in _SUMMARY))
     keys.demand("add_cross_attention", False)
     scales = keys.flag("scale_attn_weights", True)

@@ -17,6 +17,8 @@ def read_config(keys: Keys) -> ModelConfig:
         window = keys.get("sliding_window")
         layers = tuple(replace(layer, window=window) for layer in config.layers)
         return replace(config, layers=layers)
+    keys.ignore("is_llama_config", "transformers.js_config")
+    keys.demand("rope_interleaved", False)
     has_bias = keys.flag("attention_bias", False)
     return replace(
         config,

@@ -1,0 +1,5 @@
+"""`python -m hanok` is the `hanok` command."""
+
+from hanok.cli.main import main
+
+main()

@@ -1,0 +1,54 @@
+"""The `hanok` command: one verb, one file of `cli/verbs`, one call into the package.
+
+Verbs import torch and rich when they run, not when they are listed, so `hanok --help` is immediate.
+"""
+
+import sys
+from typing import Any
+
+import click
+
+from hanok import __version__
+from hanok.errors import HanokError
+from hanok.registry import discover, nearest_first
+
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+
+
+class Verbs(click.Group):
+    """The verbs that the files of `cli/verbs` define as `COMMAND`."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the names of all verbs."""
+        return sorted(discover("hanok.cli.verbs", "COMMAND"))
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Return a verb's command, None for an unknown one."""
+        found: dict[str, click.Command] = discover("hanok.cli.verbs", "COMMAND")
+        return found.get(cmd_name)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Name the nearest verbs when there is none of that name."""
+        known = self.list_commands(ctx)
+        if args and args[0] not in known and not args[0].startswith("-"):
+            ctx.fail(
+                f"there is no verb {args[0]!r}. Verbs: {', '.join(nearest_first(args[0], known))}"
+            )
+        return super().resolve_command(ctx, args)
+
+
+@click.command(cls=Verbs, context_settings=CONTEXT)
+@click.version_option(__version__, prog_name="hanok")
+def cli() -> None:
+    """Take an open-weight language model from a Hugging Face checkpoint on disk to production."""
+
+
+def main(args: list[str] | None = None) -> Any:
+    """Run the command line; errors that hanok raises on purpose become one message and an exit code."""
+    try:
+        return cli.main(args=args, prog_name="hanok")
+    except HanokError as error:
+        click.echo(f"hanok: {error}", err=True)
+        sys.exit(error.exit_code)

@@ -1,0 +1,149 @@
+"""Options that several verbs share, and what the verbs do with them.
+
+Sampling options are made from the fields of `SamplingParams`: their names, types and the texts under
+them, so that the command line, Python and the documentation cannot disagree.
+"""
+
+import ast
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, Field, fields
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from hanok import BUNDLED
+from hanok.cli.progress import bytes_bar
+from hanok.engine.params import GENERATION_CONFIG_FIELDS, SamplingOptions, SamplingParams
+
+if TYPE_CHECKING:
+    from hanok.engine.model import Model
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+# Named otherwise on the command line, where one value is given at a time.
+MULTIPLE = ("stop", "stop_token_ids", "logit_bias")
+
+
+def field_texts(owner: type) -> dict[str, str]:
+    """Return the text that stands under each field of a dataclass."""
+    definition = ast.parse(inspect.getsource(owner)).body[0]
+    body = definition.body if isinstance(definition, ast.ClassDef) else []
+    texts = {}
+    for line, below in pairwise(body):
+        if isinstance(line, ast.AnnAssign) and isinstance(below, ast.Expr):
+            text = ast.literal_eval(below.value)
+            texts[ast.unparse(line.target)] = " ".join(str(text).split())
+    return texts
+
+
+def model_options(command: Command) -> Command:
+    """Add the options of loading a model."""
+    for option in (
+        click.option(
+            "--threads",
+            type=click.IntRange(min=1),
+            help="CPU threads to compute with.  [default: all cores]",
+        ),
+        click.option(
+            "--attention",
+            default="auto",
+            show_default=True,
+            help="Attention backend; `hanok info` lists them.",
+        ),
+        click.option(
+            "--device",
+            default="cpu",
+            show_default=True,
+            help="Where to compute: cpu, cuda, cuda:1.",
+        ),
+        click.option(
+            "--dtype",
+            type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+            default="auto",
+            show_default=True,
+            help="What to compute in; auto: what the checkpoint declares.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def sampling_options(command: Command) -> Command:
+    """Add one option for each field of `SamplingParams`."""
+    texts = field_texts(SamplingParams)
+    for item in reversed(fields(SamplingParams)):
+        command = _sampling_option(item, texts[item.name])(command)
+    return command
+
+
+def _sampling_option(item: "Field[Any]", text: str) -> Callable[[Command], Command]:
+    name = "--" + item.name.replace("_", "-")
+    default = None if item.default is MISSING else item.default
+    is_shown = isinstance(default, int | float) and not isinstance(default, bool)
+    whose = "the checkpoint's, else " if item.name in GENERATION_CONFIG_FIELDS else ""
+    shown = f"  [default: {whose}{default}]" if is_shown else ""
+    if item.name == "logit_bias":
+        return click.option(
+            name, multiple=True, metavar="ID=BIAS", callback=_read_bias, help=f"{text} Repeatable."
+        )
+    if item.name in MULTIPLE:
+        kind: type = int if item.name == "stop_token_ids" else str
+        singular = {"stop_token_ids": "--stop-token-id"}.get(item.name, name)
+        return click.option(
+            singular, item.name, type=kind, multiple=True, help=f"{text} Repeatable."
+        )
+    if isinstance(default, bool):
+        return click.option(name, is_flag=True, default=None, help=text)
+    kind = int if isinstance(default, int) or item.name == "seed" else float
+    return click.option(name, type=kind, default=None, help=text + shown)
+
+
+def _read_bias(
+    context: click.Context, parameter: click.Parameter, values: tuple[str, ...]
+) -> dict[int, float]:
+    found = {}
+    for value in values:
+        token, _, bias = value.partition("=")
+        try:
+            found[int(token)] = float(bias)
+        except ValueError:
+            raise click.BadParameter(f"{value!r} is not ID=BIAS, for example 42=-5.0") from None
+    return found
+
+
+def given(options: Mapping[str, Any]) -> SamplingOptions:
+    """Return the sampling options that were given on the command line."""
+    names = {item.name for item in fields(SamplingParams)}
+    chosen: Any = {
+        name: value
+        for name, value in options.items()
+        if name in names and value is not None and value not in ((), {})
+    }
+    return SamplingOptions(**chosen)  # type: ignore[typeddict-item]
+
+
+def open_model(path: Path | None, options: Mapping[str, Any]) -> "Model":
+    """Load the model of a verb with a progress bar; without a path the bundled one, and say so."""
+    import torch
+
+    from hanok.engine.model import load
+
+    if options["threads"]:
+        torch.set_num_threads(options["threads"])
+    if path is None:
+        click.echo("No model given: using the small one that ships with hanok.", err=True)
+        path = BUNDLED
+    with bytes_bar(f"Loading {path.name}") as bar:
+        model = load(
+            path,
+            dtype=options["dtype"],
+            device=options["device"],
+            attn_implementation=options["attention"],
+            progress=bar.advance,
+        )
+    for note in model.report.notes:
+        click.echo(note, err=True)
+    return model

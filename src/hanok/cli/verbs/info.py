@@ -1,0 +1,152 @@
+"""`hanok info`: what this machine has, which implementations fit and why, what a checkpoint is."""
+
+import json
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from hanok import __version__
+
+if TYPE_CHECKING:
+    from hanok.models.config import ModelConfig
+
+
+@click.command("info", short_help="Show the machine, the backends that fit, and a checkpoint.")
+@click.argument("path", required=False, type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")
+def command(path: Path | None, as_json: bool) -> None:
+    """Show this machine, each attention backend with the reason when it does not fit, and PATH.
+
+    Of a checkpoint only the headers and JSON files are read, never the weights.
+    """
+    found: dict[str, dict[str, Any]] = {"machine": _machine()}
+    config = None
+    if path is not None:
+        found["checkpoint"], config = _checkpoint(path)
+    found["attention"] = _attention(config)
+    if as_json:
+        click.echo(json.dumps(found, indent=2))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    for title, rows in found.items():
+        table = Table(
+            title=title, title_justify="left", show_header=False, box=None, padding=(0, 2)
+        )
+        for name, value in rows.items():
+            table.add_row(name, value if isinstance(value, str) else f"{value:,}")
+        console.print(table)
+        console.print()
+
+
+def _machine() -> dict[str, Any]:
+    import torch
+
+    from hanok.models.linear import has_bfloat16_instructions
+
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    has_bfloat16 = has_bfloat16_instructions()
+    return {
+        "hanok": __version__,
+        "python": platform.python_version(),
+        "torch": version("torch"),
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "cpu": f"{_cpu_name()}, {torch.get_num_threads()} threads",
+        "vector instructions": torch.backends.cpu.get_cpu_capability(),
+        "bfloat16 products": "native: oneDNN for many tokens, plain for one"
+        if has_bfloat16
+        else "not native: widened to float32 for many tokens, matrix-vector for one",
+        "memory": f"{_memory_bytes() / 2**30:.1f} GiB",
+        "gpus": ", ".join(gpus) or "none",
+    }
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or "unknown"
+
+
+def _memory_bytes() -> int:
+    import os
+
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _attention(config: "ModelConfig | None") -> dict[str, str]:
+    """Return each backend's summary or reason, for the layers of `config` or for ordinary ones."""
+    import torch
+
+    from hanok.attention.base import AttentionSpec, backends, why_not_table
+
+    spec = AttentionSpec(
+        num_heads=config.num_heads if config else 32,
+        num_kv_heads=config.num_kv_heads if config else 8,
+        head_dim=config.head_dim if config else 128,
+        scale=1.0,
+        softcap=config.attention_softcap if config else None,
+    )
+    device = torch.device("cpu")
+    reasons = why_not_table(spec, device, torch.bfloat16)
+    return {
+        name: f"fits: {backends()[name].summary}" if reason is None else f"does not fit: {reason}"
+        for name, reason in reasons.items()
+    }
+
+
+def _checkpoint(path: Path) -> "tuple[dict[str, Any], ModelConfig]":
+    from hanok.checkpoint.files import open_checkpoint
+    from hanok.checkpoint.tokenizer import open_tokenizer
+    from hanok.errors import CheckpointError
+    from hanok.memory.load import account_for
+    from hanok.models.family import read_config, sources
+
+    checkpoint = open_checkpoint(path)
+    family, config = read_config(checkpoint.config, str(checkpoint.folder / "config.json"))
+    account_for(checkpoint, family, config, sources(family, config, checkpoint.tensors))
+    sizes: dict[str, int] = {}
+    for ref in checkpoint.tensors.values():
+        sizes[ref.dtype] = sizes.get(ref.dtype, 0) + ref.size_bytes
+    windows = sorted({layer.window for layer in config.layers if layer.window is not None})
+    try:
+        tokenizer = open_tokenizer(checkpoint.folder)
+        vocabulary = f"{tokenizer.vocab_size:,} tokens"
+        templates = ", ".join(tokenizer.chat_template_names) or "none"
+    except CheckpointError:
+        vocabulary = templates = "none"
+    experts = config.experts
+    rows: dict[str, Any] = {
+        "folder": str(checkpoint.folder),
+        "files": ", ".join(file.name for file in checkpoint.files),
+        "family": config.model_type,
+        "parameters": config.num_parameters(),
+        "parameters per token": config.num_active_parameters(),
+        "bytes by dtype": ", ".join(f"{name} {size:,}" for name, size in sizes.items()),
+        "dtype declared": config.dtype or "none",
+        "layers": config.num_layers,
+        "hidden size": config.hidden_size,
+        "heads": f"{config.num_heads} query, {config.num_kv_heads} KV, {config.head_dim} wide",
+        "mlp": f"{config.mlp.intermediate_size:,} {config.mlp.activation}",
+        "experts": f"{experts.num_experts}, {experts.num_experts_per_token} per token"
+        if experts
+        else "none",
+        "windows": ", ".join(map(str, windows)) or "none",
+        "vocabulary": config.vocab_size,
+        "context": f"{config.max_context_tokens:,} tokens",
+        "kv cache": f"{config.kv_cache_bytes(1, 'bfloat16'):,} bytes per token in bfloat16",
+        "tied head": "yes" if config.tie_embeddings else "no",
+        "tokenizer": vocabulary,
+        "chat templates": templates,
+    }
+    return rows, config
+
+
+COMMAND = command

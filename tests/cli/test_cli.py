@@ -1,0 +1,229 @@
+"""The command line: what is printed where, exit codes, and that listing verbs costs nothing."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+
+import hanok
+from hanok.cli.main import cli, main
+from hanok.cli.options import field_texts
+from hanok.engine.generate import TokenEvent
+from hanok.engine.model import Model
+from hanok.engine.params import SamplingParams
+
+
+def run(*args: str, text: str | None = None) -> Result:
+    return CliRunner().invoke(cli, list(args), input=text)
+
+
+def test_help_lists_every_verb_without_importing_torch() -> None:
+    code = (
+        "import sys; from hanok.cli.main import cli\n"
+        "try: cli.main(['--help'])\n"
+        "except SystemExit: print([m for m in ('torch', 'rich', 'jinja2') if m in sys.modules])"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    for verb in ("generate", "chat", "info", "convert"):
+        assert f"\n  {verb} " in shown.stdout
+    assert shown.stdout.strip().endswith("[]")
+
+
+def test_every_sampling_parameter_is_an_option_with_its_text() -> None:
+    shown = " ".join(run("generate", "--help").stdout.split())
+    texts = field_texts(SamplingParams)
+    for item in fields(SamplingParams):
+        name = "stop-token-id" if item.name == "stop_token_ids" else item.name.replace("_", "-")
+        assert f"--{name}" in shown
+        assert texts[item.name] in shown
+    assert "[default: the checkpoint's, else 256]" in shown
+    assert "[default: 0.0]" in shown
+
+
+def test_an_unknown_verb_names_the_nearest() -> None:
+    result = run("generat")
+    assert result.exit_code == 2
+    assert "Verbs: generate" in result.stderr
+
+
+def test_generate_prints_the_text_and_the_speed_apart() -> None:
+    prompt = "Once upon a time"
+    result = run("generate", prompt, "--max-new-tokens", "12")
+    expected = hanok.load(hanok.BUNDLED).generate(prompt, max_new_tokens=12)
+    assert result.stdout == expected.text + "\n"
+    assert "the small one that ships with hanok" in result.stderr
+    assert "tokens/s" in result.stderr
+    assert "12 tokens, ended by length" in result.stderr
+
+
+def test_generate_reads_the_prompt_from_anywhere(tmp_path: Path) -> None:
+    path, options = str(hanok.BUNDLED), ("--max-new-tokens", "5")
+    given = run("generate", path, "The dog", *options).stdout
+    file = tmp_path / "prompt.txt"
+    file.write_text("The dog")
+    assert run("generate", path, *options, text="The dog").stdout == given
+    assert run("generate", path, "--file", str(file), *options).stdout == given
+    assert run("generate", path, "--file", "-", *options, text="The dog").stdout == given
+    assert run("generate", path, "The dog", "--echo", *options).stdout == "The dog" + given
+    assert run("generate", path, "The dog", "--no-cache", *options).stdout == given
+
+
+def test_generate_json_is_one_object() -> None:
+    result = run("generate", "The dog", "--json", "--max-new-tokens", "4", "--top-logprobs", "2")
+    found = json.loads(result.stdout)
+    expected = hanok.load(hanok.BUNDLED).generate("The dog", max_new_tokens=4)
+    assert found["token_ids"] == expected.token_ids
+    assert found["text"] == expected.text
+    assert found["finish_reason"] == "length"
+    assert found["num_prompt_tokens"] == len(expected.prompt_ids)
+    assert [len(row) for row in found["top_logprobs"]] == [2] * 4
+
+
+def test_sampling_options_reach_the_model() -> None:
+    options = (
+        "--temperature",
+        "0.9",
+        "--seed",
+        "5",
+        "--max-new-tokens",
+        "9",
+        "--logit-bias",
+        "20=-9",
+    )
+    result = run("generate", "The dog", *options)
+    expected = hanok.load(hanok.BUNDLED).generate(
+        "The dog", temperature=0.9, seed=5, max_new_tokens=9, logit_bias={20: -9.0}
+    )
+    assert result.stdout == expected.text + "\n"
+
+
+def test_a_wrong_bias_is_refused() -> None:
+    result = run("generate", "The dog", "--logit-bias", "x=1")
+    assert result.exit_code == 2
+    assert "'x=1' is not ID=BIAS" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "message"),
+    [
+        (["generate", "nowhere/model"], 2, "nowhere/model: no such file or folder"),
+        (["generate", "nowhere", "hi"], 3, "nowhere: no such file or folder"),
+        (["generate", "hi", "--attention", "sdpaa"], 2, "attention 'sdpaa' is unknown"),
+        (["generate", "hi", "--attention", "sdpa_efficient"], 4, "needs a CUDA device"),
+        (["generate", "hi", "--top-p", "0.5"], 2, "temperature above 0"),
+        (["generate", "hi", "--device", "quantum"], 2, "'quantum' is not a device"),
+        (["generate", ""], 2, "there is no prompt"),
+        (["convert", "nowhere"], 3, "nowhere"),
+        (["info", "nowhere"], 3, "nowhere"),
+    ],
+)
+def test_errors_are_one_message_and_an_exit_code(
+    args: list[str],
+    code: int,
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if args == ["generate", ""]:
+        args = ["generate"]
+        monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+    with pytest.raises(SystemExit) as exit_:
+        main(args)
+    assert exit_.value.code == code
+    shown = capsys.readouterr().err
+    assert message in shown
+    assert shown.startswith("hanok: ") or "No model given" in shown
+    assert "Traceback" not in shown
+
+
+def test_chat_keeps_the_conversation(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    stream = Model.stream
+
+    def spy(self: Model, prompt: Any, **options: Any) -> Iterator[TokenEvent]:
+        seen.append([dict(message) for message in prompt])
+        return stream(self, prompt, **options)
+
+    monkeypatch.setattr(Model, "stream", spy)
+    result = run(
+        "chat", "--max-new-tokens", "6", text="Hello.\nAnd then?\n/undo\n/reset\nHi.\n/exit\n"
+    )
+    assert result.exit_code == 0
+    assert seen[0] == [{"role": "user", "content": "Hello."}]
+    assert [message["role"] for message in seen[1]] == ["user", "assistant", "user"]
+    assert seen[1][2]["content"] == "And then?"
+    assert seen[2] == [{"role": "user", "content": "Hi."}]
+    model = hanok.load(hanok.BUNDLED)
+    first = model.generate(seen[0], max_new_tokens=6).text
+    second = model.generate(seen[1], max_new_tokens=6).text
+    assert result.stdout.splitlines()[:2] == [first, second] or first in result.stdout
+    assert second.strip() in result.stdout
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    stream = Model.stream
+
+    def interrupted(self: Model, prompt: Any, **options: Any) -> Iterator[TokenEvent]:
+        seen.append([dict(message) for message in prompt])
+        events = stream(self, prompt, **options)
+        yield next(events)
+        yield next(events)
+        if len(seen) == 1:
+            raise KeyboardInterrupt
+        yield from events
+
+    monkeypatch.setattr(Model, "stream", interrupted)
+    result = run("chat", "--max-new-tokens", "5", text="Hello.\nMore?\n")
+    assert result.exit_code == 0
+    assert "(stopped)" in result.stderr
+    assert len(seen) == 2
+    assert [message["role"] for message in seen[1]] == ["user", "assistant", "user"]
+
+
+def test_a_turn_that_cannot_be_served_is_taken_back() -> None:
+    too_long = "word " * 2000
+    result = run("chat", "--max-new-tokens", "4", text=f"{too_long}\nHello.\n")
+    assert result.exit_code == 0
+    assert "context holds 1024" in result.stderr
+    assert "4 tokens; first after" in result.stderr
+
+
+def test_info_reads_headers_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any, **options: Any) -> None:
+        raise AssertionError("info must not load weights")
+
+    monkeypatch.setattr("hanok.memory.load.load_decoder", refuse)
+    found = json.loads(run("info", str(hanok.BUNDLED), "--json").stdout)
+    model = hanok.load(hanok.BUNDLED)
+    assert found["checkpoint"]["family"] == model.config.model_type
+    assert found["checkpoint"]["parameters"] == model.num_parameters()
+    assert found["machine"]["torch"] == torch.__version__
+    assert found["attention"]["sdpa"].startswith("fits")
+    assert "needs a CUDA device" in found["attention"]["sdpa_efficient"]
+    assert "parameters" in run("info", str(hanok.BUNDLED)).stdout
+
+
+def test_convert_then_nothing_to_do(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    model = hanok.load(hanok.BUNDLED)
+    model.save(source)
+    weights = {
+        "model." + name if name != "lm_head.weight" else name: tensor
+        for name, tensor in {"embed_tokens.weight": torch.zeros(4, 2)}.items()
+    }
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+    (source / "model.safetensors").unlink()
+    torch.save(weights, source / "pytorch_model.bin")
+    result = run("convert", str(source), str(tmp_path / "out"))
+    assert "Wrote 1 tensors, 32 bytes" in result.stdout
+    assert "lm_head.weight shares its memory with model.embed_tokens.weight" in result.stdout
+    again = run("convert", str(source), str(tmp_path / "out"))
+    assert "Nothing to do" in again.stdout
