@@ -389,6 +389,16 @@ CASES = {
     "gpt2-without-prefix": Case(
         config="GPT2Config", options={"n_inner": 96}, drop_prefix="transformer."
     ),
+    "starcoder2": Case(
+        config="Starcoder2Config",
+        options={"sliding_window": 8},
+        without={
+            "window": each_layer(window=None),
+            "gelu": with_mlp(activation="silu"),
+            "layer norm": with_norm(kind="rms"),
+            "biases": with_fields(has_qkv_bias=False, has_output_bias=False),
+        },
+    ),
 }
 
 # Config classes that spell the shared sizes otherwise, or have no such size.

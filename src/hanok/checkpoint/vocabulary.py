@@ -1,0 +1,365 @@
+"""The libraries that know a vocabulary, behind one interface.
+
+`LibraryVocabulary` is the tokenizers library (`tokenizer.json`, or `vocab.json` with `merges.txt`),
+`SentencePieceVocabulary` the sentencepiece library (`tokenizer.model`), with special tokens cut out of
+the text before it is asked.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import groupby
+from pathlib import Path
+from typing import Protocol
+
+import tokenizers
+from tokenizers import decoders, pre_tokenizers, processors
+from tokenizers.models import BPE
+
+from hanok.checkpoint.stream import REPLACEMENT, TokenTexts
+from hanok.checkpoint.tokenizer_config import AddedToken, TokenizerConfig
+from hanok.errors import CheckpointError
+
+GPT2_END_OF_TEXT = "<|endoftext|>"
+
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+_SPACE_MARK = "\u2581"
+
+
+class Vocabulary(Protocol):
+    """What `Tokenizer` needs of a library."""
+
+    @property
+    def ids(self) -> Mapping[str, int]:
+        """Every token's own spelling → id."""
+
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """The ids of special tokens."""
+
+    @property
+    def texts(self) -> TokenTexts:
+        """What a stream needs."""
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text, special tokens spelled out in it included, with nothing added."""
+
+    def encode_processed(self, text: str) -> list[int]:
+        """`encode`, then what the files themselves add (a post-processor)."""
+
+    def adds_by_itself(self, bos: int | None, eos: int | None) -> tuple[bool, bool]:
+        """Whether BOS and EOS are added where tokenizer_config.json does not say."""
+
+
+def _find_anchor(
+    decode: Callable[[Sequence[int]], str], candidates: Iterable[int]
+) -> tuple[int, ...]:
+    """One id that reads as plain text, whatever stands behind it."""
+    for token_id in candidates:
+        text = decode((token_id,))
+        if text.strip() == text != "" and REPLACEMENT not in text:
+            return (token_id,)
+    return ()
+
+
+# tokenizer.json, and vocab.json with merges.txt
+
+
+def read_library_file(path: Path) -> tokenizers.Tokenizer:
+    """Read a tokenizer.json; CheckpointError with the library's reason where it cannot be."""
+    try:
+        return tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:
+        # The library raises the bare Exception for everything that its parser refuses.
+        raise CheckpointError(
+            f"{path} cannot be read by tokenizers {tokenizers.__version__}: {error}; fetch the file "
+            "again, or install the version of tokenizers it was written with"
+        ) from error
+
+
+def read_byte_level_files(
+    vocab: Path, merges: Path, settings: TokenizerConfig
+) -> tokenizers.Tokenizer:
+    """Read a vocab.json and merges.txt as byte-level BPE, as GPT-2 was published."""
+    try:
+        model = BPE.from_file(str(vocab), str(merges))
+    except Exception as error:
+        raise CheckpointError(
+            f"{vocab} and {merges.name} cannot be read as byte-level BPE: {error}; fetch both again"
+        ) from error
+    library = tokenizers.Tokenizer(model)
+    prefix = bool(settings.adds_prefix_space)
+    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix)
+    library.decoder = decoders.ByteLevel()
+    library.post_processor = processors.ByteLevel(trim_offsets=False)
+    return library
+
+
+def complete_as_gpt2(settings: TokenizerConfig, library: tokenizers.Tokenizer) -> TokenizerConfig:
+    """The names that GPT-2's own folder leaves to the reader."""
+    if library.token_to_id(GPT2_END_OF_TEXT) is None:
+        return settings
+    names = ("bos_token", "eos_token", "unk_token")
+    return _with_names(settings, dict.fromkeys(names, GPT2_END_OF_TEXT))
+
+
+def _with_names(settings: TokenizerConfig, names: Mapping[str, str]) -> TokenizerConfig:
+    return replace(settings, named={**names, **settings.named})
+
+
+class LibraryVocabulary:
+    """A vocabulary of the tokenizers library."""
+
+    def __init__(self, library: tokenizers.Tokenizer, settings: TokenizerConfig) -> None:
+        library.no_truncation()
+        library.no_padding()
+        self._library = library
+        self._add(settings)
+        self.ids: Mapping[str, int] = library.get_vocab(with_added_tokens=True)
+        added = library.get_added_tokens_decoder()
+        self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
+        self._spellings = {token_id: text for text, token_id in self.ids.items()}
+        kinds = _decoder_kinds(library)
+        self._is_byte_level = kinds == {"ByteLevel"}
+        self._has_byte_tokens = "ByteFallback" in kinds
+        self._bytes: dict[int, bytes] = {}
+        self._alphabet = _byte_alphabet()
+        candidates = (
+            token_id
+            for token_id, text in sorted(self._spellings.items())
+            if token_id not in added and not _BYTE_TOKEN.fullmatch(text)
+        )
+        self.texts = TokenTexts(
+            decode=self._decode,
+            token_bytes=self._token_bytes,
+            is_known=self._spellings.__contains__,
+            is_bytes_only=self._is_byte_level,
+            can_split_characters="ByteLevel" in kinds,
+            anchor=() if self._is_byte_level else _find_anchor(self._decode, candidates),
+        )
+
+    def _add(self, settings: TokenizerConfig) -> None:
+        """Add what tokenizer_config.json lists beyond tokenizer.json, at the next free ids."""
+        library = self._library
+        new = [token for token in settings.added if library.token_to_id(token.text) is None]
+        library.add_tokens([token.for_library() for token in settings.added])
+        for token in new:
+            token_id = library.token_to_id(token.text)
+            if token_id != token.token_id:
+                raise CheckpointError(
+                    f"token {token.text!r} is {token.token_id} in tokenizer_config.json or "
+                    f"added_tokens.json, but the vocabulary would give it {token_id}: files of "
+                    "different models; fetch the tokenizer files again"
+                )
+        known = {token.content for token in library.get_added_tokens_decoder().values()}
+        names = dict.fromkeys((*settings.named.values(), *settings.extra))
+        library.add_special_tokens(
+            [
+                tokenizers.AddedToken(text, normalized=False, special=True)
+                for text in names
+                if text not in known
+            ]
+        )
+
+    def encode(self, text: str) -> list[int]:
+        """See `Vocabulary`."""
+        ids: list[int] = self._library.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def encode_processed(self, text: str) -> list[int]:
+        """See `Vocabulary`."""
+        ids: list[int] = self._library.encode(text, add_special_tokens=True).ids
+        return ids
+
+    def adds_by_itself(self, bos: int | None, eos: int | None) -> tuple[bool, bool]:
+        """See `Vocabulary`."""
+        frame = self.encode_processed("")
+        adds_bos = bos is not None and frame[:1] == [bos]
+        return adds_bos, eos is not None and frame[int(adds_bos) :][-1:] == [eos]
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        text: str = self._library.decode(list(ids), skip_special_tokens=False)
+        return text
+
+    def _token_bytes(self, token_id: int) -> bytes | None:
+        if not self._is_byte_level and not self._has_byte_tokens:
+            return None
+        spelling = self._spellings[token_id]
+        if not self._is_byte_level:
+            found = _BYTE_TOKEN.fullmatch(spelling)
+            return bytes.fromhex(found[1]) if found else None
+        if token_id not in self._bytes:
+            try:
+                data = bytes(self._alphabet[character] for character in spelling)
+            except KeyError:
+                # A token that was added as text, not in the alphabet of bytes.
+                data = spelling.encode()
+            self._bytes[token_id] = data
+        return self._bytes[token_id]
+
+
+def _decoder_kinds(library: tokenizers.Tokenizer) -> set[str]:
+    """The types in the decoder of a tokenizer, those inside sequences included."""
+    pending = [json.loads(library.to_str())["decoder"]]
+    kinds: set[str] = set()
+    while pending:
+        decoder = pending.pop() or {}
+        if decoder.get("type") == "Sequence":
+            pending += decoder["decoders"]
+        elif decoder:
+            kinds.add(decoder["type"])
+    return kinds
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """Character → byte, as byte-level BPE writes bytes.
+
+    Printable characters of Latin-1 stand for themselves, the other bytes for U+0100 onwards, in
+    order (Radford et al., 2019).
+    """
+    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = sorted(set(range(0x100)) - set(visible))
+    return {
+        **{chr(byte): byte for byte in visible},
+        **{chr(0x100 + place): byte for place, byte in enumerate(hidden)},
+    }
+
+
+# tokenizer.model
+
+
+class SentencePieceVocabulary:
+    """A vocabulary of the sentencepiece library, with special tokens cut out of the text first."""
+
+    def __init__(self, path: Path, settings: TokenizerConfig) -> None:
+        # Imported here: most folders need it not, and where it is missing they still open.
+        import sentencepiece
+
+        try:
+            self._model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        except Exception as error:
+            # A RuntimeError or an OSError, according to the version.
+            raise CheckpointError(
+                f"{path} cannot be read as a SentencePiece model: {error}; fetch the file again"
+            ) from error
+        # A message in wire format may be continued: its last value wins. Field 3 is
+        # normalizer_spec, whose field 3 is add_dummy_prefix, here set to false.
+        bare_model = self._model.serialized_model_proto() + b"\x1a\x02\x18\x00"
+        self._bare = sentencepiece.SentencePieceProcessor(model_proto=bare_model)
+        if settings.adds_prefix_space is False:
+            self._model = self._bare
+        self._is_legacy = settings.is_legacy
+        self._strips_first_space = self._model.encode("a") != self._bare.encode("a")
+        size = self._model.get_piece_size()
+        pieces = {token_id: self._model.id_to_piece(token_id) for token_id in range(size)}
+        self._data = {
+            token_id: bytes.fromhex(piece[3:-1])
+            for token_id, piece in pieces.items()
+            if self._model.is_byte(token_id)
+        }
+        control = [
+            AddedToken(text=piece, token_id=token_id, is_special=True)
+            for token_id, piece in pieces.items()
+            if self._model.is_control(token_id) or self._model.is_unknown(token_id)
+        ]
+        self._added = _number_added(control, settings, {text: i for i, text in pieces.items()})
+        texts = {token.text: token_id for token_id, token in self._added.items()}
+        self.special_ids = frozenset(i for i, token in self._added.items() if token.is_special)
+        pieces |= {token_id: token.text for token_id, token in self._added.items()}
+        self.ids: Mapping[str, int] = {text: token_id for token_id, text in pieces.items()} | texts
+        self._pieces = pieces
+        # The longest first: an alternation takes the first that fits.
+        longest_first = sorted(self._added.values(), key=lambda token: -len(token.text))
+        self._cut = re.compile("|".join(map(_token_pattern, longest_first)) or "(?!)")
+        plain = (i for i in range(size) if i not in self._added and i not in self._data)
+        self.texts = TokenTexts(
+            decode=self._decode,
+            token_bytes=self._data.get,
+            is_known=pieces.__contains__,
+            is_bytes_only=False,
+            can_split_characters=False,
+            anchor=_find_anchor(self._decode, plain),
+        )
+
+    def complete(self, settings: TokenizerConfig) -> TokenizerConfig:
+        """`settings` with the names that the model itself knows."""
+        model = self._model
+        ids = {
+            "bos_token": model.bos_id(),
+            "eos_token": model.eos_id(),
+            "unk_token": model.unk_id(),
+        }
+        names = {name: self._pieces[token_id] for name, token_id in ids.items() if token_id >= 0}
+        return _with_names(settings, names)
+
+    def encode(self, text: str) -> list[int]:
+        """See `Vocabulary`."""
+        ids: list[int] = []
+        for begin, part in self._parts(text):
+            if isinstance(part, int):
+                ids.append(part)
+            elif part:
+                model = self._model if begin == 0 or self._is_legacy else self._bare
+                ids += model.encode(part)
+        return ids
+
+    def encode_processed(self, text: str) -> list[int]:
+        """The same: these files have no post-processor."""
+        return self.encode(text)
+
+    def adds_by_itself(self, bos: int | None, eos: int | None) -> tuple[bool, bool]:
+        """As every published reader of such a folder: a beginning, no end."""
+        return bos is not None, False
+
+    def _parts(self, text: str) -> Iterator[tuple[int, str | int]]:
+        """Stretches of text and ids of added tokens between them, each with where it begins."""
+        begin = 0
+        for found in self._cut.finditer(text):
+            token_id = self.ids[found[0]]
+            token = self._added[token_id]
+            before = text[begin : found.start()]
+            yield begin, before.rstrip() if token.strips_left else before
+            yield found.start(), token_id
+            begin = found.end()
+            if token.strips_right:
+                begin = len(text) - len(text[begin:].lstrip())
+        yield begin, text[begin:]
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        parts: list[str] = []
+        for is_data, group in groupby(ids, self._data.__contains__):
+            if is_data:
+                parts.append(b"".join(map(self._data.__getitem__, group)).decode(errors="replace"))
+            else:
+                parts += (self._piece_text(token_id) for token_id in group)
+        text = "".join(parts)
+        return text.removeprefix(" ") if self._strips_first_space else text
+
+    def _piece_text(self, token_id: int) -> str:
+        piece = self._pieces[token_id]
+        return piece if token_id in self._added else piece.replace(_SPACE_MARK, " ")
+
+
+def _number_added(
+    control: Iterable[AddedToken], settings: TokenizerConfig, pieces: Mapping[str, int]
+) -> dict[int, AddedToken]:
+    """Every token that is found in the text before SentencePiece sees it, by id.
+
+    A special token that no file numbers gets the id of the piece with its text, else the next free.
+    """
+    added = {token.token_id: token for token in (*control, *settings.added)}
+    numbered = {token.text: token_id for token_id, token in added.items()}
+    following = max([*pieces.values(), *(i for i in added if i is not None)], default=-1) + 1
+    for text in dict.fromkeys((*settings.named.values(), *settings.extra)):
+        if text in numbered:
+            continue
+        token_id = pieces.get(text, following)
+        following += token_id == following
+        added[token_id] = AddedToken(text=text, token_id=token_id, is_special=True)
+    return {token_id: token for token_id, token in added.items() if token_id is not None}
+
+
+def _token_pattern(token: AddedToken) -> str:
+    text = re.escape(token.text)
+    return rf"(?<!\w){text}(?!\w)" if token.is_single_word else text

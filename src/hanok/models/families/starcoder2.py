@@ -1,0 +1,38 @@
+"""StarCoder2: Llama's layout with LayerNorm, a plain GELU MLP and biases everywhere."""
+
+from dataclasses import replace
+
+from hanok.models.config import Mlp, ModelConfig, Norm
+from hanok.models.family import LLAMA_NAMES, Family
+from hanok.models.keys import Keys, llama_config
+
+
+def read_config(keys: Keys) -> ModelConfig:
+    """Read a StarCoder2 config.json."""
+    config = llama_config(keys)
+    keys.ignore("residual_dropout", "embedding_dropout")
+    keys.demand("norm_type", "layer_norm")
+    keys.demand("mlp_type", "default")
+    has_bias = keys.flag("use_bias", True)
+    window = keys.get("sliding_window")
+    return replace(
+        config,
+        layers=tuple(replace(layer, window=window) for layer in config.layers),
+        norm=Norm(kind="layer", eps=keys.number("norm_epsilon", 1e-5), has_bias=True),
+        mlp=Mlp(
+            intermediate_size=config.mlp.intermediate_size,
+            activation=keys.activation("hidden_act", default="gelu_pytorch_tanh"),
+            is_gated=False,
+            has_bias=has_bias,
+        ),
+        has_qkv_bias=has_bias,
+        has_output_bias=has_bias,
+        tie_embeddings=keys.flag("tie_word_embeddings", True),
+    )
+
+
+FAMILY = Family(
+    model_types=("starcoder2",),
+    read_config=read_config,
+    names={**LLAMA_NAMES, "mlp.up_proj": "mlp.c_fc", "mlp.down_proj": "mlp.c_proj"},
+)
