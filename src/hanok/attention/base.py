@@ -11,6 +11,7 @@ can say why each of the others does not. `reference` is the oracle for all of th
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
+from itertools import accumulate
 from typing import Protocol
 
 import torch
@@ -68,24 +69,25 @@ class ForwardBatch:
         `sequence_lengths` default to what is there after this batch.
         """
         past = past or [0] * len(sequences)
+        key_lengths = tuple(p + len(t) for p, t in zip(past, sequences, strict=True))
         positions = [
-            torch.arange(start, start + len(tokens))
-            for start, tokens in zip(past, sequences, strict=True)
+            position
+            for start, end in zip(past, key_lengths, strict=True)
+            for position in range(start, end)
         ]
         flat = [token for tokens in sequences for token in tokens]
-        key_lengths = tuple(p + len(t) for p, t in zip(past, sequences, strict=True))
         return cls(
             token_ids=torch.tensor(flat, dtype=torch.int64, device=device),
-            positions=torch.cat(positions).to(device),
+            positions=torch.tensor(positions, dtype=torch.int64, device=device),
             query_lengths=tuple(map(len, sequences)),
             key_lengths=key_lengths,
             slots=tuple(slots if slots is not None else range(len(sequences))),
             sequence_lengths=tuple(sequence_lengths or key_lengths),
         )
 
-    def last_tokens(self) -> Tensor:
-        """Return the index of each sequence's last token, (sequences,)."""
-        return torch.tensor(self.query_lengths, device=self.token_ids.device).cumsum(0) - 1
+    def last_tokens(self) -> list[int]:
+        """Return the index of each sequence's last token."""
+        return [end - 1 for end in accumulate(self.query_lengths)]
 
 
 class Backend(Protocol):

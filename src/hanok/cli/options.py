@@ -144,6 +144,6 @@ def open_model(path: Path | None, options: Mapping[str, Any]) -> "Model":
             attn_implementation=options["attention"],
             progress=bar.advance,
         )
-    for note in model.report.notes:
+    for note in model.notes:
         click.echo(note, err=True)
     return model

@@ -105,16 +105,19 @@ class GenerationSequence:
         """Choose the next token from its logits, (vocab,) float32, and say what came of it."""
         scores = processed(logits, self.params, self.prompt_ids, self.generated_ids)
         token = draw(scores, self.params, self.generator)
-        logprobs = logits.log_softmax(-1)
-        best = logprobs.topk(min(self.params.top_logprobs, len(logprobs)))
+        total = logits.logsumexp(-1)
+        best: tuple[tuple[int, float], ...] = ()
+        if self.params.top_logprobs:
+            top = logits.topk(min(self.params.top_logprobs, len(logits)))
+            best = tuple(zip(top.indices.tolist(), (top.values - total).tolist(), strict=True))
         self.generated_ids.append(token)
         text = self._advance(token)
         return TokenEvent(
             sequence=index,
             token_id=token,
             text=text,
-            logprob=float(logprobs[token]),
-            top_logprobs=tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True)),
+            logprob=float(logits[token] - total),
+            top_logprobs=best,
             finish_reason=self.finish_reason,
         )
 
@@ -193,7 +196,7 @@ def _forward(
             device=decoder.device,
         )
         hidden = decoder(batch, cache)
-        ends = dict(zip(chunks, batch.last_tokens().tolist(), strict=True))
+        ends = dict(zip(chunks, batch.last_tokens(), strict=True))
         done = [index for index in chunks if len(chunks[index]) == len(waiting[index])]
         if done:
             logits = decoder.logits(hidden[[ends[index] for index in done]])

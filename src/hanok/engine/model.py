@@ -25,7 +25,12 @@ from hanok.checkpoint.files import Checkpoint, open_checkpoint
 from hanok.checkpoint.tokenizer import Tokenizer, open_tokenizer
 from hanok.checkpoint.writer import write_json
 from hanok.engine.generate import FinishReason, GenerationSequence, TokenEvent, generate
-from hanok.engine.params import SamplingOptions, SamplingParams, from_generation_config
+from hanok.engine.params import (
+    SamplingOptions,
+    SamplingParams,
+    from_generation_config,
+    unsupported_defaults,
+)
 from hanok.errors import CheckpointError, RequestError
 from hanok.memory.load import Loaded, LoadReport, load_decoder
 from hanok.memory.save import save_weights
@@ -82,6 +87,11 @@ class Model:
         self.config: ModelConfig = loaded.decoder.config
         self.tokenizer = tokenizer
         self.report: LoadReport = loaded.report
+        self.notes: tuple[str, ...] = (
+            *loaded.report.notes,
+            *unsupported_defaults(checkpoint.generation_config),
+        )
+        """What was decided for the user, or asked for by the checkpoint and not done."""
         self.defaults: SamplingParams = from_generation_config(checkpoint.generation_config)
         self.end_ids = _end_ids(checkpoint, tokenizer)
         self._sources = loaded.sources

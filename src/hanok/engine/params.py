@@ -15,6 +15,28 @@ ALWAYS_READ = ("repetition_penalty", "max_new_tokens")
 READ_WHEN_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p")
 GENERATION_CONFIG_FIELDS = ALWAYS_READ + READ_WHEN_SAMPLING
 
+# What a generation_config.json may ask for and hanok does not do, with the values that ask for nothing.
+NEUTRAL: Mapping[str, Any] = {
+    "num_beams": 1,
+    "num_beam_groups": 1,
+    "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0,
+    "encoder_repetition_penalty": 1.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+    "min_length": 0,
+    "min_new_tokens": 0,
+    "penalty_alpha": 0.0,
+    "guidance_scale": 1.0,
+    "bad_words_ids": (),
+    "force_words_ids": (),
+    "sequence_bias": (),
+    "suppress_tokens": (),
+    "begin_suppress_tokens": (),
+    "forced_bos_token_id": 0,
+    "forced_eos_token_id": 0,
+}
+
 
 class SamplingOptions(TypedDict, total=False):
     """The keyword arguments of `generate` and `stream`; see `SamplingParams` for each."""
@@ -127,6 +149,15 @@ def from_generation_config(values: Mapping[str, Any]) -> SamplingParams:
     names = GENERATION_CONFIG_FIELDS if samples else ALWAYS_READ
     options |= {name: values[name] for name in names if values.get(name) is not None}
     return SamplingParams().updated(options)
+
+
+def unsupported_defaults(values: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return a note for each recommendation of a generation_config.json that is not followed."""
+    return tuple(
+        f"generation_config.json asks for {name} = {values[name]!r}, which hanok does not do"
+        for name, neutral in NEUTRAL.items()
+        if values.get(name) and values[name] != neutral
+    )
 
 
 def _is_like(value: Any, default: Any, name: str) -> bool:

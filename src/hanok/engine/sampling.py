@@ -21,7 +21,7 @@ def processed(
     logits: Tensor, params: SamplingParams, prompt_ids: Sequence[int], generated_ids: Sequence[int]
 ) -> Tensor:
     """Return the scores that the next token is drawn from, (vocab,) float32; excluded ones are -inf."""
-    scores = logits.clone()
+    scores = logits
     if params.logit_bias:
         scores = add_bias(scores, params.logit_bias)
     if params.repetition_penalty != 1.0:

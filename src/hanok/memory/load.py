@@ -272,6 +272,11 @@ def to_file_order(weight: Tensor, source: Source) -> Tensor:
     return grouped.transpose(0, 1).reshape(weight.shape)
 
 
+def _is_aligned(ref: TensorRef) -> bool:
+    """Return whether the bytes start at a multiple of the item's size, as vector loads may assume."""
+    return ref.offset_bytes % dtype_of(ref).itemsize == 0
+
+
 def _lie_together(refs: list[TensorRef]) -> bool:
     return all(
         first.path == second.path and first.offset_bytes + first.size_bytes == second.offset_bytes

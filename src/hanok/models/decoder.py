@@ -46,19 +46,21 @@ class Attention(nn.Module):
         self, x: Tensor, batch: ForwardBatch, cos_sin: Tensor | None, state: LayerState | None
     ) -> Tensor:
         """(tokens, hidden) -> (tokens, hidden); `cos_sin` are the tokens' angles."""
-        spec = self.spec
+        spec, num_tokens = self.spec, x.shape[0]
         q, k, v = self.qkv_proj(x).split(self.sizes, dim=-1)
         if self.qk_norm == "full":
             q, k = self.q_norm(q), self.k_norm(k)
-        q = q.reshape(-1, spec.num_heads, spec.head_dim)
-        k = k.reshape(-1, spec.num_kv_heads, spec.head_dim)
-        v = v.reshape(-1, spec.num_kv_heads, spec.head_dim)
+        q = q.reshape(num_tokens, spec.num_heads, spec.head_dim)
+        k = k.reshape(num_tokens, spec.num_kv_heads, spec.head_dim)
+        v = v.reshape(num_tokens, spec.num_kv_heads, spec.head_dim)
         if self.qk_norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)
         if self.rotary is not None and cos_sin is not None:
-            q, k = self.rotary.rotate(q, cos_sin), self.rotary.rotate(k, cos_sin)
+            # Together: one token is a handful of numbers, and each operation costs microseconds.
+            turned = self.rotary.rotate(torch.cat([q, k], dim=1), cos_sin)
+            q, k = turned[:, : spec.num_heads], turned[:, spec.num_heads :]
         scored = self.backend.attend(q, k, v, spec, batch, state)
-        output: Tensor = self.o_proj(scored.reshape(x.shape[0], -1))
+        output: Tensor = self.o_proj(scored.reshape(num_tokens, -1))
         return output
 
 

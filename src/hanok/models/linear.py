@@ -56,12 +56,24 @@ def dense(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
             product = torch.mv(weight, row) if bias is None else torch.addmv(bias, weight, row)
             return product[None]
         case "torch without oneDNN":
-            with torch.backends.mkldnn.flags(enabled=False):
-                return F.linear(x, weight, bias)
+            return _without_onednn(x, weight, bias)
         case "widened":
             return _widened(x, weight, bias)
         case _:
             return F.linear(x, weight, bias)
+
+
+def _without_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Multiply with torch's own kernel.
+
+    Sets the switch itself: `torch.backends.mkldnn.flags` sets others too, and warns about them.
+    """
+    was_enabled = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        return F.linear(x, weight, bias)
+    finally:
+        torch._C._set_mkldnn_enabled(was_enabled)
 
 
 def _widened(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

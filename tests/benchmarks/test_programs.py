@@ -1,0 +1,299 @@
+"""The benchmark programs, on checkpoints and tensors that take no time: what they read, count and say.
+
+No test looks at a speed. The programs import one another as scripts do, from their own folder.
+"""
+
+import dataclasses
+import importlib
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+import hanok
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+PROGRAMS = ("checkpoints", "measure", "generate", "attention", "linear")
+# Sums of at most 160 float32 products of numbers around 1; four layers of them stay far below.
+TOLERANCE = 1e-4
+
+
+@pytest.fixture(scope="module")
+def programs() -> Iterator[SimpleNamespace]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(BENCHMARKS)
+        yield SimpleNamespace(**{name: importlib.import_module(name) for name in PROGRAMS})
+    for name in PROGRAMS:
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def quick_guard(programs: SimpleNamespace) -> Any:
+    return programs.measure.Guard(limit=1e9, patience_s=0.0, attempts=1)
+
+
+def small(shape: Any) -> Any:
+    """Return a shape's family, ties and constants with a tiny model's sizes."""
+    return dataclasses.replace(
+        shape,
+        name=f"small-{shape.name}",
+        hidden_size=64,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        intermediate_size=160,
+        vocab_size=256,
+    )
+
+
+@pytest.mark.parametrize("name", ["llama-1.1b", "qwen-0.5b", "tiny"])
+def test_both_engines_read_a_checkpoint_alike(
+    programs: SimpleNamespace, tmp_path: Path, name: str
+) -> None:
+    import transformers
+
+    shape = small(programs.checkpoints.SHAPES[name])
+    folder = programs.checkpoints.make_checkpoint(shape, tmp_path)
+    ours = hanok.load(folder, dtype="float32")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    token_ids = list(range(3, 40))
+    with torch.inference_mode():
+        expected = theirs(torch.tensor([token_ids])).logits[0]
+    assert expected.std() > 0.05
+    assert (ours.logits(token_ids) - expected).abs().max() < TOLERANCE
+    assert ours.end_ids == {2}
+    assert ours.config.tie_embeddings is shape.is_tied
+
+
+def test_shapes_have_the_sizes_they_are_named_for(programs: SimpleNamespace) -> None:
+    shapes = programs.checkpoints.SHAPES
+    counts = {
+        name: programs.generate.read_config(shapes[name].config(), name)[1].num_parameters()
+        for name in ("llama-1.1b", "qwen-0.5b")
+    }
+    # TinyLlama-1.1B and Qwen2.5-0.5B, counted from their published sizes.
+    assert counts == {"llama-1.1b": 1_100_048_384, "qwen-0.5b": 494_032_768}
+
+
+def test_checkpoint_is_made_once_and_is_decided_by_the_seed(
+    programs: SimpleNamespace, tmp_path: Path
+) -> None:
+    make, shape = programs.checkpoints.make_checkpoint, programs.checkpoints.SHAPES["tiny"]
+    weights = make(shape, tmp_path) / "model.safetensors"
+    first, written = weights.read_bytes(), weights.stat().st_mtime_ns
+    make(shape, tmp_path)
+    assert weights.stat().st_mtime_ns == written
+    (weights.parent / "config.json").unlink()
+    make(shape, tmp_path)
+    assert weights.stat().st_mtime_ns != written
+    assert weights.read_bytes() == first
+    assert (make(shape, tmp_path, seed=1) / "model.safetensors").read_bytes() != first
+
+
+def test_statistics(programs: SimpleNamespace) -> None:
+    measure = programs.measure
+    spread = measure.Spread.of([3.0, 1.0, 20.0])
+    assert (spread.median, spread.low, spread.high) == (3.0, 1.0, 20.0)
+    assert str(spread) == "3.00 (1.00–20.0)"
+    assert str(measure.Spread.of([2.5])) == "2.50"
+    assert [measure.rounded(value) for value in (0.0123, 99.96, 123.4, 2048)] == [
+        "0.0123",
+        "100",
+        "123",
+        "2048",
+    ]
+    # Medians 4 and 2; within the rounds 6/2, 4/1 and 2/4.
+    found = measure.ratio([6.0, 4.0, 2.0], [2.0, 1.0, 4.0])
+    assert (found.median, found.low, found.high) == (2.0, 0.5, 4.0)
+
+
+def test_table(programs: SimpleNamespace) -> None:
+    assert programs.measure.table(("name", "a"), [("x|y", 1), ("z", "long")]) == "\n".join(
+        [
+            r"| name |    a |",
+            r"| ---- | ---: |",
+            r"| x\|y |    1 |",
+            r"| z    | long |",
+        ]
+    )
+    with pytest.raises(ValueError, match="each column"):
+        programs.measure.table(("name", "a"), [("x",)])
+
+
+def test_guard_repeats_a_disturbed_run_and_keeps_the_least_disturbed(
+    programs: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure = programs.measure
+    shares = iter([0.9, 0.3, 0.5])
+    monkeypatch.setattr(measure.ForeignLoad, "share", lambda self: next(shares))
+    results = iter(["first", "second", "third"])
+    run = measure.Guard(limit=0.1, patience_s=0.0).run(lambda: next(results))
+    assert (run.result, run.foreign, run.is_disturbed) == ("second", 0.3, True)
+    shares, results = iter([0.9, 0.05]), iter(["first", "second"])
+    run = measure.Guard(limit=0.1, patience_s=0.0).run(lambda: next(results))
+    assert (run.result, run.is_disturbed) == ("second", False)
+
+
+def test_interleaving_begins_each_round_with_another(
+    programs: SimpleNamespace, quick_guard: Any
+) -> None:
+    seen: list[str] = []
+    logged: list[dict[str, Any]] = []
+
+    def action(name: str) -> dict[str, Any]:
+        seen.append(name)
+        return {"value": len(seen)}
+
+    rows = programs.measure.interleave(
+        {name: lambda name=name: action(name) for name in "abc"},
+        runs=2,
+        guard=quick_guard,
+        log=logged.append,
+    )
+    assert "".join(seen) == "abcbca"
+    assert [row["value"] for row in rows["a"]] == [1, 6]
+    assert [row["name"] for row in logged] == seen
+    assert programs.measure.count_disturbed(rows) == 0
+
+
+def test_cold_process(programs: SimpleNamespace, tmp_path: Path) -> None:
+    measure, generate = programs.measure, programs.generate
+    shape = programs.checkpoints.SHAPES["tiny"]
+    folder = programs.checkpoints.make_checkpoint(shape, tmp_path)
+    more = ("--context", "16", "--new-tokens", "4", "--repeats", "1")
+    command = generate.worker_command("hanok", folder, shape.vocab_size, *more)
+    row = measure.run_cold(command, threads=1)
+    assert row["threads"] == 1
+    assert len(row["tokens"]) == 5
+    assert 0 < row["ready_s"] <= row["first_token_s"]
+    assert 0 < row["first_peak_gib"] <= row["peak_gib"]
+    assert row["decode_per_s"] > 0
+    with pytest.raises(RuntimeError, match="status 3"):
+        measure.run_cold([sys.executable, "-c", "raise SystemExit(3)"], threads=1)
+
+
+def generation_rows(tokens: list[int], scale: float) -> list[dict[str, Any]]:
+    row = {
+        "ready_s": 1.0,
+        "first_token_s": 2.0,
+        "prefill_per_s": 100.0,
+        "decode_per_s": 10.0 * scale,
+        "first_peak_gib": 1.0,
+        "peak_gib": 2.0 / scale,
+        "private_gib": 1.0,
+        "tokens": tokens,
+        "is_disturbed": False,
+    }
+    return [row, row]
+
+
+def test_generation_report(programs: SimpleNamespace) -> None:
+    generate = programs.generate
+    rows = {
+        "hanok": generation_rows([5, 6, 7, 8], 3.0),
+        "transformers": generation_rows([5, 6, 9, 8], 1.0),
+        "memory": [{"gb_per_s": 20.0, "is_disturbed": True}],
+    }
+    asked = {"decode": 2.5, "peak": 4.0}
+    text = generate.section(programs.checkpoints.SHAPES["qwen-0.5b"], rows, asked)
+    cells = {
+        line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]]
+        for line in text.splitlines()
+        if line.startswith("|")
+    }
+    assert cells["decode, tokens/s"] == ["30.0", "10.0", "3.00", "≥ 2.5", "yes"]
+    assert cells["peak memory, GiB"] == ["0.667", "2.00", "3.00", "≥ 4", "no"]
+    assert cells["prefill, tokens/s"] == ["100", "100", "1.00", "–", "–"]
+    assert "the first 2 are the same, 3 in all" in text
+    # 0.494 G parameters of 2 bytes; 30 tokens/s of them are more than the probe's 20 GB/s.
+    assert "A token reads 0.988 GB" in text
+    assert "hanok 29.6 GB/s, 148%; transformers 9.88 GB/s, 49%" in text
+    assert "0 of 4 runs were disturbed" in text
+
+
+def test_float32_agreement(programs: SimpleNamespace) -> None:
+    agreement = programs.generate.float32_agreement
+    assert agreement({"hanok": [1, 2], "transformers": [1, 2]})[1]
+    sentence, is_same = agreement({"hanok": [1, 2], "transformers": [1, 3]})
+    assert not is_same
+    assert "token 1 DIFFERS" in sentence
+
+
+def test_attention_contestants_agree(programs: SimpleNamespace, quick_guard: Any) -> None:
+    attention = programs.attention
+    case = attention.Case(num_heads=8, num_kv_heads=2, head_dim=16, context=33, dtype="float32")
+    seconds, errors, disturbed = attention.measure_case(
+        case, total_bytes=3 * case.layer_bytes, runs=2, guard=quick_guard
+    )
+    assert list(seconds) == ["usual call", "sdpa", "eager"]
+    assert all(len(values) == 2 for values in seconds.values())
+    assert max(errors.values()) < TOLERANCE
+    assert disturbed == 0
+    assert len(attention.table_row(case, seconds, errors)) == 9
+
+
+def test_attention_marks_what_is_asked(programs: SimpleNamespace) -> None:
+    attention = programs.attention
+    case = attention.Case(
+        num_heads=32, num_kv_heads=4, head_dim=64, context=16384, dtype="bfloat16"
+    )
+    seconds = {"usual call": [1e-3], "sdpa": [1e-4], "eager": [5e-4]}
+    errors = dict.fromkeys(seconds, 0.0)
+    assert "≥ 10: yes" in attention.table_row(case, seconds, errors)
+    seconds["sdpa"] = [2e-4]
+    assert "≥ 10: no" in attention.table_row(case, seconds, errors)
+
+
+@pytest.mark.filterwarnings("ignore:TF32 acceleration")  # torch's own, when oneDNN is switched off
+@pytest.mark.parametrize("num_tokens", [1, 3])
+def test_linear_products_are_forced_and_agree(
+    programs: SimpleNamespace, quick_guard: Any, num_tokens: int
+) -> None:
+    linear = programs.linear
+    weights = linear.copies_of((64, 96), 3 * 64 * 96 * 2)
+    assert len(weights) == 3
+    x = torch.randn(num_tokens, 64, dtype=torch.bfloat16)
+    expected = x.float() @ weights[0].float().t()
+    products = linear.products(num_tokens)
+    assert ("vector" in products) is (num_tokens == 1)
+    for product in products:
+        with linear.forced(product):
+            assert linear.linear.choose_product(weights[0], num_tokens) == product
+            found = linear.linear.dense(x, weights[0]).float()
+        assert (found - expected).abs().max() < 0.02
+    assert linear.linear.choose_product.__name__ == "choose_product"
+    seconds, disturbed = linear.measure_tokens(x, weights, runs=2, turn_s=1e-4, guard=quick_guard)
+    assert tuple(seconds) == products
+    assert all(len(values) == 2 for values in seconds.values())
+    assert disturbed == 0
+
+
+def test_linear_table(programs: SimpleNamespace) -> None:
+    weight = torch.empty(1000, 1000, dtype=torch.bfloat16)
+    seconds = {"torch": [1e-3], "torch without oneDNN": [2e-3], "widened": [1e-3, 3e-3, 4e-3]}
+    assert programs.linear.table_row(2, weight, seconds, "widened") == [
+        "2",
+        "2.00, 4.00 GF ★",
+        "1.00, 2.00 GF",
+        "–",
+        "**0.667 (0.500–2.00), 1.33 GF**",
+        "3.00",
+    ]
+
+
+def test_report_names_machine_and_versions(programs: SimpleNamespace, tmp_path: Path) -> None:
+    measure = programs.measure
+    assert "avx512_bf16 " in measure.machine_line()
+    assert f"hanok {hanok.__version__}" in measure.versions_line()
+    assert "- Threads: 3" in measure.heading("Title", 3)
+    log = measure.json_lines(tmp_path / "log.jsonl")
+    log({"a": 1})
+    log({"a": 2})
+    lines = (tmp_path / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["a"] for line in lines] == [1, 2]
+    assert measure.memory_gb_per_s(2**20, repeats=2) > 0
