@@ -48,6 +48,14 @@ def model_options(command: Command) -> Command:
             help="CPU threads to compute with.  [default: all cores]",
         ),
         click.option(
+            "--weights",
+            type=click.Choice(["auto", "mapped", "copied"]),
+            default="auto",
+            show_default=True,
+            help="mapped: stay in the file, shared between processes; copied: read into memory at "
+            "once; auto: mapped, then copied behind the first answer where memory allows.",
+        ),
+        click.option(
             "--attention",
             default="auto",
             show_default=True,
@@ -142,6 +150,7 @@ def open_model(path: Path | None, options: Mapping[str, Any]) -> "Model":
             dtype=options["dtype"],
             device=options["device"],
             attn_implementation=options["attention"],
+            weights=options["weights"],
             progress=bar.advance,
         )
     for note in model.notes:

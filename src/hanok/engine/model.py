@@ -32,7 +32,7 @@ from hanok.engine.params import (
     unsupported_defaults,
 )
 from hanok.errors import CheckpointError, RequestError
-from hanok.memory.load import Loaded, LoadReport, load_decoder
+from hanok.memory.load import Loaded, LoadReport, Weights, load_decoder
 from hanok.memory.save import save_weights
 from hanok.models.config import ModelConfig
 
@@ -95,6 +95,7 @@ class Model:
         self.defaults: SamplingParams = from_generation_config(checkpoint.generation_config)
         self.end_ids = _end_ids(checkpoint, tokenizer)
         self._sources = loaded.sources
+        self._promotion = loaded.promotion
 
     @property
     def dtype(self) -> torch.dtype:
@@ -144,7 +145,7 @@ class Model:
         prompts, is_several = _as_list(prompt)
         sequences = [self._sequence(item, options) for item in prompts]
         events: list[list[TokenEvent]] = [[] for _ in sequences]
-        for event in generate(self.decoder, sequences, use_cache=use_cache):
+        for event in self._events(sequences, None, use_cache):
             events[event.sequence].append(event)
         results = [
             _collected(sequence, found) for sequence, found in zip(sequences, events, strict=True)
@@ -166,7 +167,16 @@ class Model:
         """
         sequence = self._sequence(prompt, options)
         kept = cache.prepare(self.decoder.new_cache, sequence) if cache is not None else None
-        return generate(self.decoder, [sequence], cache=kept, use_cache=use_cache)
+        return self._events([sequence], kept, use_cache)
+
+    def _events(
+        self, sequences: list[GenerationSequence], cache: KVCache | None, use_cache: bool
+    ) -> Iterator[TokenEvent]:
+        """Generate; with the first token out, mapped weights may move into memory."""
+        for event in generate(self.decoder, sequences, cache=cache, use_cache=use_cache):
+            yield event
+            if self._promotion is not None:
+                self._promotion.start()
 
     def logits(self, prompt: Prompt) -> Tensor:
         """Return the scores of the token after each position, (tokens, vocab) float32."""
@@ -310,12 +320,16 @@ def load(
     dtype: str = "auto",
     device: str = "cpu",
     attn_implementation: str = "auto",
+    weights: Weights = "auto",
     progress: Callable[[int], None] | None = None,
 ) -> Model:
     """Load a checkpoint: a folder in the Hugging Face layout, or one weights file in such a folder.
 
     `dtype` is "auto" (what the checkpoint declares), "float32", "bfloat16" or "float16";
     `attn_implementation` is "auto" or the name of a backend ("sdpa", "eager", …, see `hanok info`).
+    `weights` is "mapped" (they stay in the file and are shared between processes), "copied" (read into
+    memory at once), or "auto": mapped, then moved into memory behind the first answer where twice their
+    bytes are available, which decodes faster.
     `progress` is called with the bytes of each weight placed. Raises CheckpointError, OptionError or
     UnsupportedError, each saying what to do.
     """
@@ -325,6 +339,7 @@ def load(
         dtype=dtype,
         device=device,
         attention=attn_implementation,
+        weights=weights,
         progress=progress,
     )
     return Model(checkpoint, loaded, _tokenizer_of(checkpoint))

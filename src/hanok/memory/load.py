@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -16,12 +17,14 @@ from torch import Tensor
 from hanok.attention.base import AUTO_ORDER, why_not_table
 from hanok.checkpoint.files import Checkpoint, TensorRef
 from hanok.errors import CheckpointError, OptionError, UnsupportedError
+from hanok.memory.promote import MappedWeight, Promotion, available_bytes
 from hanok.memory.tensors import Arena, MappedFiles, dtype_of, read_into
 from hanok.models.config import DTYPE_BYTES, ModelConfig
 from hanok.models.decoder import Block, Decoder
 from hanok.models.family import Family, Source, read_config, sources
 
 Progress = Callable[[int], None]
+Weights = Literal["auto", "mapped", "copied"]
 SHOWN_NAMES = 8
 
 
@@ -44,6 +47,8 @@ class Loaded:
     family: Family
     sources: Mapping[str, Source]
     report: LoadReport
+    promotion: Promotion | None
+    """Moves the mapped weights into memory once the model has answered; None: they stay."""
 
 
 def load_decoder(
@@ -52,12 +57,15 @@ def load_decoder(
     dtype: str = "auto",
     device: str = "cpu",
     attention: str = "auto",
+    weights: Weights = "auto",
     progress: Progress | None = None,
 ) -> Loaded:
     """Return the decoder of a checkpoint, ready to run.
 
     `dtype` is a torch name or "auto" (what config.json declares, else what the file holds; float16
-    becomes bfloat16 on a CPU). `progress` is called with the bytes of each weight placed. Raises
+    becomes bfloat16 on a CPU). `weights` says whether bytes that can stay in the file do: "mapped", read
+    at once: "copied", or "auto": mapped, and moved into memory after the first answer if twice their
+    bytes are available. `progress` is called with the bytes of each weight placed. Raises
     CheckpointError for tensors that are missing, left over or of the wrong shape.
     """
     family, config = read_config(checkpoint.config, str(checkpoint.folder / "config.json"))
@@ -67,13 +75,20 @@ def load_decoder(
     target_dtype = _choose_dtype(checkpoint, config, dtype, device, notes)
     with torch.device("meta"):
         decoder = Decoder(config)
-    placer = _Placer(checkpoint, target_dtype, _choose_device(device))
+    if weights not in ("auto", "mapped", "copied"):
+        raise OptionError(f"weights {weights!r} is unknown. Choose auto, mapped or copied.")
+    placer = _Placer(checkpoint, target_dtype, _choose_device(device), weights != "copied")
     order = sorted(table, key=lambda name: _file_position(checkpoint, table[name]))
     placer.claim([table[name] for name in order])
+    mapped: list[MappedWeight] = []
     for name in order:
         weight = placer.place(table[name])
         module_path, _, leaf = name.rpartition(".")
         parameter = torch.nn.Parameter(weight, requires_grad=False)
+        if placer.is_mapped(table[name]):
+            mapped.append(
+                MappedWeight(parameter=parameter, ref=checkpoint.tensors[table[name].names[0]])
+            )
         decoder.get_submodule(module_path).register_parameter(leaf, parameter)
         if progress is not None:
             progress(weight.nbytes)
@@ -87,7 +102,14 @@ def load_decoder(
         attention=used,
         notes=tuple(notes),
     )
-    return Loaded(decoder=decoder, family=family, sources=table, report=report)
+    moves = weights == "auto" and bool(mapped) and available_bytes() > 2 * placer.mapped_bytes
+    return Loaded(
+        decoder=decoder,
+        family=family,
+        sources=table,
+        report=report,
+        promotion=Promotion(mapped, placer.files) if moves else None,
+    )
 
 
 def _fallback_notes(decoder: Decoder, attention: str, used: Mapping[str, int]) -> list[str]:
@@ -201,8 +223,11 @@ def _file_position(checkpoint: Checkpoint, source: Source) -> tuple[str, int]:
 class _Placer:
     """Puts weights where they will live, and counts the bytes of each way."""
 
-    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, may_map: bool
+    ) -> None:
         self.tensors = checkpoint.tensors
+        self.may_map = may_map
         self.dtype = dtype
         self.device = device
         self.files = MappedFiles()
@@ -213,12 +238,12 @@ class _Placer:
     def claim(self, all_sources: list[Source]) -> None:
         """Claim the arena for every weight that cannot stay mapped."""
         if self.device.type == "cpu":
-            sizes = [prod(item.shape) for item in all_sources if not self._is_mappable(item)]
+            sizes = [prod(item.shape) for item in all_sources if not self.is_mapped(item)]
             self.arena = Arena(sum(sizes) * self.dtype.itemsize, len(sizes))
 
     def place(self, source: Source) -> Tensor:
         """Return the weight of a source in its final place, dtype and order."""
-        if self._is_mappable(source):
+        if self.may_map and self._fits_as_it_is(source):
             weight = self.files.view(self.tensors[source.names[0]], self._num_bytes(source))
             weight = weight.view(source.shape)
             self.mapped_bytes += weight.nbytes
@@ -230,7 +255,11 @@ class _Placer:
     def _num_bytes(self, source: Source) -> int:
         return prod(source.shape) * self.dtype.itemsize
 
-    def _is_mappable(self, source: Source) -> bool:
+    def is_mapped(self, source: Source) -> bool:
+        """Return whether the weight stays in the file."""
+        return self.may_map and self.device.type == "cpu" and self._fits_as_it_is(source)
+
+    def _fits_as_it_is(self, source: Source) -> bool:
         refs = [self.tensors[name] for name in source.names]
         keeps_order = source.layout == "rows" or (
             source.layout == "columns" and len(source.shape) == 1

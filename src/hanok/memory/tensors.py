@@ -73,6 +73,13 @@ class MappedFiles:
             return flat.as_strided(ref.shape, ref.strides)
         return flat.view(ref.shape)
 
+    def forget(self, ref: TensorRef, size_bytes: int) -> None:
+        """Give back the pages of a run that starts at `ref`; a view of it reads them anew if used."""
+        first = -(-ref.offset_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
+        last = (ref.offset_bytes + size_bytes) // mmap.PAGESIZE * mmap.PAGESIZE
+        if last > first:
+            self._map(ref.path).madvise(mmap.MADV_DONTNEED, first, last - first)
+
     def _map(self, path: Path) -> mmap.mmap:
         if path not in self._maps:
             with path.open("rb") as file:
@@ -106,6 +113,11 @@ class Arena:
         return tensor.view(shape)
 
 
+def read_run(ref: TensorRef, target: Tensor) -> None:
+    """Fill `target` with the bytes from the start of `ref` on, as many as it has, unconverted."""
+    _read_bytes(ref, target.data_ptr(), target.nbytes)
+
+
 def read_into(ref: TensorRef, target: Tensor) -> None:
     """Fill `target` (a contiguous CPU tensor of `ref`'s shape) from the file, converting its dtype."""
     if ref.size_bytes == 0:
@@ -113,23 +125,26 @@ def read_into(ref: TensorRef, target: Tensor) -> None:
     dtype = dtype_of(ref)
     is_plain = ref.strides is None and dtype == target.dtype
     scratch = target if is_plain else torch.empty(ref.size_bytes // dtype.itemsize, dtype=dtype)
-    buffer = (ctypes.c_char * ref.size_bytes).from_address(scratch.data_ptr())
-    view, done = memoryview(buffer).cast("B"), 0
-    descriptor = os.open(ref.path, os.O_RDONLY)
-    try:
-        while done < ref.size_bytes:
-            count = os.preadv(descriptor, [view[done:]], ref.offset_bytes + done)
-            if count == 0:
-                raise CheckpointError(
-                    f"{ref.path}: tensor {ref.name} needs {ref.size_bytes} bytes at offset "
-                    f"{ref.offset_bytes}, but the file ends after {done} of them."
-                )
-            done += count
-    finally:
-        os.close(descriptor)
+    _read_bytes(ref, scratch.data_ptr(), ref.size_bytes)
     if not is_plain:
         strides = ref.strides
         shaped = (
             scratch.view(ref.shape) if strides is None else scratch.as_strided(ref.shape, strides)
         )
         target.copy_(shaped)
+
+
+def _read_bytes(ref: TensorRef, address: int, size_bytes: int) -> None:
+    view = memoryview((ctypes.c_char * size_bytes).from_address(address)).cast("B")
+    done, descriptor = 0, os.open(ref.path, os.O_RDONLY)
+    try:
+        while done < size_bytes:
+            count = os.preadv(descriptor, [view[done:]], ref.offset_bytes + done)
+            if count == 0:
+                raise CheckpointError(
+                    f"{ref.path}: tensor {ref.name} needs {size_bytes} bytes at offset "
+                    f"{ref.offset_bytes}, but the file ends after {done} of them."
+                )
+            done += count
+    finally:
+        os.close(descriptor)

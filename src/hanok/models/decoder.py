@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from hanok.attention.base import AttentionSpec, Backend, ForwardBatch, choose
 from hanok.attention.cache import KVCache, LayerState, StateSpec
 from hanok.models.config import LayerConfig, ModelConfig, Rope
-from hanok.models.layers import ExpertsLayer, MlpLayer, NormLayer
+from hanok.models.layers import Embedding, ExpertsLayer, MlpLayer, NormLayer
 from hanok.models.linear import Linear
 from hanok.models.rotary import Rotary
 
@@ -113,9 +113,9 @@ class Decoder(nn.Module):
         ropes = {layer.rope for layer in config.layers if layer.rope is not None}
         self.rotaries: dict[Rope, Rotary] = {rope: Rotary(rope) for rope in ropes}
         hidden = config.hidden_size
-        self.embed_tokens = nn.Embedding(config.vocab_size, hidden)
+        self.embed_tokens = Embedding(config.vocab_size, hidden)
         if config.has_learned_positions:
-            self.embed_positions = nn.Embedding(config.max_positions, hidden)
+            self.embed_positions = Embedding(config.max_positions, hidden)
         self.layers = nn.ModuleList(
             Block(config, layer, self.rotaries[layer.rope] if layer.rope else None)
             for layer in config.layers

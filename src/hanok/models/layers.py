@@ -20,6 +20,18 @@ ACTIVATIONS: Mapping[Activation, Callable[[Tensor], Tensor]] = {
 }
 
 
+class Embedding(nn.Module):
+    """One row for each id. `nn.Embedding` would draw its rows, which on `meta` imports for a second."""
+
+    def __init__(self, num_rows: int, size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_rows, size))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """(tokens,) int64 -> (tokens, size)."""
+        return F.embedding(ids, self.weight)
+
+
 class NormLayer(nn.Module):
     """RMSNorm (arXiv 1910.07467) or LayerNorm over the last axis, computed in float32."""
 

@@ -1,15 +1,18 @@
 """Every weight product goes through `Linear`, and every unquantized one through `dense`.
 
 On a GPU, and for float32, `dense` is torch's own product. For bfloat16 on a CPU torch calls oneDNN,
-which for one token reads the weights at half the speed of memory, and on processors without bfloat16
-instructions computes many tokens at a fifth of the float32 rate. What is faster was measured
-(benchmarks/linear.py) and depends on the processor alone, so that a result never depends on a
-stopwatch:
+which for a few tokens reads the weights at half the speed of memory or less, and on processors without
+bfloat16 instructions computes many tokens at a fifth of the float32 rate. What is faster was measured
+(benchmarks/linear.py) and depends on the processor and the build alone, so that a result never
+depends on a stopwatch:
 
-| processor          | 1 token             | more tokens                                            |
-|--------------------|---------------------|--------------------------------------------------------|
-| with bfloat16      | torch, oneDNN off   | torch (oneDNN)                                         |
-| without bfloat16   | matrix times vector | weights widened to float32, a block of rows at a time  |
+| tokens | processor        | product                                                                |
+|--------|------------------|------------------------------------------------------------------------|
+| 1 to 8 | any              | our kernel (`hanok.kernels`), where it was built                       |
+| 1      | with bfloat16    | torch, oneDNN off                                                      |
+| 1      | without          | matrix times vector                                                    |
+| more   | with bfloat16    | torch (oneDNN)                                                         |
+| more   | without          | weights widened to float32, a block of rows at a time                  |
 """
 
 import platform
@@ -20,11 +23,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hanok.kernels.native import native
+
 # Rows widened at a time: few enough to stay in L2 when the product is short, enough to keep the
 # float32 product busy when it is long (measured: 256 and 1024 rows of 2048 columns).
 FEW_TOKENS, FEW_TOKENS_ROWS, MANY_TOKENS_ROWS = 32, 256, 1024
 
-Product = Literal["torch", "torch without oneDNN", "vector", "widened"]
+Product = Literal["torch", "native", "torch without oneDNN", "vector", "widened"]
 
 
 @cache
@@ -38,6 +43,9 @@ def choose_product(weight: Tensor, num_tokens: int) -> Product:
     needs_grad = torch.is_grad_enabled() and weight.requires_grad
     if weight.dtype is not torch.bfloat16 or weight.device.type != "cpu" or needs_grad:
         return "torch"
+    kernels = native()
+    if kernels is not None and num_tokens <= kernels.max_tokens and weight.is_contiguous():
+        return "native"
     if platform.machine() not in ("x86_64", "AMD64"):
         return "torch"
     if has_bfloat16_instructions():
@@ -51,6 +59,8 @@ def dense(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     x: (tokens, in)   weight: (out, in)   bias: (out,)   returns: (tokens, out), in x's dtype.
     """
     match choose_product(weight, x.shape[0]):
+        case "native":
+            return _native(x, weight, bias)
         case "vector":
             row = x[0]
             product = torch.mv(weight, row) if bias is None else torch.addmv(bias, weight, row)
@@ -61,6 +71,13 @@ def dense(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
             return _widened(x, weight, bias)
         case _:
             return F.linear(x, weight, bias)
+
+
+def _native(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    kernels = native()
+    if kernels is None:
+        raise RuntimeError("the native product was chosen without its library")
+    return kernels.bfloat16_linear(x, weight, bias)
 
 
 def _without_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -47,10 +47,12 @@ def command(path: Path | None, as_json: bool) -> None:
 def _machine() -> dict[str, Any]:
     import torch
 
+    from hanok.kernels.native import native, why_not
     from hanok.models.linear import has_bfloat16_instructions
 
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     has_bfloat16 = has_bfloat16_instructions()
+    kernels = native()
     return {
         "hanok": __version__,
         "python": platform.python_version(),
@@ -58,9 +60,10 @@ def _machine() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "cpu": f"{_cpu_name()}, {torch.get_num_threads()} threads",
         "vector instructions": torch.backends.cpu.get_cpu_capability(),
-        "bfloat16 products": "native: oneDNN for many tokens, plain for one"
+        "hanok's kernels": f"built, using {kernels.instruction_set}" if kernels else str(why_not()),
+        "bfloat16 instructions": "yes"
         if has_bfloat16
-        else "not native: widened to float32 for many tokens, matrix-vector for one",
+        else "no: many tokens are computed in float32, weights widened block by block",
         "memory": f"{_memory_bytes() / 2**30:.1f} GiB",
         "gpus": ", ".join(gpus) or "none",
     }

@@ -1,0 +1,74 @@
+"""Moves mapped weights into large pages while the model already works.
+
+Mapping a file is the fastest way to a first token, but its pages are of 4 KiB, and looking up their
+addresses takes a quarter of the speed of decoding (measured: 20 GB/s mapped, 26 in large pages). So
+once the model has answered for the first time, a thread reads one weight after the other into an
+arena, puts it in the mapped one's place, and gives the mapped pages back. At any moment the process
+holds the weights once, and one of them twice.
+
+What is copied is no longer shared with other processes and cannot be dropped by the kernel, so this
+happens only where twice the bytes are available.
+"""
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from hanok.checkpoint.safetensors import TensorRef
+from hanok.memory.tensors import Arena, MappedFiles, read_run
+
+CGROUP = Path("/sys/fs/cgroup")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MappedWeight:
+    """A parameter that looks into a file, and where its bytes begin there."""
+
+    parameter: nn.Parameter
+    ref: TensorRef
+
+
+class Promotion:
+    """The move of some mapped weights, done once and in the background."""
+
+    def __init__(self, weights: Sequence[MappedWeight], files: MappedFiles) -> None:
+        self._weights = weights
+        self._files = files
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Begin, unless it was begun before."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="hanok-promotion", daemon=True)
+            self._thread.start()
+
+    def wait(self) -> None:
+        """Return when all weights have moved; at once if the move was not begun."""
+        if self._thread is not None:
+            self._thread.join()
+
+    def _run(self) -> None:
+        sizes = [weight.parameter.nbytes for weight in self._weights]
+        arena = Arena(sum(sizes), len(sizes))
+        for weight in self._weights:
+            mapped = weight.parameter.data
+            copy = arena.empty(tuple(mapped.shape), mapped.dtype)
+            read_run(weight.ref, copy)
+            # A product that is under way keeps the mapped tensor; the next one gets the copy.
+            weight.parameter.data = copy
+            self._files.forget(weight.ref, mapped.nbytes)
+
+
+def available_bytes() -> int:
+    """Return the memory that this process may still claim: the system's, within its cgroup's limit."""
+    fields = dict(
+        line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines() if ":" in line
+    )
+    found = int(fields["MemAvailable"].split()[0]) * 1024
+    limit, used = CGROUP / "memory.max", CGROUP / "memory.current"
+    if limit.is_file() and used.is_file() and (text := limit.read_text().strip()) != "max":
+        found = min(found, int(text) - int(used.read_text()))
+    return max(0, found)
