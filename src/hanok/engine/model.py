@@ -207,6 +207,11 @@ class Model:
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Return the token ids of a prompt; RequestError when they cannot be served."""
+        if not isinstance(prompt, Sequence):
+            raise RequestError(
+                f"{prompt!r} is not a prompt. Give a text, a list of token ids, or a list of messages "
+                "with role and content."
+            )
         if isinstance(prompt, str):
             token_ids = self._needed_tokenizer().encode(prompt)
         elif prompt and all(isinstance(item, Mapping) for item in prompt):

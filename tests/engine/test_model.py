@@ -1,0 +1,221 @@
+"""The public model: prompts in every form, scores, saving, and errors that say what to do."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+import hanok
+from hanok.engine import model as model_module
+from hanok.engine.model import Model, PrefixCache
+
+TALK = [{"role": "user", "content": "Tell me a story about Lily."}]
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return hanok.load(hanok.BUNDLED, dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def oracle() -> transformers.PreTrainedModel:
+    return transformers.AutoModelForCausalLM.from_pretrained(hanok.BUNDLED, dtype=torch.float32)
+
+
+def test_prompts_may_be_text_ids_or_messages(model: Model) -> None:
+    assert model.tokenizer is not None
+    ids = model.tokenizer.encode("The dog")
+    as_text, as_ids = (model.generate(p, max_new_tokens=6) for p in ("The dog", ids))
+    assert as_text == as_ids
+    rendered = "<s><|user|>\nTell me a story about Lily.\n<|assistant|>\n"
+    assert model.encode(TALK) == model.tokenizer.encode(rendered, add_special_tokens=False)
+    assert model.encode(TALK).count(model.tokenizer.bos_token_id) == 1  # type: ignore[arg-type]
+    several = model.generate([TALK, TALK], max_new_tokens=4)
+    assert [out.token_ids for out in several] == [
+        model.generate(TALK, max_new_tokens=4).token_ids
+    ] * 2
+    assert len(model.generate([ids, ids[:2]], max_new_tokens=2)) == 2
+    assert len(model.generate(["The dog"], max_new_tokens=2)) == 1
+
+
+def test_the_stream_is_the_generation(model: Model) -> None:
+    out = model.generate("The dog", max_new_tokens=12, top_logprobs=1)
+    events = list(model.stream("The dog", max_new_tokens=12, top_logprobs=1))
+    assert [event.token_id for event in events] == out.token_ids
+    assert "".join(event.text for event in events) == out.text
+    assert [event.logprob for event in events] == out.logprobs
+    assert [event.top_logprobs for event in events] == out.top_logprobs
+    assert [event.finish_reason for event in events] == [None] * 11 + [out.finish_reason]
+
+
+def test_logits_are_transformers(model: Model, oracle: transformers.PreTrainedModel) -> None:
+    ids = model.encode("One day, Lily saw a cat.")
+    found = model.logits(ids)
+    assert found.dtype is torch.float32
+    assert found.shape == (len(ids), model.config.vocab_size)
+    with torch.inference_mode():
+        torch.testing.assert_close(found, oracle(torch.tensor([ids])).logits[0], atol=1e-4, rtol=0)
+
+
+def test_bfloat16_logits_are_as_near_to_float32_as_transformers(model: Model) -> None:
+    """Rounding differs, its size must not: both bfloat16 models are compared with float32."""
+    ids = model.encode("One day, Lily saw a cat in the park. It was big and")
+    exact = model.logits(ids)
+    other = transformers.AutoModelForCausalLM.from_pretrained(hanok.BUNDLED, dtype=torch.bfloat16)
+    with torch.inference_mode():
+        theirs = (other(torch.tensor([ids])).logits[0].float() - exact).square().mean().sqrt()
+    ours = (hanok.load(hanok.BUNDLED).logits(ids) - exact).square().mean().sqrt()
+    assert 0 < ours < 1.5 * theirs
+
+
+def test_score_is_the_log_probability_of_each_token(
+    model: Model, oracle: transformers.PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "Once upon a time, there was a little girl named Lily."
+    score = model.score(text)
+    ids = torch.tensor([score.token_ids])
+    with torch.inference_mode():
+        expected = oracle(ids, labels=ids).loss
+    assert score.logprobs[0] is None
+    assert score.nll == pytest.approx(float(expected), abs=1e-4)
+    assert score.perplexity == pytest.approx(math.exp(score.nll))
+    monkeypatch.setattr(model_module, "LOGIT_ROWS", 4)
+    assert model.score(text).logprobs[1:] == pytest.approx(score.logprobs[1:], abs=1e-5)
+    assert model.score([5]).logprobs == [None]
+    assert math.isnan(model.score([5]).nll)
+
+
+def test_a_held_out_story_is_as_likely_as_the_model_card_says(model: Model) -> None:
+    """The card's 2.44 nats are a mean over many stories; one of our own is near them."""
+    story = (
+        "Once upon a time, there was a little girl named Lily. She loved to play in the park with "
+        "her friends. One day, she saw a big red ball. She wanted to play with it, but it was too "
+        'high in the tree. Her friend Tom said, "I can help you." They were very happy.'
+    )
+    assert 0.5 < model.score(story).nll < 2.6
+
+
+def test_a_conversation_that_keeps_its_cache_says_the_same(model: Model) -> None:
+    cache, messages, plain = PrefixCache(), list(TALK), list(TALK)
+    for turn in ("And then?", "Who was it?", "Tell me about Tom."):
+        events = list(model.stream(messages, cache=cache, max_new_tokens=10))
+        expected = model.generate(plain, max_new_tokens=10)
+        assert [event.token_id for event in events] == expected.token_ids
+        for talk in (messages, plain):
+            talk.append({"role": "assistant", "content": expected.text})
+            talk.append({"role": "user", "content": turn})
+    # A turn taken back: what follows it in the cache is forgotten.
+    again = [event.token_id for event in model.stream(TALK, cache=cache, max_new_tokens=10)]
+    assert again == model.generate(TALK, max_new_tokens=10).token_ids
+
+
+def test_a_shared_prefix_is_not_computed_again(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts: list[int] = []
+    forward = type(model.decoder).forward
+
+    def counting(self, batch, cache=None):  # type: ignore[no-untyped-def]
+        counts.append(len(batch.token_ids))
+        return forward(self, batch, cache)
+
+    monkeypatch.setattr(type(model.decoder), "forward", counting)
+    cache, ids = PrefixCache(), model.encode("Once upon a time, there was a little dog.")
+    first = [event.token_id for event in model.stream(ids, cache=cache, max_new_tokens=4)]
+    longer = [*ids, *first, 9, 10]
+    counts.clear()
+    list(model.stream(longer, cache=cache, max_new_tokens=2))
+    # The last generated token was never computed, so it comes with the two new ones.
+    assert counts[0] == 3
+
+
+def test_save_and_load_again(model: Model, tmp_path: Path) -> None:
+    folder = model.save(tmp_path / "copy")
+    again = hanok.load(folder)
+    ids = model.encode("The dog")
+    assert torch.equal(again.logits(ids), model.logits(ids))
+    assert again.generate("The dog", max_new_tokens=5) == model.generate(
+        "The dog", max_new_tokens=5
+    )
+    assert json.loads((folder / "config.json").read_text())["dtype"] == "float32"
+    assert (folder / "chat_template.jinja").is_file()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["copy"]
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.inference_mode():
+        expected = theirs(torch.tensor([ids])).logits[0]
+    torch.testing.assert_close(again.logits(ids), expected, atol=1e-4, rtol=0)
+    with pytest.raises(hanok.CheckpointError, match="exists and is not empty"):
+        model.save(folder)
+
+
+def test_a_save_that_fails_leaves_nothing(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object, **options: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(model_module, "write_json", fail)
+    with pytest.raises(OSError, match="disk full"):
+        model.save(tmp_path / "copy")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_facts_of_the_model(model: Model) -> None:
+    assert model.num_parameters() == sum(p.numel() for p in model.decoder.parameters())
+    assert model.dtype is torch.float32
+    assert model.device == torch.device("cpu")
+    assert model.end_ids == {1}
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ([], "there is no prompt"),
+        ([[]], "no tokens"),
+        ([-1], "-1 is not a token id; this model's are 0 to 2047"),
+        ([2048], "2048 is not a token id"),
+        ([1.5], "1.5 is not a prompt"),
+        ([3, 1.5], "1.5 is not a token id"),
+        ([5] * 1025, "has 1025 tokens, and this model's context holds 1024"),
+        ([5] * 1024, "fills the model's context of 1024 tokens"),
+        ([{"role": "wizard", "content": "x"}], "not wizard"),
+    ],
+)
+def test_a_prompt_that_cannot_be_served_says_why(
+    model: Model, prompt: list[object], message: str
+) -> None:
+    with pytest.raises(hanok.RequestError, match=message):
+        model.generate(prompt, max_new_tokens=1)  # type: ignore[call-overload]
+
+
+def test_an_unknown_option_names_the_nearest(model: Model) -> None:
+    with pytest.raises(hanok.OptionError, match="did you mean 'temperature'"):
+        model.generate("hi", temprature=1.0)  # type: ignore[call-overload]
+
+
+def test_without_a_tokenizer_only_ids_can_be_given(model: Model, tmp_path: Path) -> None:
+    folder = model.save(tmp_path / "copy")
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (folder / name).unlink()
+    bare = hanok.load(folder)
+    out = bare.generate([3, 4, 5], max_new_tokens=3)
+    assert out.token_ids == model.generate([3, 4, 5], max_new_tokens=3).token_ids
+    assert out.text == ""
+    for call in (lambda: bare.generate("hi"), lambda: bare.generate([3], stop=["x"])):
+        with pytest.raises(hanok.RequestError, match="has no tokenizer"):
+            call()
+
+
+def test_generation_config_gives_the_defaults(model: Model, tmp_path: Path) -> None:
+    folder = model.save(tmp_path / "copy")
+    values = {"eos_token_id": [1, 5], "do_sample": True, "temperature": 0.6, "num_beams": 4}
+    (folder / "generation_config.json").write_text(json.dumps(values))
+    found = hanok.load(folder)
+    assert found.end_ids == {1, 5}
+    assert found.defaults.temperature == 0.6
+    assert "num_beams = 4" in found.notes[-1]
+    greedy = found.generate("The dog", max_new_tokens=5, temperature=0.0)
+    assert greedy.token_ids == model.generate("The dog", max_new_tokens=5).token_ids
