@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constr
 .PHONY: demo test check format bench clean
 
 demo: $(VENV)/.installed
-	$(BIN)/hanok generate "Once upon a time" --echo --temperature 0.7 --top-p 0.9 --seed 6
+	$(BIN)/hanok generate "Once upon a time" --echo --temperature 0.5 --top-p 0.9 --seed 26
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest
