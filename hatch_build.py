@@ -4,6 +4,7 @@ The library is loaded by path, so a wheel that carries it is bound to its platfo
 """
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -37,13 +38,19 @@ class KernelsBuildHook(BuildHookInterface[Any]):
 
 def compile_kernels(source: Path, library: Path) -> bool:
     """Return whether the library was compiled; says why where it was not."""
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
-    if compiler is None:
+    compiler = shlex.split(
+        os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++") or ""
+    )
+    if not compiler:
         print("hanok: no C++ compiler, so its CPU kernels are not built", file=sys.stderr)
         return False
     unfinished = library.with_suffix(f".{os.getpid()}")
-    command = [compiler, *FLAGS, "-fopenmp", str(source), "-o", str(unfinished)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    command = [*compiler, *FLAGS, "-fopenmp", str(source), "-o", str(unfinished)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError as error:  # CXX names no program
+        print(f"hanok: its CPU kernels are not built: {error}", file=sys.stderr)
+        return False
     if done.returncode != 0:
         print(f"hanok: its CPU kernels are not built: {done.stderr}", file=sys.stderr)
         return False

@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, Unpack, overload
+from typing import TYPE_CHECKING, Any, Unpack, overload
 
 import torch
 from torch import Tensor
@@ -22,7 +22,6 @@ from torch import Tensor
 from hanok.attention.base import ForwardBatch
 from hanok.attention.cache import KVCache
 from hanok.checkpoint.files import Checkpoint, open_checkpoint
-from hanok.checkpoint.tokenizer import Tokenizer, open_tokenizer
 from hanok.checkpoint.writer import write_json
 from hanok.engine.generate import FinishReason, GenerationSequence, TokenEvent, generate
 from hanok.engine.params import (
@@ -36,10 +35,12 @@ from hanok.memory.load import Loaded, LoadReport, Weights, load_decoder
 from hanok.memory.save import save_weights
 from hanok.models.config import ModelConfig
 
+if TYPE_CHECKING:
+    from hanok.checkpoint.tokenizer import Tokenizer
+
 Message = Mapping[str, Any]
 Prompt = str | Sequence[int] | Sequence[Message]
 LOGIT_ROWS = 1024  # rows of (vocab,) float32 that `score` holds at once
-Item = TypeVar("Item")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,7 +82,9 @@ class Score:
 class Model:
     """A decoder with its weights, its tokenizer and its defaults."""
 
-    def __init__(self, checkpoint: Checkpoint, loaded: Loaded, tokenizer: Tokenizer | None) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, loaded: Loaded, tokenizer: "Tokenizer | None"
+    ) -> None:
         self.checkpoint = checkpoint
         self.decoder = loaded.decoder
         self.config: ModelConfig = loaded.decoder.config
@@ -278,7 +281,7 @@ class Model:
             decoder=self.tokenizer.stream() if self.tokenizer else None,
         )
 
-    def _needed_tokenizer(self) -> Tokenizer:
+    def _needed_tokenizer(self) -> "Tokenizer":
         if self.tokenizer is None:
             raise RequestError(
                 f"{self.checkpoint.folder} has no tokenizer, so only token ids can be given. Add "
@@ -350,14 +353,17 @@ def load(
     return Model(checkpoint, loaded, _tokenizer_of(checkpoint))
 
 
-def _tokenizer_of(checkpoint: Checkpoint) -> Tokenizer | None:
+def _tokenizer_of(checkpoint: Checkpoint) -> "Tokenizer | None":
     names = ("tokenizer.json", "tokenizer.model", "vocab.json")
     if not any((checkpoint.folder / name).is_file() for name in names):
         return None
+    # Imported here: a checkpoint without a tokenizer starts without its libraries.
+    from hanok.checkpoint.tokenizer import open_tokenizer
+
     return open_tokenizer(checkpoint.folder)
 
 
-def _end_ids(checkpoint: Checkpoint, tokenizer: Tokenizer | None) -> frozenset[int]:
+def _end_ids(checkpoint: Checkpoint, tokenizer: "Tokenizer | None") -> frozenset[int]:
     """Return the end tokens: generation_config.json's, else config.json's, else the tokenizer's."""
     for values in (checkpoint.generation_config, checkpoint.config):
         given = values.get("eos_token_id")

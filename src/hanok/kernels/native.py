@@ -38,6 +38,15 @@ class Native:
         """
         x = x.contiguous()
         (tokens, columns), rows = x.shape, weight.shape[0]
+        # The library only sees addresses: what does not fit would be read out of bounds.
+        if not 0 < tokens <= self.max_tokens or columns != weight.shape[1]:
+            raise ValueError(f"x is {tokens} x {columns}, the weight {rows} x {weight.shape[1]}")
+        if not x.dtype == weight.dtype == torch.bfloat16:
+            raise ValueError(f"x is {x.dtype}, the weight {weight.dtype}; both must be bfloat16")
+        if bias is not None:
+            bias = bias.to(torch.bfloat16).contiguous()
+            if bias.shape != (rows,):
+                raise ValueError(f"the bias has shape {tuple(bias.shape)}, the weight {rows} rows")
         y = torch.empty(tokens, rows, dtype=torch.bfloat16)
         scratch = torch.empty(self._library.hanok_scratch_floats(tokens, columns))
         self._library.hanok_bfloat16_linear(
@@ -71,5 +80,5 @@ def why_not() -> str | None:
         return None
     cost = "bfloat16 on this CPU runs on torch's operators, which decode up to 1.3 times slower"
     if not LIBRARY.is_file():
-        return f"not built: no C++ compiler was found when hanok was installed; {cost}"
+        return f"not built: hanok was installed where no C++ compiler could compile them; {cost}"
     return f"{LIBRARY.name} does not load, it was built for another system; {cost}"

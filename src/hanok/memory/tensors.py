@@ -11,6 +11,7 @@ not count as this process's memory.
 import ctypes
 import mmap
 import os
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -51,6 +52,7 @@ class MappedFiles:
 
     def __init__(self) -> None:
         self._maps: dict[Path, mmap.mmap] = {}
+        self._lock = threading.Lock()
 
     def view(self, ref: TensorRef, size_bytes: int | None = None) -> Tensor:
         """Return a tensor over the file's own bytes, shaped as `ref` says; nothing is read yet.
@@ -81,6 +83,10 @@ class MappedFiles:
             self._map(ref.path).madvise(mmap.MADV_DONTNEED, first, last - first)
 
     def _map(self, path: Path) -> mmap.mmap:
+        with self._lock:
+            return self._map_once(path)
+
+    def _map_once(self, path: Path) -> mmap.mmap:
         if path not in self._maps:
             with path.open("rb") as file:
                 # Private and writable: torch wants writable memory, and the file never changes.
@@ -91,14 +97,15 @@ class MappedFiles:
 class Arena:
     """Anonymous memory for weights that are copied, handed out piece by piece.
 
-    Large pages are asked for, since faulting in and walking 4 KiB pages halves the speed of both
-    loading and decoding.
+    Threads may ask for pieces at the same time. Large pages are asked for, since faulting in and
+    walking 4 KiB pages halves the speed of both loading and decoding.
     """
 
     def __init__(self, size_bytes: int, num_tensors: int) -> None:
         self._memory = mmap.mmap(-1, max(1, size_bytes + num_tensors * _ALIGNMENT))
         if hasattr(mmap, "MADV_HUGEPAGE"):
             self._memory.madvise(mmap.MADV_HUGEPAGE)
+        self._lock = threading.Lock()
         self._offset = 0
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -108,9 +115,10 @@ class Arena:
             count *= size
         if count == 0:
             return torch.empty(shape, dtype=dtype)
-        tensor = torch.frombuffer(self._memory, dtype=dtype, count=count, offset=self._offset)
-        self._offset += -(-count * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
-        return tensor.view(shape)
+        with self._lock:
+            offset = self._offset
+            self._offset += -(-count * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
+        return torch.frombuffer(self._memory, dtype=dtype, count=count, offset=offset).view(shape)
 
 
 def read_run(ref: TensorRef, target: Tensor) -> None:

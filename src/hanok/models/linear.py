@@ -44,7 +44,7 @@ def choose_product(weight: Tensor, num_tokens: int) -> Product:
     if weight.dtype is not torch.bfloat16 or weight.device.type != "cpu" or needs_grad:
         return "torch"
     kernels = native()
-    if kernels is not None and num_tokens <= kernels.max_tokens and weight.is_contiguous():
+    if kernels is not None and 0 < num_tokens <= kernels.max_tokens and weight.is_contiguous():
         return "native"
     if platform.machine() not in ("x86_64", "AMD64"):
         return "torch"
@@ -58,6 +58,9 @@ def dense(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     x: (tokens, in)   weight: (out, in)   bias: (out,)   returns: (tokens, out), in x's dtype.
     """
+    inputs_need_grad = x.requires_grad or (bias is not None and bias.requires_grad)
+    if torch.is_grad_enabled() and inputs_need_grad:
+        return F.linear(x, weight, bias)
     match choose_product(weight, x.shape[0]):
         case "native":
             return _native(x, weight, bias)

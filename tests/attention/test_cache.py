@@ -1,0 +1,112 @@
+"""The cache against Python lists: what was written is what is read, and nothing else is touched."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hanok.attention.cache import KVCache, StateSpec
+from hanok.errors import RequestError
+from hanok.models.config import DTYPE_BYTES, LayerConfig, Mlp, ModelConfig, Norm
+from hanok.models.decoder import Decoder
+
+CPU = torch.device("cpu")
+SEQUENCES, CAPACITY, KV_HEADS, HEAD_DIM = 3, 7, 2, 4
+
+
+def new_cache() -> KVCache:
+    spec = StateSpec(num_kv_heads=KV_HEADS, head_dim=HEAD_DIM)
+    return KVCache(
+        [spec] * 2, num_sequences=SEQUENCES, capacity=CAPACITY, dtype=torch.float32, device=CPU
+    )
+
+
+slots = st.integers(0, SEQUENCES - 1)
+operations = st.lists(
+    st.one_of(
+        st.tuples(st.just("append"), slots, st.integers(1, CAPACITY + 1)),
+        st.tuples(st.just("truncate"), slots, st.integers(0, CAPACITY + 2)),
+    ),
+    max_size=20,
+)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(steps=operations)
+def test_any_order_of_operations_is_the_same_on_lists(
+    steps: list[tuple[str, int, int]],
+) -> None:
+    cache = new_cache()
+    model: list[list[int]] = [[] for _ in range(SEQUENCES)]
+    stamp = 0
+    for kind, slot, count in steps:
+        if kind == "truncate":
+            cache.truncate(slot, count)
+            del model[slot][count:]
+        elif len(model[slot]) + count > CAPACITY:
+            with pytest.raises(RequestError):
+                cache.advance([slot], [count], [count])
+        else:
+            start = cache.lengths[slot]
+            cache.advance([slot], [count], [start + count])
+            new = list(range(stamp + 1, stamp + count + 1))
+            stamp += count
+            model[slot] += new
+            for layer, state in enumerate(cache.states):
+                k = torch.tensor(new, dtype=torch.float32)[None, :, None].expand(
+                    KV_HEADS, count, HEAD_DIM
+                )
+                keys, values = state.extend(slot, start, k + 1000 * layer, -k)
+                assert keys.shape == values.shape == (KV_HEADS, len(model[slot]), HEAD_DIM)
+        assert cache.lengths == [len(items) for items in model]
+        for layer, state in enumerate(cache.states):
+            for index, items in enumerate(model):
+                kept = torch.tensor(items, dtype=torch.float32)[None, :, None]
+                keys = state.keys[index, :, : len(items)]
+                values = state.values[index, :, : len(items)]
+                assert torch.equal(keys, (kept + 1000 * layer).expand_as(keys))
+                assert torch.equal(values, (-kept).expand_as(values))
+
+
+def test_one_sequence_too_many_tokens_changes_nothing_for_any() -> None:
+    cache = new_cache()
+    cache.advance([0, 1], [5, 2], [6, 7])
+    lengths, computed_for = list(cache.lengths), list(cache.computed_for)
+    with pytest.raises(RequestError, match=r"sequence 0 holds 5 tokens and 3 more .* cache's 7"):
+        cache.advance([1, 0], [1, 3], [9, 9])
+    assert cache.lengths == lengths == [5, 2, 0]
+    assert cache.computed_for == computed_for == [6, 7, 0]
+    cache.advance([0], [2], [7])  # exactly full is not too many
+    assert cache.lengths[0] == CAPACITY
+
+
+def test_extend_returns_views_and_no_copies() -> None:
+    cache = new_cache()
+    k = torch.ones(KV_HEADS, 3, HEAD_DIM)
+    keys, values = cache.states[0].extend(1, 2, k, k)
+    state = cache.states[0]
+    assert keys.data_ptr() == state.keys[1].data_ptr()
+    assert values.data_ptr() == state.values[1].data_ptr()
+
+
+@pytest.mark.parametrize("dtype", DTYPE_BYTES)
+@pytest.mark.parametrize(("sequences", "capacity"), [(1, 1), (3, 11)])
+def test_a_decoders_cache_takes_the_bytes_that_its_config_foretells(
+    dtype: str, sequences: int, capacity: int
+) -> None:
+    config = ModelConfig(
+        model_type="llama",
+        vocab_size=11,
+        hidden_size=12,
+        num_heads=6,
+        num_kv_heads=3,
+        head_dim=5,
+        max_positions=64,
+        norm=Norm(kind="rms", eps=1e-6),
+        mlp=Mlp(intermediate_size=8, activation="silu"),
+        layers=(LayerConfig(rope=None),) * 2,
+    )
+    decoder = Decoder(config).to(getattr(torch, dtype))
+    cache = decoder.new_cache(sequences, capacity)
+    assert cache.size_bytes == sequences * config.kv_cache_bytes(capacity, dtype)
+    assert cache.size_bytes == sequences * capacity * 2 * 2 * 3 * 5 * DTYPE_BYTES[dtype]

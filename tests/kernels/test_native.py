@@ -1,0 +1,239 @@
+"""The compiled kernels: exact sums, rounding, threads, and a machine that could not build them."""
+
+import importlib.util
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from hanok.kernels import native as module
+from hanok.kernels.native import Native, native, why_not
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def kernels() -> Native:
+    found = native()
+    if found is None:
+        pytest.skip(f"the kernels are {why_not()}")
+    return found
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def random(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
+
+
+def whole_numbers(*shape: int, seed: int) -> Tensor:
+    """Small whole numbers: every sum of their products is exact in float32 in any order."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(-8, 9, shape, generator=generator).bfloat16()
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    tokens=st.integers(1, 8),
+    rows=st.integers(1, 70),
+    columns=st.integers(1, 140),
+    has_bias=st.booleans(),
+)
+def test_an_exact_sum_is_rounded_as_torch_rounds_it(
+    kernels: Native, tokens: int, rows: int, columns: int, has_bias: bool
+) -> None:
+    x, weight = whole_numbers(tokens, columns, seed=1), whole_numbers(rows, columns, seed=2)
+    bias = whole_numbers(rows, seed=3) if has_bias else None
+    exact = x.double() @ weight.double().t()
+    if bias is not None:
+        exact = exact + bias.double()
+    assert torch.equal(exact, exact.float().double())
+    assert torch.equal(kernels.bfloat16_linear(x, weight, bias), exact.float().bfloat16())
+
+
+@pytest.mark.parametrize("columns", [2, 64])  # outside and inside the vectors
+def test_rounding_is_to_nearest_and_ties_go_to_even(kernels: Native, columns: int) -> None:
+    # Above 256 bfloat16 has every second number, above 512 every fourth.
+    sums = [257, 258, 259, 261, 263, 514, 513, 515, 518, 522, -257, -259, -261]
+    weight = torch.zeros(len(sums), columns)
+    weight[:, 0] = torch.tensor(sums) // 2 * 2 // 2  # at most 261: a whole number of 8 bits
+    weight[:, 1] = torch.tensor(sums) - 2 * weight[:, 0]
+    weight = weight.bfloat16()
+    x = torch.zeros(1, columns).bfloat16()
+    x[0, :2] = torch.tensor([2.0, 1.0])
+    exact = (x.double() @ weight.double().t()).float()
+    answer = kernels.bfloat16_linear(x, weight, None)
+    assert torch.equal(answer, exact.bfloat16())
+    assert answer[0, :5].tolist() == [256.0, 258.0, 260.0, 260.0, 264.0]
+
+
+@pytest.mark.parametrize("column", [0, 1, 31, 32, 65, 69])
+@pytest.mark.parametrize("tokens", [1, 4, 7])
+def test_nan_and_infinity_stay_what_they_are(kernels: Native, tokens: int, column: int) -> None:
+    x, weight = torch.ones(tokens, 70).bfloat16(), torch.ones(5, 70).bfloat16()
+    for row, value in enumerate([float("nan"), float("inf"), float("-inf"), 3e38]):
+        weight[row, column] = value
+    answer = kernels.bfloat16_linear(x, weight, None)
+    assert answer[:, 0].isnan().all()
+    assert answer[:, 1].tolist() == [float("inf")] * tokens
+    assert answer[:, 2].tolist() == [float("-inf")] * tokens
+    assert answer[:, 3].isfinite().all()
+    assert answer[:, 4].tolist() == [70.0] * tokens
+    x[0, column] = float("nan")
+    poisoned = kernels.bfloat16_linear(x, weight, None)
+    assert poisoned[0].isnan().all()
+    assert torch.equal(poisoned[1:, 4], answer[1:, 4])
+
+
+def test_a_sum_too_large_for_bfloat16_is_infinite(kernels: Native) -> None:
+    x = torch.full((1, 1), 3e38).bfloat16()
+    weight = torch.tensor([[1.0], [1.25], [-2.0]]).bfloat16()
+    answer = kernels.bfloat16_linear(x, weight, None)
+    assert answer.tolist() == [[x.item(), float("inf"), float("-inf")]]
+
+
+@pytest.mark.parametrize("tokens", range(1, 9))
+def test_any_number_of_threads_gives_the_same_bits(
+    kernels: Native, two_threads: None, tokens: int
+) -> None:
+    x, weight, bias = random(tokens, 301, seed=1), random(509, 301, seed=2), random(509, seed=3)
+    torch.set_num_threads(1)
+    alone = kernels.bfloat16_linear(x, weight, bias)
+    torch.set_num_threads(2)
+    assert torch.equal(kernels.bfloat16_linear(x, weight, bias), alone)
+
+
+def test_a_strided_x_is_read_in_its_own_order(kernels: Native) -> None:
+    weight = random(9, 40, seed=2)
+    transposed, skipping = random(40, 3, seed=1).t(), random(6, 80, seed=1)[::2, ::2]
+    for x in (transposed, skipping):
+        assert not x.is_contiguous()
+        expected = kernels.bfloat16_linear(
+            x.clone(memory_format=torch.contiguous_format), weight, None
+        )
+        assert torch.equal(kernels.bfloat16_linear(x, weight, None), expected)
+
+
+def test_what_would_be_read_out_of_bounds_is_refused(kernels: Native) -> None:
+    weight = random(4, 16, seed=1)
+    for tokens, columns in ((0, 16), (kernels.max_tokens + 1, 16), (1, 15), (1, 17)):
+        with pytest.raises(ValueError, match=f"x is {tokens} x {columns}, the weight 4 x 16"):
+            kernels.bfloat16_linear(random(tokens, columns, seed=2), weight, None)
+    with pytest.raises(ValueError, match=r"x is torch\.float32"):
+        kernels.bfloat16_linear(torch.ones(1, 16), weight, None)
+
+
+@pytest.fixture
+def another_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A place for a library that is not the package's own."""
+    path = tmp_path / "libhanok_kernels.so"
+    monkeypatch.setattr(module, "LIBRARY", path)
+    native.cache_clear()
+    yield path
+    native.cache_clear()  # the patch is undone after this, and nothing is asked between
+
+
+def test_without_the_library_it_says_that_no_compiler_was_found(another_library: Path) -> None:
+    assert native() is None
+    reason = why_not()
+    assert reason is not None
+    assert "no C++ compiler could compile them" in reason
+
+
+def test_a_library_for_another_system_is_told_from_an_absent_one(another_library: Path) -> None:
+    another_library.write_bytes(b"this is no library")
+    assert native() is None
+    reason = why_not()
+    assert reason is not None
+    assert "libhanok_kernels.so does not load, it was built for another system" in reason
+
+
+def test_where_the_library_is_there_is_nothing_to_say(kernels: Native) -> None:
+    assert why_not() is None
+    assert kernels.instruction_set in ("AVX-512", "AVX2", "portable")
+    assert kernels.max_tokens == 8
+
+
+@pytest.fixture
+def build(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The build script, with a bare class in place of hatchling's, which only builds install."""
+    path = ROOT / "hatch_build.py"
+    if not path.is_file():
+        pytest.skip("the build script is not beside these tests")
+    plugin = "hatchling.builders.hooks.plugin.interface"
+    interface = ModuleType(plugin)
+    interface.BuildHookInterface = type(  # type: ignore[attr-defined]
+        "BuildHookInterface", (), {"__class_getitem__": classmethod(lambda cls, item: cls)}
+    )
+    monkeypatch.setitem(sys.modules, plugin, interface)
+    spec = importlib.util.spec_from_file_location("hatch_build", path)
+    assert spec is not None
+    assert spec.loader is not None
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
+def test_without_a_compiler_the_build_goes_on_and_says_so(
+    build: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    library = tmp_path / "lib.so"
+    assert build.compile_kernels(tmp_path / "kernels.cpp", library) is False
+    assert "no C++ compiler" in capsys.readouterr().err
+    assert not library.exists()
+
+
+def test_what_does_not_compile_is_said_and_leaves_nothing(
+    build: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    if shutil.which("g++") is None:
+        pytest.skip("there is no g++ here")
+    monkeypatch.delenv("CXX", raising=False)
+    source = tmp_path / "kernels.cpp"
+    source.write_text("this is no program")
+    assert build.compile_kernels(source, tmp_path / "lib.so") is False
+    assert "its CPU kernels are not built" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == [source]
+
+
+def test_a_compiler_named_by_the_user_that_is_not_there_does_not_stop_the_build(
+    build: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", str(tmp_path / "no-such-compiler"))
+    assert build.compile_kernels(tmp_path / "kernels.cpp", tmp_path / "lib.so") is False
+
+
+def test_a_wheel_without_the_library_is_a_wheel_for_every_system(
+    build: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hook = build.KernelsBuildHook()
+    hook.root, hook.target_name = str(tmp_path), "wheel"
+    monkeypatch.setattr(build, "compile_kernels", lambda source, library: False)
+    data: dict[str, object] = {"artifacts": [], "pure_python": True}
+    hook.initialize("standard", data)
+    assert data == {"artifacts": [], "pure_python": True}
+    monkeypatch.setattr(build, "compile_kernels", lambda source, library: True)
+    hook.initialize("standard", data)
+    assert data["artifacts"] == ["src/hanok/kernels/libhanok_kernels.so"]
+    assert data["pure_python"] is False
+    assert str(data["tag"]).startswith("py3-none-")

@@ -1,0 +1,332 @@
+"""Reading `config.json`, and the formulas for parameters, bytes and FLOPs.
+
+The totals in bytes are the `total_size` of the published index files.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from hanok.errors import CheckpointError, HanokError, UnsupportedError
+from hanok.models.config import (
+    DynamicScaling,
+    Experts,
+    LayerConfig,
+    Mlp,
+    ModelConfig,
+    Norm,
+    Rope,
+)
+from hanok.models.decoder import Decoder
+from hanok.models.family import families, read_config
+
+LLAMA_3_1_8B: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 128000,
+    "eos_token_id": 128001,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "initializer_range": 0.02,
+    "intermediate_size": 14336,
+    "max_position_embeddings": 131072,
+    "mlp_bias": False,
+    "model_type": "llama",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "pretraining_tp": 1,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+        "rope_type": "llama3",
+    },
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.43.0.dev0",
+    "use_cache": True,
+    "vocab_size": 128256,
+}
+MIXTRAL_8X7B: dict[str, Any] = {
+    "architectures": ["MixtralForCausalLM"],
+    "attention_dropout": 0.0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "initializer_range": 0.02,
+    "intermediate_size": 14336,
+    "max_position_embeddings": 32768,
+    "model_type": "mixtral",
+    "num_attention_heads": 32,
+    "num_experts_per_tok": 2,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "num_local_experts": 8,
+    "output_router_logits": False,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 1000000.0,
+    "router_aux_loss_coef": 0.02,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.36.0.dev0",
+    "use_cache": True,
+    "vocab_size": 32000,
+}
+QWEN3_30B_A3B: dict[str, Any] = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 151643,
+    "decoder_sparse_step": 1,
+    "eos_token_id": 151645,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "initializer_range": 0.02,
+    "intermediate_size": 6144,
+    "max_position_embeddings": 40960,
+    "max_window_layers": 48,
+    "mlp_only_layers": [],
+    "model_type": "qwen3_moe",
+    "moe_intermediate_size": 768,
+    "norm_topk_prob": True,
+    "num_attention_heads": 32,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 48,
+    "num_key_value_heads": 4,
+    "output_router_logits": False,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 1000000.0,
+    "router_aux_loss_coef": 0.001,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.51.0",
+    "use_cache": True,
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+}
+
+
+def read(config: dict[str, Any]) -> ModelConfig:
+    return read_config(config, "a/config.json")[1]
+
+
+def message_of(config: dict[str, Any], error: type[HanokError]) -> str:
+    with pytest.raises(error) as caught:
+        read(config)
+    return str(caught.value)
+
+
+def without(config: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {name: value for name, value in config.items() if name not in names}
+
+
+@pytest.mark.parametrize(
+    ("config", "num_bytes", "active_billions"),
+    [
+        (LLAMA_3_1_8B, 16_060_522_496, 7.5),
+        (MIXTRAL_8X7B, 93_405_585_408, 12.7),
+        (QWEN3_30B_A3B, 61_064_245_248, 3.0),
+    ],
+    ids=["Llama-3.1-8B", "Mixtral-8x7B", "Qwen3-30B-A3B"],
+)
+def test_parameter_bytes_are_the_published_totals(
+    config: dict[str, Any], num_bytes: int, active_billions: float
+) -> None:
+    found = read(config)
+    assert found.parameter_bytes("bfloat16") == num_bytes
+    assert found.parameter_bytes("float32") == 2 * num_bytes
+    assert found.dtype == "bfloat16"
+    assert round(found.num_active_parameters() / 1e9, 1) == active_billions
+
+
+SMALL = ModelConfig(
+    model_type="llama",
+    vocab_size=10,
+    hidden_size=8,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=6,
+    max_positions=32,
+    norm=Norm(kind="rms", eps=1e-6),
+    mlp=Mlp(intermediate_size=5, activation="silu"),
+    layers=(
+        LayerConfig(rope=Rope(theta=1e4, rotary_dim=6)),
+        LayerConfig(rope=None, window=3, has_experts=True),
+    ),
+    experts=Experts(
+        num_experts=4, num_experts_per_token=2, intermediate_size=7, is_renormalised=True
+    ),
+)
+SHAPES = {
+    "pre": SMALL,
+    "tied": replace(SMALL, tie_embeddings=True),
+    "biases": replace(
+        SMALL, has_qkv_bias=True, has_output_bias=True, mlp=replace(SMALL.mlp, has_bias=True)
+    ),
+    "not gated": replace(SMALL, mlp=replace(SMALL.mlp, is_gated=False)),
+    "layer norm": replace(SMALL, norm=Norm(kind="layer", eps=1e-5, has_bias=True)),
+    "norms on heads": replace(SMALL, qk_norm="head"),
+    "norms on all heads": replace(SMALL, qk_norm="full"),
+    "post": replace(SMALL, norm_placement="post"),
+    "sandwich": replace(SMALL, norm_placement="sandwich"),
+    "parallel": replace(SMALL, norm_placement="parallel"),
+    "learned positions": replace(SMALL, has_learned_positions=True),
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_parameter_shapes_are_the_decoders(name: str) -> None:
+    config = SHAPES[name]
+    with torch.device("meta"):
+        decoder = Decoder(config)
+    built = {key: tuple(value.shape) for key, value in decoder.named_parameters()}
+    assert config.parameter_shapes() == built
+    assert config.num_parameters() == sum(value.numel() for value in decoder.parameters())
+
+
+def test_flops_and_cache_of_a_small_decoder_by_hand() -> None:
+    qkv, out = (24 + 2 * 12) * 8, 8 * 24
+    dense_mlp = 2 * 5 * 8 + 8 * 5
+    router, expert = 4 * 8, 2 * 7 * 8 + 8 * 7
+    active = 10 * 8 + 2 * (qkv + out) + dense_mlp + router + 2 * expert
+    assert SMALL.num_active_parameters() == active
+    # The first layer sees all tokens, the second at most three.
+    for context, seen in ((1, 1 + 1), (3, 3 + 3), (20, 20 + 3)):
+        assert SMALL.flops_per_token(context) == 2 * active + 4 * 4 * 6 * seen
+    # Keys and values, two layers, two heads of six.
+    assert SMALL.kv_cache_bytes(5, "float16") == 2 * 2 * 2 * 6 * 5 * 2
+
+
+def test_the_context_ends_where_dynamic_scaling_does() -> None:
+    assert SMALL.max_context_tokens == 32
+    scaling = DynamicScaling(factor=2.5, max_positions=32)
+    layer = LayerConfig(rope=Rope(theta=1e4, rotary_dim=6, scaling=scaling))
+    grown = replace(SMALL, layers=(layer,))
+    assert grown.max_context_tokens == 80
+    assert grown.shares_angles(1, 32)
+    assert not grown.shares_angles(32, 33)
+    assert SMALL.shares_angles(1, 1000)
+
+
+def test_a_key_that_nobody_reads_is_refused_with_its_value() -> None:
+    message = message_of(LLAMA_3_1_8B | {"attention_twist": 3, "use_cache": 1}, UnsupportedError)
+    assert "a/config.json" in message
+    assert "does not account for attention_twist = 3." in message
+    assert "use_cache" not in message
+
+
+def test_an_unknown_model_type_lists_the_known_ones_the_nearest_first() -> None:
+    message = message_of(LLAMA_3_1_8B | {"model_type": "qwen3_moee"}, CheckpointError)
+    assert "model_type 'qwen3_moee', which hanok does not know" in message
+    listed = message.split("nearest first: ")[1].rstrip(".").split(", ")
+    assert listed[0] == "qwen3_moe"
+    assert sorted(listed) == sorted(families())
+
+
+@pytest.mark.parametrize("value", [None, 7])
+def test_a_file_without_a_model_type_says_what_is_known(value: object) -> None:
+    message = message_of(LLAMA_3_1_8B | {"model_type": value}, CheckpointError)
+    assert message == message_of(without(LLAMA_3_1_8B, "model_type"), CheckpointError)
+    assert message.startswith("a/config.json has no `model_type`")
+    assert all(name in message for name in families())
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vocab_size",
+        "hidden_size",
+        "num_attention_heads",
+        "num_hidden_layers",
+        "intermediate_size",
+        "max_position_embeddings",
+    ],
+)
+def test_a_missing_size_is_named(name: str) -> None:
+    message = message_of(without(LLAMA_3_1_8B, name), CheckpointError)
+    assert message == f"a/config.json has no {name}; llama needs it."
+    # null is as good as absent
+    assert message_of(LLAMA_3_1_8B | {name: None}, CheckpointError) == message
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("hidden_size", "4096", "a positive whole number"),
+        ("vocab_size", True, "a positive whole number"),
+        ("num_hidden_layers", 0, "a positive whole number"),
+        ("intermediate_size", 1.5, "a positive whole number"),
+        ("rms_norm_eps", "small", "a number"),
+        ("tie_word_embeddings", 1, "true or false"),
+        ("attention_bias", "no", "true or false"),
+    ],
+)
+def test_a_value_of_the_wrong_kind_is_named_and_shown(
+    name: str, value: object, expected: str
+) -> None:
+    message = message_of(LLAMA_3_1_8B | {name: value}, CheckpointError)
+    assert message == f"a/config.json: {name} is {value!r}; it must be {expected}."
+
+
+def test_a_quantized_checkpoint_is_refused_by_its_method() -> None:
+    quantized = QWEN3_30B_A3B | {"quantization_config": {"quant_method": "fp8", "fmt": "e4m3"}}
+    message = message_of(quantized, UnsupportedError)
+    assert "quantized ('fp8')" in message
+    assert "unquantized" in message
+
+
+def test_an_activation_that_is_not_known_is_refused() -> None:
+    message = message_of(LLAMA_3_1_8B | {"hidden_act": "mish"}, UnsupportedError)
+    assert "activation 'mish' is not one of silu" in message
+
+
+@pytest.mark.parametrize(
+    ("scaling", "error", "part"),
+    [
+        ({"rope_type": "spiral"}, UnsupportedError, "rope type 'spiral' is not one of default"),
+        ({"rope_type": "linear"}, CheckpointError, "'linear' is incomplete"),
+        ({"rope_type": "llama3", "factor": 8.0}, CheckpointError, "low_freq_factor"),
+        ({"rope_type": "linear", "factor": 2.0, "twist": 1}, UnsupportedError, "twist"),
+        (
+            {"rope_type": "longrope", "short_factor": [1.0] * 3, "long_factor": [1.0] * 64},
+            CheckpointError,
+            "short_factor has 3 values; 128 rotated components need 64",
+        ),
+    ],
+)
+def test_a_rope_that_cannot_be_read_says_why(
+    scaling: dict[str, Any], error: type[HanokError], part: str
+) -> None:
+    assert part in message_of(LLAMA_3_1_8B | {"rope_scaling": scaling}, error)
+
+
+@pytest.mark.parametrize("config", [LLAMA_3_1_8B, MIXTRAL_8X7B, QWEN3_30B_A3B])
+def test_the_new_spellings_mean_what_the_old_ones_do(config: dict[str, Any]) -> None:
+    new = without(config, "rope_theta", "rope_scaling", "torch_dtype")
+    new["dtype"] = config["torch_dtype"]
+    new["rope_parameters"] = {
+        "rope_theta": config["rope_theta"],
+        **(config.get("rope_scaling") or {"rope_type": "default"}),
+    }
+    assert read(new) == read(config)
+    # "type" is older still.
+    if config.get("rope_scaling"):
+        older = dict(config["rope_scaling"])
+        older["type"] = older.pop("rope_type")
+        assert read(config | {"rope_scaling": older}) == read(config)
+    # And both matter.
+    assert read(config | {"rope_theta": 7.0}) != read(config)
+    assert read(config | {"torch_dtype": "float16"}) != read(config)
