@@ -103,6 +103,9 @@ class SamplingParams:
         self._check("repetition_penalty", self.repetition_penalty > 0, "above 0")
         self._check("presence_penalty", -100 <= self.presence_penalty <= 100, "-100 to 100")
         self._check("frequency_penalty", -100 <= self.frequency_penalty <= 100, "-100 to 100")
+        # What torch's generators take.
+        is_seed = self.seed is None or -(2**63) <= self.seed < 2**64
+        self._check("seed", is_seed, "None or -2**63 to 2**64 - 1")
         self._check("stop", all(self.stop), "texts that are not empty")
         self._check("top_logprobs", 0 <= self.top_logprobs <= 1000, "0 to 1000")
 
@@ -162,12 +165,22 @@ def unsupported_defaults(values: Mapping[str, Any]) -> tuple[str, ...]:
 
 def _is_like(value: Any, default: Any, name: str) -> bool:
     if name == "seed":
-        return value is None or (isinstance(value, int) and not isinstance(value, bool))
+        return value is None or _is_number(value, int)
     if isinstance(default, bool):
         return isinstance(value, bool)
-    if isinstance(default, int | float):
-        kinds = (int,) if isinstance(default, int) else (int, float)
-        return isinstance(value, kinds) and not isinstance(value, bool)
+    if isinstance(default, int):
+        return _is_number(value, int)
+    if isinstance(default, float):
+        return _is_number(value, int, float)
     if name == "logit_bias":
-        return isinstance(value, Mapping)
-    return isinstance(value, str | int | Sequence) and not isinstance(value, bool)
+        return isinstance(value, Mapping) and all(
+            _is_number(token, int) and _is_number(bias, int, float) for token, bias in value.items()
+        )
+    if name == "stop":  # one text, or several
+        return isinstance(value, Sequence) and all(isinstance(item, str) for item in value)
+    items = value if isinstance(value, Sequence) else [value]
+    return all(_is_number(item, int) for item in items) and not isinstance(value, str)
+
+
+def _is_number(value: Any, *kinds: type) -> bool:
+    return isinstance(value, kinds) and not isinstance(value, bool)

@@ -74,12 +74,13 @@ def load_decoder(
     table = sources(family, config, checkpoint.tensors)
     notes: list[str] = []
     account_for(checkpoint, family, config, table)
-    target_dtype = _choose_dtype(checkpoint, config, dtype, device, notes)
+    target_device = _choose_device(device)
+    target_dtype = _choose_dtype(checkpoint, config, dtype, target_device, notes)
     with torch.device("meta"):
         decoder = Decoder(config)
     if weights not in ("auto", "mapped", "copied"):
         raise OptionError(f"weights {weights!r} is unknown. Choose auto, mapped or copied.")
-    placer = _Placer(checkpoint, target_dtype, _choose_device(device), weights != "copied")
+    placer = _Placer(checkpoint, target_dtype, target_device, weights != "copied")
     order = sorted(table, key=lambda name: _file_position(checkpoint, table[name]))
     placer.claim([table[name] for name in order])
     mapped: list[MappedWeight] = []
@@ -177,10 +178,13 @@ def _is_tied_head(
     """Return whether `name` is a second copy of the embedding, which ties allow when it is the same."""
     if not config.tie_embeddings or name != f"{family.names['lm_head']}.weight":
         return False
+    embedding_name = table["embed_tokens.weight"].names[0]
+    if embedding_name not in checkpoint.tensors:
+        return False
     files = MappedFiles()
     head = files.view(checkpoint.tensors[name])
-    embedding = files.view(checkpoint.tensors[table["embed_tokens.weight"].names[0]])
-    if not torch.equal(head, embedding):
+    embedding = files.view(checkpoint.tensors[embedding_name])
+    if head.dtype != embedding.dtype or not torch.equal(head, embedding):
         raise CheckpointError(
             f"{checkpoint.folder}: config.json ties the head to the embedding, but {name} differs "
             "from it. Set tie_word_embeddings to false to use both, or delete the tensor."
@@ -189,7 +193,7 @@ def _is_tied_head(
 
 
 def _choose_dtype(
-    checkpoint: Checkpoint, config: ModelConfig, dtype: str, device: str, notes: list[str]
+    checkpoint: Checkpoint, config: ModelConfig, dtype: str, device: torch.device, notes: list[str]
 ) -> torch.dtype:
     stored = [dtype_of(ref) for ref in checkpoint.tensors.values()]
     floats = [item for item in stored if item.is_floating_point]
@@ -197,7 +201,7 @@ def _choose_dtype(
     name = dtype
     if dtype == "auto":
         name = declared if declared in DTYPE_BYTES else "float32"
-        if name == "float16" and device == "cpu":
+        if name == "float16" and device.type == "cpu":
             name = "bfloat16"
             notes.append(
                 "dtype: bfloat16 instead of the file's float16, which CPUs multiply several times "
@@ -216,7 +220,7 @@ def _choose_device(device: str) -> torch.device:
         raise OptionError(f"device {device!r} is not a device: {error}") from error
     if found.type == "cuda" and not torch.cuda.is_available():
         raise UnsupportedError(f"device {device!r} was asked for, but torch finds no CUDA device.")
-    return found
+    return torch.device("cpu") if found.type == "cpu" else found  # "cpu:0" is no other place
 
 
 def _file_position(checkpoint: Checkpoint, source: Source) -> tuple[str, int]:
@@ -267,6 +271,7 @@ class _Placer:
         return (
             keeps_order
             and all(dtype_of(ref) == self.dtype and ref.strides is None for ref in refs)
+            and _is_aligned(refs[0])
             and _lie_together(refs)
         )
 
