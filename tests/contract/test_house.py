@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import os
 import re
 import subprocess
 import sys
@@ -22,8 +23,15 @@ VAGUE_NAMES = {"utils", "util", "helpers", "helper", "common", "misc"}
 
 
 def run(*command: str | Path, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    # One thread: several wait for one another where the tests share their cores with others.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        list(map(str, command)), cwd=cwd, capture_output=True, text=True, check=False
+        list(map(str, command)),
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
 
 

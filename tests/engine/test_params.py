@@ -186,3 +186,8 @@ def test_what_is_not_followed_is_noted_and_what_asks_for_nothing_is_not(name: st
 
 def test_what_is_followed_needs_no_note() -> None:
     assert unsupported_defaults({**RECOMMENDED, "do_sample": True, "eos_token_id": 2}) == ()
+
+
+def test_a_recommended_temperature_of_zero_is_greedy() -> None:
+    values = {"do_sample": True, "temperature": 0.0, "top_p": 0.9}
+    assert from_generation_config(values) == SamplingParams()

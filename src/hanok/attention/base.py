@@ -4,7 +4,7 @@ Every score in hanok goes through one `Backend.attend`. Activations are packed: 
 sequences stand one after another, `query_lengths` says how many belong to each, and nothing is
 padded. Keys and values come from a layer's `LayerState` when there is a cache, else from the batch.
 
-A backend is one file of this package that defines `BACKEND`. `choose` takes the first that fits and
+A backend is one file of this package that defines `BACKENDS`. `choose` takes the first that fits and
 can say why each of the others does not. `reference` is the oracle for all of them.
 """
 

@@ -147,7 +147,7 @@ def from_generation_config(values: Mapping[str, Any]) -> SamplingParams:
 
     Without `do_sample` they are greedy, whatever temperature the file names, as in transformers.
     """
-    samples = bool(values.get("do_sample"))
+    samples = bool(values.get("do_sample")) and values.get("temperature") != 0
     options: dict[str, Any] = {"temperature": 1.0} if samples else {}
     names = GENERATION_CONFIG_FIELDS if samples else ALWAYS_READ
     options |= {name: values[name] for name in names if values.get(name) is not None}

@@ -1,10 +1,10 @@
-"""Moves mapped weights into large pages while the model already works.
+"""Moves mapped weights into memory of the process while the model already works.
 
-Mapping a file is the fastest way to a first token, but its pages are of 4 KiB, and looking up their
-addresses takes a quarter of the speed of decoding (measured: 20 GB/s mapped, 26 in large pages). So
-once the model has answered for the first time, a thread reads one weight after the other into an
-arena, puts it in the mapped one's place, and gives the mapped pages back. At any moment the process
-holds the weights once, and one of them twice.
+Mapping a file is the fastest way to a first token, but decoding from it is slower than from anonymous
+memory (measured with our kernel: 20 against 26 GB/s; docs/log.md). So once the model has answered for
+the first time, a thread reads one weight after the other into an arena, puts it in the mapped one's
+place, and gives the mapped pages back. At any moment the process holds the weights once, and one of
+them twice.
 
 What is copied is no longer shared with other processes and cannot be dropped by the kernel, so this
 happens only where twice the bytes are available.

@@ -2,7 +2,7 @@
 
 A mapped tensor is a view of the file: nothing is copied, processes share the pages, and the first use
 brings them in. What must change on the way (another dtype, parts that do not lie together, another
-order) is read into an `Arena`: anonymous memory in large pages, claimed once.
+order) is read into an `Arena`: anonymous memory, claimed once.
 
 Reading goes through `pread` and not through the mapping, so that pages which were only copied from do
 not count as this process's memory.
@@ -97,14 +97,11 @@ class MappedFiles:
 class Arena:
     """Anonymous memory for weights that are copied, handed out piece by piece.
 
-    Threads may ask for pieces at the same time. Large pages are asked for, since faulting in and
-    walking 4 KiB pages halves the speed of both loading and decoding.
+    Threads may ask for pieces at the same time.
     """
 
     def __init__(self, size_bytes: int, num_tensors: int) -> None:
         self._memory = mmap.mmap(-1, max(1, size_bytes + num_tensors * _ALIGNMENT))
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            self._memory.madvise(mmap.MADV_HUGEPAGE)
         self._lock = threading.Lock()
         self._offset = 0
 

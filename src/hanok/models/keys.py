@@ -6,6 +6,7 @@ therefore reads each key, demands a value it assumes, or ignores it by name.
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from hanok.errors import CheckpointError, UnsupportedError
@@ -269,6 +270,21 @@ def llama_config(keys: Keys, *, rope: Rope | None = None) -> ModelConfig:
         layers=(layer,) * keys.whole("num_hidden_layers"),
         tie_embeddings=keys.flag("tie_word_embeddings", False),
         dtype=declared_dtype(keys),
+    )
+
+
+def windows_above(keys: Keys, layers: tuple[LayerConfig, ...]) -> tuple[LayerConfig, ...]:
+    """Return the layers with Qwen's window: on those from `max_window_layers` on, when it is used."""
+    is_used, window = keys.flag("use_sliding_window", False), keys.get("sliding_window", 4096)
+    first = keys.get("max_window_layers", 28)
+    default = [
+        "sliding_attention" if is_used and index >= first else "full_attention"
+        for index in range(len(layers))
+    ]
+    kinds = keys.layer_kinds(len(layers), default)
+    return tuple(
+        replace(layer, window=window if is_used and kind == "sliding_attention" else None)
+        for layer, kind in zip(layers, kinds, strict=True)
     )
 
 

@@ -4,28 +4,21 @@ from dataclasses import replace
 
 from hanok.models.config import Experts, ModelConfig
 from hanok.models.family import LLAMA_NAMES, Family
-from hanok.models.keys import Keys, llama_config
+from hanok.models.keys import Keys, llama_config, windows_above
 
 
 def read_config(keys: Keys) -> ModelConfig:
     """Read a Qwen3 or Qwen3-MoE config.json."""
     config = llama_config(keys)
     has_bias = keys.flag("attention_bias", False)
-    uses_window = keys.flag("use_sliding_window", False)
-    window, first = keys.get("sliding_window", 4096), keys.get("max_window_layers", 28)
     config = replace(config, qk_norm="head", has_qkv_bias=has_bias, has_output_bias=has_bias)
     if keys.model_type == "qwen3":
-        default = [
-            "sliding_attention" if uses_window and index >= first else "full_attention"
-            for index in range(config.num_layers)
-        ]
-        kinds = keys.layer_kinds(config.num_layers, default)
-        layers = tuple(
-            replace(layer, window=window if uses_window and kind == "sliding_attention" else None)
-            for layer, kind in zip(config.layers, kinds, strict=True)
-        )
-        return replace(config, layers=layers)
+        return replace(config, layers=windows_above(keys, config.layers))
 
+    keys.ignore("max_window_layers")
+    window = keys.get("sliding_window", 4096)
+    if not keys.flag("use_sliding_window", False):
+        window = None
     keys.ignore("output_router_logits", "router_aux_loss_coef")
     step, dense = keys.whole("decoder_sparse_step", 1), keys.get("mlp_only_layers", [])
     return replace(
@@ -33,7 +26,7 @@ def read_config(keys: Keys) -> ModelConfig:
         layers=tuple(
             replace(
                 layer,
-                window=window if uses_window else None,
+                window=window,
                 has_experts=(index + 1) % step == 0 and index not in dense,
             )
             for index, layer in enumerate(config.layers)
