@@ -5,7 +5,7 @@ float32 sums over at most 300 products of the order of 1 add less than 1e-4.
 """
 
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import get_args
 
@@ -23,6 +23,8 @@ from hanok.models.decoder import Decoder
 from hanok.models.linear import Linear, Product, choose_product, dense
 
 BFLOAT16_TOLERANCE = {"rtol": 2**-7, "atol": 2e-2}
+# Sums and bias in float32, rounded once: half of the last of 8 bits, and what the sums may err by.
+ROUNDED_ONCE = {"rtol": 2**-8, "atol": 1e-4}
 FLOAT32_TOLERANCE = {"rtol": 1e-5, "atol": 1e-4}
 PRODUCTS: tuple[Product, ...] = get_args(Product)
 NATIVE_TOKENS = 8
@@ -80,16 +82,98 @@ def test_each_product_is_the_product_in_float64(
     bias = random(rows, seed=3) if has_bias else None
     answer = dense(x, weight, bias)
     assert answer.dtype is torch.bfloat16
-    torch.testing.assert_close(answer.double(), wide(x, weight, bias), **BFLOAT16_TOLERANCE)
+    tolerance = ROUNDED_ONCE if product in ("native", "widened") else BFLOAT16_TOLERANCE
+    torch.testing.assert_close(answer.double(), wide(x, weight, bias), **tolerance)
 
 
+@pytest.mark.parametrize("has_bias", [False, True])
 @quick
 @given(tokens=st.integers(0, 12), rows=st.integers(1, 40), columns=st.integers(1, 70))
-def test_float32_is_the_product_in_float64(tokens: int, rows: int, columns: int) -> None:
+def test_float32_is_the_product_in_float64(
+    has_bias: bool, tokens: int, rows: int, columns: int
+) -> None:
     x = random(tokens, columns, seed=1, dtype=torch.float32)
     weight = random(rows, columns, seed=2, dtype=torch.float32)
-    answer = dense(x, weight)
-    torch.testing.assert_close(answer.double(), wide(x, weight, None), **FLOAT32_TOLERANCE)
+    bias = random(rows, seed=3, dtype=torch.float32) if has_bias else None
+    answer = dense(x, weight, bias)
+    torch.testing.assert_close(answer.double(), wide(x, weight, bias), **FLOAT32_TOLERANCE)
+
+
+# What each product calls, and nothing else of these.
+CALLS: dict[Product, tuple[object, str]] = {
+    "native": (linear, "_native"),
+    "vector": (torch, "mv"),
+    "torch without oneDNN": (linear, "_without_onednn"),
+    "widened": (linear, "_widened"),
+}
+
+
+@pytest.mark.parametrize("product", PRODUCTS)
+def test_the_chosen_product_is_the_one_that_is_computed(
+    product: Product, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    force(monkeypatch, product)
+    called: list[str] = []
+
+    def watch(owner: object, name: str) -> None:
+        real = getattr(owner, name)
+
+        def spy(*arguments: Tensor) -> Tensor:
+            called.append(name)
+            return real(*arguments)
+
+        monkeypatch.setattr(owner, name, spy)
+
+    for owner, name in CALLS.values():
+        watch(owner, name)
+    dense(random(1, 8, seed=1), random(4, 8, seed=2))
+    assert called == ([CALLS[product][1]] if product in CALLS else [])
+
+
+@pytest.mark.parametrize(("tokens", "block"), [(2, 4), (3, 8)])
+def test_no_more_than_a_block_of_rows_is_widened_at_a_time(
+    tokens: int, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    force(monkeypatch, "widened")
+    sizes = {"FEW_TOKENS": 2, "FEW_TOKENS_ROWS": 4, "MANY_TOKENS_ROWS": 8}
+    for name, size in sizes.items():
+        monkeypatch.setattr(linear, name, size)
+    made: list[tuple[int, ...]] = []
+    real = torch.empty
+
+    def spy(*shape: int) -> Tensor:
+        made.append(shape)
+        return real(*shape)
+
+    monkeypatch.setattr(torch, "empty", spy)
+    x, weight, bias = random(tokens, 5, seed=1), random(19, 5, seed=2), random(19, seed=3)
+    answer = dense(x, weight, bias)
+    assert made == [(block, 5)]
+    torch.testing.assert_close(answer.double(), wide(x, weight, bias), **ROUNDED_ONCE)
+
+
+@pytest.fixture
+def with_threads() -> Iterator[Callable[[int], None]]:
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("product", "tokens"), [("vector", 1), ("widened", 3), ("widened", 40)])
+def test_the_number_of_threads_changes_rounding_alone(
+    product: Product,
+    tokens: int,
+    with_threads: Callable[[int], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    force(monkeypatch, product)
+    x, weight, bias = random(tokens, 300, seed=1), random(1030, 300, seed=2), random(1030, seed=3)
+    answers = []
+    for count in (1, 2, 3):
+        with_threads(count)
+        answers.append(dense(x, weight, bias).double())
+    for answer in answers[1:]:
+        torch.testing.assert_close(answer, answers[0], rtol=2**-7, atol=1e-4)
 
 
 @pytest.mark.parametrize("has_bias", [False, True])

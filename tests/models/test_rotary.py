@@ -42,6 +42,11 @@ SCALINGS: dict[str, dict[str, Any]] = {
         "original_max_position_embeddings": 32,
     },
     "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
+    "yarn whose ramp has no width": {
+        "rope_type": "yarn",
+        "factor": 4.0,
+        "original_max_position_embeddings": 6,
+    },
     "yarn with everything": {
         "rope_type": "yarn",
         "factor": 4.0,
@@ -237,3 +242,13 @@ def test_the_length_still_to_come_decides_the_angles_of_the_first_tokens() -> No
     early = ForwardBatch.of([[0] * 10], sequence_lengths=[50])
     whole = Rotary(rope).cos_sin(ForwardBatch.of([[0] * 50]), torch.float32)
     assert torch.equal(Rotary(rope).cos_sin(early, torch.float32), whole[:, :10])
+
+
+def test_tables_are_kept_apart_by_dtype() -> None:
+    rotary, batch = Rotary(Rope(theta=1e4, rotary_dim=8)), ForwardBatch.of([[0] * 9])
+    exact = rotary.cos_sin(batch, torch.float32)
+    rounded = rotary.cos_sin(batch, torch.bfloat16)
+    assert rounded.dtype is torch.bfloat16
+    # Angles are float32 and only their cosines and sines are rounded.
+    assert torch.equal(rounded, exact.to(torch.bfloat16))
+    assert torch.equal(rotary.cos_sin(batch, torch.float32), exact)

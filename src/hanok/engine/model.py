@@ -210,7 +210,7 @@ class Model:
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Return the token ids of a prompt; RequestError when they cannot be served."""
-        if not isinstance(prompt, Sequence):
+        if isinstance(prompt, bytes) or not isinstance(prompt, Sequence):
             raise RequestError(
                 f"{prompt!r} is not a prompt. Give a text, a list of token ids, or a list of messages "
                 "with role and content."
@@ -245,8 +245,8 @@ class Model:
         try:
             save_weights(unfinished, self.decoder, self._sources)
             config = dict(self.checkpoint.config)
-            key = "torch_dtype" if "torch_dtype" in config else "dtype"
-            config[key] = str(self.dtype).removeprefix("torch.")
+            spellings = [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]
+            config |= dict.fromkeys(spellings, str(self.dtype).removeprefix("torch."))
             write_json(unfinished / "config.json", config)
             if self.checkpoint.generation_config:
                 values = dict(self.checkpoint.generation_config)
@@ -375,7 +375,7 @@ def _end_ids(checkpoint: Checkpoint, tokenizer: "Tokenizer | None") -> frozenset
 
 def _as_list(prompt: Prompt | Sequence[Prompt]) -> tuple[list[Prompt], bool]:
     """Return the prompts, and whether several were given."""
-    if isinstance(prompt, str):
+    if isinstance(prompt, str | bytes) or not isinstance(prompt, Sequence):
         return [prompt], False
     items = list(prompt)
     if not items:

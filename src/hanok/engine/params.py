@@ -95,14 +95,19 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         self._check("max_new_tokens", self.max_new_tokens >= 1, "at least 1")
-        self._check("temperature", 0 <= self.temperature < float("inf"), "0 or more")
+        # Smaller ones overflow float32 scores and draw as 0 takes.
+        is_temperature = self.temperature == 0 or 1e-6 <= self.temperature < float("inf")
+        self._check("temperature", is_temperature, "0, or from 1e-6 on")
         self._check("top_k", self.top_k >= 0, "0 (all) or more")
         self._check("top_p", 0 < self.top_p <= 1, "above 0 and at most 1")
         self._check("min_p", 0 <= self.min_p <= 1, "between 0 and 1")
         self._check("typical_p", 0 < self.typical_p <= 1, "above 0 and at most 1")
-        self._check("repetition_penalty", self.repetition_penalty > 0, "above 0")
+        is_penalty = 0 < self.repetition_penalty < float("inf")
+        self._check("repetition_penalty", is_penalty, "above 0 and finite")
         self._check("presence_penalty", -100 <= self.presence_penalty <= 100, "-100 to 100")
         self._check("frequency_penalty", -100 <= self.frequency_penalty <= 100, "-100 to 100")
+        are_biases = all(bias < float("inf") for bias in self.logit_bias.values())
+        self._check("logit_bias", are_biases, "numbers below infinity for each token id")
         # What torch's generators take.
         is_seed = self.seed is None or -(2**63) <= self.seed < 2**64
         self._check("seed", is_seed, "None or -2**63 to 2**64 - 1")

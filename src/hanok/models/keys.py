@@ -68,11 +68,41 @@ class Keys:
         value = self._config.get(name)
         return default if value is None else value
 
-    def whole(self, name: str, default: int | object = _REQUIRED) -> int:
-        """Return a positive whole number."""
+    def whole(self, name: str, default: int | object = _REQUIRED, *, least: int = 1) -> int:
+        """Return a whole number of at least `least`."""
         value = self._required(name, default)
-        if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
-            raise self._wrong(name, value, "a positive whole number")
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            kind = "a positive whole number" if least == 1 else f"a whole number from {least} on"
+            raise self._wrong(name, value, kind)
+        return value
+
+    def whole_or_none(self, name: str, default: int | None = None) -> int | None:
+        """Return a positive whole number; None where the file says null, `default` without the key."""
+        return None if self._unless_absent(name, default) is None else self.whole(name, default)
+
+    def above_zero(self, name: str, default: float | object = _REQUIRED) -> float:
+        """Return a number above 0."""
+        return self._above_zero(name, self._required(name, default))
+
+    def above_zero_or_none(self, name: str, default: float | None = None) -> float | None:
+        """Return a number above 0; None where the file says null, `default` without the key."""
+        return (
+            None if self._unless_absent(name, default) is None else self.above_zero(name, default)
+        )
+
+    def kv_heads(self, num_heads: int) -> int:
+        """Return `num_key_value_heads`, by default one for each head; heads share them evenly."""
+        value = self.whole("num_key_value_heads", num_heads)
+        if num_heads % value:
+            raise self._wrong("num_key_value_heads", value, f"a divisor of the {num_heads} heads")
+        return value
+
+    def listed(self, name: str, default: list[Any], *, length: int | None = None) -> list[Any]:
+        """Return a list, of `length` items where that is given."""
+        value = self.get(name, default)
+        if not isinstance(value, list) or (length is not None and len(value) != length):
+            count = "" if length is None else f" of {length} items"
+            raise self._wrong(name, value, f"a list{count}")
         return value
 
     def number(self, name: str, default: float | object = _REQUIRED) -> float:
@@ -106,7 +136,7 @@ class Keys:
         """Return the activation that the first present of `names` names."""
         values = [value for name in names if (value := self.get(name)) is not None]
         value = values[0] if values else default
-        if value not in ACTIVATIONS:
+        if not isinstance(value, str) or value not in ACTIVATIONS:
             raise UnsupportedError(
                 f"{self._where}: activation {value!r} is not one of {', '.join(ACTIVATIONS)}."
             )
@@ -114,9 +144,7 @@ class Keys:
 
     def layer_kinds(self, num_layers: int, default: list[str]) -> list[str]:
         """Return "full_attention" or "sliding_attention" for each layer (`layer_types`)."""
-        kinds = self.get("layer_types", default)
-        if not isinstance(kinds, list) or len(kinds) != num_layers:
-            raise self._wrong("layer_types", kinds, f"a list of {num_layers} names")
+        kinds = self.listed("layer_types", default, length=num_layers)
         for kind in kinds:
             if kind not in ("full_attention", "sliding_attention"):
                 raise UnsupportedError(
@@ -138,14 +166,18 @@ class Keys:
 
         `kind` picks the entry when `rope_parameters` holds one for each kind of layer.
         """
-        values: dict[str, Any] = dict(self.get("rope_parameters") or self.get("rope_scaling") or {})
+        values = self._object("rope_parameters") or self._object("rope_scaling")
         if isinstance(values.get(kind), Mapping):
             values = dict(values[kind])
         kind_name = values.pop("rope_type", None) or values.pop("type", None) or "default"
         values.pop("type", None)
-        theta = float(values.pop("rope_theta", None) or self.get("rope_theta") or default_theta)
+        top_theta = self.get("rope_theta", default_theta)
+        theta = self._above_zero("rope_theta", values.pop("rope_theta", None) or top_theta)
         top_partial = self.get("partial_rotary_factor", default_partial)
-        partial = float(values.pop("partial_rotary_factor", None) or top_partial)
+        given_partial = values.pop("partial_rotary_factor", None) or top_partial
+        partial = self._above_zero("partial_rotary_factor", given_partial)
+        if partial > 1:
+            raise self._wrong("partial_rotary_factor", partial, "at most 1")
         rotary_dim = int(head_dim * partial)
         scaling = self._scaling(kind_name, values, rotary_dim)
         if values and kind_name != "default":
@@ -162,6 +194,7 @@ class Keys:
         inner_original = values.pop("original_max_position_embeddings", None)
         # Phi-3 keeps the original length beside the rope, and that one counts.
         original = self.get("original_max_position_embeddings") or inner_original or max_positions
+        self._above_zero("original_max_position_embeddings", original)
         factor = values.pop("factor", None)
         try:
             if kind == "default":
@@ -189,7 +222,7 @@ class Keys:
                 )
             if kind in ("longrope", "su"):
                 return self._longrope(values, int(original), ratio, rotary_dim)
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
             raise CheckpointError(
                 f"{self._where}: rope type {kind!r} is incomplete or has a wrong value: {error}."
             ) from error
@@ -242,27 +275,44 @@ class Keys:
             raise CheckpointError(f"{self._where} has no {name}; {self.model_type} needs it.")
         return value
 
+    def _unless_absent(self, name: str, default: Any) -> Any:
+        """Return what a key holds, null too; `default` when it is not there at all."""
+        self.ignore(name)
+        return self._config.get(name, default)
+
+    def _above_zero(self, name: str, value: Any) -> float:
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not is_number or not 0 < value < math.inf:
+            raise self._wrong(name, value, "a number above 0")
+        return float(value)
+
+    def _object(self, name: str) -> dict[str, Any]:
+        value = self.get(name, {})
+        if not isinstance(value, Mapping):
+            raise self._wrong(name, value, "an object of names and values")
+        return dict(value)
+
     def _wrong(self, name: str, value: Any, expected: str) -> CheckpointError:
         return CheckpointError(f"{self._where}: {name} is {value!r}; it must be {expected}.")
 
 
-def llama_config(keys: Keys, *, rope: Rope | None = None) -> ModelConfig:
+def llama_config(keys: Keys, *, rope: Rope | None = None, default_eps: float = 1e-6) -> ModelConfig:
     """Read the keys that Llama and its descendants share; families `replace` what differs.
 
     All layers see everything and share one rope. `rope` is given where a family reads it otherwise.
     """
     hidden, heads = keys.whole("hidden_size"), keys.whole("num_attention_heads")
-    head_dim = keys.get("head_dim") or hidden // heads
+    head_dim = keys.whole("head_dim", hidden // heads)
     layer = LayerConfig(rope=rope or keys.rope(head_dim))
     return ModelConfig(
         model_type=keys.model_type,
         vocab_size=keys.whole("vocab_size"),
         hidden_size=hidden,
         num_heads=heads,
-        num_kv_heads=keys.whole("num_key_value_heads", heads),
+        num_kv_heads=keys.kv_heads(heads),
         head_dim=head_dim,
         max_positions=keys.whole("max_position_embeddings"),
-        norm=Norm(kind="rms", eps=keys.number("rms_norm_eps", 1e-6)),
+        norm=Norm(kind="rms", eps=keys.number("rms_norm_eps", default_eps)),
         mlp=Mlp(
             intermediate_size=keys.whole("intermediate_size"),
             activation=keys.activation("hidden_activation", "hidden_act"),
@@ -275,8 +325,9 @@ def llama_config(keys: Keys, *, rope: Rope | None = None) -> ModelConfig:
 
 def windows_above(keys: Keys, layers: tuple[LayerConfig, ...]) -> tuple[LayerConfig, ...]:
     """Return the layers with Qwen's window: on those from `max_window_layers` on, when it is used."""
-    is_used, window = keys.flag("use_sliding_window", False), keys.get("sliding_window", 4096)
-    first = keys.get("max_window_layers", 28)
+    is_used = keys.flag("use_sliding_window", False)
+    window = keys.whole_or_none("sliding_window", 4096)
+    first = keys.whole("max_window_layers", 28, least=0)
     default = [
         "sliding_attention" if is_used and index >= first else "full_attention"
         for index in range(len(layers))

@@ -13,11 +13,13 @@ from hanok.models.keys import Keys, llama_config
 
 def read_config(keys: Keys) -> ModelConfig:
     """Read an EXAONE 4 config.json."""
-    config = llama_config(keys)
-    window, pattern = keys.get("sliding_window"), keys.get("sliding_window_pattern", 4)
-    default = (
-        _kinds(pattern, config.num_layers) if window else ["full_attention"] * config.num_layers
-    )
+    config = llama_config(keys, default_eps=1e-5)
+    window = keys.whole_or_none("sliding_window", 4096)
+    default = ["full_attention"] * config.num_layers
+    if window:
+        default = _kinds(_period(keys), config.num_layers)
+    else:
+        keys.ignore("sliding_window_pattern")
     kinds = keys.layer_kinds(config.num_layers, default)
     layers = tuple(
         replace(layer, window=window)
@@ -28,9 +30,15 @@ def read_config(keys: Keys) -> ModelConfig:
     return replace(config, layers=layers, norm_placement="post", qk_norm="head")
 
 
-def _kinds(pattern: int | str, num_layers: int) -> list[str]:
-    """Spell out "LLLG" or 4: the layers that see a window, and the last of each group that does not."""
-    period = len(pattern) if isinstance(pattern, str) else pattern
+def _period(keys: Keys) -> int:
+    """Return how many layers make a group, written as "LLLG" or 4."""
+    pattern = keys.get("sliding_window_pattern")
+    is_spelt_out = isinstance(pattern, str) and bool(pattern)
+    return len(pattern) if is_spelt_out else keys.whole("sliding_window_pattern", 4)
+
+
+def _kinds(period: int, num_layers: int) -> list[str]:
+    """Return a window for all layers but the last of each group."""
     return [
         "sliding_attention" if (index + 1) % period else "full_attention"
         for index in range(num_layers)

@@ -47,9 +47,13 @@ def read_config(keys: Keys) -> ModelConfig:
         norm_placement="sandwich",
         qk_norm="head" if is_third else None,
         embedding_scale=config.hidden_size**0.5,
-        attention_scale=keys.number("query_pre_attn_scalar", 256) ** -0.5,
-        attention_softcap=keys.get("attn_logit_softcapping", None if is_third else 50.0),
-        logit_softcap=keys.get("final_logit_softcapping", None if is_third else 30.0),
+        attention_scale=keys.above_zero("query_pre_attn_scalar", 256) ** -0.5,
+        attention_softcap=keys.above_zero_or_none(
+            "attn_logit_softcapping", None if is_third else 50.0
+        ),
+        logit_softcap=keys.above_zero_or_none(
+            "final_logit_softcapping", None if is_third else 30.0
+        ),
         tie_embeddings=keys.flag("tie_word_embeddings", True),
         has_qkv_bias=has_bias,
         has_output_bias=has_bias,
@@ -58,7 +62,7 @@ def read_config(keys: Keys) -> ModelConfig:
 
 def _local_rope(keys: Keys, head_dim: int) -> Rope:
     """Return the windowed layers' rope; `rope_scaling` speaks of the full layers only."""
-    theta = keys.number("rope_local_base_freq", 10000.0)
+    theta = keys.above_zero("rope_local_base_freq", 10000.0)
     if isinstance(keys.get("rope_parameters"), dict):
         return keys.rope(head_dim, kind="sliding_attention", default_theta=theta)
     return Rope(theta=theta, rotary_dim=head_dim)

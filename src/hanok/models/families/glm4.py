@@ -9,12 +9,11 @@ from hanok.models.keys import Keys, llama_config
 
 def read_config(keys: Keys) -> ModelConfig:
     """Read a GLM-4 config.json."""
-    head_dim = keys.get("head_dim") or keys.whole("hidden_size") // keys.whole(
-        "num_attention_heads"
-    )
+    whole_heads = keys.whole("hidden_size") // keys.whole("num_attention_heads")
+    head_dim = keys.whole("head_dim", whole_heads)
     rope = keys.rope(head_dim, default_partial=0.5, is_interleaved=True)
     return replace(
-        llama_config(keys, rope=rope),
+        llama_config(keys, rope=rope, default_eps=1.5625e-07),
         norm_placement="sandwich",
         has_qkv_bias=keys.flag("attention_bias", True),
     )

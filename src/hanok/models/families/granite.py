@@ -19,7 +19,7 @@ def read_config(keys: Keys) -> ModelConfig:
         embedding_scale=keys.number("embedding_multiplier", 1.0),
         residual_scale=keys.number("residual_multiplier", 1.0),
         attention_scale=keys.number("attention_multiplier", 1.0),
-        logit_scale=1.0 / keys.number("logits_scaling", 1.0),
+        logit_scale=1.0 / keys.above_zero("logits_scaling", 1.0),
     )
 
 

@@ -14,7 +14,7 @@ def read_config(keys: Keys) -> ModelConfig:
     """Read a Llama or Mistral config.json."""
     config = llama_config(keys)
     if keys.model_type == "mistral":
-        window = keys.get("sliding_window")
+        window = keys.whole_or_none("sliding_window", 4096)
         layers = tuple(replace(layer, window=window) for layer in config.layers)
         return replace(config, layers=layers)
     keys.ignore("is_llama_config", "transformers.js_config")

@@ -9,9 +9,9 @@ from hanok.models.keys import Keys, llama_config
 
 def read_config(keys: Keys) -> ModelConfig:
     """Read a Mixtral config.json."""
-    config = llama_config(keys)
+    config = llama_config(keys, default_eps=1e-5)
     keys.ignore("output_router_logits", "router_aux_loss_coef", "router_jitter_noise")
-    window = keys.get("sliding_window")
+    window = keys.whole_or_none("sliding_window")
     return replace(
         config,
         layers=tuple(replace(layer, window=window, has_experts=True) for layer in config.layers),

@@ -11,7 +11,7 @@ def read_config(keys: Keys) -> ModelConfig:
     """Read an OLMo 2 config.json."""
     has_bias = keys.flag("attention_bias", False)
     return replace(
-        llama_config(keys),
+        llama_config(keys, default_eps=1e-5),
         norm_placement="post",
         qk_norm="full",
         has_qkv_bias=has_bias,

@@ -9,14 +9,14 @@ from hanok.models.keys import Keys, llama_config
 
 def read_config(keys: Keys) -> ModelConfig:
     """Read a Phi-3 config.json."""
-    config = llama_config(keys)
+    config = llama_config(keys, default_eps=1e-5)
     keys.ignore("resid_pdrop", "embd_pdrop")
     keys.demand("attention_bias", False)
     keys.demand("mlp_bias", False)
     keys.demand("lm_head_bias", False)
     keys.demand("full_attn_mod", 1)
     keys.ignore("interpolate_factor")
-    window = keys.get("sliding_window")
+    window = keys.whole_or_none("sliding_window")
     return replace(config, layers=tuple(replace(layer, window=window) for layer in config.layers))
 
 

@@ -16,11 +16,11 @@ def read_config(keys: Keys) -> ModelConfig:
         return replace(config, layers=windows_above(keys, config.layers))
 
     keys.ignore("max_window_layers")
-    window = keys.get("sliding_window", 4096)
+    window = keys.whole_or_none("sliding_window", 4096)
     if not keys.flag("use_sliding_window", False):
         window = None
     keys.ignore("output_router_logits", "router_aux_loss_coef")
-    step, dense = keys.whole("decoder_sparse_step", 1), keys.get("mlp_only_layers", [])
+    step, dense = keys.whole("decoder_sparse_step", 1), keys.listed("mlp_only_layers", [])
     return replace(
         config,
         layers=tuple(

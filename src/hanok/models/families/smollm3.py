@@ -9,14 +9,14 @@ from hanok.models.keys import Keys, llama_config
 
 def read_config(keys: Keys) -> ModelConfig:
     """Read a SmolLM3 config.json."""
-    head_dim = keys.get("head_dim") or keys.whole("hidden_size") // keys.whole(
-        "num_attention_heads"
-    )
+    whole_heads = keys.whole("hidden_size") // keys.whole("num_attention_heads")
+    head_dim = keys.whole("head_dim", whole_heads)
     config = llama_config(keys, rope=keys.rope(head_dim, default_theta=2e6))
     period = keys.whole("no_rope_layer_interval", 4)
     default = [int((index + 1) % period != 0) for index in range(config.num_layers)]
-    turned = keys.get("no_rope_layers", default)  # 1: this layer is rotated
-    window = keys.get("sliding_window")
+    # 1: this layer is rotated.
+    turned = keys.listed("no_rope_layers", default, length=config.num_layers)
+    window = keys.whole_or_none("sliding_window")
     if not keys.flag("use_sliding_window", False):
         window = None
     default_kinds = [

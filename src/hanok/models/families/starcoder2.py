@@ -14,7 +14,7 @@ def read_config(keys: Keys) -> ModelConfig:
     keys.demand("norm_type", "layer_norm")
     keys.demand("mlp_type", "default")
     has_bias = keys.flag("use_bias", True)
-    window = keys.get("sliding_window")
+    window = keys.whole_or_none("sliding_window")
     return replace(
         config,
         layers=tuple(replace(layer, window=window) for layer in config.layers),
