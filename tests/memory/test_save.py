@@ -19,8 +19,9 @@ from hanok.checkpoint import writer
 from hanok.checkpoint.files import open_checkpoint
 from hanok.errors import CheckpointError
 from hanok.memory import save
-from hanok.memory.load import Loaded, from_file_order, load_decoder, to_file_order
+from hanok.memory.load import Loaded, load_decoder
 from hanok.memory.save import save_weights
+from hanok.memory.tensors import from_file_order, to_file_order
 from hanok.models.family import Source
 
 SIZES: Mapping[str, Any] = {

@@ -56,6 +56,12 @@ def model_options(command: Command) -> Command:
             "once; auto: mapped, then copied behind the first answer where memory allows.",
         ),
         click.option(
+            "--quant",
+            metavar="METHOD[:OPTION=VALUE,…]",
+            help="Make the weights smaller while they are read: int8, int4, nf4, fp8 or "
+            "int8-outlier; for example int4:group_size=64,head=int8. `hanok info` lists them.",
+        ),
+        click.option(
             "--attention",
             default="auto",
             show_default=True,
@@ -151,6 +157,7 @@ def open_model(path: Path | None, options: Mapping[str, Any]) -> "Model":
             device=options["device"],
             attn_implementation=options["attention"],
             weights=options["weights"],
+            quant=options["quant"],
             progress=bar.advance,
         )
     for note in model.notes:

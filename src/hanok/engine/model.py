@@ -30,10 +30,11 @@ from hanok.engine.params import (
     from_generation_config,
     unsupported_defaults,
 )
-from hanok.errors import CheckpointError, RequestError
+from hanok.errors import CheckpointError, RequestError, UnsupportedError
 from hanok.memory.load import Loaded, LoadReport, Weights, load_decoder
 from hanok.memory.save import save_weights
 from hanok.models.config import ModelConfig
+from hanok.quant.recipe import read_recipe
 
 if TYPE_CHECKING:
     from hanok.checkpoint.tokenizer import Tokenizer
@@ -235,8 +236,12 @@ class Model:
         """Write the model to a new folder, in the Hugging Face layout, and return the folder.
 
         Everything is written beside it first and renamed last. Raises CheckpointError when the folder
-        exists and is not empty.
+        exists and is not empty, UnsupportedError when the model was quantized while loading.
         """
+        if self.report.quantized_bytes:
+            raise UnsupportedError(
+                "a model quantized while loading cannot be saved; load it without quant to save it."
+            )
         folder = Path(path)
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise CheckpointError(f"{folder} exists and is not empty; choose another folder.")
@@ -329,6 +334,7 @@ def load(
     device: str = "cpu",
     attn_implementation: str = "auto",
     weights: Weights = "auto",
+    quant: str | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Model:
     """Load a checkpoint: a folder in the Hugging Face layout, or one weights file in such a folder.
@@ -338,9 +344,12 @@ def load(
     `weights` is "mapped" (they stay in the file and are shared between processes), "copied" (read into
     memory at once), or "auto": mapped, then moved into memory behind the first answer where twice their
     bytes are available, which decodes faster.
+    `quant` makes weights smaller while they are read: "int8", "int4", "nf4", "fp8" or "int8-outlier",
+    with options as in "int4:group_size=64,head=int8" (`quant/recipe.py`).
     `progress` is called with the bytes of each weight placed. Raises CheckpointError, OptionError or
     UnsupportedError, each saying what to do.
     """
+    recipe = None if quant is None else read_recipe(quant)
     checkpoint = open_checkpoint(path)
     loaded = load_decoder(
         checkpoint,
@@ -348,6 +357,7 @@ def load(
         device=device,
         attention=attn_implementation,
         weights=weights,
+        recipe=recipe,
         progress=progress,
     )
     return Model(checkpoint, loaded, _tokenizer_of(checkpoint))

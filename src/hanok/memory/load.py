@@ -19,10 +19,12 @@ from hanok.attention.base import AUTO_ORDER, why_not_table
 from hanok.checkpoint.files import Checkpoint, TensorRef
 from hanok.errors import CheckpointError, OptionError, UnsupportedError
 from hanok.memory.promote import MappedWeight, Promotion, available_bytes
-from hanok.memory.tensors import Arena, MappedFiles, dtype_of, read_into
+from hanok.memory.quantize import Swapped, quantize_source, swap
+from hanok.memory.tensors import Arena, MappedFiles, dtype_of, from_file_order, read_into
 from hanok.models.config import DTYPE_BYTES, ModelConfig
 from hanok.models.decoder import Block, Decoder
 from hanok.models.family import Family, Source, read_config, sources
+from hanok.quant.recipe import Recipe
 
 Progress = Callable[[int], None]
 Weights = Literal["auto", "mapped", "copied"]
@@ -36,6 +38,7 @@ class LoadReport:
 
     mapped_bytes: int
     copied_bytes: int
+    quantized_bytes: int
     attention: Mapping[str, int]
     """How many layers use which attention backend."""
     notes: tuple[str, ...]
@@ -60,6 +63,7 @@ def load_decoder(
     device: str = "cpu",
     attention: str = "auto",
     weights: Weights = "auto",
+    recipe: Recipe | None = None,
     progress: Progress | None = None,
 ) -> Loaded:
     """Return the decoder of a checkpoint, ready to run.
@@ -67,8 +71,9 @@ def load_decoder(
     `dtype` is a torch name or "auto" (what config.json declares, else what the file holds; float16
     becomes bfloat16 on a CPU). `weights` says whether bytes that can stay in the file do: "mapped", read
     at once: "copied", or "auto": mapped, and moved into memory after the first answer if twice their
-    bytes are available. `progress` is called with the bytes of each weight placed. Raises
-    CheckpointError for tensors that are missing, left over or of the wrong shape.
+    bytes are available. `recipe` says which weights are quantized on the way. `progress` is called
+    with the bytes of each weight placed. Raises CheckpointError for tensors that are missing, left over
+    or of the wrong shape.
     """
     family, config = read_config(checkpoint.config, str(checkpoint.folder / "config.json"))
     table = sources(family, config, checkpoint.tensors)
@@ -80,30 +85,21 @@ def load_decoder(
         decoder = Decoder(config)
     if weights not in ("auto", "mapped", "copied"):
         raise OptionError(f"weights {weights!r} is unknown. Choose auto, mapped or copied.")
+    swapped = swap(decoder, table, recipe, target_device, target_dtype)
     placer = _Placer(checkpoint, target_dtype, target_device, weights != "copied")
-    order = sorted(table, key=lambda name: _file_position(checkpoint, table[name]))
-    placer.claim([table[name] for name in order])
-    mapped: list[MappedWeight] = []
     with ThreadPoolExecutor(NUM_READERS) as pool:
-        for name, weight in zip(
-            order, pool.map(placer.place, [table[name] for name in order]), strict=True
-        ):
-            module_path, _, leaf = name.rpartition(".")
-            parameter = torch.nn.Parameter(weight, requires_grad=False)
-            if placer.is_mapped(table[name]):
-                ref = checkpoint.tensors[table[name].names[0]]
-                mapped.append(MappedWeight(parameter=parameter, ref=ref))
-            decoder.get_submodule(module_path).register_parameter(leaf, parameter)
-            if progress is not None:
-                progress(weight.nbytes)
+        mapped = _place_floats(decoder, placer, swapped.floats, pool, progress)
+        _quantize(checkpoint, swapped, pool, progress)
     decoder.tie()
     decoder.eval()
     used = decoder.use_attention(attention)
     notes += _fallback_notes(decoder, attention, used)
     mapped_bytes = sum(weight.parameter.nbytes for weight in mapped)
+    quantized_bytes = sum(item.stored.nbytes for item in swapped.quantized)
     report = LoadReport(
         mapped_bytes=mapped_bytes,
         copied_bytes=sum(parameter.nbytes for parameter in decoder.parameters()) - mapped_bytes,
+        quantized_bytes=quantized_bytes,
         attention=used,
         notes=tuple(notes),
     )
@@ -115,6 +111,42 @@ def load_decoder(
         report=report,
         promotion=Promotion(mapped, placer.files) if moves else None,
     )
+
+
+def _place_floats(
+    decoder: Decoder,
+    placer: "_Placer",
+    table: Mapping[str, Source],
+    pool: ThreadPoolExecutor,
+    progress: Progress | None,
+) -> list[MappedWeight]:
+    """Place the weights that keep their floats, in file order; return those that stay mapped."""
+    order = sorted(table, key=lambda name: _file_position(placer.tensors, table[name]))
+    placer.claim([table[name] for name in order])
+    mapped: list[MappedWeight] = []
+    placed = pool.map(placer.place, [table[name] for name in order])
+    for name, weight in zip(order, placed, strict=True):
+        module_path, _, leaf = name.rpartition(".")
+        parameter = torch.nn.Parameter(weight, requires_grad=False)
+        if placer.is_mapped(table[name]):
+            ref = placer.tensors[table[name].names[0]]
+            mapped.append(MappedWeight(parameter=parameter, ref=ref))
+        decoder.get_submodule(module_path).register_parameter(leaf, parameter)
+        if progress is not None:
+            progress(weight.nbytes)
+    return mapped
+
+
+def _quantize(
+    checkpoint: Checkpoint, swapped: Swapped, pool: ThreadPoolExecutor, progress: Progress | None
+) -> None:
+    """Quantize what the recipe asked for, in file order."""
+    order = sorted(
+        swapped.quantized, key=lambda item: _file_position(checkpoint.tensors, item.source)
+    )
+    for size in pool.map(lambda item: quantize_source(checkpoint.tensors, item), order):
+        if progress is not None:
+            progress(size)
 
 
 def _fallback_notes(decoder: Decoder, attention: str, used: Mapping[str, int]) -> list[str]:
@@ -223,8 +255,8 @@ def _choose_device(device: str) -> torch.device:
     return torch.device("cpu") if found.type == "cpu" else found  # "cpu:0" is no other place
 
 
-def _file_position(checkpoint: Checkpoint, source: Source) -> tuple[str, int]:
-    ref = checkpoint.tensors[source.names[0]]
+def _file_position(tensors: Mapping[str, TensorRef], source: Source) -> tuple[str, int]:
+    ref = tensors[source.names[0]]
     return str(ref.path), ref.offset_bytes
 
 
@@ -288,22 +320,6 @@ class _Placer:
         stored = torch.empty(source.file_shapes()[0], dtype=self.dtype)
         read_into(refs[0], stored)
         return target.copy_(from_file_order(stored, source))
-
-
-def from_file_order(stored: Tensor, source: Source) -> Tensor:
-    """Return a stored matrix or bias in our order: (out, in), query, key and value rows in turn."""
-    if source.layout == "columns":
-        return stored.t() if stored.dim() == 2 else stored
-    grouped = stored.view(-1, 3, source.head_rows, *stored.shape[1:])
-    return grouped.transpose(0, 1).reshape(stored.shape)
-
-
-def to_file_order(weight: Tensor, source: Source) -> Tensor:
-    """Undo `from_file_order`."""
-    if source.layout == "columns":
-        return weight.t() if weight.dim() == 2 else weight
-    grouped = weight.view(3, -1, source.head_rows, *weight.shape[1:])
-    return grouped.transpose(0, 1).reshape(weight.shape)
 
 
 def _is_aligned(ref: TensorRef) -> bool:

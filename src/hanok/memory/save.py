@@ -11,8 +11,7 @@ from pathlib import Path
 from torch import Tensor
 
 from hanok.checkpoint.writer import TensorData, write_safetensors
-from hanok.memory.load import to_file_order
-from hanok.memory.tensors import DTYPE_NAMES
+from hanok.memory.tensors import DTYPE_NAMES, to_file_order
 from hanok.models.decoder import Decoder
 from hanok.models.family import Source
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from hanok.checkpoint.files import TensorRef
 from hanok.errors import CheckpointError, UnsupportedError
+from hanok.models.family import Source
 
 DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64,
@@ -153,3 +154,19 @@ def _read_bytes(ref: TensorRef, address: int, size_bytes: int) -> None:
             done += count
     finally:
         os.close(descriptor)
+
+
+def from_file_order(stored: Tensor, source: Source) -> Tensor:
+    """Return a stored matrix or bias in our order: (out, in), query, key and value rows in turn."""
+    if source.layout == "columns":
+        return stored.t() if stored.dim() == 2 else stored
+    grouped = stored.view(-1, 3, source.head_rows, *stored.shape[1:])
+    return grouped.transpose(0, 1).reshape(stored.shape)
+
+
+def to_file_order(weight: Tensor, source: Source) -> Tensor:
+    """Undo `from_file_order`."""
+    if source.layout == "columns":
+        return weight.t() if weight.dim() == 2 else weight
+    grouped = weight.view(3, -1, source.head_rows, *weight.shape[1:])
+    return grouped.transpose(0, 1).reshape(weight.shape)

@@ -125,19 +125,20 @@ class Decoder(nn.Module):
         self.tie()
 
     def tie(self) -> None:
-        """Let the head share the embedding's weight where the config says so."""
-        if self.config.tie_embeddings:
+        """Let the head share the embedding's weight where the config says so and both are floats."""
+        is_plain = isinstance(self.lm_head, Linear) and isinstance(self.embed_tokens, Embedding)
+        if self.config.tie_embeddings and is_plain:
             self.lm_head.register_parameter("weight", self.embed_tokens.get_parameter("weight"))
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the weights."""
-        return self.embed_tokens.weight.dtype
+        """The dtype of activations, and of the weights that are not quantized."""
+        return self.norm.weight.dtype
 
     @property
     def device(self) -> torch.device:
-        """Where the embedding is."""
-        return self.embed_tokens.weight.device
+        """Where activations are."""
+        return self.norm.weight.device
 
     def initialise(self, std: float, generator: torch.Generator) -> None:
         """Draw matrices from N(0, std²) and set norms to one: the start of a training run."""

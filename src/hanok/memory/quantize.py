@@ -1,0 +1,158 @@
+"""Quantizes weights while they are read: rows go from the file through a small buffer into their place.
+
+No weight is ever there twice: beside the quantized model a thread holds one chunk of CHUNK_BYTES, or
+one tensor where a file keeps it in another order.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from hanok.checkpoint.files import TensorRef
+from hanok.memory.tensors import dtype_of, from_file_order, read_into
+from hanok.models.decoder import Decoder
+from hanok.models.family import Source
+from hanok.models.layers import Embedding
+from hanok.models.linear import Linear
+from hanok.quant.base import QuantMethod, Stored, choose_layout
+from hanok.quant.linear import QuantizedEmbedding, QuantizedLinear
+from hanok.quant.recipe import Recipe
+
+CHUNK_BYTES = 2**20
+CHUNK_MULTIPLE = 64  # rows; a multiple of what any layout keeps together
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuantizedSource:
+    """A weight that is quantized while it is read."""
+
+    source: Source
+    stored: Stored
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Swapped:
+    """What a decoder's weights become: quantized ones, and those that stay, by parameter."""
+
+    quantized: tuple[QuantizedSource, ...]
+    floats: Mapping[str, Source]
+
+
+def swap(
+    decoder: Decoder,
+    table: Mapping[str, Source],
+    recipe: Recipe | None,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Swapped:
+    """Put quantized modules in the places that the recipe names, their memory claimed and empty."""
+    if recipe is None:
+        return Swapped(quantized=(), floats=table)
+    quantized: list[QuantizedSource] = []
+    floats: dict[str, Source] = {}
+    is_tied = decoder.config.tie_embeddings
+
+    def claim(method: QuantMethod, source: Source) -> Stored:
+        rows, columns = source.shape
+        stored = choose_layout(method.format, device).empty(method, (rows, columns), device)
+        quantized.append(QuantizedSource(source=source, stored=stored))
+        return stored
+
+    def put(path: str, method: QuantMethod, source: Source) -> Stored:
+        stored = claim(method, source)
+        set_weight(decoder, path, stored, dtype)
+        return stored
+
+    for name, source in table.items():
+        method = recipe.method_for(name, is_tied=is_tied)
+        path = name.removesuffix(".weight")
+        if method is None:
+            floats[name] = source
+        else:
+            stored = put(path, method, source)
+            if is_tied and path == "embed_tokens" and recipe.shares_embedding:
+                set_weight(decoder, "lm_head", stored, dtype)
+    if is_tied and not recipe.shares_embedding:
+        source = table["embed_tokens.weight"]
+        if recipe.head is not None:
+            put("lm_head", recipe.head, source)
+        elif recipe.embedding is not None:
+            floats["lm_head.weight"] = source
+    return Swapped(quantized=tuple(quantized), floats=floats)
+
+
+def set_weight(decoder: Decoder, path: str, stored: Stored, dtype: torch.dtype) -> None:
+    """Replace the module at `path` by one that has this weight."""
+    parent_path, _, leaf = path.rpartition(".")
+    parent = decoder.get_submodule(parent_path)
+    old = decoder.get_submodule(path)
+    if isinstance(old, Embedding):
+        parent.add_module(leaf, QuantizedEmbedding(stored, dtype))
+    elif isinstance(old, Linear):
+        with torch.device("meta"):
+            new = QuantizedLinear(stored, has_bias=old.bias is not None)
+        parent.add_module(leaf, new)
+
+
+def quantize_source(tensors: Mapping[str, TensorRef], item: QuantizedSource) -> int:
+    """Read and quantize a weight into its place; return its bytes there."""
+    source, stored = item.source, item.stored
+    refs = [tensors[name] for name in source.names]
+    if source.layout != "rows" or any(ref.strides is not None for ref in refs):
+        stored.write_rows(0, _whole(refs, source))
+    else:
+        _quantize_rows(refs, source, stored)
+    stored.finish()
+    return stored.nbytes
+
+
+def _whole(refs: list[TensorRef], source: Source) -> Tensor:
+    """Return a weight in our order and the file's dtype, or float32 where files mix them."""
+    dtype = _common_dtype(refs)
+    parts = []
+    for ref, shape in zip(refs, source.file_shapes(), strict=True):
+        part = torch.empty(shape, dtype=dtype)
+        read_into(ref, part)
+        parts.append(part)
+    if source.layout != "rows":
+        return from_file_order(parts[0], source).contiguous()
+    return torch.cat(parts)
+
+
+def _quantize_rows(refs: list[TensorRef], source: Source, stored: Stored) -> None:
+    """Read as many rows at a time as fit the buffer, over the borders of the parts."""
+    rows, columns = source.shape
+    dtype = _common_dtype(refs)
+    fitting = CHUNK_BYTES // max(1, columns * dtype.itemsize)
+    count = max(1, fitting // CHUNK_MULTIPLE) * CHUNK_MULTIPLE
+    buffer = torch.empty(min(count, rows), columns, dtype=dtype)
+    ends = list(accumulate(source.rows))
+    for first in range(0, rows, count):
+        last = min(first + count, rows)
+        for ref, end, size in zip(refs, ends, source.rows, strict=True):
+            begin = end - size
+            low, high = max(first, begin), min(last, end)
+            if low < high:
+                part = _rows_of(ref, low - begin, high - begin, columns)
+                read_into(part, buffer[low - first : high - first])
+        stored.write_rows(first, buffer[: last - first])
+
+
+def _rows_of(ref: TensorRef, first: int, last: int, columns: int) -> TensorRef:
+    """Return the place of some rows of a contiguous tensor."""
+    row_bytes = columns * dtype_of(ref).itemsize
+    return replace(
+        ref,
+        shape=(last - first, columns),
+        offset_bytes=ref.offset_bytes + first * row_bytes,
+        size_bytes=(last - first) * row_bytes,
+    )
+
+
+def _common_dtype(refs: list[TensorRef]) -> torch.dtype:
+    """Return the dtype to read into: bfloat16 where all are, else float32, which holds the others."""
+    is_bfloat16 = all(dtype_of(ref) is torch.bfloat16 for ref in refs)
+    return torch.bfloat16 if is_bfloat16 else torch.float32

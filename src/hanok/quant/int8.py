@@ -1,0 +1,70 @@
+"""int8: whole numbers of -127 to 127 and a scale, for each group of a row or for the whole row.
+
+In groups, a CPU also rounds x to int8, group by group, and multiplies whole numbers; for whole rows x
+stays as it is (weight-only).
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from hanok.quant.base import Format, QuantizedWeight, checked_group_size, grouped, ungrouped
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Int8:
+    """Absolute maximum over 127, rounded to nearest."""
+
+    name: ClassVar[str] = "int8"
+    summary: ClassVar[str] = "8-bit whole numbers, a scale for each group or row"
+
+    group_size: int = 128
+    """Columns that share a scale: 32, 64, 128, or 0 for whole rows with x left as it is."""
+
+    def __post_init__(self) -> None:
+        if self.group_size:
+            checked_group_size(self.name, self.group_size)
+
+    @property
+    def format(self) -> Format:
+        """See `QuantMethod`."""
+        return Format(
+            kind="signed",
+            bits=8,
+            group_size=self.group_size or None,
+            activations="int8" if self.group_size else "float",
+        )
+
+    def bits_per_weight(self, columns: int) -> float:
+        """See `QuantMethod`."""
+        scale_bits = 16 if self.group_size else 32
+        return 8 + scale_bits * self.format.num_groups(columns) / columns
+
+    def quantize(self, weight: Tensor) -> QuantizedWeight:
+        """See `QuantMethod`."""
+        groups = grouped(weight, self.group_size or max(1, weight.shape[1]))
+        codes, scale = rounded(groups, is_half=bool(self.group_size))
+        return QuantizedWeight(
+            format=self.format, codes=ungrouped(codes, weight.shape[1]), scale=scale
+        )
+
+
+def rounded(groups: Tensor, *, is_half: bool) -> tuple[Tensor, Tensor]:
+    """Return int8 codes and scales of groups (out, groups, size).
+
+    The codes are rounded with the scale as it is stored, float16 or float32.
+    """
+    largest = groups.abs().amax(-1)
+    scale = largest / 127
+    if is_half:
+        scale = scale.half()
+        inverse = 1 / scale.float()
+    else:
+        inverse = 127 / largest
+    inverse = inverse.nan_to_num(posinf=0.0)
+    codes = (groups * inverse[..., None]).round().clamp(-127, 127)
+    return codes.char(), scale
+
+
+METHOD = Int8
