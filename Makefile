@@ -31,7 +31,7 @@ clean:
 	rm -rf $(VENV) build dist
 
 # torch comes first and alone: whatever depends on it then finds it there.
-$(VENV)/.installed: pyproject.toml constraints.txt hatch_build.py src/hanok/kernels/kernels.cpp
+$(VENV)/.installed: pyproject.toml constraints.txt hatch_build.py $(wildcard src/hanok/kernels/cpp/*)
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch
 	$(PIP) --editable .

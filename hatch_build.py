@@ -1,21 +1,47 @@
-"""Compiles src/hanok/kernels while the package is built; without a compiler the build goes on.
+"""Compiles src/hanok/kernels/cpp while the package is built; without a compiler the build goes on.
 
-The library is loaded by path, so a wheel that carries it is bound to its platform and to no Python.
+The kernels are compiled once for each instruction set and chosen at run time. The library is loaded by
+path, so a wheel that carries it is bound to its platform and to no Python.
 """
 
 import os
+import platform
 import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 FOLDER = Path("src/hanok/kernels")
-FLAGS = ["-std=c++17", "-O3", "-ffp-contract=fast", "-fPIC", "-shared", "-fvisibility=default"]
+# Products are fused into sums; nothing else may change what the sources say.
+FLAGS = [
+    *("-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fPIC", "-fopenmp"),
+    *("-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi", "-Wno-maybe-uninitialized"),
+]
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni"]
+
+
+def instruction_sets() -> dict[str, tuple[str, list[str]]]:
+    """Return for each table of kernels the name that users see, and the flags that compile it."""
+    if platform.machine() in ("x86_64", "AMD64"):
+        return {
+            "portable": ("portable", []),
+            "avx2": ("AVX2", AVX2),
+            "avx512": ("AVX-512 VNNI", AVX512),
+        }
+    if platform.machine() in ("aarch64", "arm64"):
+        return {
+            "portable": ("NEON", []),
+            "dotprod": ("NEON dot product", ["-march=armv8.2-a+dotprod"]),
+        }
+    return {"portable": ("portable", [])}
 
 
 class KernelsBuildHook(BuildHookInterface[Any]):
@@ -28,31 +54,47 @@ class KernelsBuildHook(BuildHookInterface[Any]):
         if self.target_name != "wheel":
             return
         library = Path(self.root) / FOLDER / "libhanok_kernels.so"
-        if not compile_kernels(Path(self.root) / FOLDER / "kernels.cpp", library):
+        try:
+            compile_kernels(Path(self.root) / FOLDER / "cpp", library)
+        except CompileError as error:
+            print(f"hanok: its CPU kernels are not built: {error}", file=sys.stderr)
             return
         build_data["artifacts"].append(str(FOLDER / library.name))
         build_data["pure_python"] = False
-        platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
-        build_data["tag"] = f"py3-none-{platform}"
+        name = sysconfig.get_platform().replace("-", "_").replace(".", "_")
+        build_data["tag"] = f"py3-none-{name}"
 
 
-def compile_kernels(source: Path, library: Path) -> bool:
-    """Return whether the library was compiled; says why where it was not."""
-    compiler = shlex.split(
-        os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++") or ""
-    )
-    if not compiler:
-        print("hanok: no C++ compiler, so its CPU kernels are not built", file=sys.stderr)
-        return False
-    unfinished = library.with_suffix(f".{os.getpid()}")
-    command = [*compiler, *FLAGS, "-fopenmp", str(source), "-o", str(unfinished)]
+class CompileError(Exception):
+    """Why there is no library."""
+
+
+def compile_kernels(sources: Path, library: Path, extra_flags: tuple[str, ...] = ()) -> None:
+    """Compile the library, every instruction set by itself and as many at once as there are cores."""
+    given = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++") or ""
+    compiler = [*shlex.split(given), *FLAGS, *extra_flags]
+    if not given:
+        raise CompileError("there is no C++ compiler (g++, c++ or CXX)")
+    with tempfile.TemporaryDirectory() as folder:
+        face = Path(folder, "library.o")
+        commands = [[*compiler, "-c", str(sources / "library.cpp"), "-o", str(face)]]
+        objects = [str(face)]
+        for table, (name, flags) in instruction_sets().items():
+            objects.append(str(Path(folder, f"{table}.o")))
+            names = [f"-DHANOK_KERNELS=hanok_{table}_kernels", f'-DHANOK_NAME="{name}"']
+            source = str(sources / "instruction_set.cpp")
+            commands.append([*compiler, *flags, *names, "-c", source, "-o", objects[-1]])
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(_run, commands))
+        unfinished = library.with_suffix(f".{os.getpid()}")
+        _run([*compiler, "-shared", *objects, "-o", str(unfinished)])
+    unfinished.replace(library)
+
+
+def _run(command: list[str]) -> None:
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     except OSError as error:  # CXX names no program
-        print(f"hanok: its CPU kernels are not built: {error}", file=sys.stderr)
-        return False
+        raise CompileError(str(error)) from error
     if done.returncode != 0:
-        print(f"hanok: its CPU kernels are not built: {done.stderr}", file=sys.stderr)
-        return False
-    unfinished.replace(library)
-    return True
+        raise CompileError(done.stderr)

@@ -20,7 +20,7 @@ import measure
 import torch
 from torch import Tensor
 
-from hanok.kernels.native import native
+from hanok.kernels.native import DENSE_TOKENS, native
 from hanok.models import linear
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 512)
@@ -31,8 +31,7 @@ GOOD_ENOUGH = 1.1  # a choice is right when nothing is faster by more than this
 
 def products(num_tokens: int) -> tuple[linear.Product, ...]:
     """Return the products that can multiply so many tokens here."""
-    kernels = native()
-    limits = {"vector": 1, "native": kernels.max_tokens if kernels is not None else 0}
+    limits = {"vector": 1, "native": DENSE_TOKENS if native() is not None else 0}
     return tuple(name for name in PRODUCTS if num_tokens <= limits.get(name, num_tokens))
 
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from hanok.engine.generate import TokenEvent
     from hanok.engine.model import Generation, Model, PrefixCache, Score, load
     from hanok.engine.params import SamplingParams
+    from hanok.engine.quality import QualityReport, measure_quality
 
 __version__ = "0.1.0"
 
@@ -37,8 +38,10 @@ _LAZY = {
     "PrefixCache": "hanok.engine.model",
     "SamplingParams": "hanok.engine.params",
     "Score": "hanok.engine.model",
+    "QualityReport": "hanok.engine.quality",
     "TokenEvent": "hanok.engine.generate",
     "load": "hanok.engine.model",
+    "measure_quality": "hanok.engine.quality",
 }
 
 __all__ = [
@@ -49,6 +52,7 @@ __all__ = [
     "Model",
     "OptionError",
     "PrefixCache",
+    "QualityReport",
     "RequestError",
     "SamplingParams",
     "Score",
@@ -56,6 +60,7 @@ __all__ = [
     "UnsupportedError",
     "__version__",
     "load",
+    "measure_quality",
 ]
 
 

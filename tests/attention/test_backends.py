@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hanok.attention import eager, sdpa
+from hanok.attention import eager, native, sdpa
 from hanok.attention.base import (
     AttentionSpec,
     ForwardBatch,
@@ -247,9 +247,14 @@ def test_shared_heads_read_the_cache_itself_and_no_copy(
         assert value.untyped_storage().data_ptr() == state.values.untyped_storage().data_ptr()
 
 
-def test_auto_takes_the_fused_attention_and_eager_where_scores_are_capped() -> None:
+def test_auto_takes_the_first_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    capped = replace(PLAIN, softcap=30.0)
+    if native.native() is not None:
+        assert choose("auto", PLAIN, CPU, torch.float32).name == "native"
+        assert choose("auto", capped, CPU, torch.bfloat16).name == "native"
+    monkeypatch.setattr(native, "native", lambda: None)
     assert choose("auto", PLAIN, CPU, torch.float32).name == "sdpa"
-    assert choose("auto", replace(PLAIN, softcap=30.0), CPU, torch.float32).name == "eager"
+    assert choose("auto", capped, CPU, torch.float32).name == "eager"
 
 
 def test_an_unknown_name_is_an_option_error_that_lists_the_names_nearest_first() -> None:

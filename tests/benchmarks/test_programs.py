@@ -18,7 +18,10 @@ import torch
 import hanok
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-PROGRAMS = ("checkpoints", "measure", "generate", "attention", "linear")
+PROGRAMS = (
+    *("checkpoints", "measure", "generate", "attention", "linear"),
+    *("gguf_files", "cpu_engines", "equal_bits"),
+)
 # Sums of at most 160 float32 products of numbers around 1; four layers of them stay far below.
 TOLERANCE = 1e-4
 
@@ -297,3 +300,139 @@ def test_report_names_machine_and_versions(programs: SimpleNamespace, tmp_path: 
     lines = (tmp_path / "log.jsonl").read_text().splitlines()
     assert [json.loads(line)["a"] for line in lines] == [1, 2]
     assert measure.memory_gb_per_s(2**20, repeats=2) > 0
+
+
+@pytest.mark.parametrize("name", ["llama-1.1b", "qwen-0.5b"])
+def test_a_gguf_file_holds_the_checkpoint(
+    programs: SimpleNamespace, tmp_path: Path, name: str
+) -> None:
+    gguf, shape = programs.gguf_files, small(programs.checkpoints.SHAPES[name])
+    folder = programs.checkpoints.make_checkpoint(shape, tmp_path)
+    file = gguf.write_gguf(folder, tmp_path / "model.gguf")
+    keys, tensors = gguf.read_gguf(file)
+    assert keys["general.architecture"] == shape.model_type
+    assert keys[f"{shape.model_type}.block_count"] == shape.num_layers
+    checkpoint = hanok.load(folder, dtype="float32", weights="copied").checkpoint
+    found = dict(gguf.hugging_face_floats(file, checkpoint.config))
+    assert set(found) == {n for n in checkpoint.tensors if not (shape.is_tied and "lm_head" in n)}
+    for tensor_name, values in found.items():
+        ref = checkpoint.tensors[tensor_name]
+        exact = torch.empty(tuple(ref.shape), dtype=torch.bfloat16)
+        gguf.read_into(ref, exact)
+        assert torch.equal(values, exact.float())
+    table = shape.vocab_size * shape.hidden_size * 2
+    total = sum(tensor.size_bytes for tensor in tensors)
+    assert gguf.bytes_per_token(file) == total - (0 if shape.is_tied else table)
+
+
+def test_turned_rows_are_turned_back(programs: SimpleNamespace) -> None:
+    rows = torch.arange(24.0).view(12, 2)
+    turned = programs.gguf_files.turned_rows(rows, 2)
+    assert turned[:, 0].tolist() == [0, 6, 2, 8, 4, 10, 12, 18, 14, 20, 16, 22]
+    assert torch.equal(programs.gguf_files.unturned_rows(turned, 2), rows)
+
+
+# Blocks worked out by hand from the layouts: scale 0.5, and codes that say where they stand.
+HALF = [0x00, 0x38]
+
+
+@pytest.mark.parametrize(
+    ("kind", "block", "values"),
+    [
+        (8, [*HALF, *range(31), 0x80], [*(i / 2 for i in range(31)), -64.0]),
+        (2, [*HALF, 0x90, *[0x88] * 15], [-4.0, *[0.0] * 15, 0.5, *[0.0] * 15]),
+        (6, [*HALF, 1, 0, 0, 0, 0x10, *[0] * 15], [0.0, *[-8.0] * 15, -7.5, *[-8.0] * 15]),
+    ],
+)
+def test_blocks_become_floats(
+    programs: SimpleNamespace, kind: int, block: list[int], values: list[float]
+) -> None:
+    count, size, decode = programs.gguf_files.BLOCKS[kind]
+    assert (count, size) == (len(values), len(block))
+    assert decode(torch.tensor([block], dtype=torch.uint8)).flatten().tolist() == values
+
+
+def test_superblocks_become_floats(programs: SimpleNamespace) -> None:
+    """Against the format written out in loops."""
+    generator = torch.Generator().manual_seed(0)
+    blocks = torch.randint(0, 256, (3, 210), generator=generator, dtype=torch.uint8)
+    blocks[:, 208:] = torch.tensor(HALF, dtype=torch.uint8)
+    found = programs.gguf_files.q6_k(blocks)
+    for b in range(3):
+        block = blocks[b].tolist()
+        for i in range(256):
+            part, rest = divmod(i, 128)
+            low = block[64 * part + rest % 64] >> (4 * (rest // 64)) & 15
+            high = block[128 + 32 * part + rest % 32] >> (2 * (rest // 32)) & 3
+            scale = block[192 + i // 16]
+            scale -= 256 * (scale > 127)
+            assert found[b, i] == 0.5 * scale * ((low | high << 4) - 32)
+    blocks = torch.randint(0, 256, (3, 144), generator=generator, dtype=torch.uint8)
+    blocks[:, :4] = torch.tensor(HALF * 2, dtype=torch.uint8)
+    found = programs.gguf_files.q4_k(blocks)
+    for b in range(3):
+        block = blocks[b].tolist()
+        packed = block[4:16]
+        for i in range(256):
+            j = i // 32
+            if j < 4:
+                scale, minimum = packed[j] & 63, packed[j + 4] & 63
+            else:
+                scale = packed[j + 4] & 15 | packed[j - 4] >> 6 << 4
+                minimum = packed[j + 4] >> 4 | packed[j] >> 6 << 4
+            code = block[16 + 32 * (i // 64) + i % 32] >> (4 * (i // 32 % 2)) & 15
+            assert found[b, i] == 0.5 * scale * code - 0.5 * minimum
+
+
+def test_engines_are_compared_round_by_round(programs: SimpleNamespace) -> None:
+    engines = programs.cpu_engines
+    ours = {"decode_per_s": 30.0, "prefill_per_s": 300.0, "together_per_s": 120.0}
+    ours |= {"bytes_per_token": 10**9, "four_tokens": 1.1, "load_s": 1.0}
+    ours |= {"load_gib": 1.5, "weights_gib": 1.0}
+    theirs = {"decode_per_s": 20.0, "prefill_per_s": 200.0, "together_per_s": 40.0}
+    rows = {"hanok int8": [ours], "llama.cpp Q8_0": [theirs], "memory": [{"gb_per_s": 40.0}]}
+    contestants = [
+        engines.Contestant(engine="hanok", precision="int8", run=dict),
+        engines.Contestant(
+            engine="llama.cpp", precision="Q8_0", run=dict, bytes_per_token=2 * 10**9
+        ),
+    ]
+    table = engines.engines_table(contestants, rows)
+    assert "75%" in table
+    assert "100%" in table
+    lines = engines.demands_table(contestants, rows).splitlines()
+    cells = {line.split("|")[1].strip(): [c.strip() for c in line.split("|")[2:]] for line in lines}
+    assert cells["decode int8 / llama.cpp Q8_0"][:3] == ["1.50", "≥ 1.2", "yes"]
+    assert cells["prefill int8 / llama.cpp Q8_0"][:3] == ["1.50", "≥ 2.5", "no"]
+    assert cells["8 sequences int8 / one"][:3] == ["4.00", "≥ 3.5", "yes"]
+    assert cells["int8: share of the memory's speed"][:3] == ["0.750", "≥ 0.8", "no"]
+    assert cells["int8: a pass of 4 tokens / of 1"][:3] == ["1.10", "≤ 1.2", "yes"]
+    assert cells["int8: peak of loading beyond the weights, GiB"][2] == "yes"
+    assert cells["decode bf16 / transformers"][:2] == ["not measured", "≥ 2.5"]
+
+
+def test_engines_run_on_a_tiny_shape(programs: SimpleNamespace, tmp_path: Path) -> None:
+    lengths = ["--context", "16", "--new-tokens", "4", "--batch-context", "4"]
+    command = [
+        str(BENCHMARKS / "cpu_engines.py"),
+        "--shapes",
+        "tiny",
+        "--only",
+        "hanok",
+        "--runs",
+        "1",
+    ]
+    command += [*lengths, "--batch-new-tokens", "2", "--probe-bytes", "1000000", "--foreign", "9"]
+    command += [
+        "--folder",
+        str(tmp_path),
+        "--output",
+        str(tmp_path / "report.md"),
+        "--threads",
+        "1",
+    ]
+    programs.measure.subprocess.run([sys.executable, *command], check=True, capture_output=True)
+    report = (tmp_path / "report.md").read_text()
+    assert "llama.cpp is left out: build llama-bench" in report
+    assert "OpenVINO GenAI is left out: install" in report
+    assert "| hanok int4" in report

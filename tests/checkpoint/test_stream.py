@@ -130,6 +130,14 @@ def test_text_survives(cases, kind, text):
         assert case.tokenizer.decode(ids) == text
 
 
+def test_a_space_that_a_byte_spells_is_kept(cases):
+    """The space before the first word is the model's own and goes; this one is the text's."""
+    case = cases["sentencepiece"]
+    space = case.tokenizer.token_to_id("<0x20>")
+    assert case.tokenizer.decode([space]) == case.whole([space]) == " "
+    assert "".join(pieces(case.tokenizer, [space])) == " "
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=300, deadline=None)
 @given(data=st.data())

@@ -120,6 +120,9 @@ def test_a_wrong_bias_is_refused() -> None:
         (["generate", "hi", "--top-p", "0.5"], 2, "temperature above 0"),
         (["generate", "hi", "--device", "quantum"], 2, "'quantum' is not a device"),
         (["generate", ""], 2, "there is no prompt"),
+        (["generate", "hi", "--quant", "int5"], 2, "quantization 'int5' is unknown"),
+        (["quality", "--text", "nowhere"], 5, "nowhere cannot be read: No such file"),
+        (["quality", "--quant", "int8,int8"], 2, "'int8' is there twice"),
         (["convert", "nowhere"], 3, "nowhere"),
         (["info", "nowhere"], 3, "nowhere"),
     ],
@@ -227,3 +230,68 @@ def test_convert_then_nothing_to_do(tmp_path: Path) -> None:
     assert "lm_head.weight shares its memory with model.embed_tokens.weight" in result.stdout
     again = run("convert", str(source), str(tmp_path / "out"))
     assert "Nothing to do" in again.stdout
+
+
+@pytest.mark.parametrize(
+    "text", ["int8", "int4", "nf4", "fp8", "int8-outlier", "int4:group_size=64"]
+)
+def test_generate_quantizes_while_it_loads(text: str) -> None:
+    options = ("--max-new-tokens", "8", "--temperature", "0", "--json")
+    result = run("generate", "Once upon a time", "--quant", text, *options)
+    assert result.exit_code == 0, result.stderr
+    plain = run("generate", "Once upon a time", *options)
+    first, second = (json.loads(item.stdout)["token_ids"] for item in (result, plain))
+    assert first[:2] == second[:2]  # a trained model is sure of how a story begins
+
+
+def test_quality_is_a_table_a_file_and_an_object(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hanok.engine import quality
+
+    monkeypatch.setattr(quality, "read_gb_per_s", lambda device: 10.0)
+    monkeypatch.setattr(quality, "decode_per_s", lambda model: 100.0)
+    text, markdown, plot = tmp_path / "text", tmp_path / "table.md", tmp_path / "plot.svg"
+    text.write_text("Once upon a time there was a little girl who had a dog. " * 4)
+    options = (
+        "--text",
+        str(text),
+        "--quant",
+        "int8,int4:group_size=64,head=none",
+        "--quant",
+        "nf4",
+    )
+    written = ("--markdown", str(markdown), "--plot", str(plot))
+    result = run("quality", *options, *written, "--json")
+    assert result.exit_code == 0, result.stderr
+    report = json.loads(result.stdout)
+    names = ["reference", "int8", "int4:group_size=64,head=none", "nf4"]
+    assert [row["name"] for row in report["rows"]] == names
+    assert all(name in markdown.read_text() for name in names)
+    assert "<svg" in plot.read_text()
+    table = run("quality", *options, "--window", "32")
+    assert all(
+        name in table.stdout for name in ("reference", "int8", "nf4", "perplexity", "tokens/s")
+    )
+    text.write_bytes(b"\xff\xfe")
+    assert "is not UTF-8 text, at byte 0" in str(run("quality", "--text", str(text)).exception)
+
+
+@pytest.mark.parametrize(
+    ("given", "variants"),
+    [
+        (("int8,int4,nf4",), ["int8", "int4", "nf4"]),
+        (("int4:group_size=64,head=int8,nf4",), ["int4:group_size=64,head=int8", "nf4"]),
+        (("int8, bfloat16", "int4:head=none"), ["int8", "bfloat16", "int4:head=none"]),
+        (
+            ("nf4,int4:symmetric=false,group_size=64",),
+            ["nf4", "int4:symmetric=false,group_size=64"],
+        ),
+    ],
+)
+def test_a_comma_begins_the_next_variant_unless_an_option_follows(
+    given: tuple[str, ...], variants: list[str]
+) -> None:
+    from hanok.cli.verbs.quality import split_variants
+
+    assert split_variants(given) == variants

@@ -14,17 +14,18 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hanok.kernels import native as module
-from hanok.kernels.native import Native, native, why_not
+from hanok.kernels.native import DENSE_TOKENS, Native, instruction_sets, native, native_for, why_not
 
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(scope="module")
-def kernels() -> Native:
-    found = native()
-    if found is None:
-        pytest.skip(f"the kernels are {why_not()}")
-    return found
+@pytest.fixture(scope="module", params=["AVX-512 VNNI", "AVX2", "NEON dot product", "portable"])
+def kernels(request: pytest.FixtureRequest) -> Native:
+    """Every instruction set that this processor has."""
+    for found in instruction_sets():
+        if found.instruction_set == request.param:
+            return found
+    pytest.skip(f"{request.param}: {why_not() or 'not an instruction set of this processor'}")
 
 
 @pytest.fixture
@@ -60,7 +61,9 @@ def test_an_exact_sum_is_rounded_as_torch_rounds_it(
     if bias is not None:
         exact = exact + bias.double()
     assert torch.equal(exact, exact.float().double())
-    assert torch.equal(kernels.bfloat16_linear(x, weight, bias), exact.float().bfloat16())
+    assert torch.equal(kernels.dense(x, weight, bias), exact.float().bfloat16())
+    wide_bias = None if bias is None else bias.float()
+    assert torch.equal(kernels.dense(x.float(), weight.float(), wide_bias), exact.float())
 
 
 @pytest.mark.parametrize("columns", [2, 64])  # outside and inside the vectors
@@ -74,7 +77,7 @@ def test_rounding_is_to_nearest_and_ties_go_to_even(kernels: Native, columns: in
     x = torch.zeros(1, columns).bfloat16()
     x[0, :2] = torch.tensor([2.0, 1.0])
     exact = (x.double() @ weight.double().t()).float()
-    answer = kernels.bfloat16_linear(x, weight, None)
+    answer = kernels.dense(x, weight, None)
     assert torch.equal(answer, exact.bfloat16())
     assert answer[0, :5].tolist() == [256.0, 258.0, 260.0, 260.0, 264.0]
 
@@ -85,14 +88,14 @@ def test_nan_and_infinity_stay_what_they_are(kernels: Native, tokens: int, colum
     x, weight = torch.ones(tokens, 70).bfloat16(), torch.ones(5, 70).bfloat16()
     for row, value in enumerate([float("nan"), float("inf"), float("-inf"), 3e38]):
         weight[row, column] = value
-    answer = kernels.bfloat16_linear(x, weight, None)
+    answer = kernels.dense(x, weight, None)
     assert answer[:, 0].isnan().all()
     assert answer[:, 1].tolist() == [float("inf")] * tokens
     assert answer[:, 2].tolist() == [float("-inf")] * tokens
     assert answer[:, 3].isfinite().all()
     assert answer[:, 4].tolist() == [70.0] * tokens
     x[0, column] = float("nan")
-    poisoned = kernels.bfloat16_linear(x, weight, None)
+    poisoned = kernels.dense(x, weight, None)
     assert poisoned[0].isnan().all()
     assert torch.equal(poisoned[1:, 4], answer[1:, 4])
 
@@ -100,7 +103,7 @@ def test_nan_and_infinity_stay_what_they_are(kernels: Native, tokens: int, colum
 def test_a_sum_too_large_for_bfloat16_is_infinite(kernels: Native) -> None:
     x = torch.full((1, 1), 3e38).bfloat16()
     weight = torch.tensor([[1.0], [1.25], [-2.0]]).bfloat16()
-    answer = kernels.bfloat16_linear(x, weight, None)
+    answer = kernels.dense(x, weight, None)
     assert answer.tolist() == [[x.item(), float("inf"), float("-inf")]]
 
 
@@ -110,9 +113,9 @@ def test_any_number_of_threads_gives_the_same_bits(
 ) -> None:
     x, weight, bias = random(tokens, 301, seed=1), random(509, 301, seed=2), random(509, seed=3)
     torch.set_num_threads(1)
-    alone = kernels.bfloat16_linear(x, weight, bias)
+    alone = kernels.dense(x, weight, bias)
     torch.set_num_threads(2)
-    assert torch.equal(kernels.bfloat16_linear(x, weight, bias), alone)
+    assert torch.equal(kernels.dense(x, weight, bias), alone)
 
 
 def test_a_strided_x_is_read_in_its_own_order(kernels: Native) -> None:
@@ -120,19 +123,21 @@ def test_a_strided_x_is_read_in_its_own_order(kernels: Native) -> None:
     transposed, skipping = random(40, 3, seed=1).t(), random(6, 80, seed=1)[::2, ::2]
     for x in (transposed, skipping):
         assert not x.is_contiguous()
-        expected = kernels.bfloat16_linear(
-            x.clone(memory_format=torch.contiguous_format), weight, None
-        )
-        assert torch.equal(kernels.bfloat16_linear(x, weight, None), expected)
+        expected = kernels.dense(x.clone(memory_format=torch.contiguous_format), weight, None)
+        assert torch.equal(kernels.dense(x, weight, None), expected)
 
 
 def test_what_would_be_read_out_of_bounds_is_refused(kernels: Native) -> None:
     weight = random(4, 16, seed=1)
-    for tokens, columns in ((0, 16), (kernels.max_tokens + 1, 16), (1, 15), (1, 17)):
+    for tokens, columns in ((0, 16), (DENSE_TOKENS + 1, 16), (1, 15), (1, 17)):
         with pytest.raises(ValueError, match=f"x is {tokens} x {columns}, the weight 4 x 16"):
-            kernels.bfloat16_linear(random(tokens, columns, seed=2), weight, None)
+            kernels.dense(random(tokens, columns, seed=2), weight, None)
     with pytest.raises(ValueError, match=r"x is torch\.float32"):
-        kernels.bfloat16_linear(torch.ones(1, 16), weight, None)
+        kernels.dense(torch.ones(1, 16), weight, None)
+    with pytest.raises(ValueError, match="the bias has shape"):
+        kernels.dense(random(1, 16, seed=2), weight, random(5, seed=3))
+    with pytest.raises(ValueError, match="kernels take float32 and bfloat16"):
+        kernels.dense(torch.ones(1, 16).half(), weight.half(), None)
 
 
 @pytest.fixture
@@ -140,9 +145,11 @@ def another_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator
     """A place for a library that is not the package's own."""
     path = tmp_path / "libhanok_kernels.so"
     monkeypatch.setattr(module, "LIBRARY", path)
-    native.cache_clear()
+    for found in (module._library, instruction_sets):
+        found.cache_clear()
     yield path
-    native.cache_clear()  # the patch is undone after this, and nothing is asked between
+    for found in (module._library, instruction_sets):
+        found.cache_clear()  # the patch is undone after this, and nothing is asked between
 
 
 def test_without_the_library_it_says_that_no_compiler_was_found(another_library: Path) -> None:
@@ -162,8 +169,18 @@ def test_a_library_for_another_system_is_told_from_an_absent_one(another_library
 
 def test_where_the_library_is_there_is_nothing_to_say(kernels: Native) -> None:
     assert why_not() is None
-    assert kernels.instruction_set in ("AVX-512", "AVX2", "portable")
-    assert kernels.max_tokens == 8
+    assert native() is instruction_sets()[0]
+
+
+def test_the_kernels_are_offered_for_what_they_can_compute_and_nothing_else() -> None:
+    if native() is None:
+        pytest.skip(f"the kernels are {why_not()}")
+    wide, narrow = torch.ones(2), torch.ones(2).bfloat16()
+    assert native_for(wide, narrow) is native()
+    for other in (wide.half(), wide.double(), wide.to("meta"), wide.clone().requires_grad_()):
+        assert native_for(wide, other) is None
+    with torch.no_grad():
+        assert native_for(wide.clone().requires_grad_()) is native()
 
 
 @pytest.fixture
@@ -186,54 +203,66 @@ def build(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return loaded
 
 
-def test_without_a_compiler_the_build_goes_on_and_says_so(
-    build: ModuleType,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+def test_without_a_compiler_there_is_no_library(
+    build: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    library = tmp_path / "lib.so"
-    assert build.compile_kernels(tmp_path / "kernels.cpp", library) is False
-    assert "no C++ compiler" in capsys.readouterr().err
-    assert not library.exists()
+    with pytest.raises(build.CompileError, match=r"no C\+\+ compiler"):
+        build.compile_kernels(tmp_path, tmp_path / "lib.so")
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_does_not_compile_is_said_and_leaves_nothing(
-    build: ModuleType,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    build: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if shutil.which("g++") is None:
         pytest.skip("there is no g++ here")
     monkeypatch.delenv("CXX", raising=False)
-    source = tmp_path / "kernels.cpp"
-    source.write_text("this is no program")
-    assert build.compile_kernels(source, tmp_path / "lib.so") is False
-    assert "its CPU kernels are not built" in capsys.readouterr().err
-    assert list(tmp_path.iterdir()) == [source]
+    sources = [tmp_path / "library.cpp", tmp_path / "instruction_set.cpp"]
+    for source in sources:
+        source.write_text("this is no program")
+    with pytest.raises(build.CompileError, match="error"):
+        build.compile_kernels(tmp_path, tmp_path / "lib.so")
+    assert sorted(tmp_path.iterdir()) == sorted(sources)
 
 
-def test_a_compiler_named_by_the_user_that_is_not_there_does_not_stop_the_build(
+def test_a_compiler_named_by_the_user_may_not_be_there(
     build: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CXX", str(tmp_path / "no-such-compiler"))
-    assert build.compile_kernels(tmp_path / "kernels.cpp", tmp_path / "lib.so") is False
+    with pytest.raises(build.CompileError, match="no-such-compiler"):
+        build.compile_kernels(tmp_path, tmp_path / "lib.so")
 
 
 def test_a_wheel_without_the_library_is_a_wheel_for_every_system(
-    build: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    build: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    def fail(sources: Path, library: Path) -> None:
+        raise build.CompileError("there is no C++ compiler")
+
     hook = build.KernelsBuildHook()
     hook.root, hook.target_name = str(tmp_path), "wheel"
-    monkeypatch.setattr(build, "compile_kernels", lambda source, library: False)
+    monkeypatch.setattr(build, "compile_kernels", fail)
     data: dict[str, object] = {"artifacts": [], "pure_python": True}
     hook.initialize("standard", data)
     assert data == {"artifacts": [], "pure_python": True}
-    monkeypatch.setattr(build, "compile_kernels", lambda source, library: True)
+    assert "not built: there is no C++ compiler" in capsys.readouterr().err
+    monkeypatch.setattr(build, "compile_kernels", lambda sources, library: None)
     hook.initialize("standard", data)
     assert data["artifacts"] == ["src/hanok/kernels/libhanok_kernels.so"]
     assert data["pure_python"] is False
     assert str(data["tag"]).startswith("py3-none-")
+
+
+@pytest.mark.parametrize("machine", ["x86_64", "aarch64", "riscv64"])
+def test_every_processor_has_the_portable_kernels(
+    build: ModuleType, monkeypatch: pytest.MonkeyPatch, machine: str
+) -> None:
+    monkeypatch.setattr(build.platform, "machine", lambda: machine)
+    tables = build.instruction_sets()
+    assert tables["portable"][1] == []
+    assert len({name for name, _ in tables.values()}) == len(tables)

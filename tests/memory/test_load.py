@@ -15,9 +15,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from hanok.attention import native as native_attention
 from hanok.attention.base import ForwardBatch
 from hanok.checkpoint.files import open_checkpoint
 from hanok.errors import CheckpointError, OptionError
+from hanok.kernels.native import native, why_not
+from hanok.memory import load as load_module
 from hanok.memory.load import Loaded, load_decoder
 
 VOCAB, HIDDEN, MLP, LAYERS = 37, 16, 24, 2
@@ -349,22 +352,35 @@ def test_progress_adds_up_to_the_weights(tmp_path: Path) -> None:
     assert len(seen) > LAYERS
 
 
-def test_layers_that_do_not_get_the_first_backend_are_noted(tmp_path: Path) -> None:
+def test_layers_that_do_not_get_the_first_backend_are_noted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native_attention, "native", lambda: None)
     norms = ("pre_feedforward_layernorm", "post_feedforward_layernorm")
     tensors = tensors_of(tied=True, norms=norms)
     loaded = load(write(tmp_path, tensors, GEMMA2))
     assert loaded.report.attention == {"eager": LAYERS}
-    (note,) = loaded.report.notes
+    (note,) = [item for item in loaded.report.notes if item.startswith("attention")]
     assert note.startswith(f"attention: eager in {LAYERS} layers, because sdpa")
     asked = load(tmp_path, attention="eager")
-    assert asked.report.notes == ()
+    assert not [item for item in asked.report.notes if item.startswith("attention")]
     assert torch.equal(logits(asked), logits(loaded))
 
 
 def test_the_first_backend_needs_no_note(tmp_path: Path) -> None:
+    if native() is None:
+        pytest.skip(f"the kernels are {why_not()}")
+    report = load(write(tmp_path, tensors_of())).report
+    assert report.attention == {"native": LAYERS}
+    assert report.notes == ()
+
+
+def test_missing_kernels_are_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native_attention, "native", lambda: None)
+    monkeypatch.setattr(load_module, "why_not", lambda: "not built")
     report = load(write(tmp_path, tensors_of())).report
     assert report.attention == {"sdpa": LAYERS}
-    assert report.notes == ()
+    assert report.notes == ("hanok's kernels are not built",)
 
 
 @pytest.mark.parametrize(

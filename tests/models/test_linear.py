@@ -214,7 +214,7 @@ class Machine:
         self.patch = monkeypatch
 
     def __call__(self, *, built: bool, machine: str = "x86_64", bfloat16: bool = False) -> None:
-        kernels = SimpleNamespace(max_tokens=NATIVE_TOKENS) if built else None
+        kernels = SimpleNamespace() if built else None
         self.patch.setattr(linear, "native", lambda: kernels)
         self.patch.setattr(linear, "has_bfloat16_instructions", lambda: bfloat16)
         self.patch.setattr(platform, "machine", lambda: machine)
@@ -249,7 +249,8 @@ def test_the_processor_the_build_and_the_tokens_choose_the_product(
     on(built=built, machine=machine, bfloat16=bfloat16)
     weight = random(4, 8, seed=1)
     assert choose_product(weight, tokens) == product
-    for other in (weight.float(), weight.to("meta"), weight.clone().requires_grad_()):
+    assert choose_product(weight.float(), tokens) == ("native" if product == "native" else "torch")
+    for other in (weight.half(), weight.to("meta"), weight.clone().requires_grad_()):
         assert choose_product(other, tokens) == "torch"
     with torch.no_grad():
         assert choose_product(weight.clone().requires_grad_(), tokens) == product

@@ -211,7 +211,8 @@ def test_interleaved_and_halves_are_permutations_of_each_other() -> None:
     neighbours = turned(
         Rotary(Rope(theta=1e4, rotary_dim=16, is_interleaved=True)), heads[..., order], positions
     )
-    assert torch.equal(neighbours, halves[..., order])
+    # The two are compiled apart, and a product may be fused into its sum in one of them.
+    torch.testing.assert_close(neighbours, halves[..., order], rtol=0, atol=5e-7)
     assert not torch.equal(neighbours, halves)
 
 

@@ -22,7 +22,7 @@ from hanok.errors import OptionError, UnsupportedError
 from hanok.registry import discover, nearest_first
 
 # What "auto" tries, in this order; a backend that is not named here is used only when asked for.
-AUTO_ORDER = ("sdpa", "eager")
+AUTO_ORDER = ("native", "sdpa", "eager")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

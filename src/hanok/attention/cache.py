@@ -27,23 +27,54 @@ class StateSpec:
 
 
 class LayerState:
-    """Keys and values of one layer, for all sequences."""
+    """Keys and values of one layer, for all sequences.
 
-    __slots__ = ("keys", "values")
+    In int8, `key_scale` and `value_scale` (sequences, kv_heads, capacity) float32 hold the largest
+    magnitude over 127 of each token and head.
+    """
 
-    def __init__(self, keys: Tensor, values: Tensor) -> None:
+    __slots__ = ("key_scale", "keys", "value_scale", "values")
+
+    def __init__(
+        self,
+        keys: Tensor,
+        values: Tensor,
+        key_scale: Tensor | None = None,
+        value_scale: Tensor | None = None,
+    ) -> None:
         self.keys = keys
         self.values = values
+        self.key_scale = key_scale
+        self.value_scale = value_scale
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes claimed."""
+        scales = (self.key_scale, self.value_scale)
+        return sum(part.nbytes for part in (self.keys, self.values, *scales) if part is not None)
 
     def extend(self, slot: int, start: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write new keys and values at position `start` of sequence `slot`; return all up to them.
 
-        k, v: (kv_heads, time, head_dim)   returns: two views (kv_heads, start + time, head_dim)
+        k, v: (kv_heads, time, head_dim)   returns: two (kv_heads, start + time, head_dim), views
+        unless the cache is int8
         """
-        end = start + k.shape[1]
-        self.keys[slot, :, start:end] = k
-        self.values[slot, :, start:end] = v
-        return self.keys[slot, :, :end], self.values[slot, :, :end]
+        return (
+            _extended(self.keys, self.key_scale, slot, start, k),
+            _extended(self.values, self.value_scale, slot, start, v),
+        )
+
+
+def _extended(kept: Tensor, scale: Tensor | None, slot: int, start: int, new: Tensor) -> Tensor:
+    end = start + new.shape[1]
+    if scale is None:
+        kept[slot, :, start:end] = new
+        return kept[slot, :, :end]
+    largest = new.float().abs().amax(-1)
+    factor = (127 / largest).nan_to_num(posinf=0.0)
+    kept[slot, :, start:end] = (new.float() * factor[..., None]).round().char()
+    scale[slot, :, start:end] = largest / 127
+    return (kept[slot, :, :end] * scale[slot, :, :end, None]).to(new.dtype)
 
 
 class KVCache:
@@ -65,12 +96,15 @@ class KVCache:
         for spec in specs:
             shape = (num_sequences, spec.num_kv_heads, capacity, spec.head_dim)
             keys, values = (torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
-            self.states.append(LayerState(keys, values))
+            scales: list[Tensor] = []
+            if dtype is torch.int8:
+                scales = [torch.empty(shape[:-1], device=device) for _ in range(2)]
+            self.states.append(LayerState(keys, values, *scales))
 
     @property
     def size_bytes(self) -> int:
         """Bytes claimed; on a CPU the operating system backs them only once they are written."""
-        return sum(state.keys.nbytes + state.values.nbytes for state in self.states)
+        return sum(state.nbytes for state in self.states)
 
     def advance(
         self, slots: Sequence[int], num_tokens: Sequence[int], sequence_lengths: Sequence[int]

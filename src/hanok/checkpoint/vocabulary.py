@@ -334,7 +334,9 @@ class SentencePieceVocabulary:
             else:
                 parts += (self._piece_text(token_id) for token_id in group)
         text = "".join(parts)
-        return text.removeprefix(" ") if self._strips_first_space else text
+        # The space before the first word is the model's own; one that a byte spells is the text's.
+        strips = self._strips_first_space and bool(ids) and ids[0] not in self._data
+        return text.removeprefix(" ") if strips else text
 
     def _piece_text(self, token_id: int) -> str:
         piece = self._pieces[token_id]

@@ -1,84 +1,376 @@
 """Our own compiled kernels, where the package's build found a compiler.
 
 The library has a plain C interface and knows nothing of torch: it gets addresses and sizes. Without
-it everything runs on torch's operators; `why_not` says what that costs and what to do.
+it everything runs on torch's operators; `why_not` says what that costs and what to do. It holds its
+kernels once for each instruction set; `native` returns the best that this processor has.
 """
 
 import ctypes
+from collections.abc import Sequence
+from ctypes import c_float, c_int, c_int32, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 LIBRARY = Path(__file__).parent / "libhanok_kernels.so"
+DENSE_TOKENS = 8  # rows of x that `dense` takes at the most
+
+# The library's numbers for types, kinds of panels and activations (cpp/kernels.h).
+ITEM_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+FLOATS = (torch.float32, torch.bfloat16)  # what x may be
+PanelKind = Literal["bytes", "nibbles", "zero nibbles", "table", "row bytes", "row float8"]
+PANEL_KINDS: dict[PanelKind, int] = {
+    "bytes": 0,
+    "nibbles": 1,
+    "zero nibbles": 2,
+    "table": 3,
+    "row bytes": 4,
+    "row float8": 5,
+}
+GATE_ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
+
+
+class Panels(ctypes.Structure):
+    """A quantized weight's addresses and sizes, as the library takes them (cpp/kernels.h)."""
+
+    _fields_ = (
+        ("codes", c_void_p),
+        ("scale", c_void_p),
+        ("zero", c_void_p),
+        ("table", c_void_p),
+        ("rows", c_int64),
+        ("columns", c_int64),
+        ("group_columns", c_int64),
+        ("kind", c_int32),
+    )
+
+
+class AttentionCall(ctypes.Structure):
+    """One call of attention, as the library takes it (cpp/kernels.h)."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("q", "new_keys", "new_values", "keys", "values")),
+        *((name, c_void_p) for name in ("key_scale", "value_scale", "output")),
+        *((name, c_void_p) for name in ("query_counts", "key_counts", "offsets")),
+        *((name, c_int64) for name in ("num_sequences", "num_heads", "num_kv_heads", "head_dim")),
+        *((name, c_int64) for name in ("q_token_stride", "new_key_stride")),
+        ("new_value_stride", c_int64),
+        *((name, c_int64) for name in ("key_token_stride", "key_head_stride", "window")),
+        ("scale", c_float),
+        ("softcap", c_float),
+        ("type", c_int32),
+        ("cache_type", c_int32),
+    )
 
 
 class Native:
-    """The loaded library."""
+    """The kernels of one instruction set. Results never depend on the number of threads.
 
-    def __init__(self, library: ctypes.CDLL) -> None:
-        pointer, size, count = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-        library.hanok_instruction_set.restype = ctypes.c_char_p
-        library.hanok_scratch_floats.restype = size
-        library.hanok_scratch_floats.argtypes = [size, size]
-        library.hanok_bfloat16_linear.restype = None
-        library.hanok_bfloat16_linear.argtypes = [*[pointer] * 5, count, size, size, count]
-        self._library = library
-        self.instruction_set: str = library.hanok_instruction_set().decode()
+    The library only sees addresses, and what does not fit would be read out of bounds: each method
+    checks what it is given and raises ValueError.
+    """
+
+    def __init__(self, library: ctypes.CDLL, table: int) -> None:
+        self._table = c_void_p(table)
+        library.hanok_name.restype = ctypes.c_char_p
+        library.hanok_name.argtypes = [c_void_p]
+        self.instruction_set: str = library.hanok_name(self._table).decode()
         """What the kernels use of this processor."""
-        self.max_tokens: int = library.hanok_max_tokens()
-        """Rows of x that a product takes at the most."""
+        pointer, size, count = c_void_p, c_int64, c_int
+        self._dense = _function(
+            library.hanok_dense, [*[pointer] * 4, size, size, size, count, count]
+        )
+        self._product = _function(library.hanok_product, [*[pointer] * 4, size, count, count])
+        self._pack = _function(library.hanok_pack, [pointer, size, size, pointer, count])
+        self._unpack = _function(library.hanok_unpack, [pointer, size, size, pointer, count])
+        self._look_up = _function(library.hanok_look_up, [pointer, pointer, size, pointer, count])
+        self._attend = _function(library.hanok_attend, [pointer, count])
+        self._rms_norm = _function(
+            library.hanok_rms_norm, [*[pointer] * 3, size, size, c_float, count, count, count]
+        )
+        self._rotate = _function(
+            library.hanok_rotate, [*[pointer] * 4, *[size] * 5, count, count, count]
+        )
+        self._gate = _function(library.hanok_gate, [pointer, pointer, size, size, *[count] * 3])
 
-    def bfloat16_linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Return x @ weight.T + bias, sums in float32; the same for any number of threads.
+    def dense(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Return x @ weight.T + bias, sums in float32.
 
-        x: (tokens, in), at most `max_tokens`   weight: (out, in)   bias: (out,)   all bfloat16 on the
-        CPU, `weight` contiguous. returns: (tokens, out) bfloat16.
+        x: (tokens, in), at most DENSE_TOKENS   weight: (out, in)   bias: (out,)   x and weight both
+        bfloat16 or both float32, on the CPU. returns: (tokens, out) in their dtype.
         """
         x = x.contiguous()
         (tokens, columns), rows = x.shape, weight.shape[0]
-        # The library only sees addresses: what does not fit would be read out of bounds.
-        if not 0 < tokens <= self.max_tokens or columns != weight.shape[1]:
+        if not 0 < tokens <= DENSE_TOKENS or columns != weight.shape[1]:
             raise ValueError(f"x is {tokens} x {columns}, the weight {rows} x {weight.shape[1]}")
-        if not x.dtype == weight.dtype == torch.bfloat16:
-            raise ValueError(f"x is {x.dtype}, the weight {weight.dtype}; both must be bfloat16")
-        if bias is not None:
-            bias = bias.to(torch.bfloat16).contiguous()
-            if bias.shape != (rows,):
-                raise ValueError(f"the bias has shape {tuple(bias.shape)}, the weight {rows} rows")
-        y = torch.empty(tokens, rows, dtype=torch.bfloat16)
-        scratch = torch.empty(self._library.hanok_scratch_floats(tokens, columns))
-        self._library.hanok_bfloat16_linear(
-            x.data_ptr(),
-            weight.data_ptr(),
-            None if bias is None else bias.data_ptr(),
-            y.data_ptr(),
-            scratch.data_ptr(),
-            tokens,
-            rows,
-            columns,
-            torch.get_num_threads(),
+        if x.dtype != weight.dtype or not weight.is_contiguous():
+            raise ValueError(
+                f"x is {x.dtype}, the weight {weight.dtype}, strides {weight.stride()}"
+            )
+        item_type, bias_at, _kept = _type(x), *_bias(bias, rows, x.dtype)
+        y = x.new_empty(tokens, rows)
+        _done(
+            self._dense(
+                self._table,
+                x.data_ptr(),
+                weight.data_ptr(),
+                bias_at,
+                y.data_ptr(),
+                tokens,
+                rows,
+                columns,
+                item_type,
+                torch.get_num_threads(),
+            )
+        )
+        return y
+
+    def product(self, x: Tensor, weight: Panels, bias: Tensor | None) -> Tensor:
+        """Return x @ weight.T + bias in x's dtype; the row kinds take at most DENSE_TOKENS tokens.
+
+        x: (tokens, in) bfloat16 or float32 on the CPU   bias: (out,)   returns: (tokens, out)
+        """
+        x = x.contiguous()
+        (tokens, columns), rows = x.shape, weight.rows
+        if columns != weight.columns:
+            raise ValueError(f"x is {tokens} x {columns}, the weight {rows} x {weight.columns}")
+        if weight.kind >= PANEL_KINDS["row bytes"] and tokens > DENSE_TOKENS:
+            raise ValueError(f"x has {tokens} rows, at most {DENSE_TOKENS} are taken")
+        item_type, bias_at, _kept = _type(x), *_bias(bias, rows, x.dtype)
+        y = x.new_empty(tokens, rows)
+        if tokens and rows:
+            _done(
+                self._product(
+                    self._table,
+                    ctypes.byref(weight),
+                    x.data_ptr(),
+                    bias_at,
+                    y.data_ptr(),
+                    tokens,
+                    item_type,
+                    torch.get_num_threads(),
+                )
+            )
+        return y
+
+    def pack(self, weight: Panels, start: int, rows: Tensor) -> None:
+        """Quantize rows (count, in) into the panels that begin at row `start`, a multiple of 16."""
+        rows = rows.contiguous()
+        count, columns = rows.shape
+        if start % 16 or start + count > weight.rows or columns != weight.columns:
+            raise ValueError(
+                f"rows {start} to {start + count} of {columns} do not fit into "
+                f"{weight.rows} x {weight.columns}"
+            )
+        item_type = _type(rows)
+        _done(
+            self._pack(self._table, ctypes.byref(weight), start, count, rows.data_ptr(), item_type)
+        )
+
+    def unpack(self, weight: Panels, start: int, count: int) -> Tensor:
+        """Return rows [start, start + count), `start` a multiple of 16: (count, in) float32."""
+        if start % 16 or not 0 <= start <= start + count <= weight.rows:
+            raise ValueError(f"rows {start} to {start + count} are not those of {weight.rows}")
+        rows = torch.empty(count, weight.columns)
+        _done(
+            self._unpack(
+                self._table,
+                ctypes.byref(weight),
+                start,
+                count,
+                rows.data_ptr(),
+                torch.get_num_threads(),
+            )
+        )
+        return rows
+
+    def look_up(self, weight: Panels, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return some rows, (ids, in) in `dtype`. ids: (count,) int64."""
+        ids = ids.contiguous()
+        if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < weight.rows:
+            raise IndexError(f"ids {int(ids.min())} to {int(ids.max())}, rows {weight.rows}")
+        rows = torch.empty(len(ids), weight.columns, dtype=dtype)
+        item_type = _type(rows)
+        _done(
+            self._look_up(
+                self._table,
+                ctypes.byref(weight),
+                ids.data_ptr(),
+                len(ids),
+                rows.data_ptr(),
+                item_type,
+            )
+        )
+        return rows
+
+    def attend(self, call: AttentionCall) -> None:
+        """Do what `call` says; its maker vouches for the addresses (`attention/native.py`)."""
+        _done(self._attend(self._table, ctypes.byref(call), torch.get_num_threads()))
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, *, unit_offset: bool) -> Tensor:
+        """Return x / rms(x) * weight over the last axis, in x's dtype, computed in float32.
+
+        x: (…, size)   weight: (size,), in x's dtype; 1 is added to it with `unit_offset`.
+        """
+        size = x.shape[-1]
+        if weight.shape != (size,) or weight.dtype != x.dtype or not weight.is_contiguous():
+            raise ValueError(f"x is {x.dtype} {tuple(x.shape)}, the weight {weight.dtype}")
+        x = x.contiguous()
+        y = torch.empty_like(x)
+        _done(
+            self._rms_norm(
+                self._table,
+                x.data_ptr(),
+                weight.data_ptr(),
+                y.data_ptr(),
+                x.numel() // max(1, size),
+                size,
+                eps,
+                unit_offset,
+                _type(x),
+                torch.get_num_threads(),
+            )
+        )
+        return y
+
+    def rotate(self, heads: Tensor, cos_sin: Tensor, *, is_interleaved: bool) -> Tensor:
+        """Return heads turned by their angles, (tokens, heads, head_dim) in their dtype.
+
+        cos_sin: (2, tokens, 1, rotary_dim) in the heads' dtype; components past rotary_dim are kept.
+        """
+        tokens, num_heads, head_dim = heads.shape
+        rotary_dim = cos_sin.shape[-1]
+        if heads.stride()[1:] != (head_dim, 1):
+            heads = heads.contiguous()
+        cos_sin = cos_sin.contiguous()
+        fits = cos_sin.shape == (2, tokens, 1, rotary_dim) and rotary_dim <= head_dim
+        if not fits or cos_sin.dtype != heads.dtype:
+            raise ValueError(f"heads are {tuple(heads.shape)}, angles {tuple(cos_sin.shape)}")
+        y = heads.new_empty(tokens, num_heads, head_dim)
+        cos = cos_sin.data_ptr()
+        _done(
+            self._rotate(
+                self._table,
+                heads.data_ptr(),
+                cos,
+                cos + tokens * rotary_dim * cos_sin.itemsize,
+                y.data_ptr(),
+                tokens,
+                num_heads,
+                head_dim,
+                rotary_dim,
+                heads.stride(0),
+                is_interleaved,
+                _type(heads),
+                torch.get_num_threads(),
+            )
+        )
+        return y
+
+    def gate(self, gate_up: Tensor, activation: str) -> Tensor:
+        """Return activation(gate) * up, (tokens, size), of (tokens, 2 x size): both side by side.
+
+        `activation` is one of GATE_ACTIVATIONS.
+        """
+        gate_up = gate_up.contiguous()
+        tokens, size = gate_up.shape[0], gate_up.shape[1] // 2
+        y = gate_up.new_empty(tokens, size)
+        _done(
+            self._gate(
+                self._table,
+                gate_up.data_ptr(),
+                y.data_ptr(),
+                tokens,
+                size,
+                GATE_ACTIVATIONS[activation],
+                _type(gate_up),
+                torch.get_num_threads(),
+            )
         )
         return y
 
 
+def _function(found: Any, argument_types: list[Any]) -> Any:
+    """Declare a function of the library; the table of kernels comes first everywhere."""
+    found.restype = c_int
+    found.argtypes = [c_void_p, *argument_types]
+    return found
+
+
+def _done(status: int) -> None:
+    if status:
+        raise MemoryError("a kernel could not get the memory for its intermediate results")
+
+
+def _type(tensor: Tensor) -> int:
+    if tensor.dtype not in FLOATS or not tensor.is_cpu:
+        raise ValueError(f"kernels take float32 and bfloat16 on the CPU, not {tensor.dtype}")
+    return ITEM_TYPES[tensor.dtype]
+
+
+def _bias(bias: Tensor | None, rows: int, dtype: torch.dtype) -> tuple[int | None, Tensor | None]:
+    """Return the bias's address in `dtype`, and what keeps it alive."""
+    if bias is None:
+        return None, None
+    bias = bias.to(dtype).contiguous()
+    if bias.shape != (rows,):
+        raise ValueError(f"the bias has shape {tuple(bias.shape)}, the weight {rows} rows")
+    return bias.data_ptr(), bias
+
+
 @cache
-def native() -> Native | None:
-    """Return the library, or None where it was not built or does not load."""
+def _library() -> ctypes.CDLL | None:
     if not LIBRARY.is_file():
         return None
     try:
-        return Native(ctypes.CDLL(str(LIBRARY)))
+        return ctypes.CDLL(str(LIBRARY))
     except OSError:
         return None
+
+
+@cache
+def instruction_sets() -> Sequence[Native]:
+    """Return the kernels of each instruction set that this processor has, the best first."""
+    library = _library()
+    if library is None:
+        return ()
+    library.hanok_kernels.restype = c_void_p
+    library.hanok_kernels.argtypes = [c_int]
+    found: list[Native] = []
+    while table := library.hanok_kernels(len(found)):
+        found.append(Native(library, table))
+    return tuple(found)
+
+
+def native() -> Native | None:
+    """Return the best kernels, or None where the library was not built or does not load."""
+    found = instruction_sets()
+    return found[0] if found else None
+
+
+def native_for(*tensors: Tensor) -> Native | None:
+    """Return the kernels where they can compute with these tensors, which they cannot differentiate."""
+    kernels = native()
+    if kernels is None:
+        return None
+    records = torch.is_grad_enabled()
+    for tensor in tensors:
+        if tensor.dtype not in FLOATS or not tensor.is_cpu or (records and tensor.requires_grad):
+            return None
+    return kernels
 
 
 def why_not() -> str | None:
     """Return why there is no library, or None when there is one."""
     if native() is not None:
         return None
-    cost = "bfloat16 on this CPU runs on torch's operators, which decode up to 1.3 times slower"
+    cost = (
+        "torch's operators do their work: bfloat16 decodes up to 1.3 times slower, "
+        "quantized weights far slower than bfloat16"
+    )
     if not LIBRARY.is_file():
         return f"not built: hanok was installed where no C++ compiler could compile them; {cost}"
     return f"{LIBRARY.name} does not load, it was built for another system; {cost}"

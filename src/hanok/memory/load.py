@@ -15,9 +15,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from hanok.attention.base import AUTO_ORDER, why_not_table
+from hanok.attention.base import AttentionSpec, choose, why_not_table
 from hanok.checkpoint.files import Checkpoint, TensorRef
 from hanok.errors import CheckpointError, OptionError, UnsupportedError
+from hanok.kernels.native import why_not
 from hanok.memory.promote import MappedWeight, Promotion, available_bytes
 from hanok.memory.quantize import Swapped, quantize_source, swap
 from hanok.memory.tensors import Arena, MappedFiles, dtype_of, from_file_order, read_into
@@ -150,15 +151,21 @@ def _quantize(
 
 
 def _fallback_notes(decoder: Decoder, attention: str, used: Mapping[str, int]) -> list[str]:
-    """Say which layers do not get the backend that "auto" tries first, and why."""
-    preferred = AUTO_ORDER[0]
-    if attention != "auto" or set(used) == {preferred}:
-        return []
-    specs = {block.self_attn.spec for block in decoder.layers if isinstance(block, Block)}
-    tables = [why_not_table(spec, decoder.device, decoder.dtype) for spec in specs]
-    reasons = {reason for table in tables if (reason := table[preferred])}
-    others = ", ".join(f"{name} in {count} layers" for name, count in used.items())
-    return [f"attention: {others}, because {preferred} {' and '.join(sorted(reasons))}"]
+    """Say what runs slower than it could: our kernels missing, layers without the usual backend."""
+    notes = []
+    missing = why_not() if decoder.device.type == "cpu" else None
+    if missing is not None:
+        notes.append(f"hanok's kernels are {missing}")
+    plain = AttentionSpec(num_heads=1, num_kv_heads=1, head_dim=64, scale=1.0)
+    preferred = choose(attention, plain, decoder.device, decoder.dtype).name
+    if attention == "auto" and set(used) != {preferred}:
+        specs = {block.self_attn.spec for block in decoder.layers if isinstance(block, Block)}
+        tables = [why_not_table(spec, decoder.device, decoder.dtype) for spec in specs]
+        reasons = {reason for table in tables if (reason := table[preferred])}
+        others = ", ".join(f"{name} in {count} layers" for name, count in used.items())
+        because = " and ".join(sorted(reasons))
+        notes.append(f"attention: {others}, because {preferred} {because}")
+    return notes
 
 
 def account_for(

@@ -47,18 +47,21 @@ class Attention(nn.Module):
     ) -> Tensor:
         """(tokens, hidden) -> (tokens, hidden); `cos_sin` are the tokens' angles."""
         spec, num_tokens = self.spec, x.shape[0]
-        q, k, v = self.qkv_proj(x).split(self.sizes, dim=-1)
+        packed: Tensor = self.qkv_proj(x)
         if self.qk_norm == "full":
-            q, k = self.q_norm(q), self.k_norm(k)
-        q = q.reshape(num_tokens, spec.num_heads, spec.head_dim)
-        k = k.reshape(num_tokens, spec.num_kv_heads, spec.head_dim)
-        v = v.reshape(num_tokens, spec.num_kv_heads, spec.head_dim)
+            query_size, key_size, _ = self.sizes
+            q, k, v = packed.tensor_split((query_size, query_size + key_size), dim=-1)
+            packed = torch.cat([self.q_norm(q), self.k_norm(k), v], dim=-1)
+        heads = packed.view(num_tokens, -1, spec.head_dim)
+        # Query and key heads stand side by side, and are turned together.
+        num_turned = spec.num_heads + spec.num_kv_heads
+        turned, v = heads[:, :num_turned], heads[:, num_turned:]
         if self.qk_norm == "head":
-            q, k = self.q_norm(q), self.k_norm(k)
-        if self.rotary is not None and cos_sin is not None:
-            # Together: one token is a handful of numbers, and each operation costs microseconds.
-            turned = self.rotary.rotate(torch.cat([q, k], dim=1), cos_sin)
             q, k = turned[:, : spec.num_heads], turned[:, spec.num_heads :]
+            turned = torch.cat([self.q_norm(q), self.k_norm(k)], dim=1)
+        if self.rotary is not None and cos_sin is not None:
+            turned = self.rotary.rotate(turned, cos_sin)
+        q, k = turned[:, : spec.num_heads], turned[:, spec.num_heads :]
         scored = self.backend.attend(q, k, v, spec, batch, state)
         output: Tensor = self.o_proj(scored.reshape(num_tokens, -1))
         return output

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hanok.kernels.native import GATE_ACTIVATIONS, native_for
 from hanok.models.config import Activation, Experts, Mlp, Norm
 from hanok.models.linear import Linear
 
@@ -49,6 +50,9 @@ class NormLayer(nn.Module):
         shape, eps = (x.shape[-1],), self.norm.eps
         if self.norm.kind == "layer":
             return F.layer_norm(x, shape, self.weight, self.bias, eps)
+        kernels = native_for(x, self.weight)
+        if kernels is not None:
+            return kernels.rms_norm(x, self.weight, eps, unit_offset=self.norm.unit_offset)
         if self.norm.unit_offset:  # 1 + weight is rounded away in bfloat16
             return F.rms_norm(x.float(), shape, 1.0 + self.weight.float(), eps).type_as(x)
         return F.rms_norm(x, shape, self.weight, eps)
@@ -61,6 +65,7 @@ class MlpLayer(nn.Module):
         super().__init__()
         size, bias = mlp.intermediate_size, mlp.has_bias
         self.activation = ACTIVATIONS[mlp.activation]
+        self.native_activation = mlp.activation if mlp.activation in GATE_ACTIVATIONS else None
         self.is_gated = mlp.is_gated
         if mlp.is_gated:
             self.gate_up_proj = Linear(hidden_size, 2 * size, has_bias=bias)
@@ -70,13 +75,17 @@ class MlpLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(tokens, hidden) -> (tokens, hidden)."""
-        if self.is_gated:
-            gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-            inner = self.activation(gate) * up
-        else:
-            inner = self.activation(self.up_proj(x))
+        inner = self._gated(x) if self.is_gated else self.activation(self.up_proj(x))
         output: Tensor = self.down_proj(inner)
         return output
+
+    def _gated(self, x: Tensor) -> Tensor:
+        gate_up: Tensor = self.gate_up_proj(x)
+        kernels = native_for(gate_up)
+        if kernels is not None and self.native_activation is not None:
+            return kernels.gate(gate_up, self.native_activation)
+        gate, up = gate_up.chunk(2, dim=-1)
+        return self.activation(gate) * up
 
 
 class ExpertsLayer(nn.Module):

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hanok.kernels.native import native
+from hanok.kernels.native import DENSE_TOKENS, native
 
 # Rows widened at a time: few enough to stay in L2 when the product is short, enough to keep the
 # float32 product busy when it is long (measured: 256 and 1024 rows of 2048 columns).
@@ -41,11 +41,13 @@ def has_bfloat16_instructions() -> bool:
 def choose_product(weight: Tensor, num_tokens: int) -> Product:
     """Return how `dense` multiplies `num_tokens` rows with this weight."""
     needs_grad = torch.is_grad_enabled() and weight.requires_grad
-    if weight.dtype is not torch.bfloat16 or weight.device.type != "cpu" or needs_grad:
+    if weight.device.type != "cpu" or needs_grad:
         return "torch"
-    kernels = native()
-    if kernels is not None and 0 < num_tokens <= kernels.max_tokens and weight.is_contiguous():
+    is_known = weight.dtype in (torch.bfloat16, torch.float32) and weight.is_contiguous()
+    if is_known and 0 < num_tokens <= DENSE_TOKENS and native() is not None:
         return "native"
+    if weight.dtype is not torch.bfloat16:
+        return "torch"
     if platform.machine() not in ("x86_64", "AMD64"):
         return "torch"
     if has_bfloat16_instructions():
@@ -80,7 +82,7 @@ def _native(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     kernels = native()
     if kernels is None:
         raise RuntimeError("the native product was chosen without its library")
-    return kernels.bfloat16_linear(x, weight, bias)
+    return kernels.dense(x, weight, bias)
 
 
 def _without_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hanok.attention.base import ForwardBatch
+from hanok.kernels.native import native_for
 from hanok.models.config import (
     DynamicScaling,
     LinearScaling,
@@ -118,6 +119,9 @@ class Rotary:
 
         heads: (tokens, heads, head_dim)   cos_sin: (2, tokens, 1, rotary_dim)
         """
+        kernels = native_for(heads, cos_sin)
+        if kernels is not None:
+            return kernels.rotate(heads, cos_sin, is_interleaved=self.rope.is_interleaved)
         cos, sin = cos_sin[0], cos_sin[1]
         dim = self.rope.rotary_dim
         if dim == heads.shape[-1]:

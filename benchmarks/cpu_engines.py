@@ -1,0 +1,444 @@
+"""hanok, transformers, llama.cpp and OpenVINO GenAI on a CPU, at equal bits, in one run.
+
+    python benchmarks/cpu_engines.py [--shapes llama-1.1b qwen-0.5b] [--runs 3] [--output FILE.md]
+        [--llama-cpp FOLDER] [--openvino PYTHON]
+
+Every run is a cold process with a warm page cache; engines take turns with each other and with a probe
+of the memory's speed (`measure.py`). All are given the same random weights and token ids: prefill of
+512 tokens, 128 tokens decoded behind them, and 8 sequences decoding together behind 64 tokens each.
+A row's share is the bytes of weights that a token reads, times tokens per second, over the probe.
+Ratios are of medians, their spread that of the rounds. An engine that is not there is left out, and
+the report says how to get it.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import checkpoints
+import generate
+import gguf_files
+import measure
+
+HERE = Path(__file__).parent
+PROBE = "memory"
+LLAMA_CPP_KINDS = {"bf16": None, "Q8_0": "Q8_0", "Q4_0": "Q4_0", "Q4_K_M": "Q4_K_M"}
+LLAMA_CPP_HELP = (
+    "build llama-bench, llama-batched-bench and llama-quantize of a checkout of llama.cpp "
+    "(cmake -B build -DCMAKE_BUILD_TYPE=Release -DLLAMA_CURL=OFF && cmake --build build) and give "
+    "build/bin as --llama-cpp"
+)
+OPENVINO_HELP = (
+    "install openvino-genai and optimum-intel into an environment of their own and give its python as "
+    "--openvino"
+)
+OPENVINO_EXPORT = {
+    "int8": ["--weight-format", "int8"],
+    "int4": ["--weight-format", "int4", "--group-size", "64", "--ratio", "1.0"],
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Contestant:
+    """One engine at one precision: a cold run, and the bytes that one of its tokens reads."""
+
+    engine: str
+    precision: str
+    run: Callable[[], measure.Row]
+    bytes_per_token: int | None = None
+
+    @property
+    def name(self) -> str:
+        """How tables call it."""
+        return f"{self.engine} {self.precision}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Demand:
+    """A ratio of two contestants that is asked for."""
+
+    what: str
+    key: str
+    better: str
+    worse: str
+    asked: float
+    worse_key: str | None = None
+
+
+EQUAL_BITS = (("bf16", "bf16"), ("int8", "Q8_0"), ("int4", "Q4_0"), ("int4", "Q4_K_M"))
+DEMANDS = (
+    *(
+        Demand(
+            what=f"decode {ours} / llama.cpp {theirs}",
+            key="decode_per_s",
+            better=f"hanok {ours}",
+            worse=f"llama.cpp {theirs}",
+            asked=asked,
+        )
+        for (ours, theirs), asked in zip(EQUAL_BITS, (1.0, 1.2, 1.1, 1.1), strict=True)
+    ),
+    *(
+        Demand(
+            what=f"prefill {ours} / llama.cpp {theirs}",
+            key="prefill_per_s",
+            better=f"hanok {ours}",
+            worse=f"llama.cpp {theirs}",
+            asked=asked,
+        )
+        for (ours, theirs), asked in zip(EQUAL_BITS, (1.25, 2.5, 2.0, 2.0), strict=True)
+    ),
+    *(
+        Demand(
+            what=f"{what} {bits} / OpenVINO {bits}",
+            key=f"{what}_per_s",
+            better=f"hanok {bits}",
+            worse=f"OpenVINO {bits}",
+            asked=asked,
+        )
+        for bits in ("int8", "int4")
+        for what, asked in (("decode", 1.5), ("prefill", 1.0))
+    ),
+    Demand(
+        what="decode int4 / our bf16",
+        key="decode_per_s",
+        better="hanok int4",
+        worse="hanok bf16",
+        asked=2.5,
+    ),
+    Demand(
+        what="decode int8 / our bf16",
+        key="decode_per_s",
+        better="hanok int8",
+        worse="hanok bf16",
+        asked=1.7,
+    ),
+    Demand(
+        what="decode bf16 / transformers",
+        key="decode_per_s",
+        better="hanok bf16",
+        worse="transformers bf16",
+        asked=2.5,
+    ),
+    Demand(
+        what="8 sequences int8 / one",
+        key="together_per_s",
+        better="hanok int8",
+        worse="hanok int8",
+        worse_key="decode_per_s",
+        asked=3.5,
+    ),
+    Demand(
+        what="8 sequences int8 / llama.cpp Q8_0",
+        key="together_per_s",
+        better="hanok int8",
+        worse="llama.cpp Q8_0",
+        asked=1.7,
+    ),
+)
+# Most of what a pass of 4 tokens may take of a pass of 1.
+FOUR_TOKENS = {"int8": 1.2, "int4": 1.5, "bf16": 1.4}
+QUANTIZE_S = 2.0
+EXTRA_GIB = 0.6e9 / 2**30
+SHARE = 0.8
+
+
+def parse_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Compare engines on this CPU at equal bits.")
+    parser.add_argument("--shapes", nargs="+", default=["llama-1.1b", "qwen-0.5b"])
+    parser.add_argument("--folder", type=Path, default=checkpoints.DEFAULT_FOLDER)
+    parser.add_argument("--only", nargs="+", help="engines to run; default: all that are there")
+    parser.add_argument("--context", type=int, default=512)
+    parser.add_argument("--new-tokens", type=int, default=128)
+    parser.add_argument("--batch-context", type=int, default=64)
+    parser.add_argument("--batch-new-tokens", type=int, default=32)
+    parser.add_argument("--probe-bytes", type=int, help="size of the memory probe")
+    parser.add_argument(
+        "--llama-cpp",
+        type=Path,
+        default=_path_of("HANOK_LLAMA_CPP"),
+        help="folder of its programs (default: $HANOK_LLAMA_CPP)",
+    )
+    parser.add_argument(
+        "--openvino",
+        type=Path,
+        default=_path_of("HANOK_OPENVINO"),
+        help="python that has openvino_genai (default: $HANOK_OPENVINO)",
+    )
+    measure.add_common_options(parser, runs=3)
+    options = parser.parse_args()
+    unknown = set(options.shapes) - set(checkpoints.SHAPES)
+    if unknown:
+        parser.error(f"unknown shapes: {', '.join(sorted(unknown))}")
+    return options
+
+
+def _path_of(variable: str) -> Path | None:
+    return Path(os.environ[variable]) if os.environ.get(variable) else None
+
+
+def lengths(options: argparse.Namespace) -> list[str]:
+    """Return the options that say how much every engine generates."""
+    names = ("context", "new_tokens", "batch_context", "batch_new_tokens")
+    return [
+        part
+        for name in names
+        for part in (f"--{name.replace('_', '-')}", str(getattr(options, name)))
+    ]
+
+
+def python_contestant(
+    engine: str,
+    precision: str,
+    script: str,
+    model: Path,
+    shape: checkpoints.Shape,
+    options: argparse.Namespace,
+    python: str = sys.executable,
+) -> Contestant:
+    """Return an engine that is a Python library."""
+    command = [python, str(HERE / script), str(model), "--precision", precision]
+    command += ["--vocab", str(shape.vocab_size), "--threads", str(options.threads)]
+    command += lengths(options)
+    return Contestant(
+        engine=engine,
+        precision=precision,
+        run=partial(measure.run_cold, command, threads=options.threads),
+    )
+
+
+def llama_cpp_row(file: Path, options: argparse.Namespace) -> measure.Row:
+    """Run llama.cpp's own benchmarks, three cold processes."""
+    common = [
+        *("-m", str(file), "-t", str(options.threads)),
+        *("-r", "1", "-o", "json"),
+    ]
+
+    def bench(*more: str) -> float:
+        found = json.loads(_output([options.llama_cpp / "llama-bench", *common, *more]))
+        return float(found[0]["avg_ts"])
+
+    count, context, new = 8, options.batch_context, options.batch_new_tokens
+    batched = [options.llama_cpp / "llama-batched-bench", "-m", file, "-t", options.threads]
+    batched += [
+        "-npp",
+        context,
+        "-ntg",
+        new,
+        "-npl",
+        count,
+        "-c",
+        max(2048, 2 * count * (context + new)),
+    ]
+    lines = _output([*batched, "--output-format", "jsonl"]).splitlines()
+    together = next(json.loads(line) for line in lines if line.startswith("{"))
+    return {
+        "prefill_per_s": bench("-p", str(options.context), "-n", "0"),
+        "decode_per_s": bench("-p", "0", "-n", str(options.new_tokens), "-d", str(options.context)),
+        "together_per_s": float(together["speed_tg"]),
+    }
+
+
+def _output(command: Sequence[object]) -> str:
+    words = list(map(str, command))
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(words)} failed:\n{done.stderr[-1500:]}")
+    return done.stdout
+
+
+def openvino_model(folder: Path, precision: str, python: Path) -> Path:
+    """Return the exported model, made by optimum-intel unless it is there."""
+    path = folder.with_name(f"{folder.name}-openvino-{precision}")
+    if not (path / "openvino_model.bin").is_file():
+        program = python.with_name("optimum-cli")
+        command = [program, "export", "openvino", "-m", folder]
+        command += ["--task", "text-generation-with-past", *OPENVINO_EXPORT[precision], path]
+        _output(command)
+    return path
+
+
+def contestants(
+    shape: checkpoints.Shape, options: argparse.Namespace
+) -> tuple[list[Contestant], list[str]]:
+    """Return who takes part, and a sentence for each engine that is left out."""
+    folder = checkpoints.make_checkpoint(shape, options.folder)
+    found = [
+        python_contestant("hanok", precision, "engine_hanok.py", folder, shape, options)
+        for precision in ("bf16", "int8", "int4", "nf4")
+    ]
+    found.append(
+        python_contestant("transformers", "bf16", "engine_transformers.py", folder, shape, options)
+    )
+    missing = []
+    if options.llama_cpp is None:
+        missing.append(f"llama.cpp is left out: {LLAMA_CPP_HELP}.")
+    else:
+        source = gguf_files.write_gguf(folder, folder.with_suffix(".gguf"))
+        for precision, kind in LLAMA_CPP_KINDS.items():
+            file = source
+            if kind is not None:
+                file = gguf_files.quantized(source, kind, options.llama_cpp, options.threads)
+            found.append(
+                Contestant(
+                    engine="llama.cpp",
+                    precision=precision,
+                    run=partial(llama_cpp_row, file, options),
+                    bytes_per_token=gguf_files.bytes_per_token(file),
+                )
+            )
+    if options.openvino is None:
+        missing.append(f"OpenVINO GenAI is left out: {OPENVINO_HELP}.")
+    else:
+        for precision in OPENVINO_EXPORT:
+            model = openvino_model(folder, precision, options.openvino)
+            python = str(options.openvino)
+            found.append(
+                python_contestant(
+                    "OpenVINO", precision, "engine_openvino.py", model, shape, options, python
+                )
+            )
+    if options.only:
+        found = [item for item in found if item.engine in options.only]
+    return found, missing
+
+
+def measure_shape(
+    shape: checkpoints.Shape, options: argparse.Namespace, log: Callable[[measure.Row], None]
+) -> str:
+    """Return one shape's part of the report."""
+    taking_part, missing = contestants(shape, options)
+    generate.warm_page_cache(options.folder / f"{shape.name}-seed0")
+    size = ["--bytes", str(options.probe_bytes)] if options.probe_bytes else []
+    probe = [sys.executable, str(HERE / "measure.py"), *size]
+    actions = {item.name: item.run for item in taking_part}
+    actions[PROBE] = partial(measure.run_cold, probe, threads=options.threads)
+    rows = measure.interleave(
+        actions,
+        runs=options.runs,
+        guard=measure.guard_of(options),
+        log=lambda row: log({"shape": shape.name, **row}),
+    )
+    disturbed = measure.count_disturbed(rows)
+    return "\n\n".join(
+        [
+            f"## {shape.name}",
+            *missing,
+            engines_table(taking_part, rows),
+            f"The probe reads memory at {measure.Spread.of(r['gb_per_s'] for r in rows[PROBE])} GB/s.",
+            demands_table(taking_part, rows),
+            f"{disturbed} of {sum(map(len, rows.values()))} runs were disturbed by other programs.",
+        ]
+    )
+
+
+Rows = Mapping[str, Sequence[measure.Row]]
+
+
+def engines_table(taking_part: Sequence[Contestant], rows: Rows) -> str:
+    """Return what each engine did."""
+    probe = measure.Spread.of(row["gb_per_s"] for row in rows[PROBE]).median
+    lines = []
+    for item in taking_part:
+        found = rows[item.name]
+        size = item.bytes_per_token or found[0].get("bytes_per_token")
+        rate = share = read = "–"
+        if size:
+            speed = measure.Spread.of(row["decode_per_s"] for row in found).median * size / 1e9
+            read, rate, share = f"{size / 1e9:.2f}", f"{speed:.1f}", f"{speed / probe:.0%}"
+        lines.append(
+            (
+                item.name,
+                *(
+                    measure.Spread.of(row[key] for row in found)
+                    for key in ("prefill_per_s", "decode_per_s", "together_per_s")
+                ),
+                read,
+                rate,
+                share,
+            )
+        )
+    header = ("tokens/s", "prefill", "decode", "8 sequences", "GB a token", "GB/s", "share")
+    return measure.table(header, lines)
+
+
+def demands_table(taking_part: Sequence[Contestant], rows: Rows) -> str:
+    """Return what was asked, what was measured, and whether that is enough."""
+    lines: list[tuple[object, ...]] = []
+    for demand in DEMANDS:
+        if demand.better not in rows or demand.worse not in rows:
+            lines.append((demand.what, "not measured", f"≥ {demand.asked:g}", "–"))
+            continue
+        better = [row[demand.key] for row in rows[demand.better]]
+        worse = [row[demand.worse_key or demand.key] for row in rows[demand.worse]]
+        found = measure.ratio(better, worse)
+        is_met = found.median >= demand.asked
+        lines.append((demand.what, found, f"≥ {demand.asked:g}", "yes" if is_met else "no"))
+    for item in taking_part:
+        if item.engine == "hanok":
+            lines += own_demands(item.precision, rows[item.name], rows[PROBE])
+    return measure.table(("", "measured", "asked", "met"), lines)
+
+
+def own_demands(
+    precision: str, found: Sequence[measure.Row], probe: Sequence[measure.Row]
+) -> list[tuple[object, ...]]:
+    """Return the lines of what is asked of one precision alone."""
+    speeds = [row["decode_per_s"] * row["bytes_per_token"] / 1e9 for row in found]
+    share = measure.ratio(speeds, [row["gb_per_s"] for row in probe])
+    lines: list[tuple[object, ...]] = [
+        (
+            f"{precision}: share of the memory's speed",
+            share,
+            f"≥ {SHARE:g}",
+            "yes" if share.median >= SHARE else "no",
+        )
+    ]
+    if precision in FOUR_TOKENS:
+        four = measure.Spread.of(row["four_tokens"] for row in found)
+        limit = FOUR_TOKENS[precision]
+        is_met = "yes" if four.median <= limit else "no"
+        lines.append((f"{precision}: a pass of 4 tokens / of 1", four, f"≤ {limit:g}", is_met))
+    if precision in ("int8", "int4"):
+        load = measure.Spread.of(row["load_s"] for row in found)
+        is_met = "yes" if load.median <= QUANTIZE_S else "no"
+        lines.append((f"{precision}: quantizing at load, s", load, f"≤ {QUANTIZE_S:g}", is_met))
+        extra = measure.Spread.of(row["load_gib"] - row["weights_gib"] for row in found)
+        limit_gib = EXTRA_GIB
+        is_met = "yes" if extra.median <= limit_gib else "no"
+        what = f"{precision}: peak of loading beyond the weights, GiB"
+        lines.append((what, extra, f"≤ {limit_gib:.2f}", is_met))
+    return lines
+
+
+def method(options: argparse.Namespace) -> str:
+    """Say how to read the tables."""
+    return (
+        f"Median (smallest–largest) of {options.runs} interleaved cold processes. Prefill: "
+        f"{options.context} tokens; decode: {options.new_tokens} tokens behind them; 8 sequences: "
+        f"{options.batch_new_tokens} tokens each behind {options.batch_context}, tokens per second in "
+        "all. GB a token: the weights that one token reads. Ratios are of medians, their spread that "
+        "of the rounds. llama.cpp: llama-bench and llama-batched-bench with their defaults; "
+        "OpenVINO: LLMPipeline with its defaults, weights exported by optimum-intel (int8 per channel, "
+        "int4 in groups of 64); transformers: bfloat16, fused attention, `torch.inference_mode`."
+    )
+
+
+def main() -> None:
+    options = parse_options()
+    log = measure.log_of(options)
+    parts = [measure.heading("Engines on a CPU at equal bits", options.threads), method(options)]
+    for name in options.shapes:
+        parts.append(measure_shape(checkpoints.SHAPES[name], options, log))
+    log({"machine": measure.machine_line(), "at": time.time()})
+    measure.publish("\n\n".join(parts), options.output)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,133 @@
+"""Our own CPU kernel: keys are read once for all the heads and queries that share them.
+
+It appends to the cache and attends in one call, for any mix of sequences; long contexts are shared out
+among threads by keys, many queries by queries. A token's result is the same bit for bit whatever is
+computed beside it, in one pass or in several. It cannot be differentiated: where gradients are wanted
+the next backend that fits takes over.
+"""
+
+from collections.abc import Sequence
+from ctypes import Array, addressof, c_int64
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from hanok.attention.base import AUTO_ORDER, AttentionSpec, Backend, ForwardBatch, backends
+from hanok.attention.cache import LayerState
+from hanok.kernels.native import ITEM_TYPES, AttentionCall, native, native_for, why_not
+
+
+class NativeAttention:
+    """Online softmax over blocks of keys, in float32."""
+
+    name = "native"
+    summary = "our CPU kernel, keys read once for the heads that share them"
+
+    def why_not(self, spec: AttentionSpec, device: torch.device, dtype: torch.dtype) -> str | None:
+        """Return why our CPU kernel cannot serve such layers."""
+        if device.type != "cpu":
+            return f"runs on a CPU (found: {device.type})"
+        if dtype not in (torch.float32, torch.bfloat16):
+            return f"needs float32 or bfloat16 (found: {str(dtype).removeprefix('torch.')})"
+        return None if native() is not None else f"the kernels are {why_not()}"
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        spec: AttentionSpec,
+        batch: ForwardBatch,
+        state: LayerState | None,
+    ) -> Tensor:
+        """See `Backend.attend`."""
+        kernels = native_for(q, k, v)
+        if kernels is None:
+            other = _differentiable(spec, q)
+            return other.attend(q, k, v, spec, batch, state)
+        _check(q, k, v, spec, batch, state)
+        q, k, v = _rows(q), _rows(k), _rows(v)
+        output = torch.empty(q.shape, dtype=q.dtype)
+        starts = (0, *accumulate(batch.query_lengths))
+        call = AttentionCall(
+            q=q.data_ptr(),
+            output=output.data_ptr(),
+            num_sequences=len(batch.query_lengths),
+            num_heads=spec.num_heads,
+            num_kv_heads=spec.num_kv_heads,
+            head_dim=spec.head_dim,
+            q_token_stride=q.stride(0),
+            window=spec.window or 0,
+            scale=spec.scale,
+            softcap=spec.softcap or 0.0,
+            type=ITEM_TYPES[q.dtype],
+        )
+        if state is None:
+            keys, values = k.contiguous(), v.contiguous()
+            offsets = [start * keys.stride(0) for start in starts[:-1]]
+            call.key_token_stride, call.key_head_stride = keys.stride(0), spec.head_dim
+        else:
+            keys, values = state.keys, state.values
+            offsets = [slot * keys.stride(0) for slot in batch.slots]
+            call.key_token_stride, call.key_head_stride = keys.stride(2), keys.stride(1)
+            call.new_keys, call.new_values = k.data_ptr(), v.data_ptr()
+            call.new_key_stride, call.new_value_stride = k.stride(0), v.stride(0)
+            if state.key_scale is not None and state.value_scale is not None:
+                call.key_scale = state.key_scale.data_ptr()
+                call.value_scale = state.value_scale.data_ptr()
+        call.keys, call.values = keys.data_ptr(), values.data_ptr()
+        call.cache_type = ITEM_TYPES[keys.dtype]
+        # Named, so that they live until the call is over.
+        counts, lengths, places = map(_array, (batch.query_lengths, batch.key_lengths, offsets))
+        call.query_counts, call.key_counts = addressof(counts), addressof(lengths)
+        call.offsets = addressof(places)
+        kernels.attend(call)
+        return output
+
+
+def _differentiable(spec: AttentionSpec, q: Tensor) -> Backend:
+    """Return the next backend that fits."""
+    others = (backends()[name] for name in AUTO_ORDER if name != NativeAttention.name)
+    return next(item for item in others if item.why_not(spec, q.device, q.dtype) is None)
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    spec: AttentionSpec,
+    batch: ForwardBatch,
+    state: LayerState | None,
+) -> None:
+    """Raise ValueError where the kernel would read or write out of bounds: it only sees addresses."""
+    tokens = sum(batch.query_lengths)
+    kv_shape = (tokens, spec.num_kv_heads, spec.head_dim)
+    is_shaped = q.shape == (tokens, spec.num_heads, spec.head_dim)
+    if not is_shaped or not k.shape == v.shape == kv_shape:
+        raise ValueError(
+            f"q is {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} for {tokens} tokens"
+        )
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"q is {q.dtype}, k {k.dtype}, v {v.dtype}")
+    if state is None:
+        if batch.key_lengths != batch.query_lengths:
+            raise ValueError("sequences have keys before this batch, but there is no cache")
+        return
+    num_slots, _, capacity, _ = state.keys.shape
+    if max(batch.slots) >= num_slots or max(batch.key_lengths) > capacity:
+        raise ValueError(f"{max(batch.key_lengths)} keys in a cache of {num_slots} x {capacity}")
+    if state.keys.dtype not in (q.dtype, torch.int8):
+        raise ValueError(f"the cache is {state.keys.dtype}, the queries are {q.dtype}")
+
+
+def _rows(heads: Tensor) -> Tensor:
+    """Return (tokens, heads, head_dim) with nothing between heads, tokens apart as they may be."""
+    return heads if heads.stride()[1:] == (heads.shape[2], 1) else heads.contiguous()
+
+
+def _array(values: Sequence[int]) -> Array[c_int64]:
+    return (c_int64 * len(values))(*values)
+
+
+BACKENDS = (NativeAttention(),)

@@ -1,0 +1,488 @@
+// Attention over keys and values as the cache keeps them, for any number of queries.
+//
+// The rows of a task are the queries of some neighbouring tokens in the heads that share a KV head, so keys
+// and values are read once for all of them. Keys are taken a split at a time: scores of all its keys, their
+// softmax, the weighted values. Splits are merged in order as in an online softmax (arXiv 1805.02867), and
+// shared out among threads where queries are few. Keys are turned block by block so that lanes are keys:
+// scores then need no sums across lanes. A token's result depends on its own keys alone: not on threads,
+// nor on the tokens beside it.
+
+#pragma once
+
+#include <omp.h>
+
+#include "kernels.h"
+#include "lanes.h"
+
+namespace {
+
+constexpr int64_t kSplit = 1024;      // keys
+constexpr int64_t kFewQueries = 8;    // of a sequence: up to here its keys are shared out, else its queries
+constexpr int64_t kBlockKeys = 64;    // turned at a time
+constexpr int64_t kTaskRows = 64;
+constexpr float kLowest = -1e30f;     // below every score; minus infinity less itself is no number
+
+#if REGISTER_BYTES == 64
+constexpr int kTileRows = 4;
+#else
+constexpr int kTileRows = 1;
+#endif
+
+struct Sizes {
+    int64_t dim, padded_dim, group, task_tokens, task_rows;
+};
+
+INLINE Sizes sizes_of(const Attention& a) {
+    Sizes s;
+    s.dim = a.head_dim;
+    s.padded_dim = (a.head_dim + kLanes - 1) / kLanes * kLanes;
+    s.group = a.num_heads / a.num_kv_heads;
+    s.task_tokens = s.group >= kTaskRows ? 1 : kTaskRows / s.group;
+    s.task_rows = s.task_tokens * s.group;
+    return s;
+}
+
+// A thread's memory, in floats, each part a multiple of 16.
+struct Work {
+    float *q, *keys, *values, *scores, *key_scale, *value_scale;
+};
+
+INLINE int64_t rows_floats(const Sizes& s) { return (s.task_rows + kLanes - 1) / kLanes * kLanes; }
+INLINE int64_t work_floats(const Sizes& s) {
+    return s.task_rows * (s.padded_dim + kSplit) + 2 * kBlockKeys * s.padded_dim + 2 * kSplit;
+}
+INLINE Work work_at(float* memory, const Sizes& s) {
+    Work w;
+    w.q = memory;
+    w.keys = w.q + s.task_rows * s.padded_dim;
+    w.values = w.keys + kBlockKeys * s.padded_dim;
+    w.scores = w.values + kBlockKeys * s.padded_dim;
+    w.key_scale = w.scores + s.task_rows * kSplit;
+    w.value_scale = w.key_scale + kSplit;
+    return w;
+}
+
+// A part of a softmax: the largest score, the sum of e^(score - largest), and the values weighted so.
+struct Part {
+    float *peak, *total, *output;  // (rows), (rows), (rows, padded_dim)
+};
+
+INLINE void clear(const Part& part, int64_t rows, int64_t padded_dim) {
+    for (int64_t r = 0; r < rows; ++r) part.peak[r] = kLowest, part.total[r] = 0;
+    for (int64_t i = 0; i < rows * padded_dim; i += kLanes) store(part.output + i, Floats::all(0.0f));
+}
+
+INLINE float scalar_exponential(float v) {
+    float lanes[kLanes];
+    exponential(Floats::all(v)).store(lanes);
+    return lanes[0];
+}
+
+INLINE void merge(const Part& into, const Part& from, int64_t rows, int64_t padded_dim) {
+    for (int64_t r = 0; r < rows; ++r) {
+        const float peak = from.peak[r] > into.peak[r] ? from.peak[r] : into.peak[r];
+        const float ours = scalar_exponential(into.peak[r] - peak);
+        const float theirs = scalar_exponential(from.peak[r] - peak);
+        into.peak[r] = peak;
+        into.total[r] = into.total[r] * ours + from.total[r] * theirs;
+        for (int64_t i = r * padded_dim; i < (r + 1) * padded_dim; i += kLanes)
+            store(into.output + i, load(into.output + i) * Floats::all(ours) +
+                                       load(from.output + i) * Floats::all(theirs));
+    }
+}
+
+// Keys [0, count) of a block to (dim, kBlockKeys): lanes are keys, noughts where there are none.
+template <class Item>
+INLINE void turn_keys(const Item* keys, int64_t stride, int64_t count, const Sizes& s, float* to) {
+    for (int64_t first = 0; first < kBlockKeys; first += kLanes)
+        for (int64_t dim = 0; dim < s.dim; dim += kLanes) {
+            Words words[kLanes];
+            for (int key = 0; key < kLanes; ++key)
+                words[key] = first + key < count
+                                 ? reinterpret<Words>(load_first(keys + (first + key) * stride + dim, s.dim - dim))
+                                 : Words::all(0);
+            transpose(words);
+            for (int d = 0; d < kLanes && dim + d < s.dim; ++d)
+                store(to + (dim + d) * kBlockKeys + first, reinterpret<Floats>(words[d]));
+        }
+}
+
+// Two neighbouring bfloat16 travel in one word.
+INLINE void turn_keys(const uint16_t* keys, int64_t stride, int64_t count, const Sizes& s, float* to) {
+    if (s.dim % (2 * kLanes) != 0) return turn_keys<uint16_t>(keys, stride, count, s, to);
+    for (int64_t first = 0; first < kBlockKeys; first += kLanes)
+        for (int64_t dim = 0; dim < s.dim; dim += 2 * kLanes) {
+            Words words[kLanes];
+            for (int key = 0; key < kLanes; ++key) {
+                words[key] = Words::all(0);
+                if (first + key < count)
+                    std::memcpy(&words[key], keys + (first + key) * stride + dim, sizeof(Words));
+            }
+            transpose(words);
+            for (int d = 0; d < kLanes; ++d) {
+                store(to + (dim + 2 * d) * kBlockKeys + first, reinterpret<Floats>(words[d] << 16));
+                store(to + (dim + 2 * d + 1) * kBlockKeys + first,
+                      reinterpret<Floats>(words[d] & Words::all(0xffff0000u)));
+            }
+        }
+}
+
+template <class Item>
+INLINE void widen_values(const Item* values, int64_t stride, int64_t count, const Sizes& s, float* to) {
+    for (int64_t key = 0; key < count; ++key)
+        for (int64_t dim = 0; dim < s.dim; dim += kLanes)
+            store(to + key * s.padded_dim + dim, load_first(values + key * stride + dim, s.dim - dim));
+}
+
+// What the rows see of a split's keys. Positions are counted from the sequence's first key.
+struct View {
+    int64_t first_key, num_keys;
+    int64_t first_position;  // of the task's first token
+    int64_t group, window;
+    float softcap;
+    bool is_scaled;
+};
+
+// Memory that will be read next, asked for line by line while something else is computed.
+struct Ahead {
+    const char* next;
+    const char* end;
+    int64_t step;  // bytes for each turn of a loop
+
+    template <class Item>
+    static INLINE Ahead of(const Item* from, int64_t items, int64_t turns) {
+        const char* next = reinterpret_cast<const char*>(from);
+        const int64_t bytes = items * static_cast<int64_t>(sizeof(Item));
+        return {next, next + bytes, (bytes / (turns > 0 ? turns : 1) / 64 + 1) * 64};
+    }
+    INLINE void ask() {
+        for (const char* line = next; line < next + step && line < end; line += 64) __builtin_prefetch(line);
+        next += step;
+    }
+};
+
+// Scores of `kRows` rows with a block of keys, which is turned already.
+template <int kRows>
+INLINE void score_rows(const Sizes& s, const Work& w, int64_t row, int64_t key, Ahead& ahead) {
+    constexpr int kVectors = kBlockKeys / kLanes;
+    Floats score[kRows][kVectors];
+    for (int r = 0; r < kRows; ++r)
+        for (int v = 0; v < kVectors; ++v) score[r][v] = Floats::all(0.0f);
+    const float* q = w.q + row * s.padded_dim;
+    for (int64_t d = 0; d < s.dim; ++d) {
+        ahead.ask();
+        Floats keys[kVectors];
+        for (int v = 0; v < kVectors; ++v) keys[v] = load(w.keys + d * kBlockKeys + v * kLanes);
+        for (int r = 0; r < kRows; ++r) {
+            const Floats factor = Floats::all(q[r * s.padded_dim + d]);
+            for (int v = 0; v < kVectors; ++v) score[r][v] = add_product(score[r][v], factor, keys[v]);
+        }
+    }
+    for (int r = 0; r < kRows; ++r)
+        for (int v = 0; v < kVectors; ++v)
+            store(w.scores + (row + r) * kSplit + key + v * kLanes, score[r][v]);
+}
+
+// A row's scores become weights, in place; what the row does not see weighs nothing.
+INLINE void weigh_row(const View& view, const Work& w, const Part& part, int64_t row) {
+    const int64_t last = view.first_position + row / view.group - view.first_key;  // seen
+    const int64_t first = view.window ? last - view.window + 1 : -1;
+    const Floats above = Floats::all(static_cast<float>(last < kSplit ? last : kSplit));
+    const Floats below = Floats::all(static_cast<float>(first > -1 ? first : -1));
+    Ints lanes;
+    for (int i = 0; i < kParts; ++i)
+        for (int lane = 0; lane < kPartLanes; ++lane) lanes.part[i][lane] = i * kPartLanes + lane;
+    const Floats step = Floats::all(static_cast<float>(kLanes));
+    float* scores = w.scores + row * kSplit;
+    Floats peak = Floats::all(kLowest), place = to_floats(lanes);
+    for (int64_t i = 0; i < view.num_keys; i += kLanes, place = place + step) {
+        Floats value = load(scores + i);
+        if (view.is_scaled) value = value * load(w.key_scale + i);
+        if (view.softcap > 0)
+            value = Floats::all(view.softcap) * hyperbolic_tangent(value * Floats::all(1.0f / view.softcap));
+        const Ints hidden = is_larger(place, above) | is_larger(below, place);
+        value = choose(hidden, Floats::all(kLowest), value);
+        peak = larger(peak, value);
+        store(scores + i, value);
+    }
+    const Floats most = Floats::all(largest(peak)), seen = Floats::all(kLowest / 2);
+    Floats total = Floats::all(0.0f);
+    for (int64_t i = 0; i < view.num_keys; i += kLanes) {
+        const Floats value = load(scores + i);
+        const Floats weight =
+            choose(is_larger(seen, value), Floats::all(0.0f), exponential(value - most));
+        total = total + weight;
+        store(scores + i, view.is_scaled ? weight * load(w.value_scale + i) : weight);
+    }
+    part.peak[row] = largest(peak);
+    part.total[row] = sum(total);
+}
+
+// Some columns of the rows' output += weights x a block of values.
+template <int kRows, int kWidth>
+INLINE void add_values(const Sizes& s, const Work& w, const Part& part, int64_t row, int64_t column,
+                       int64_t key, int64_t count, Ahead& ahead) {
+    Floats output[kRows][kWidth];
+    for (int r = 0; r < kRows; ++r)
+        for (int i = 0; i < kWidth; ++i)
+            output[r][i] = load(part.output + (row + r) * s.padded_dim + column + i * kLanes);
+    const float* weights = w.scores + row * kSplit + key;
+    for (int64_t k = 0; k < count; ++k) {
+        ahead.ask();
+        Floats value[kWidth];
+        for (int i = 0; i < kWidth; ++i) value[i] = load(w.values + k * s.padded_dim + column + i * kLanes);
+        for (int r = 0; r < kRows; ++r) {
+            const Floats weight = Floats::all(weights[r * kSplit + k]);
+            for (int i = 0; i < kWidth; ++i) output[r][i] = add_product(output[r][i], weight, value[i]);
+        }
+    }
+    for (int r = 0; r < kRows; ++r)
+        for (int i = 0; i < kWidth; ++i)
+            store(part.output + (row + r) * s.padded_dim + column + i * kLanes, output[r][i]);
+}
+
+template <int kRows>
+INLINE void add_all_values(const Sizes& s, const Work& w, const Part& part, int64_t row, int64_t key,
+                           int64_t count, Ahead& ahead) {
+    int64_t column = 0;
+    for (; column + 4 * kLanes <= s.padded_dim; column += 4 * kLanes)
+        add_values<kRows, 4>(s, w, part, row, column, key, count, ahead);
+    for (; column < s.padded_dim; column += kLanes)
+        add_values<kRows, 1>(s, w, part, row, column, key, count, ahead);
+}
+
+// One sequence, one KV head, some tokens.
+struct Task {
+    int64_t sequence, head, first_token, num_tokens;  // tokens of the sequence's queries
+    int64_t query_start;                              // the sequence's first token in the batch
+    int64_t past;                                     // keys before its first query
+};
+
+// Keys [begin, end) of a task, of one split, into `part`, which is clear.
+template <class Cached>
+INLINE void attend_keys(const Attention& a, const Sizes& s, const Task& task, int64_t begin, int64_t end,
+                        const Work& w, const Part& part) {
+    const int64_t base = a.offsets[task.sequence] + task.head * a.key_head_stride;
+    const Cached* keys = static_cast<const Cached*>(a.keys) + base;
+    const Cached* values = static_cast<const Cached*>(a.values) + base;
+    const int64_t rows = task.num_tokens * s.group, stride = a.key_token_stride;
+    View view;
+    view.first_key = begin;
+    view.num_keys = end - begin;
+    view.first_position = task.past + task.first_token;
+    view.group = s.group;
+    view.window = a.window;
+    view.softcap = a.softcap;
+    view.is_scaled = a.key_scale != nullptr;
+    if (view.is_scaled)
+        for (int64_t i = 0; i < view.num_keys; ++i) {
+            const int64_t at = (base + (begin + i) * stride) / a.head_dim;
+            w.key_scale[i] = a.key_scale[at];
+            w.value_scale[i] = a.value_scale[at];
+        }
+    // Where one head's keys lie together, the next block is asked for while this one is computed.
+    const bool is_dense = stride == s.dim;
+    const int64_t tiles = (rows + kTileRows - 1) / kTileRows, block_items = kBlockKeys * s.dim;
+    for (int64_t key = 0; key < view.num_keys; key += kBlockKeys) {
+        const int64_t count = view.num_keys - key < kBlockKeys ? view.num_keys - key : kBlockKeys;
+        const bool is_last = key + kBlockKeys >= view.num_keys;
+        const Cached* next = is_last ? values + begin * stride : keys + (begin + key + kBlockKeys) * stride;
+        Ahead ahead = Ahead::of(next, is_dense ? block_items : 0, tiles * s.dim);
+        turn_keys(keys + (begin + key) * stride, stride, count, s, w.keys);
+        int64_t row = 0;
+        for (; row + kTileRows <= rows; row += kTileRows) score_rows<kTileRows>(s, w, row, key, ahead);
+        for (; row < rows; ++row) score_rows<1>(s, w, row, key, ahead);
+    }
+    for (int64_t row = 0; row < rows; ++row) weigh_row(view, w, part, row);
+    for (int64_t key = 0; key < view.num_keys; key += kBlockKeys) {
+        const int64_t count = view.num_keys - key < kBlockKeys ? view.num_keys - key : kBlockKeys;
+        const Cached* next = values + (begin + key + kBlockKeys) * stride;
+        Ahead ahead = Ahead::of(next, is_dense ? block_items : 0, tiles * count);
+        widen_values(values + (begin + key) * stride, stride, count, s, w.values);
+        int64_t row = 0;
+        for (; row + kTileRows <= rows; row += kTileRows)
+            add_all_values<kTileRows>(s, w, part, row, key, count, ahead);
+        for (; row < rows; ++row) add_all_values<1>(s, w, part, row, key, count, ahead);
+    }
+}
+
+template <class Item>
+INLINE void load_queries(const Attention& a, const Sizes& s, const Task& task, float* to) {
+    for (int64_t t = 0; t < task.num_tokens; ++t)
+        for (int64_t h = 0; h < s.group; ++h) {
+            const Item* from = static_cast<const Item*>(a.q) +
+                               (task.query_start + task.first_token + t) * a.q_token_stride +
+                               (task.head * s.group + h) * s.dim;
+            for (int64_t i = 0; i < s.dim; i += kLanes)
+                store(to + (t * s.group + h) * s.padded_dim + i,
+                      load_first(from + i, s.dim - i) * Floats::all(a.scale));
+        }
+}
+
+template <class Item>
+INLINE void write_output(const Attention& a, const Sizes& s, const Task& task, const Part& part) {
+    for (int64_t t = 0; t < task.num_tokens; ++t)
+        for (int64_t h = 0; h < s.group; ++h) {
+            const int64_t row = t * s.group + h;
+            Item* to = static_cast<Item*>(a.output) +
+                       ((task.query_start + task.first_token + t) * a.num_heads + task.head * s.group + h) *
+                           s.dim;
+            const Floats factor = Floats::all(1.0f / part.total[row]);
+            for (int64_t i = 0; i < s.dim; i += kLanes)
+                store_first(to + i, load(part.output + row * s.padded_dim + i) * factor, s.dim - i);
+        }
+}
+
+// New keys and values behind those that the cache holds.
+template <class Item, class Cached>
+INLINE void append_head(const Item* from, Cached* to, float*, int64_t dim) {
+    for (int64_t i = 0; i < dim; ++i) to[i] = from[i];
+}
+template <class Item>
+INLINE void append_head(const Item* from, int8_t* to, float* scale, int64_t dim) {
+    Floats peak = Floats::all(0.0f);
+    for (int64_t i = 0; i < dim; i += kLanes) peak = larger_magnitude(peak, load_first(from + i, dim - i));
+    const float most = largest_magnitude(peak);
+    const Floats factor = Floats::all(most > 0 ? 127.0f / most : 0.0f);
+    *scale = most / 127.0f;
+    for (int64_t i = 0; i < dim; i += kLanes) {
+        int8_t bytes[kLanes];
+        store_bytes(bytes, nearest_ints(load_first(from + i, dim - i) * factor));
+        for (int64_t j = 0; j < kLanes && i + j < dim; ++j) to[i + j] = bytes[j];
+    }
+}
+
+// The keys that a task's tokens see lie in [first, end); `first` begins a vector.
+INLINE int64_t first_key(const Attention& a, const Sizes& s, const Task& task) {
+    if (!a.window) return 0;
+    const int64_t first = task.past + task.first_token - a.window + 1;
+    return first > 0 ? first / kLanes * kLanes : 0;
+}
+
+template <class Item, class Cached>
+int attend_items(const Attention& a, int threads) {
+    const Sizes s = sizes_of(a);
+    // How many tasks each sequence is: tasks of its tokens, or of its keys where tokens are few.
+    int64_t num_tasks = 0, num_parts = 0;
+    for (int64_t i = 0; i < a.num_sequences; ++i) {
+        const bool is_split = a.query_counts[i] <= kFewQueries;
+        const int64_t splits = (a.key_counts[i] + kSplit - 1) / kSplit;
+        const int64_t blocks = (a.query_counts[i] + s.task_tokens - 1) / s.task_tokens;
+        num_tasks += a.num_kv_heads * (is_split ? splits * blocks : blocks);
+        if (is_split && splits > 1) num_parts += a.num_kv_heads * splits * blocks;
+    }
+    const int64_t part_floats = 2 * rows_floats(s) + s.task_rows * s.padded_dim;
+    const int64_t thread_floats = work_floats(s) + 2 * part_floats;
+    float* memory = static_cast<float*>(hanok_scratch((threads * thread_floats + num_parts * part_floats) * 4));
+    if (!memory) return 1;
+    float* parts = memory + threads * thread_floats;
+    auto part_at = [&](float* at) {
+        return Part{at, at + rows_floats(s), at + 2 * rows_floats(s)};
+    };
+#pragma omp parallel num_threads(threads) if (threads > 1 && num_tasks > 1)
+    {
+        float* own = memory + omp_get_thread_num() * thread_floats;
+        const Work w = work_at(own, s);
+        const Part whole = part_at(own + work_floats(s));
+        const Part piece = part_at(own + work_floats(s) + part_floats);
+        for (int64_t i = 0; i < s.task_rows * s.padded_dim + 2 * kBlockKeys * s.padded_dim; i += kLanes)
+            store(own + i, Floats::all(0.0f));
+        if (a.new_keys) {
+            int64_t start = 0;
+            for (int64_t i = 0; i < a.num_sequences; ++i) {
+                const int64_t count = a.query_counts[i], past = a.key_counts[i] - count;
+#pragma omp for schedule(static) nowait
+                for (int64_t item = 0; item < count * a.num_kv_heads; ++item) {
+                    const int64_t t = item / a.num_kv_heads, h = item % a.num_kv_heads;
+                    const int64_t from_key = (start + t) * a.new_key_stride + h * s.dim;
+                    const int64_t from_value = (start + t) * a.new_value_stride + h * s.dim;
+                    const int64_t to =
+                        a.offsets[i] + h * a.key_head_stride + (past + t) * a.key_token_stride;
+                    append_head(static_cast<const Item*>(a.new_keys) + from_key,
+                                static_cast<Cached*>(a.keys) + to,
+                                a.key_scale ? a.key_scale + to / s.dim : nullptr, s.dim);
+                    append_head(static_cast<const Item*>(a.new_values) + from_value,
+                                static_cast<Cached*>(a.values) + to,
+                                a.value_scale ? a.value_scale + to / s.dim : nullptr, s.dim);
+                }
+                start += count;
+            }
+#pragma omp barrier
+        }
+        int64_t start = 0, first_part = 0;
+        for (int64_t i = 0; i < a.num_sequences; ++i) {
+            const int64_t count = a.query_counts[i], num_keys = a.key_counts[i];
+            const int64_t splits = count <= kFewQueries ? (num_keys + kSplit - 1) / kSplit : 1;
+            const int64_t blocks = (count + s.task_tokens - 1) / s.task_tokens;
+#pragma omp for schedule(dynamic, 1) nowait
+            for (int64_t item = 0; item < a.num_kv_heads * blocks * splits; ++item) {
+                // The last tokens see most keys: they come first.
+                const int64_t block = blocks - 1 - item / splits / a.num_kv_heads, split = item % splits;
+                Task task = {i, item / splits % a.num_kv_heads, block * s.task_tokens, s.task_tokens,
+                             start, num_keys - count};
+                if (task.first_token + task.num_tokens > count) task.num_tokens = count - task.first_token;
+                const int64_t rows = task.num_tokens * s.group;
+                const int64_t end = task.past + task.first_token + task.num_tokens;
+                load_queries<Item>(a, s, task, w.q);
+                if (splits > 1) {
+                    const Part part = part_at(parts + (first_part + item) * part_floats);
+                    const int64_t low = first_key(a, s, task), from = split * kSplit;
+                    const int64_t to = from + kSplit < end ? from + kSplit : end;
+                    clear(part, rows, s.padded_dim);
+                    attend_keys<Cached>(a, s, task, from > low ? from : low, to, w, part);
+                    continue;
+                }
+                clear(whole, rows, s.padded_dim);
+                for (int64_t from = first_key(a, s, task); from < end;) {
+                    const int64_t next = (from / kSplit + 1) * kSplit;
+                    const int64_t to = next < end ? next : end;
+                    clear(piece, rows, s.padded_dim);
+                    attend_keys<Cached>(a, s, task, from, to, w, piece);
+                    merge(whole, piece, rows, s.padded_dim);
+                    from = to;
+                }
+                write_output<Item>(a, s, task, whole);
+            }
+            if (splits > 1) first_part += a.num_kv_heads * blocks * splits;
+            start += count;
+        }
+        if (num_parts) {
+#pragma omp barrier
+            start = first_part = 0;
+            for (int64_t i = 0; i < a.num_sequences; ++i) {
+                const int64_t count = a.query_counts[i], num_keys = a.key_counts[i];
+                const int64_t splits = count <= kFewQueries ? (num_keys + kSplit - 1) / kSplit : 1;
+                const int64_t blocks = (count + s.task_tokens - 1) / s.task_tokens;
+                if (splits > 1) {
+#pragma omp for schedule(static) nowait
+                    for (int64_t item = 0; item < a.num_kv_heads * blocks; ++item) {
+                        const int64_t block = blocks - 1 - item / a.num_kv_heads;
+                        Task task = {i, item % a.num_kv_heads, block * s.task_tokens, s.task_tokens, start,
+                                     num_keys - count};
+                        if (task.first_token + task.num_tokens > count)
+                            task.num_tokens = count - task.first_token;
+                        const int64_t rows = task.num_tokens * s.group;
+                        clear(whole, rows, s.padded_dim);
+                        for (int64_t split = 0; split < splits; ++split)
+                            merge(whole, part_at(parts + (first_part + item * splits + split) * part_floats),
+                                  rows, s.padded_dim);
+                        write_output<Item>(a, s, task, whole);
+                    }
+                    first_part += a.num_kv_heads * blocks * splits;
+                }
+                start += count;
+            }
+        }
+    }
+    return 0;
+}
+
+int attend(const Attention* call, int threads) {
+    const Attention& a = *call;
+    const bool is_wide = a.type == kFloat32;
+    if (a.cache_type == kInt8)
+        return is_wide ? attend_items<float, int8_t>(a, threads) : attend_items<uint16_t, int8_t>(a, threads);
+    return is_wide ? attend_items<float, float>(a, threads) : attend_items<uint16_t, uint16_t>(a, threads);
+}
+
+}  // namespace

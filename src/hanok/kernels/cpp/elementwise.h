@@ -1,0 +1,134 @@
+// Norms, rotations and gates: one pass over numbers that torch would visit several times.
+
+#pragma once
+
+#include <omp.h>
+
+#include "kernels.h"
+#include "lanes.h"
+
+namespace {
+
+constexpr int64_t kParallelItems = 32768;  // below, waking a thread takes longer than the work
+
+template <class Item>
+INLINE void norm_row(const Item* x, const Item* weight, Item* y, int64_t columns, float eps, float offset) {
+    Floats squares = Floats::all(0.0f);
+    for (int64_t i = 0; i < columns; i += kLanes) {
+        const Floats v = load_first(x + i, columns - i);
+        squares = add_product(squares, v, v);
+    }
+    const float mean = sum(squares) / static_cast<float>(columns);
+    const Floats factor = Floats::all(1.0f / __builtin_sqrtf(mean + eps));
+    for (int64_t i = 0; i < columns; i += kLanes) {
+        const Floats w = load_first(weight + i, columns - i) + Floats::all(offset);
+        store_first(y + i, load_first(x + i, columns - i) * factor * w, columns - i);
+    }
+}
+
+template <class Item>
+void norm_rows(const void* x, const void* weight, void* y, int64_t rows, int64_t columns,
+               float eps, float offset, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (rows * columns > kParallelItems)
+    for (int64_t row = 0; row < rows; ++row)
+        norm_row(static_cast<const Item*>(x) + row * columns, static_cast<const Item*>(weight),
+                 static_cast<Item*>(y) + row * columns, columns, eps, offset);
+}
+
+int rms_norm(const void* x, const void* weight, void* y, int64_t rows, int64_t columns,
+             float eps, int has_unit_offset, int type, int threads) {
+    const float offset = has_unit_offset ? 1.0f : 0.0f;
+    if (type == kFloat32)
+        norm_rows<float>(x, weight, y, rows, columns, eps, offset, threads);
+    else
+        norm_rows<uint16_t>(x, weight, y, rows, columns, eps, offset, threads);
+    return 0;
+}
+
+
+// Pairs are (i, i + dim / 2), or (2i, 2i + 1) where they are interleaved.
+template <class Item>
+INLINE void rotate_head(const Item* x, const Item* cos, const Item* sin, Item* y, int64_t dim,
+                        bool is_interleaved) {
+    if (is_interleaved) {
+        for (int64_t i = 0; i < dim; i += 2) {
+            const float a = widen(x[i]), b = widen(x[i + 1]);
+            put(y + i, a * widen(cos[i]) - b * widen(sin[i]));
+            put(y + i + 1, b * widen(cos[i + 1]) + a * widen(sin[i + 1]));
+        }
+        return;
+    }
+    const int64_t half = dim / 2;
+    for (int64_t i = 0; i < half; i += kLanes) {
+        const int64_t there = half - i;
+        const Floats a = load_first(x + i, there), b = load_first(x + half + i, there);
+        store_first(y + i, a * load_first(cos + i, there) - b * load_first(sin + i, there), there);
+        store_first(y + half + i,
+                    b * load_first(cos + half + i, there) + a * load_first(sin + half + i, there), there);
+    }
+}
+
+template <class Item>
+void rotate_items(const void* heads, const void* cos, const void* sin, void* y, int64_t tokens,
+                  int64_t num_heads, int64_t head_dim, int64_t rotary_dim, int64_t token_stride,
+                  bool is_interleaved, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads) \
+    if (tokens * num_heads * head_dim > kParallelItems)
+    for (int64_t t = 0; t < tokens; ++t)
+        for (int64_t h = 0; h < num_heads; ++h) {
+            const Item* from = static_cast<const Item*>(heads) + t * token_stride + h * head_dim;
+            Item* to = static_cast<Item*>(y) + (t * num_heads + h) * head_dim;
+            rotate_head(from, static_cast<const Item*>(cos) + t * rotary_dim,
+                        static_cast<const Item*>(sin) + t * rotary_dim, to, rotary_dim, is_interleaved);
+            for (int64_t i = rotary_dim; i < head_dim; ++i) to[i] = from[i];
+        }
+}
+
+int rotate(const void* heads, const void* cos, const void* sin, void* y, int64_t tokens, int64_t num_heads,
+           int64_t head_dim, int64_t rotary_dim, int64_t token_stride, int is_interleaved, int type,
+           int threads) {
+    if (type == kFloat32)
+        rotate_items<float>(heads, cos, sin, y, tokens, num_heads, head_dim, rotary_dim, token_stride,
+                            is_interleaved, threads);
+    else
+        rotate_items<uint16_t>(heads, cos, sin, y, tokens, num_heads, head_dim, rotary_dim, token_stride,
+                               is_interleaved, threads);
+    return 0;
+}
+
+enum Activation { kSilu = 0, kGeluTanh = 1 };
+
+INLINE Floats activated(const Floats& v, int activation) {
+    const Floats one = Floats::all(1.0f);
+    if (activation == kSilu) return v / (one + exponential(Floats::all(0.0f) - v));
+    const Floats inner = v + Floats::all(0.044715f) * v * v * v;
+    return Floats::all(0.5f) * v * (one + hyperbolic_tangent(Floats::all(0.7978845608f) * inner));
+}
+
+// (rows, 2 x columns): a gate and what it gates -> (rows, columns).
+template <class Item>
+void gate_rows(const void* gate_up, void* y, int64_t rows, int64_t columns, int activation, int threads) {
+    constexpr int64_t kPiece = 2048;  // so that one long row is shared too
+    const int64_t pieces = (columns + kPiece - 1) / kPiece;
+#pragma omp parallel for schedule(static) num_threads(threads) if (rows * columns > kParallelItems)
+    for (int64_t task = 0; task < rows * pieces; ++task) {
+        const int64_t row = task / pieces, begin = task % pieces * kPiece;
+        const int64_t end = begin + kPiece < columns ? begin + kPiece : columns;
+        const Item* gate = static_cast<const Item*>(gate_up) + row * 2 * columns;
+        Item* to = static_cast<Item*>(y) + row * columns;
+        for (int64_t i = begin; i < end; i += kLanes) {
+            const Floats value = activated(load_first(gate + i, end - i), activation);
+            store_first(to + i, value * load_first(gate + columns + i, end - i), end - i);
+        }
+    }
+}
+
+int gate(const void* gate_up, void* y, int64_t rows, int64_t columns, int activation, int type, int threads) {
+    if (type == kFloat32)
+        gate_rows<float>(gate_up, y, rows, columns, activation, threads);
+    else
+        gate_rows<uint16_t>(gate_up, y, rows, columns, activation, threads);
+    return 0;
+}
+
+}  // namespace

@@ -1,0 +1,76 @@
+// What the library's parts pass to each other. Plain data: the same on both sides of every call.
+
+#pragma once
+
+#include <cstdint>
+
+enum ItemType { kFloat32 = 0, kBfloat16 = 1, kInt8 = 2 };
+
+// How codes become numbers. The first four multiply rounded x as whole numbers; the last two leave x as
+// it is.
+enum Kind {
+    kBytes = 0,       // int8, a float16 scale for each group
+    kNibbles = 1,     // -8 to 7, a float16 scale for each group
+    kZeroNibbles = 2, // 0 to 15 around a zero, a float16 scale and a zero for each group
+    kTable = 3,       // indices of the table, a float32 scale for each group
+    kRowBytes = 4,    // int8, a float32 scale for each row
+    kRowFloat8 = 5,   // e4m3, a float32 scale for each row
+};
+
+// A quantized weight in panels of 16 rows. A panel is a run of blocks of 32 columns; a block is vectors of
+// 64 bytes, in which the 32-bit word of lane r belongs to row r. In 8 bits, vector j holds columns 4j to
+// 4j + 3; in 4 bits, its low halves columns 4j to 4j + 3 and its high halves 16 more. Rows and columns
+// that are not there have the code of nought or the scale 0.
+struct Panels {
+    std::uint8_t* codes;
+    void* scale;         // (panels, groups, 16) float16 or float32
+    std::uint8_t* zero;  // (panels, groups, 16), kZeroNibbles only
+    const float* table;  // 16 values, kTable only
+    std::int64_t rows, columns;
+    std::int64_t group_columns;  // that share a scale, a multiple of 32; all, filled up to 32, for row kinds
+    std::int32_t kind;
+};
+
+// One call of attention for some sequences. Strides are in items; the innermost one is 1 everywhere.
+struct Attention {
+    const void* q;  // (tokens, heads, head_dim)
+    const void* new_keys;    // (tokens, kv_heads, head_dim), to be appended; null where keys stand as they are
+    const void* new_values;
+    void* keys;  // the sequences' keys, each from its offset
+    void* values;
+    float* key_scale;  // int8 keys only: one for each token and head
+    float* value_scale;
+    void* output;  // (tokens, heads, head_dim), contiguous
+    const std::int64_t* query_counts;  // (sequences)
+    const std::int64_t* key_counts;    // (sequences): all that the last query sees
+    const std::int64_t* offsets;       // (sequences): where a sequence's first key stands, in items
+    std::int64_t num_sequences, num_heads, num_kv_heads, head_dim;
+    std::int64_t q_token_stride, new_key_stride, new_value_stride;  // between tokens
+    std::int64_t key_token_stride, key_head_stride;  // the values' too
+    std::int64_t window;  // tokens a query sees, itself included; 0: all before it
+    float scale, softcap;  // softcap 0: none
+    std::int32_t type, cache_type;
+};
+
+// One instruction set's kernels. All return 0, or 1 where memory could not be had.
+struct Kernels {
+    const char* name;
+    int (*dense)(const void* x, const void* weight, const void* bias, void* y, std::int64_t tokens,
+                 std::int64_t rows, std::int64_t columns, int type, int threads);
+    int (*product)(const Panels* weight, const void* x, const void* bias, void* y, std::int64_t tokens,
+                   int type, int threads);
+    int (*pack)(const Panels* weight, std::int64_t start, std::int64_t count, const void* rows, int type);
+    int (*unpack)(const Panels* weight, std::int64_t start, std::int64_t count, float* rows, int threads);
+    int (*look_up)(const Panels* weight, const std::int64_t* ids, std::int64_t count, void* rows, int type);
+    int (*attend)(const Attention* call, int threads);
+    int (*rms_norm)(const void* x, const void* weight, void* y, std::int64_t rows, std::int64_t columns,
+                    float eps, int has_unit_offset, int type, int threads);
+    int (*rotate)(const void* heads, const void* cos, const void* sin, void* y, std::int64_t tokens,
+                  std::int64_t num_heads, std::int64_t head_dim, std::int64_t rotary_dim,
+                  std::int64_t token_stride, int is_interleaved, int type, int threads);
+    int (*gate)(const void* gate_up, void* y, std::int64_t rows, std::int64_t columns,
+                int activation, int type, int threads);
+};
+
+// Memory of the calling thread, kept for its next call; null where there is none. Aligned to 64 bytes.
+void* hanok_scratch(std::int64_t bytes);

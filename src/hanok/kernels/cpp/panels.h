@@ -1,0 +1,373 @@
+// Products with a quantized weight in panels, for any number of tokens.
+//
+// Whole-number kinds: x is rounded to int8, group by group, and multiplied as whole numbers; a group's sum
+// is exact, and groups are added in order, so a token's result depends neither on the tokens beside it nor
+// on threads. For many tokens the columns go in chunks whose weights stay in the first cache.
+
+#pragma once
+
+#include <omp.h>
+
+#include "kernels.h"
+#include "lanes.h"
+
+namespace {
+
+constexpr int64_t kBlock = 32;  // columns
+constexpr int64_t kVectorBytes = 64;
+constexpr int64_t kFewTokens = 16;     // up to here a panel is read once, over all its columns
+constexpr int64_t kManyTokens = 512;   // at a time
+constexpr int64_t kMostPanelsPerTask = 16;  // with few tokens
+
+#if REGISTER_BYTES == 64
+constexpr int kTilePanels = 2, kTileTokens = 6;
+#elif REGISTER_BYTES == 32
+constexpr int kTilePanels = 1, kTileTokens = 2;
+#else
+constexpr int kTilePanels = 1, kTileTokens = 1;
+#endif
+
+constexpr bool is_4_bit(int kind) { return kind == kNibbles || kind == kZeroNibbles || kind == kTable; }
+constexpr bool has_half_scale(int kind) { return kind <= kZeroNibbles; }
+constexpr int64_t block_bytes(int kind) { return is_4_bit(kind) ? 256 : 512; }
+
+// What the stored code exceeds the number by, as far as the product of bytes does not know.
+constexpr int excess(int kind) {
+    return kind == kBytes || kind == kTable ? kByteExcess : kind == kNibbles ? 8 : 0;
+}
+
+INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+INLINE int64_t num_groups(const Panels& w) { return w.columns ? ceil_div(w.columns, w.group_columns) : 0; }
+INLINE int64_t num_panels(const Panels& w) { return ceil_div(w.rows, kLanes); }
+INLINE int64_t panel_bytes(const Panels& w) {
+    return num_groups(w) * (w.group_columns / kBlock) * block_bytes(w.kind);
+}
+
+template <int kKind>
+INLINE Floats load_scale(const Panels& w, int64_t index) {
+    if (has_half_scale(kKind)) return load_float16(static_cast<const uint16_t*>(w.scale) + index * kLanes);
+    return load(static_cast<const float*>(w.scale) + index * kLanes);
+}
+
+// x as int8: codes (tokens, columns), and for each group its scale and the sum of its codes.
+struct Rounded {
+    int8_t* codes;
+    float* scale;
+    int32_t* sums;
+    int64_t columns, groups;  // columns: filled up to whole groups
+};
+
+// The largest magnitude of a group becomes 127; ties to even.
+template <class Item>
+INLINE void round_row(const Item* x, int64_t columns, int64_t group_columns, const Rounded& to, int64_t token) {
+    int8_t* codes = to.codes + token * to.columns;
+    for (int64_t group = 0; group < to.groups; ++group) {
+        const int64_t first = group * group_columns;
+        const int64_t there = columns - first < group_columns ? columns - first : group_columns;
+        Floats peak = Floats::all(0.0f);
+        for (int64_t i = 0; i < there; i += kLanes)
+            peak = larger_magnitude(peak, load_first(x + first + i, there - i));
+        const float most = largest_magnitude(peak);
+        const Floats inverse = Floats::all(most > 0 ? 127.0f / most : 0.0f);
+        Ints total = Ints::all(0);
+        for (int64_t i = 0; i < group_columns; i += kLanes) {
+            Ints whole = Ints::all(0);
+            if (i < there) whole = nearest_ints(load_first(x + first + i, there - i) * inverse);
+            total = total + whole;
+            store_bytes(codes + first + i, whole);
+        }
+        to.scale[token * to.groups + group] = most / 127.0f;
+        to.sums[token * to.groups + group] = sum(total);
+    }
+}
+
+// total += kTilePanels panels times kTokens tokens, over some groups.
+template <int kKind, int kPanels, int kTokens>
+INLINE void tile(const Panels& w, int64_t panel, int64_t first_group, int64_t last_group,
+                 const uint8_t* table, const Rounded& x, int64_t token, Floats (&total)[kPanels][kTokens]) {
+    const int64_t groups = num_groups(w), blocks = w.group_columns / kBlock;
+    const int64_t stride = groups * blocks * block_bytes(kKind);
+    const uint8_t* codes = w.codes + panel * stride + first_group * blocks * block_bytes(kKind);
+    const int8_t* rounded = x.codes + token * x.columns + first_group * w.group_columns;
+    for (int64_t group = first_group; group < last_group; ++group) {
+        Ints whole[kPanels][kTokens];
+        for (int t = 0; t < kTokens; ++t) {
+            const int32_t start = -excess(kKind) * x.sums[(token + t) * x.groups + group];
+            for (int p = 0; p < kPanels; ++p) whole[p][t] = Ints::all(excess(kKind) ? start : 0);
+        }
+        for (int64_t block = 0; block < blocks; ++block) {
+            if constexpr (!is_4_bit(kKind)) {
+#pragma GCC unroll 8
+                for (int j = 0; j < 8; ++j) {
+                    Words words[kPanels];
+                    for (int p = 0; p < kPanels; ++p) {
+                        const uint8_t* from = codes + p * stride + j * kVectorBytes;
+                        if (kTokens <= 4) __builtin_prefetch(from + 2048);
+                        std::memcpy(&words[p], from, kVectorBytes);
+                    }
+                    for (int t = 0; t < kTokens; ++t) {
+                        int32_t four;
+                        std::memcpy(&four, rounded + t * x.columns + 4 * j, 4);
+                        for (int p = 0; p < kPanels; ++p)
+                            whole[p][t] = add_bytes_product(whole[p][t], words[p], four);
+                    }
+                }
+            } else {
+#pragma GCC unroll 4
+                for (int j = 0; j < 4; ++j) {
+                    Words low[kPanels], high[kPanels];
+                    for (int p = 0; p < kPanels; ++p) {
+                        const uint8_t* from = codes + p * stride + j * kVectorBytes;
+                        if (kTokens <= 4) __builtin_prefetch(from + 2048);
+                        Words words;
+                        std::memcpy(&words, from, kVectorBytes);
+                        low[p] = words & Words::all(0x0f0f0f0fu);
+                        high[p] = (words >> 4) & Words::all(0x0f0f0f0fu);
+                        if (kKind == kTable) {
+                            low[p] = look_up(low[p], table);
+                            high[p] = look_up(high[p], table);
+                        }
+                    }
+                    for (int t = 0; t < kTokens; ++t) {
+                        int32_t first, second;
+                        std::memcpy(&first, rounded + t * x.columns + 4 * j, 4);
+                        std::memcpy(&second, rounded + t * x.columns + 16 + 4 * j, 4);
+                        for (int p = 0; p < kPanels; ++p) {
+                            if (kKind == kTable) {
+                                whole[p][t] = add_bytes_product(whole[p][t], low[p], first);
+                                whole[p][t] = add_bytes_product(whole[p][t], high[p], second);
+                            } else {
+                                whole[p][t] = add_nibbles_product(whole[p][t], low[p], first);
+                                whole[p][t] = add_nibbles_product(whole[p][t], high[p], second);
+                            }
+                        }
+                    }
+                }
+            }
+            codes += block_bytes(kKind);
+            rounded += kBlock;
+        }
+        for (int p = 0; p < kPanels; ++p) {
+            const int64_t index = (panel + p) * groups + group;
+            if (kTokens <= 4)
+                __builtin_prefetch(static_cast<const uint8_t*>(w.scale) +
+                                   index * kLanes * (has_half_scale(kKind) ? 2 : 4) + 512);
+            Floats scale = load_scale<kKind>(w, index);
+            if (kKind == kTable) scale = scale * Floats::all(1.0f / 127.0f);
+            for (int t = 0; t < kTokens; ++t) {
+                const int64_t at = (token + t) * x.groups + group;
+                Floats value = to_floats(whole[p][t]);
+                if (kKind == kZeroNibbles)
+                    value = value - load_bytes(w.zero + index * kLanes) *
+                                        Floats::all(static_cast<float>(x.sums[at]));
+                total[p][t] = add_product(total[p][t], value, scale * Floats::all(x.scale[at]));
+            }
+        }
+    }
+}
+
+// Adds a tile to what `sums` (tokens, kTilePanels, 16) holds of it.
+template <int kKind, int kPanels, int kTokens>
+INLINE void add_tile(const Panels& w, int64_t panel, int64_t first_group, int64_t last_group,
+                     const uint8_t* table, const Rounded& x, int64_t token, float* sums) {
+    Floats total[kPanels][kTokens];
+    for (int t = 0; t < kTokens; ++t)
+        for (int p = 0; p < kPanels; ++p)
+            total[p][t] = first_group ? load(sums + (t * kTilePanels + p) * kLanes) : Floats::all(0.0f);
+    tile<kKind, kPanels, kTokens>(w, panel, first_group, last_group, table, x, token, total);
+    for (int t = 0; t < kTokens; ++t)
+        for (int p = 0; p < kPanels; ++p) store(sums + (t * kTilePanels + p) * kLanes, total[p][t]);
+}
+
+template <int kKind, int kPanels>
+void add_tiles(const Panels& w, int64_t panel, int64_t first_group, int64_t last_group,
+               const uint8_t* table, const Rounded& x, int64_t token, int64_t count, float* sums) {
+    constexpr int64_t kStep = kTilePanels * kLanes;
+    int64_t t = 0;
+    // Up to 8 tokens are limited by memory, which tiles of 4 and less fetch ahead.
+    for (; count > 8 && t + kTileTokens <= count; t += kTileTokens)
+        add_tile<kKind, kPanels, kTileTokens>(w, panel, first_group, last_group, table, x, token + t,
+                                              sums + t * kStep);
+    if constexpr (kTileTokens > 2) {
+        for (; t + 4 <= count; t += 4)
+            add_tile<kKind, kPanels, 4>(w, panel, first_group, last_group, table, x, token + t,
+                                        sums + t * kStep);
+        if (t + 3 == count) {
+            add_tile<kKind, kPanels, 3>(w, panel, first_group, last_group, table, x, token + t,
+                                        sums + t * kStep);
+            t += 3;
+        }
+        for (; t + 2 <= count; t += 2)
+            add_tile<kKind, kPanels, 2>(w, panel, first_group, last_group, table, x, token + t,
+                                        sums + t * kStep);
+    }
+    for (; t < count; ++t)
+        add_tile<kKind, kPanels, 1>(w, panel, first_group, last_group, table, x, token + t,
+                                    sums + t * kStep);
+}
+
+template <class Item>
+INLINE void write_sums(const float* sums, int panels, const Panels& w, int64_t panel, const Item* bias,
+                       Item* y, int64_t token, int64_t count) {
+    for (int64_t t = 0; t < count; ++t)
+        for (int p = 0; p < panels; ++p) {
+            const int64_t row = (panel + p) * kLanes, there = w.rows - row;
+            Floats value = load(sums + (t * kTilePanels + p) * kLanes);
+            if (bias) value = value + load_first(bias + row, there);
+            store_first(y + (token + t) * w.rows + row, value, there);
+        }
+}
+
+template <int kKind, class Item>
+int whole_product(const Panels& w, const Item* x, const Item* bias, Item* y, int64_t tokens, int threads) {
+    const int64_t groups = num_groups(w), columns = groups * w.group_columns, panels = num_panels(w);
+    const int64_t block = tokens < kManyTokens ? tokens : kManyTokens;
+    const int64_t sums_bytes = block * kTilePanels * kLanes * 4;
+    const int64_t side_bytes = ceil_div(tokens * groups * 4, 64) * 64;
+    const int64_t code_bytes = ceil_div(tokens * columns, 64) * 64;
+    char* memory = static_cast<char*>(hanok_scratch(code_bytes + 2 * side_bytes + threads * sums_bytes));
+    if (!memory) return 1;
+    const Rounded rounded = {reinterpret_cast<int8_t*>(memory),
+                             reinterpret_cast<float*>(memory + code_bytes),
+                             reinterpret_cast<int32_t*>(memory + code_bytes + side_bytes), columns, groups};
+    char* all_sums = memory + code_bytes + 2 * side_bytes;
+    uint8_t table[16] = {};
+    if (kKind == kTable)
+        for (int i = 0; i < 16; ++i)
+            table[i] = static_cast<uint8_t>(
+                128 + static_cast<int>(w.table[i] * 127.0f + (w.table[i] < 0 ? -0.5f : 0.5f)));
+    // A chunk's weights are 8 KiB a panel, in 8 bits and in 4: they stay in the first cache.
+    const int64_t chunk_columns = is_4_bit(kKind) ? 1024 : 512;
+    const int64_t chunk =
+        tokens <= kFewTokens || chunk_columns <= w.group_columns ? groups : chunk_columns / w.group_columns;
+    // Long runs of memory for each thread, and four tasks for each, so that none waits long at the end.
+    int64_t per_task = tokens <= kFewTokens ? panels / (4 * threads) / kTilePanels * kTilePanels : 0;
+    per_task = per_task < kTilePanels ? kTilePanels
+               : per_task > kMostPanelsPerTask ? kMostPanelsPerTask : per_task;
+    const int64_t tasks = ceil_div(panels, per_task);
+    if (tokens == 1) round_row(x, w.columns, w.group_columns, rounded, 0);
+#pragma omp parallel num_threads(threads) if (threads > 1 && tasks > 1)
+    {
+        if (tokens > 1) {
+#pragma omp for schedule(static)
+            for (int64_t t = 0; t < tokens; ++t)
+                round_row(x + t * w.columns, w.columns, w.group_columns, rounded, t);
+        }
+        float* sums = reinterpret_cast<float*>(all_sums + omp_get_thread_num() * sums_bytes);
+        for (int64_t token = 0; token < tokens; token += block) {
+            const int64_t count = tokens - token < block ? tokens - token : block;
+#pragma omp for schedule(dynamic, 1) nowait
+            for (int64_t task = 0; task < tasks; ++task) {
+                const int64_t end = (task + 1) * per_task < panels ? (task + 1) * per_task : panels;
+                for (int64_t panel = task * per_task; panel < end; panel += kTilePanels) {
+                    const int here = end - panel < kTilePanels ? 1 : kTilePanels;
+                    for (int64_t group = 0; group < groups; group += chunk) {
+                        const int64_t last = group + chunk < groups ? group + chunk : groups;
+                        if (here == kTilePanels)
+                            add_tiles<kKind, kTilePanels>(w, panel, group, last, table, rounded, token,
+                                                          count, sums);
+                        else
+                            add_tiles<kKind, 1>(w, panel, group, last, table, rounded, token, count, sums);
+                    }
+                    write_sums(sums, here, w, panel, bias, y, token, count);
+                }
+            }
+        }
+    }
+    return 0;
+}
+
+// --- kinds that leave x as it is, for few tokens ------------------------------------------------------
+
+// The number in byte `j` of each word, as a float, without the factor that is `float_factor`.
+template <int kKind>
+INLINE Floats byte_value(const Words& words, int j) {
+    const Words top = top_byte(words, j);
+    if (kKind == kRowBytes) return to_floats(reinterpret<Ints>(top ^ Words::all(0x80000000u)));
+    return reinterpret<Floats>((top & Words::all(0x80000000u)) | ((top & Words::all(0x7f000000u)) >> 4));
+}
+constexpr float float_factor(int kind) { return kind == kRowBytes ? 0x1p-24f : 0x1p120f; }
+
+// Four sums for each token, one for each byte of the words, so that additions do not wait for each other.
+template <int kKind, int kTokens>
+INLINE void float_tile(const uint8_t* codes, const float* x, int64_t columns, Floats (&total)[kTokens]) {
+    Floats parts[4][kTokens];
+    for (int j = 0; j < 4; ++j)
+        for (int t = 0; t < kTokens; ++t) parts[j][t] = Floats::all(0.0f);
+    for (int64_t column = 0; column < columns; column += 4) {
+        const uint8_t* from = codes + column / 4 * kVectorBytes;
+        if (kTokens <= 2) __builtin_prefetch(from + 2048);
+        Words words;
+        std::memcpy(&words, from, kVectorBytes);
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; ++j) {
+            const Floats value = byte_value<kKind>(words, j);
+#pragma GCC unroll 4
+            for (int t = 0; t < kTokens; ++t)
+                parts[j][t] = add_product(parts[j][t], value, Floats::all(x[t * columns + column + j]));
+        }
+    }
+    for (int t = 0; t < kTokens; ++t)
+        total[t] = (parts[0][t] + parts[1][t]) + (parts[2][t] + parts[3][t]);
+}
+
+template <int kKind, int kTokens, class Item>
+INLINE void float_panel(const Panels& w, int64_t panel, const float* x, int64_t columns, const Item* bias,
+                        Item* y) {
+    Floats total[kTokens];
+    float_tile<kKind, kTokens>(w.codes + panel * columns * kLanes, x, columns, total);
+    const Floats scale = load_scale<kKind>(w, panel) * Floats::all(float_factor(kKind));
+    const int64_t row = panel * kLanes, there = w.rows - row;
+    for (int t = 0; t < kTokens; ++t) {
+        Floats value = total[t] * scale;
+        if (bias) value = value + load_first(bias + row, there);
+        store_first(y + t * w.rows + row, value, there);
+    }
+}
+
+template <int kKind, class Item>
+int float_product(const Panels& w, const Item* x, const Item* bias, Item* y, int64_t tokens, int threads) {
+    const int64_t columns = w.group_columns, panels = num_panels(w);
+    float* wide = static_cast<float*>(hanok_scratch(tokens * columns * 4));
+    if (!wide) return 1;
+    for (int64_t t = 0; t < tokens; ++t)
+        for (int64_t i = 0; i < columns; i += kLanes) {
+            const Floats value =
+                i < w.columns ? load_first(x + t * w.columns + i, w.columns - i) : Floats::all(0.0f);
+            store(wide + t * columns + i, value);
+        }
+#pragma omp parallel for schedule(dynamic, 8) num_threads(threads) if (threads > 1 && panels > 8)
+    for (int64_t panel = 0; panel < panels; ++panel) {
+        int64_t t = 0;
+        for (; t + 4 <= tokens; t += 4)
+            float_panel<kKind, 4>(w, panel, wide + t * columns, columns, bias, y + t * w.rows);
+        for (; t + 2 <= tokens; t += 2)
+            float_panel<kKind, 2>(w, panel, wide + t * columns, columns, bias, y + t * w.rows);
+        for (; t < tokens; ++t)
+            float_panel<kKind, 1>(w, panel, wide + t * columns, columns, bias, y + t * w.rows);
+    }
+    return 0;
+}
+
+template <class Item>
+int product_of(const Panels& w, const void* x_, const void* bias_, void* y_, int64_t tokens, int threads) {
+    const Item* x = static_cast<const Item*>(x_);
+    const Item* bias = static_cast<const Item*>(bias_);
+    Item* y = static_cast<Item*>(y_);
+    switch (w.kind) {
+        case kBytes: return whole_product<kBytes>(w, x, bias, y, tokens, threads);
+        case kNibbles: return whole_product<kNibbles>(w, x, bias, y, tokens, threads);
+        case kZeroNibbles: return whole_product<kZeroNibbles>(w, x, bias, y, tokens, threads);
+        case kTable: return whole_product<kTable>(w, x, bias, y, tokens, threads);
+        case kRowBytes: return float_product<kRowBytes>(w, x, bias, y, tokens, threads);
+        default: return float_product<kRowFloat8>(w, x, bias, y, tokens, threads);
+    }
+}
+
+int product(const Panels* weight, const void* x, const void* bias, void* y, int64_t tokens, int type,
+            int threads) {
+    if (type == kFloat32) return product_of<float>(*weight, x, bias, y, tokens, threads);
+    return product_of<uint16_t>(*weight, x, bias, y, tokens, threads);
+}
+
+}  // namespace
