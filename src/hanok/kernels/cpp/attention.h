@@ -91,11 +91,35 @@ INLINE void merge(const Part& into, const Part& from, int64_t rows, int64_t padd
     }
 }
 
+// Memory that will be read next, asked for line by line, evenly, while something else is computed: a core
+// can only wait for some lines at a time.
+struct Ahead {
+    const char* next;
+    const char* end;
+    const char* due;
+    int64_t step;  // bytes for each turn
+
+    template <class Item>
+    static INLINE Ahead of(const Item* from, int64_t items, int64_t turns) {
+        const char* next = reinterpret_cast<const char*>(from);
+        const int64_t bytes = items * static_cast<int64_t>(sizeof(Item));
+        return {next, next + bytes, next, bytes / (turns > 0 ? turns : 1) + 1};
+    }
+    INLINE void ask(int64_t turns) {
+        due += step * turns;
+        const char* until = due < end ? due : end;
+        for (; next < until; next += 64) __builtin_prefetch(next, 0, 2);
+    }
+};
+constexpr int64_t kTurnsOfTranspose = 12;  // of the loops over dimensions, in the time that one takes
+
 // Keys [0, count) of a block to (dim, kBlockKeys): lanes are keys, noughts where there are none.
 template <class Item>
-INLINE void turn_keys(const Item* keys, int64_t stride, int64_t count, const Sizes& s, float* to) {
+INLINE void turn_keys(const Item* keys, int64_t stride, int64_t count, const Sizes& s, float* to,
+                      Ahead& ahead) {
     for (int64_t first = 0; first < kBlockKeys; first += kLanes)
         for (int64_t dim = 0; dim < s.dim; dim += kLanes) {
+            ahead.ask(kTurnsOfTranspose);
             Words words[kLanes];
             for (int key = 0; key < kLanes; ++key)
                 words[key] = first + key < count
@@ -108,10 +132,12 @@ INLINE void turn_keys(const Item* keys, int64_t stride, int64_t count, const Siz
 }
 
 // Two neighbouring bfloat16 travel in one word.
-INLINE void turn_keys(const uint16_t* keys, int64_t stride, int64_t count, const Sizes& s, float* to) {
-    if (s.dim % (2 * kLanes) != 0) return turn_keys<uint16_t>(keys, stride, count, s, to);
+INLINE void turn_keys(const uint16_t* keys, int64_t stride, int64_t count, const Sizes& s, float* to,
+                      Ahead& ahead) {
+    if (s.dim % (2 * kLanes) != 0) return turn_keys<uint16_t>(keys, stride, count, s, to, ahead);
     for (int64_t first = 0; first < kBlockKeys; first += kLanes)
         for (int64_t dim = 0; dim < s.dim; dim += 2 * kLanes) {
+            ahead.ask(kTurnsOfTranspose);
             Words words[kLanes];
             for (int key = 0; key < kLanes; ++key) {
                 words[key] = Words::all(0);
@@ -128,10 +154,35 @@ INLINE void turn_keys(const uint16_t* keys, int64_t stride, int64_t count, const
 }
 
 template <class Item>
-INLINE void widen_values(const Item* values, int64_t stride, int64_t count, const Sizes& s, float* to) {
-    for (int64_t key = 0; key < count; ++key)
+INLINE void widen_values(const Item* values, int64_t stride, int64_t count, const Sizes& s, float* to,
+                         Ahead& ahead) {
+    for (int64_t key = 0; key < count; ++key) {
+        ahead.ask(1);
         for (int64_t dim = 0; dim < s.dim; dim += kLanes)
             store(to + key * s.padded_dim + dim, load_first(values + key * stride + dim, s.dim - dim));
+    }
+}
+
+// Whether values, and so outputs, have the even ones of each 32 columns before the odd ones.
+template <class Cached>
+INLINE bool is_split(const Sizes& s) {
+    return sizeof(Cached) == 2 && s.dim % (2 * kLanes) == 0;
+}
+
+// A word holds two neighbouring bfloat16, and becomes two floats without moving anything between lanes.
+INLINE void widen_values(const uint16_t* values, int64_t stride, int64_t count, const Sizes& s, float* to,
+                         Ahead& ahead) {
+    if (!is_split<uint16_t>(s)) return widen_values<uint16_t>(values, stride, count, s, to, ahead);
+    for (int64_t key = 0; key < count; ++key) {
+        ahead.ask(1);
+        for (int64_t dim = 0; dim < s.dim; dim += 2 * kLanes) {
+            Words words;
+            std::memcpy(&words, values + key * stride + dim, sizeof(words));
+            float* at = to + key * s.padded_dim + dim;
+            store(at, reinterpret<Floats>(words << 16));
+            store(at + kLanes, reinterpret<Floats>(words & Words::all(0xffff0000u)));
+        }
+    }
 }
 
 // What the rows see of a split's keys. Positions are counted from the sequence's first key.
@@ -143,24 +194,6 @@ struct View {
     bool is_scaled;
 };
 
-// Memory that will be read next, asked for line by line while something else is computed.
-struct Ahead {
-    const char* next;
-    const char* end;
-    int64_t step;  // bytes for each turn of a loop
-
-    template <class Item>
-    static INLINE Ahead of(const Item* from, int64_t items, int64_t turns) {
-        const char* next = reinterpret_cast<const char*>(from);
-        const int64_t bytes = items * static_cast<int64_t>(sizeof(Item));
-        return {next, next + bytes, (bytes / (turns > 0 ? turns : 1) / 64 + 1) * 64};
-    }
-    INLINE void ask() {
-        for (const char* line = next; line < next + step && line < end; line += 64) __builtin_prefetch(line);
-        next += step;
-    }
-};
-
 // Scores of `kRows` rows with a block of keys, which is turned already.
 template <int kRows>
 INLINE void score_rows(const Sizes& s, const Work& w, int64_t row, int64_t key, Ahead& ahead) {
@@ -170,7 +203,7 @@ INLINE void score_rows(const Sizes& s, const Work& w, int64_t row, int64_t key, 
         for (int v = 0; v < kVectors; ++v) score[r][v] = Floats::all(0.0f);
     const float* q = w.q + row * s.padded_dim;
     for (int64_t d = 0; d < s.dim; ++d) {
-        ahead.ask();
+        ahead.ask(1);
         Floats keys[kVectors];
         for (int v = 0; v < kVectors; ++v) keys[v] = load(w.keys + d * kBlockKeys + v * kLanes);
         for (int r = 0; r < kRows; ++r) {
@@ -192,25 +225,28 @@ INLINE void weigh_row(const View& view, const Work& w, const Part& part, int64_t
     Ints lanes;
     for (int i = 0; i < kParts; ++i)
         for (int lane = 0; lane < kPartLanes; ++lane) lanes.part[i][lane] = i * kPartLanes + lane;
-    const Floats step = Floats::all(static_cast<float>(kLanes));
+    auto hidden = [&](int64_t i) {
+        const Floats place = to_floats(lanes + Ints::all(static_cast<int32_t>(i)));
+        return is_larger(place, above) | is_larger(below, place);
+    };
+    auto hides = [&](int64_t i) { return i + kLanes - 1 > last || i < first; };
+    const bool is_raw = !view.is_scaled && !(view.softcap > 0);
     float* scores = w.scores + row * kSplit;
-    Floats peak = Floats::all(kLowest), place = to_floats(lanes);
-    for (int64_t i = 0; i < view.num_keys; i += kLanes, place = place + step) {
+    Floats peak = Floats::all(kLowest);
+    for (int64_t i = 0; i < view.num_keys; i += kLanes) {
         Floats value = load(scores + i);
         if (view.is_scaled) value = value * load(w.key_scale + i);
         if (view.softcap > 0)
             value = Floats::all(view.softcap) * hyperbolic_tangent(value * Floats::all(1.0f / view.softcap));
-        const Ints hidden = is_larger(place, above) | is_larger(below, place);
-        value = choose(hidden, Floats::all(kLowest), value);
+        if (hides(i)) value = choose(hidden(i), Floats::all(kLowest), value);
         peak = larger(peak, value);
-        store(scores + i, value);
+        if (!is_raw) store(scores + i, value);
     }
-    const Floats most = Floats::all(largest(peak)), seen = Floats::all(kLowest / 2);
+    const Floats most = Floats::all(largest(peak));
     Floats total = Floats::all(0.0f);
     for (int64_t i = 0; i < view.num_keys; i += kLanes) {
-        const Floats value = load(scores + i);
-        const Floats weight =
-            choose(is_larger(seen, value), Floats::all(0.0f), exponential(value - most));
+        Floats weight = exponential(load(scores + i) - most);
+        if (hides(i)) weight = choose(hidden(i), Floats::all(0.0f), weight);
         total = total + weight;
         store(scores + i, view.is_scaled ? weight * load(w.value_scale + i) : weight);
     }
@@ -228,7 +264,7 @@ INLINE void add_values(const Sizes& s, const Work& w, const Part& part, int64_t 
             output[r][i] = load(part.output + (row + r) * s.padded_dim + column + i * kLanes);
     const float* weights = w.scores + row * kSplit + key;
     for (int64_t k = 0; k < count; ++k) {
-        ahead.ask();
+        ahead.ask(1);
         Floats value[kWidth];
         for (int i = 0; i < kWidth; ++i) value[i] = load(w.values + k * s.padded_dim + column + i * kLanes);
         for (int r = 0; r < kRows; ++r) {
@@ -283,12 +319,13 @@ INLINE void attend_keys(const Attention& a, const Sizes& s, const Task& task, in
     // Where one head's keys lie together, the next block is asked for while this one is computed.
     const bool is_dense = stride == s.dim;
     const int64_t tiles = (rows + kTileRows - 1) / kTileRows, block_items = kBlockKeys * s.dim;
+    const int64_t transposes = kBlockKeys / kLanes * (s.dim / (64 / static_cast<int64_t>(sizeof(Cached))));
     for (int64_t key = 0; key < view.num_keys; key += kBlockKeys) {
         const int64_t count = view.num_keys - key < kBlockKeys ? view.num_keys - key : kBlockKeys;
         const bool is_last = key + kBlockKeys >= view.num_keys;
         const Cached* next = is_last ? values + begin * stride : keys + (begin + key + kBlockKeys) * stride;
-        Ahead ahead = Ahead::of(next, is_dense ? block_items : 0, tiles * s.dim);
-        turn_keys(keys + (begin + key) * stride, stride, count, s, w.keys);
+        Ahead ahead = Ahead::of(next, is_dense ? block_items : 0, tiles * s.dim + kTurnsOfTranspose * transposes);
+        turn_keys(keys + (begin + key) * stride, stride, count, s, w.keys, ahead);
         int64_t row = 0;
         for (; row + kTileRows <= rows; row += kTileRows) score_rows<kTileRows>(s, w, row, key, ahead);
         for (; row < rows; ++row) score_rows<1>(s, w, row, key, ahead);
@@ -297,8 +334,8 @@ INLINE void attend_keys(const Attention& a, const Sizes& s, const Task& task, in
     for (int64_t key = 0; key < view.num_keys; key += kBlockKeys) {
         const int64_t count = view.num_keys - key < kBlockKeys ? view.num_keys - key : kBlockKeys;
         const Cached* next = values + (begin + key + kBlockKeys) * stride;
-        Ahead ahead = Ahead::of(next, is_dense ? block_items : 0, tiles * count);
-        widen_values(values + (begin + key) * stride, stride, count, s, w.values);
+        Ahead ahead = Ahead::of(next, is_dense ? block_items : 0, (tiles + 1) * count);
+        widen_values(values + (begin + key) * stride, stride, count, s, w.values, ahead);
         int64_t row = 0;
         for (; row + kTileRows <= rows; row += kTileRows)
             add_all_values<kTileRows>(s, w, part, row, key, count, ahead);
@@ -319,7 +356,7 @@ INLINE void load_queries(const Attention& a, const Sizes& s, const Task& task, f
         }
 }
 
-template <class Item>
+template <class Item, class Cached>
 INLINE void write_output(const Attention& a, const Sizes& s, const Task& task, const Part& part) {
     for (int64_t t = 0; t < task.num_tokens; ++t)
         for (int64_t h = 0; h < s.group; ++h) {
@@ -328,8 +365,23 @@ INLINE void write_output(const Attention& a, const Sizes& s, const Task& task, c
                        ((task.query_start + task.first_token + t) * a.num_heads + task.head * s.group + h) *
                            s.dim;
             const Floats factor = Floats::all(1.0f / part.total[row]);
-            for (int64_t i = 0; i < s.dim; i += kLanes)
-                store_first(to + i, load(part.output + row * s.padded_dim + i) * factor, s.dim - i);
+            const float* from = part.output + row * s.padded_dim;
+            if (is_split<Cached>(s)) {
+                for (int64_t i = 0; i < s.dim; i += 2 * kLanes) {
+                    float even[kLanes], odd[kLanes], items[2 * kLanes];
+                    store(even, load(from + i) * factor);
+                    store(odd, load(from + i + kLanes) * factor);
+                    for (int lane = 0; lane < kLanes; ++lane) {
+                        items[2 * lane] = even[lane];
+                        items[2 * lane + 1] = odd[lane];
+                    }
+                    store(to + i, load(items));
+                    store(to + i + kLanes, load(items + kLanes));
+                }
+            } else {
+                for (int64_t i = 0; i < s.dim; i += kLanes)
+                    store_first(to + i, load(from + i) * factor, s.dim - i);
+            }
         }
 }
 
@@ -441,7 +493,7 @@ int attend_items(const Attention& a, int threads) {
                     merge(whole, piece, rows, s.padded_dim);
                     from = to;
                 }
-                write_output<Item>(a, s, task, whole);
+                write_output<Item, Cached>(a, s, task, whole);
             }
             if (splits > 1) first_part += a.num_kv_heads * blocks * splits;
             start += count;
@@ -466,7 +518,7 @@ int attend_items(const Attention& a, int threads) {
                         for (int64_t split = 0; split < splits; ++split)
                             merge(whole, part_at(parts + (first_part + item * splits + split) * part_floats),
                                   rows, s.padded_dim);
-                        write_output<Item>(a, s, task, whole);
+                        write_output<Item, Cached>(a, s, task, whole);
                     }
                     first_part += a.num_kv_heads * blocks * splits;
                 }
