@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: demo test check format bench clean
+.PHONY: demo test check sanitize format bench clean
 
 demo: $(VENV)/.installed
 	$(BIN)/hanok generate "Once upon a time" --echo --temperature 0.5 --top-p 0.9 --seed 26
@@ -19,6 +19,10 @@ check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
+
+# The tests of the compiled kernels, with every access and every overflow checked; needs g++.
+sanitize: $(VENV)/.installed-dev
+	$(BIN)/python scripts/sanitize.py
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .

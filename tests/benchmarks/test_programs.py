@@ -233,11 +233,11 @@ def test_attention_contestants_agree(programs: SimpleNamespace, quick_guard: Any
     seconds, errors, disturbed = attention.measure_case(
         case, total_bytes=3 * case.layer_bytes, runs=2, guard=quick_guard
     )
-    assert list(seconds) == ["usual call", "sdpa", "eager"]
+    assert list(seconds) == ["usual call", "native", "sdpa", "eager"]
     assert all(len(values) == 2 for values in seconds.values())
     assert max(errors.values()) < TOLERANCE
     assert disturbed == 0
-    assert len(attention.table_row(case, seconds, errors)) == 9
+    assert len(attention.table_row(case, seconds, errors)) == 12
 
 
 def test_attention_marks_what_is_asked(programs: SimpleNamespace) -> None:
@@ -245,11 +245,11 @@ def test_attention_marks_what_is_asked(programs: SimpleNamespace) -> None:
     case = attention.Case(
         num_heads=32, num_kv_heads=4, head_dim=64, context=16384, dtype="bfloat16"
     )
-    seconds = {"usual call": [1e-3], "sdpa": [1e-4], "eager": [5e-4]}
+    seconds = {"usual call": [1e-3], "native": [6e-5], "sdpa": [1e-4], "eager": [5e-4]}
     errors = dict.fromkeys(seconds, 0.0)
-    assert "≥ 10: yes" in attention.table_row(case, seconds, errors)
+    assert "≥ 10: yes, ≥ 2: no" in attention.table_row(case, seconds, errors)
     seconds["sdpa"] = [2e-4]
-    assert "≥ 10: no" in attention.table_row(case, seconds, errors)
+    assert "≥ 10: no, ≥ 2: yes" in attention.table_row(case, seconds, errors)
 
 
 @pytest.mark.parametrize("num_tokens", [1, 3])

@@ -199,6 +199,26 @@ def test_a_turn_that_cannot_be_served_is_taken_back() -> None:
     assert "4 tokens; first after" in result.stderr
 
 
+def test_info_says_what_multiplies_each_quantization(monkeypatch: pytest.MonkeyPatch) -> None:
+    from hanok.kernels.native import native
+    from hanok.quant.kernels import panels
+
+    found = json.loads(run("info", "--json").stdout)["quantization"]
+    assert set(found) == {"int8", "int4", "nf4", "fp8", "int8-outlier"}
+    if native() is not None:
+        assert "8.50 bits. panels: hanok" in found["int8"]
+        assert "many tokens: torch" in found["fp8"]
+        assert "plain: torch" in found["int8-outlier"]
+        assert "not panels: they do not take outlying columns" in found["int8-outlier"]
+    monkeypatch.setattr(panels, "native", lambda: None)
+    monkeypatch.setattr(panels, "why_not", lambda: "not built")
+    without = json.loads(run("info", "--json").stdout)["quantization"]
+    assert (
+        "plain: torch, dequantized block by block; not panels: the kernels are not built"
+        in (without["int4"])
+    )
+
+
 def test_info_reads_headers_only(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: Any, **options: Any) -> None:
         raise AssertionError("info must not load weights")

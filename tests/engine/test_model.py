@@ -11,6 +11,7 @@ import transformers
 import hanok
 from hanok.engine import model as model_module
 from hanok.engine.model import Model, PrefixCache
+from hanok.errors import OptionError
 
 TALK = [{"role": "user", "content": "Tell me a story about Lily."}]
 
@@ -219,3 +220,24 @@ def test_generation_config_gives_the_defaults(model: Model, tmp_path: Path) -> N
     assert "num_beams = 4" in found.notes[-1]
     greedy = found.generate("The dog", max_new_tokens=5, temperature=0.0)
     assert greedy.token_ids == model.generate("The dog", max_new_tokens=5).token_ids
+
+
+@pytest.mark.parametrize("backend", ["auto", "sdpa", "eager"])
+def test_an_int8_cache_says_almost_the_same(backend: str) -> None:
+    plain = hanok.load(hanok.BUNDLED, attn_implementation=backend)
+    small = hanok.load(hanok.BUNDLED, attn_implementation=backend, cache_dtype="int8")
+    cache = small.decoder.new_cache(2, 10)
+    assert cache.states[0].keys.dtype is torch.int8
+    head_dim = small.config.head_dim
+    wide = plain.decoder.new_cache(2, 10)
+    assert cache.size_bytes * 2 * head_dim == wide.size_bytes * (head_dim + 4)
+    options = {"max_new_tokens": 12, "temperature": 0.0}
+    first, second = (model.generate("Once upon a time", **options) for model in (plain, small))
+    assert first.token_ids[:4] == second.token_ids[:4]
+    difference = torch.tensor(first.logprobs[:4]) - torch.tensor(second.logprobs[:4])
+    assert 0 < float(difference.abs().max()) < 0.1
+
+
+def test_an_unknown_cache_dtype_is_refused() -> None:
+    with pytest.raises(OptionError, match=r"cache_dtype 'int4' is unknown\. Choose auto or int8"):
+        hanok.load(hanok.BUNDLED, cache_dtype="int4")  # type: ignore[arg-type]

@@ -62,6 +62,13 @@ def model_options(command: Command) -> Command:
             "int8-outlier; for example int4:group_size=64,head=int8. `hanok info` lists them.",
         ),
         click.option(
+            "--cache-dtype",
+            type=click.Choice(["auto", "int8"]),
+            default="auto",
+            show_default=True,
+            help="What keys and values are kept in; auto: what is computed in.",
+        ),
+        click.option(
             "--attention",
             default="auto",
             show_default=True,
@@ -158,6 +165,7 @@ def open_model(path: Path | None, options: Mapping[str, Any]) -> "Model":
             attn_implementation=options["attention"],
             weights=options["weights"],
             quant=options["quant"],
+            cache_dtype=options["cache_dtype"],
             progress=bar.advance,
         )
     for note in model.notes:

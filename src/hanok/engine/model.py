@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Unpack, overload
+from typing import TYPE_CHECKING, Any, Literal, Unpack, get_args, overload
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ from hanok.engine.params import (
     from_generation_config,
     unsupported_defaults,
 )
-from hanok.errors import CheckpointError, RequestError, UnsupportedError
+from hanok.errors import CheckpointError, OptionError, RequestError, UnsupportedError
 from hanok.memory.load import Loaded, LoadReport, Weights, load_decoder
 from hanok.memory.save import save_weights
 from hanok.models.config import ModelConfig
@@ -42,6 +42,9 @@ if TYPE_CHECKING:
 Message = Mapping[str, Any]
 Prompt = str | Sequence[int] | Sequence[Message]
 LOGIT_ROWS = 1024  # rows of (vocab,) float32 that `score` holds at once
+
+
+CacheDtype = Literal["auto", "int8"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -335,6 +338,7 @@ def load(
     attn_implementation: str = "auto",
     weights: Weights = "auto",
     quant: str | None = None,
+    cache_dtype: CacheDtype = "auto",
     progress: Callable[[int], None] | None = None,
 ) -> Model:
     """Load a checkpoint: a folder in the Hugging Face layout, or one weights file in such a folder.
@@ -346,10 +350,14 @@ def load(
     bytes are available, which decodes faster.
     `quant` makes weights smaller while they are read: "int8", "int4", "nf4", "fp8" or "int8-outlier",
     with options as in "int4:group_size=64,head=int8" (`quant/recipe.py`).
+    `cache_dtype` is what keys and values are kept in: "auto" (what is computed in) or "int8", half of
+    bfloat16's bytes, each head of each token rounded to 127 steps to either side.
     `progress` is called with the bytes of each weight placed. Raises CheckpointError, OptionError or
     UnsupportedError, each saying what to do.
     """
     recipe = None if quant is None else read_recipe(quant)
+    if cache_dtype not in get_args(CacheDtype):
+        raise OptionError(f"cache_dtype {cache_dtype!r} is unknown. Choose auto or int8.")
     checkpoint = open_checkpoint(path)
     loaded = load_decoder(
         checkpoint,
@@ -360,6 +368,7 @@ def load(
         recipe=recipe,
         progress=progress,
     )
+    loaded.decoder.cache_dtype = torch.int8 if cache_dtype == "int8" else None
     return Model(checkpoint, loaded, _tokenizer_of(checkpoint))
 
 

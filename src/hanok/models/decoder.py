@@ -113,6 +113,8 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.cache_dtype: torch.dtype | None = None
+        """What `new_cache` keeps keys and values in; None: what is computed in."""
         ropes = {layer.rope for layer in config.layers if layer.rope is not None}
         self.rotaries: dict[Rope, Rotary] = {rope: Rotary(rope) for rope in ropes}
         hidden = config.hidden_size
@@ -174,7 +176,7 @@ class Decoder(nn.Module):
             [spec] * self.config.num_layers,
             num_sequences=num_sequences,
             capacity=capacity,
-            dtype=self.dtype,
+            dtype=self.cache_dtype or self.dtype,
             device=self.device,
         )
 

@@ -27,6 +27,7 @@ def command(path: Path | None, as_json: bool) -> None:
     if path is not None:
         found["checkpoint"], config = _checkpoint(path)
     found["attention"] = _attention(config)
+    found["quantization"] = _quantization()
     if as_json:
         click.echo(json.dumps(found, indent=2))
         return
@@ -103,6 +104,29 @@ def _attention(config: "ModelConfig | None") -> dict[str, str]:
         name: f"fits: {backends()[name].summary}" if reason is None else f"does not fit: {reason}"
         for name, reason in reasons.items()
     }
+
+
+def _quantization() -> dict[str, str]:
+    """Return for each method where its weights lie, what multiplies them, and why not elsewhere."""
+    import torch
+
+    from hanok.quant.base import choose_layout, methods, why_not_table
+
+    device = torch.device("cpu")
+    rows = {}
+    for name, kind in methods().items():
+        method = kind()
+        layout = choose_layout(method.format, device)
+        stored = layout.empty(method, (16, 128), device)
+        kernels = {tokens: stored.kernel(tokens, torch.bfloat16) for tokens in (1, 512)}
+        used = kernels[1]
+        if kernels[512] != kernels[1]:
+            used += f"; many tokens: {kernels[512]}"
+        reasons = why_not_table(method.format, device).items()
+        others = "".join(f"; not {other}: {reason}" for other, reason in reasons if reason)
+        bits = method.bits_per_weight(4096)
+        rows[name] = f"{kind.summary}, {bits:.2f} bits. {layout.name}: {used}{others}"
+    return rows
 
 
 def _checkpoint(path: Path) -> "tuple[dict[str, Any], ModelConfig]":

@@ -68,11 +68,13 @@ INLINE void round_row(const Item* x, int64_t columns, int64_t group_columns, con
         for (int64_t i = 0; i < there; i += kLanes)
             peak = larger_magnitude(peak, load_first(x + first + i, there - i));
         const float most = largest_magnitude(peak);
-        const Floats inverse = Floats::all(most > 0 ? 127.0f / most : 0.0f);
+        // What is infinite or no number has no whole number; the scale carries it into the result.
+        const bool has_codes = most > 0 && most <= 3.4028235e38f;
+        const Floats inverse = Floats::all(has_codes ? 127.0f / most : 0.0f);
         Ints total = Ints::all(0);
         for (int64_t i = 0; i < group_columns; i += kLanes) {
             Ints whole = Ints::all(0);
-            if (i < there) whole = nearest_ints(load_first(x + first + i, there - i) * inverse);
+            if (has_codes && i < there) whole = nearest_ints(load_first(x + first + i, there - i) * inverse);
             total = total + whole;
             store_bytes(codes + first + i, whole);
         }
