@@ -23,7 +23,7 @@ from hanok.errors import OptionError, UnsupportedError
 from hanok.quant.nested import NestedScale
 from hanok.registry import discover, nearest_first
 
-LAYOUT_ORDER = ("panels", "plain")
+LAYOUT_ORDER = ("triton", "panels", "plain")
 
 Kind = Literal["signed", "zero", "codebook", "float8"]
 Activations = Literal["float", "int8", "outliers"]
