@@ -9,7 +9,7 @@ can say why each of the others does not. `reference` is the oracle for all of th
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import accumulate
 from typing import Protocol
@@ -22,7 +22,7 @@ from hanok.errors import OptionError, UnsupportedError
 from hanok.registry import discover, nearest_first
 
 # What "auto" tries, in this order; a backend that is not named here is used only when asked for.
-AUTO_ORDER = ("native", "sdpa", "eager")
+AUTO_ORDER = ("triton", "native", "sdpa", "eager")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,13 +38,26 @@ class AttentionSpec:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PageTable:
+    """Where the keys of sequences with one new token each lie, on the device that reads them.
+
+    `key_lengths`: (sequences,) int32, the new tokens included. `pages`: (sequences, pages of each)
+    int32, rows of the cache: key number n is at n % page size of page n // page size.
+    """
+
+    key_lengths: Tensor
+    pages: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ForwardBatch:
     """The packed tokens of one forward pass and their bookkeeping.
 
     token_ids, positions: (tokens,) int64. `query_lengths` has one entry for each sequence and sums to
     tokens; `key_lengths` counts the keys that the sequence's last token sees (cached and new);
     `slots` says which rows of the cache the sequences own. `sequence_lengths` are the tokens that each
-    sequence has in all, those of later batches too: angles may depend on them.
+    sequence has in all, those of later batches too: angles may depend on them. Kernels that find keys
+    through a `page_table` read lengths there and not here; where there is none they make one.
     """
 
     token_ids: Tensor
@@ -53,6 +66,7 @@ class ForwardBatch:
     key_lengths: tuple[int, ...]
     slots: tuple[int, ...]
     sequence_lengths: tuple[int, ...]
+    page_table: PageTable | None = None
 
     @classmethod
     def of(
@@ -76,7 +90,7 @@ class ForwardBatch:
             for position in range(start, end)
         ]
         flat = [token for tokens in sequences for token in tokens]
-        return cls(
+        batch = cls(
             token_ids=torch.tensor(flat, dtype=torch.int64, device=device),
             positions=torch.tensor(positions, dtype=torch.int64, device=device),
             query_lengths=tuple(map(len, sequences)),
@@ -84,6 +98,16 @@ class ForwardBatch:
             slots=tuple(slots if slots is not None else range(len(sequences))),
             sequence_lengths=tuple(sequence_lengths or key_lengths),
         )
+        # Made once for all layers; on a CPU nobody needs it.
+        if batch.token_ids.is_cuda and set(batch.query_lengths) == {1}:
+            return replace(batch, page_table=batch.one_page_each())
+        return batch
+
+    def one_page_each(self) -> PageTable:
+        """Return the table of a cache in which each sequence's row is one page."""
+        both = torch.tensor([self.key_lengths, self.slots], dtype=torch.int32)
+        key_lengths, slots = both.to(self.token_ids.device)
+        return PageTable(key_lengths=key_lengths, pages=slots[:, None])
 
     def last_tokens(self) -> list[int]:
         """Return the index of each sequence's last token."""

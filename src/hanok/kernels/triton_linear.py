@@ -118,9 +118,25 @@ def _affine(
 
 
 @triton.jit
+def _field(words, SHIFT: tl.constexpr, codebook, KIND: tl.constexpr, BITS: tl.constexpr):
+    """Return `_raw` of the codes that stand SHIFT bits from the end of each word."""
+    if KIND == "integer":
+        left: tl.constexpr = 23 - BITS - SHIFT
+        mask: tl.constexpr = ((1 << BITS) - 1) << (23 - BITS)
+        if left >= 0:
+            moved = words << left
+        else:
+            moved = words >> -left
+        raw = ((moved & mask) | 0x3F800000).to(tl.float32, bitcast=True)
+    else:
+        raw = _raw((words >> SHIFT) & ((1 << BITS) - 1), codebook, KIND, BITS)
+    return raw
+
+
+@triton.jit
 def _gemv(
     x,
-    codes,
+    words,
     scale,
     zero,
     codebook,
@@ -144,12 +160,14 @@ def _gemv(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_UNITS: tl.constexpr,
 ):
-    """One token: some rows, some of their columns. output: (splits, out)."""
+    """One token: some rows, some of their columns. output: (splits, out). A word is 4 bytes of codes."""
     unit_columns: tl.constexpr = 128 // BITS
+    halves: tl.constexpr = 8 // BITS
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    word = tl.arange(0, 4)
     byte = tl.arange(0, UNIT_BYTES)
     row_mask = row < rows
-    start = row.to(tl.int64) * units * UNIT_BYTES
+    start = row.to(tl.int64) * units * 4
     first = tl.program_id(1) * units_per_split
     last = tl.minimum(first + units_per_split, units)
     total = tl.zeros((BLOCK_ROWS, BLOCK_UNITS), tl.float32)
@@ -157,20 +175,23 @@ def _gemv(
         unit = block + tl.arange(0, BLOCK_UNITS)
         unit_mask = unit < last
         mask = row_mask[:, None] & unit_mask[None, :]
-        place = start[:, None, None] + unit[None, :, None] * UNIT_BYTES + byte[None, None, :]
-        code = tl.load(codes + place, mask=mask[:, :, None], other=0)
-        column = unit[:, None] * unit_columns + byte[None, :]
-        x_mask = unit_mask[:, None] & (column < columns)
-        low = tl.load(x + column, mask=x_mask, other=0.0).to(tl.float32)
-        x_sum = tl.sum(low, 1)
-        if BITS == 4:
-            x_mask = unit_mask[:, None] & (column + UNIT_BYTES < columns)
-            high = tl.load(x + column + UNIT_BYTES, mask=x_mask, other=0.0).to(tl.float32)
-            x_sum += tl.sum(high, 1)
-            products = _raw(code & 15, codebook, KIND, BITS) * low[None, :, :]
-            products += _raw(code >> 4, codebook, KIND, BITS) * high[None, :, :]
-        else:
-            products = _raw(code, codebook, KIND, BITS) * low[None, :, :]
+        place = start[:, None, None] + unit[None, :, None] * 4 + word[None, None, :]
+        code = tl.load(words + place, mask=mask[:, :, None], other=0)
+        products = tl.zeros((BLOCK_ROWS, BLOCK_UNITS, 4), tl.float32)
+        x_sum = tl.zeros((BLOCK_UNITS,), tl.float32)
+        for half in tl.static_range(halves):
+            column = unit[:, None] * unit_columns + half * UNIT_BYTES + byte[None, :]
+            x_mask = unit_mask[:, None] & (column < columns)
+            part = tl.load(x + column, mask=x_mask, other=0.0).to(tl.float32)
+            x_sum += tl.sum(part, 1)
+            # The numbers of x that meet each of the four bytes of a word, (units, 4) each.
+            even, odd = tl.split(tl.reshape(part, (BLOCK_UNITS, 4, 2, 2)))
+            x0, x2 = tl.split(even)
+            x1, x3 = tl.split(odd)
+            products += _field(code, 4 * half, codebook, KIND, BITS) * x0[None, :, :]
+            products += _field(code, 8 + 4 * half, codebook, KIND, BITS) * x1[None, :, :]
+            products += _field(code, 16 + 4 * half, codebook, KIND, BITS) * x2[None, :, :]
+            products += _field(code, 24 + 4 * half, codebook, KIND, BITS) * x3[None, :, :]
         index = row[:, None] * groups + (unit // group_units)[None, :]
         a, b = _affine(
             scale,
@@ -289,8 +310,10 @@ def _merge(partial, bias, output, size, rows, splits, HAS_BIAS: tl.constexpr, BL
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = place < size
     total = tl.zeros((BLOCK,), tl.float32)
-    for split in range(splits):
-        total += tl.load(partial + split.to(tl.int64) * size + place, mask=mask, other=0.0)
+    part = partial + place
+    for _ in range(splits):
+        total += tl.load(part, mask=mask, other=0.0)
+        part += size
     if HAS_BIAS:
         total += tl.load(bias + place % rows, mask=mask, other=0.0).to(tl.float32)
     tl.store(output + place, total.to(output.dtype.element_ty), mask=mask)
@@ -362,15 +385,19 @@ def _dequantize(
 
 def gemv(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
     """(1, in) -> (1, out): every row is read once, by threads that add up in float32."""
-    block_rows, block_units = 8, min(128, triton.next_power_of_2(weight.units))
+    # A thread holds one unit of each row; addresses of looked-up values need twice the registers.
+    block_rows = 4 if weight.kind == "codebook" else 8
+    block_units = min(128, triton.next_power_of_2(weight.units))
     blocks = triton.cdiv(weight.rows, block_rows)
     splits, units_per_split = _split(weight, blocks, block_units, x.device)
     output = x.new_empty(1, weight.rows)
     partial = output if splits == 1 else _partial(x, splits, weight.rows)
     with torch.cuda.device_of(x):
+        words, *rest = _pointers(weight)
         _gemv[(blocks, splits)](
             x,
-            *_pointers(weight),
+            words.view(torch.int32),
+            *rest,
             bias if bias is not None else x,
             partial,
             weight.rows,

@@ -1,0 +1,78 @@
+"""Our GPU kernels for decoding: every sequence has one new token, keys are read once and split up.
+
+They find keys through a `PageTable`; a row of the cache is a page, and a table of more pages for each
+sequence works the same. Nothing waits for the GPU, so that a CUDA graph can record it. Batches with more
+tokens, a cache in int8 and what needs gradients go to the next backend that fits.
+"""
+
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from hanok.attention.base import AUTO_ORDER, AttentionSpec, Backend, ForwardBatch, backends
+from hanok.attention.cache import LayerState
+
+MAX_HEAD_DIM = 256  # a block of keys and values has to fit beside the sums of a program
+
+
+class TritonAttention:
+    """Paged attention of single tokens, split over keys."""
+
+    name = "triton"
+    summary = "our GPU kernels for single tokens, split over keys; torch's attention for many"
+
+    def why_not(self, spec: AttentionSpec, device: torch.device, dtype: torch.dtype) -> str | None:
+        """Return why our GPU kernels cannot serve such layers."""
+        if device.type != "cuda":
+            return f"needs a CUDA device (found: {device.type})"
+        if dtype not in (torch.float16, torch.bfloat16, torch.float32):
+            name = str(dtype).removeprefix("torch.")
+            return f"needs float16, bfloat16 or float32 (found: {name})"
+        if spec.head_dim > MAX_HEAD_DIM:
+            return f"serves heads of up to {MAX_HEAD_DIM} (found: {spec.head_dim})"
+        if find_spec("triton") is None:
+            return "triton is not installed: pip install triton (torch for CUDA brings it)"
+        return None
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        spec: AttentionSpec,
+        batch: ForwardBatch,
+        state: LayerState | None,
+    ) -> Tensor:
+        """See `Backend.attend`."""
+        needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
+        is_decode = set(batch.query_lengths) == {1}
+        if state is None or not is_decode or needs_grad or state.keys.dtype is not q.dtype:
+            return _next_backend(spec, q).attend(q, k, v, spec, batch, state)
+        from hanok.kernels.triton_attention import append, attend
+
+        table = batch.page_table or batch.one_page_each()
+        append(_rows(k), _rows(v), state.keys, state.values, table.key_lengths, table.pages)
+        return attend(
+            _rows(q),
+            state.keys,
+            state.values,
+            table.key_lengths,
+            table.pages,
+            scale=spec.scale,
+            window=spec.window,
+            softcap=spec.softcap,
+        )
+
+
+def _next_backend(spec: AttentionSpec, q: Tensor) -> Backend:
+    others = (backends()[name] for name in AUTO_ORDER if name != TritonAttention.name)
+    return next(item for item in others if item.why_not(spec, q.device, q.dtype) is None)
+
+
+def _rows(heads: Tensor) -> Tensor:
+    """Return (tokens, heads, head_dim) with nothing between heads, tokens apart as they may be."""
+    return heads if heads.stride()[1:] == (heads.shape[2], 1) else heads.contiguous()
+
+
+BACKENDS = (TritonAttention(),)
