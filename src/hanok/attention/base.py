@@ -41,8 +41,8 @@ class AttentionSpec:
 class PageTable:
     """Where the keys of sequences with one new token each lie, on the device that reads them.
 
-    `key_lengths`: (sequences,) int32, the new tokens included. `pages`: (sequences, pages of each)
-    int32, rows of the cache: key number n is at n % page size of page n // page size.
+    `key_lengths`: (sequences,), the new tokens included. `pages`: (sequences, pages of each), rows of
+    the cache: key number n is at n % page size of page n // page size. Both int32 or int64.
     """
 
     key_lengths: Tensor

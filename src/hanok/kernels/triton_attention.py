@@ -157,7 +157,7 @@ def append(
     """Write each sequence's new key and value as the last of its `key_lengths`.
 
     k, v: (sequences, kv_heads, head_dim)   keys, values: (pages, kv_heads, page size, head_dim)
-    key_lengths: (sequences,) int32   pages: (sequences, pages of each) int32
+    key_lengths: (sequences,)   pages: (sequences, pages of each), both int32 or int64
     """
     sequences, kv_heads, head_dim = k.shape
     with torch.cuda.device_of(k):

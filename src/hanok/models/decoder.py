@@ -187,6 +187,13 @@ class Decoder(nn.Module):
         """
         if cache is not None:
             cache.advance(batch.slots, batch.query_lengths, batch.sequence_lengths)
+        return self.hidden_states(batch, cache)
+
+    def hidden_states(self, batch: ForwardBatch, cache: KVCache | None) -> Tensor:
+        """Return what `forward` does, for tokens that the cache counts already.
+
+        This is all that happens on the device, so that it can be recorded once and replayed.
+        """
         x = self.embed_tokens(batch.token_ids)
         if self.config.embedding_scale != 1.0:
             # Rounded to the weights' dtype first, as Gemma was trained.

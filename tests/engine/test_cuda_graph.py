@@ -1,0 +1,118 @@
+"""Decoding from buffers in place: the same tokens as the plain passes, without and with a graph.
+
+Without a GPU the steps run in Triton's interpreter and nothing is recorded. In float32 logits differ by
+the order of sums alone: a few 1e-6 of their size, which is about 10.
+"""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+import hanok
+from hanok.attention.base import ForwardBatch
+from hanok.attention.cache import KVCache
+from hanok.engine.cuda_graph import DecodeGraphs, DecodeStep, why_not, why_not_static
+from hanok.engine.model import Model
+from hanok.errors import RequestError
+from hanok.models.decoder import Decoder
+
+TOLERANCE = 1e-3
+PROMPTS = ([5, 9, 200, 31], [7], [11, 12, 13, 14, 15, 16, 17, 18, 19])
+CAPACITY = 40
+
+
+@pytest.fixture(scope="module")
+def plain() -> Model:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = hanok.load(hanok.BUNDLED, dtype="float32", device=device)
+    model.decoder.use_attention("sdpa")
+    return model
+
+
+@pytest.fixture(scope="module")
+def static(kernel_device: torch.device) -> Iterator[Model]:
+    """The same model with Triton's attention, which nobody chooses on a CPU but this test."""
+    from hanok.attention.triton import TritonAttention
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TritonAttention, "why_not", lambda *_: None)
+        model = hanok.load(hanok.BUNDLED, dtype="float32", device=str(kernel_device))
+        model.decoder.use_attention("triton")
+        yield model
+
+
+def prefilled(decoder: Decoder, prompts: tuple[list[int], ...]) -> KVCache:
+    """Return a cache of all but the prompts' last tokens."""
+    cache = decoder.new_cache(len(prompts), CAPACITY)
+    for slot, prompt in enumerate(prompts):
+        if prompt[:-1]:
+            decoder(ForwardBatch.of([prompt[:-1]], slots=[slot], device=decoder.device), cache)
+    return cache
+
+
+def plain_logits(decoder: Decoder, cache: KVCache, tokens: list[int], slots: list[int]) -> Tensor:
+    batch = ForwardBatch.of(
+        [[token] for token in tokens],
+        past=[cache.lengths[slot] for slot in slots],
+        slots=slots,
+        device=decoder.device,
+    )
+    return decoder.logits(decoder(batch, cache))
+
+
+@torch.inference_mode()
+def test_tokens_are_those_of_plain_passes_one_by_one(plain: Model, static: Model) -> None:
+    """Three sequences of different lengths, a step of four; then one of them ends."""
+    expected_cache = prefilled(plain.decoder, PROMPTS)
+    cache = prefilled(static.decoder, PROMPTS)
+    assert why_not_static(static.decoder, cache) is None
+    graphs = DecodeGraphs(static.decoder, cache)
+    tokens, slots = [prompt[-1] for prompt in PROMPTS], [0, 1, 2]
+    for index in range(7):
+        if index == 4:
+            tokens, slots = [tokens[0], tokens[2]], [0, 2]
+        expected = plain_logits(plain.decoder, expected_cache, tokens, slots)
+        answer = graphs.logits(tokens, slots)
+        assert answer.shape == expected.shape
+        assert float((answer - expected).abs().max()) < TOLERANCE
+        assert cache.lengths == expected_cache.lengths
+        tokens = expected.argmax(-1).tolist()
+        assert answer.argmax(-1).tolist() == tokens
+    for state, other in zip(cache.states, expected_cache.states, strict=True):
+        for slot, length in enumerate(cache.lengths):
+            torch.testing.assert_close(
+                state.keys[slot, :, :length], other.keys[slot, :, :length], atol=1e-4, rtol=0
+            )
+
+
+@torch.inference_mode()
+def test_what_fills_a_step_up_changes_nothing(static: Model) -> None:
+    """The same sequence in a step of its own size and in one of four times that."""
+    answers = []
+    for size in (1, 4):
+        cache = prefilled(static.decoder, PROMPTS)
+        step = DecodeStep(static.decoder, cache, size)
+        step.write([PROMPTS[0][-1]], [len(PROMPTS[0]) - 1], [0])
+        answers.append(step.run()[0])
+    assert float((answers[0] - answers[1]).abs().max()) < TOLERANCE
+
+
+@torch.inference_mode()
+def test_a_sequence_that_outgrows_the_cache_is_refused(static: Model) -> None:
+    cache = static.decoder.new_cache(1, 2)
+    graphs = DecodeGraphs(static.decoder, cache)
+    graphs.logits([5], [0])
+    graphs.logits([6], [0])
+    with pytest.raises(RequestError, match="exceed the cache's 2"):
+        graphs.logits([7], [0])
+
+
+def test_what_cannot_be_recorded_says_why(plain: Model, static: Model) -> None:
+    cache = plain.decoder.new_cache(1, 8)
+    assert why_not_static(plain.decoder, cache) == "attention sdpa takes lengths from the CPU"
+    if not torch.cuda.is_available():
+        assert why_not(static.decoder, cache) == "needs a CUDA device (found: cpu)"
+    cache.states[0].keys = cache.states[0].keys.char()
+    assert why_not_static(static.decoder, cache) is not None
