@@ -13,6 +13,7 @@ from torch import Tensor
 import hanok
 from hanok.attention.base import ForwardBatch
 from hanok.attention.cache import KVCache
+from hanok.engine import generate as loop
 from hanok.engine.cuda_graph import DecodeGraphs, DecodeStep, why_not, why_not_static
 from hanok.engine.model import Model
 from hanok.errors import RequestError
@@ -116,3 +117,19 @@ def test_what_cannot_be_recorded_says_why(plain: Model, static: Model) -> None:
         assert why_not(static.decoder, cache) == "needs a CUDA device (found: cpu)"
     cache.states[0].keys = cache.states[0].keys.char()
     assert why_not_static(static.decoder, cache) is not None
+
+
+def test_generation_with_steps_gives_the_same_tokens(
+    plain: Model, static: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = [list(prompt) for prompt in PROMPTS]
+    expected = plain.generate(prompts, max_new_tokens=6)
+    monkeypatch.setattr(loop, "why_not", why_not_static)
+    runs = []
+    original = DecodeStep.run
+    monkeypatch.setattr(
+        DecodeStep, "run", lambda step: (runs.append(step.size), original(step))[1]
+    )
+    answer = static.generate(prompts, max_new_tokens=6)
+    assert [item.token_ids for item in answer] == [item.token_ids for item in expected]
+    assert runs == [4] * 5

@@ -16,6 +16,7 @@ from torch import Tensor
 from hanok.attention.base import ForwardBatch
 from hanok.attention.cache import KVCache
 from hanok.checkpoint.stream import StreamDecoder
+from hanok.engine.cuda_graph import DecodeGraphs, why_not
 from hanok.engine.params import SamplingParams
 from hanok.engine.sampling import draw, processed
 from hanok.models.decoder import Decoder
@@ -157,9 +158,12 @@ def generate(
     if cache is None and use_cache:
         capacity = max(len(item.prompt_ids) + item.room for item in sequences)
         cache = decoder.new_cache(len(sequences), capacity)
+    graphs = None
+    if cache is not None and why_not(decoder, cache) is None:
+        graphs = DecodeGraphs(decoder, cache)
     running = list(range(len(sequences)))
     while running:
-        for index, logits in _forward(decoder, sequences, running, cache):
+        for index, logits in _forward(decoder, sequences, running, cache, graphs):
             yield sequences[index].step(index, logits)
         running = [index for index in running if sequences[index].finish_reason is None]
 
@@ -169,6 +173,7 @@ def _forward(
     sequences: list[GenerationSequence],
     running: list[int],
     cache: KVCache | None,
+    graphs: DecodeGraphs | None,
 ) -> list[tuple[int, Tensor]]:
     """Return the logits that follow each running sequence, computing what is not in the cache."""
     lengths = {index: len(sequences[index].token_ids) for index in running}
@@ -179,6 +184,9 @@ def _forward(
                 cache.truncate(index, 0)
             past[index] = cache.lengths[index]
     waiting = {index: sequences[index].token_ids[past[index] :] for index in running}
+    if graphs is not None and all(len(tokens) == 1 for tokens in waiting.values()):
+        scores = graphs.logits([tokens[0] for tokens in waiting.values()], running)
+        return list(zip(running, scores, strict=True))
     found: dict[int, Tensor] = {}
     while waiting:
         # Without a cache a sequence is computed whole; with one, long prompts go in chunks.
