@@ -1,4 +1,4 @@
-"""Without a GPU, Triton's kernels run in its interpreter, which has to be chosen before it is imported."""
+"""Without a GPU Triton's kernels run in its interpreter, chosen before anything imports it."""
 
 import os
 from collections.abc import Iterator

@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from hanok.attention import triton as module
 from hanok.attention.base import AttentionSpec, ForwardBatch, backends, choose, reference
 from hanok.attention.cache import LayerState
 from hanok.attention.triton import TritonAttention
@@ -52,7 +53,11 @@ def heads_of(spec: AttentionSpec, tokens: int, seed: int, dtype: torch.dtype) ->
 
 
 def run(
-    spec: AttentionSpec, counts: list[int], slots: list[int], dtype: torch.dtype, device: torch.device
+    spec: AttentionSpec,
+    counts: list[int],
+    slots: list[int],
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> tuple[Tensor, Tensor, LayerState]:
     """Return what the kernels answer after all but one token went into a cache, and the right answer."""
     parts = [heads_of(spec, count, seed, dtype) for seed, count in enumerate(counts)]
@@ -84,3 +89,87 @@ def test_single_tokens_are_attended_as_by_the_reference(
     answer, expected, _ = run(spec, counts, slots, dtype, kernel_device)
     assert answer.dtype == dtype
     torch.testing.assert_close(answer.float(), expected, atol=TOLERANCE[dtype], rtol=0)
+
+
+def test_keys_are_found_through_pages(kernel_device: torch.device) -> None:
+    """Pages of 16 keys in no order; the last page of a sequence is not full."""
+    from hanok.kernels.triton_attention import append, attend
+
+    spec = AttentionSpec(num_heads=6, num_kv_heads=2, head_dim=8, scale=0.3, window=300)
+    generator = torch.Generator().manual_seed(4)
+    counts, page_size, num_pages = [5, 330, 16], 16, 40
+    shape = (num_pages, 2, page_size, 8)
+    keys, values = (torch.full(shape, float("nan")) for _ in range(2))
+    order = torch.randperm(num_pages, generator=generator).tolist()
+    pages = torch.full((3, 21), -1, dtype=torch.int32)
+    parts = [heads_of(spec, count, seed, torch.float32) for seed, count in enumerate(counts)]
+    for row, (count, (_, k, v)) in enumerate(zip(counts, parts, strict=True)):
+        for index in range(-(-count // page_size)):
+            page = order.pop()
+            pages[row, index] = page
+            here = slice(index * page_size, min(count - 1, (index + 1) * page_size))
+            size = max(0, here.stop - here.start)
+            keys[page, :, :size] = k[here].transpose(0, 1)
+            values[page, :, :size] = v[here].transpose(0, 1)
+    q, k, v = (torch.stack([part[i][-1] for part in parts]).to(kernel_device) for i in range(3))
+    keys, values, pages = keys.to(kernel_device), values.to(kernel_device), pages.to(kernel_device)
+    lengths_there = torch.tensor(counts, dtype=torch.int64, device=kernel_device)
+    append(k, v, keys, values, lengths_there, pages)
+    answer = attend(
+        q, keys, values, lengths_there, pages, scale=spec.scale, window=300, softcap=None
+    )
+    expected = [reference(q[-1:], k.transpose(0, 1), v.transpose(0, 1), spec) for q, k, v in parts]
+    torch.testing.assert_close(answer.cpu(), torch.cat(expected), atol=1e-5, rtol=0)
+
+
+def test_a_sequence_is_the_same_beside_others(kernel_device: torch.device) -> None:
+    """Bit for bit: how its keys are cut depends on its length alone."""
+    together, _, _ = run(PLAIN, [521, 3, 64], [2, 0, 1], torch.float32, kernel_device)
+    alone, _, _ = run(PLAIN, [521], [0], torch.float32, kernel_device)
+    assert torch.equal(together[:1], alone)
+
+
+def test_the_new_token_is_in_the_cache_and_nothing_else(kernel_device: torch.device) -> None:
+    _, _, state = run(PLAIN, [7, 2], [2, 0], torch.float32, kernel_device)
+    for slot, count, seed in ((2, 7, 0), (0, 2, 1)):
+        _, k, v = heads_of(PLAIN, count, seed, torch.float32)
+        assert torch.equal(state.keys[slot, :, :count].cpu(), k.transpose(0, 1))
+        assert torch.equal(state.values[slot, :, :count].cpu(), v.transpose(0, 1))
+        assert state.keys[slot, :, count:].isnan().all()
+    assert state.keys[1].isnan().all()
+
+
+@pytest.mark.parametrize("is_cached", [True, False])
+def test_many_tokens_go_to_the_next_backend(is_cached: bool) -> None:
+    q, k, v = heads_of(PLAIN, 5, 0, torch.float32)
+    batch = ForwardBatch.of([[0, 0, 0, 0], [0]])
+    shape = (2, PLAIN.num_kv_heads, 8, PLAIN.head_dim)
+    state = LayerState(torch.empty(shape), torch.empty(shape)) if is_cached else None
+    answer = TritonAttention().attend(q, k, v, PLAIN, batch, state)
+    parts = (slice(0, 4), slice(4, 5))
+    expected = [
+        reference(q[part], k[part].transpose(0, 1), v[part].transpose(0, 1), PLAIN)
+        for part in parts
+    ]
+    torch.testing.assert_close(answer, torch.cat(expected), atol=1e-5, rtol=0)
+
+
+def test_gradients_go_through_the_next_backend() -> None:
+    q, k, v = (part.requires_grad_() for part in heads_of(PLAIN, 1, 0, torch.float32))
+    shape = (1, PLAIN.num_kv_heads, 8, PLAIN.head_dim)
+    state = LayerState(torch.zeros(shape), torch.zeros(shape))
+    answer = TritonAttention().attend(q, k, v, PLAIN, ForwardBatch.of([[0]]), state)
+    assert answer.requires_grad
+
+
+def test_it_is_chosen_on_gpus_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = backends()["triton"]
+    assert choose("auto", PLAIN, CPU, torch.float32).name != "triton"
+    assert backend.why_not(PLAIN, CPU, torch.float32) == "needs a CUDA device (found: cpu)"
+    monkeypatch.setattr(module, "find_spec", lambda name: object())
+    assert choose("auto", replace(PLAIN, window=5, softcap=2.0), CUDA, torch.float16) is backend
+    assert "float64" in str(backend.why_not(PLAIN, CUDA, torch.float64))
+    assert "up to 256" in str(backend.why_not(replace(PLAIN, head_dim=512), CUDA, torch.float16))
+    monkeypatch.setattr(module, "find_spec", lambda name: None)
+    assert "pip install triton" in str(backend.why_not(PLAIN, CUDA, torch.float16))
+    assert choose("auto", PLAIN, CUDA, torch.float16).name == "sdpa"

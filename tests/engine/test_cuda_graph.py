@@ -127,9 +127,7 @@ def test_generation_with_steps_gives_the_same_tokens(
     monkeypatch.setattr(loop, "why_not", why_not_static)
     runs = []
     original = DecodeStep.run
-    monkeypatch.setattr(
-        DecodeStep, "run", lambda step: (runs.append(step.size), original(step))[1]
-    )
+    monkeypatch.setattr(DecodeStep, "run", lambda step: (runs.append(step.size), original(step))[1])
     answer = static.generate(prompts, max_new_tokens=6)
     assert [item.token_ids for item in answer] == [item.token_ids for item in expected]
     assert runs == [4] * 5

@@ -11,6 +11,7 @@ kernels, and is recorded when it is asked for again.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,8 +45,9 @@ def why_not_static(decoder: Decoder, cache: KVCache) -> str | None:
         if isinstance(module, ExpertsLayer):
             return "the tokens of each expert are counted on the CPU"
         if isinstance(module, QuantizedLinear):
-            if module.stored.method.format.activations == "outliers":
-                return f"{module.stored.method.name} looks for outliers on the CPU"
+            method = module.stored.method
+            if method.format.activations == "outliers":
+                return f"{method.name} looks for outliers on the CPU"
     return None
 
 
@@ -86,10 +88,10 @@ class RecordedStep(DecodeStep):
     """A step that is replayed from its second run on; its logits are valid until the next one."""
 
     def __init__(
-        self, decoder: Decoder, cache: KVCache, size: int, memory: tuple[int, int]
+        self, decoder: Decoder, cache: KVCache, size: int, memory: Any
     ) -> None:
         super().__init__(decoder, cache, size)
-        self._memory = memory
+        self._memory = memory  # a handle of torch
         self._is_warm = False
         self._recorded: tuple[torch.cuda.CUDAGraph, Tensor] | None = None
         self._angles: list[object] = []

@@ -73,7 +73,7 @@ def _part(
     BLOCK_GROUP: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
 ):
-    """Online softmax over one part of the keys: the weighted sum, the largest score, the weights' sum."""
+    """Online softmax over one part of the keys: weighted sum, largest score, sum of weights."""
     sequence, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     length = tl.load(key_lengths + sequence)
     first = tl.maximum(split * SPLIT, length - window)

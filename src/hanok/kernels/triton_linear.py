@@ -14,7 +14,7 @@ memory of their own and are added up in turn.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import triton
@@ -123,10 +123,7 @@ def _field(words, SHIFT: tl.constexpr, codebook, KIND: tl.constexpr, BITS: tl.co
     if KIND == "integer":
         left: tl.constexpr = 23 - BITS - SHIFT
         mask: tl.constexpr = ((1 << BITS) - 1) << (23 - BITS)
-        if left >= 0:
-            moved = words << left
-        else:
-            moved = words >> -left
+        moved = words << left if left >= 0 else words >> -left
         raw = ((moved & mask) | 0x3F800000).to(tl.float32, bitcast=True)
     else:
         raw = _raw((words >> SHIFT) & ((1 << BITS) - 1), codebook, KIND, BITS)
@@ -490,7 +487,7 @@ def _write_dequantized(
         )
 
 
-def _pointers(weight: PackedWeight) -> tuple[Tensor | float, ...]:
+def _pointers(weight: PackedWeight) -> tuple[Any, ...]:
     """Return codes, scale, zero, codebook, nested codebook, absmax and offset.
 
     A kernel does not touch what the weight has not, so any tensor stands in for it.

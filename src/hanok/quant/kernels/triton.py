@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 
 SPLIT_TOKENS = 16
 TILE_TOKENS = 256
-BLOCK_BYTES = 2**25  # of dequantized rows: they stay in a large GPU's cache until they are multiplied
+BLOCK_BYTES = (
+    2**25
+)  # of dequantized rows: they stay in a large GPU's cache until they are multiplied
 UNIT_BYTES = 16
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -136,7 +138,7 @@ class TritonWeight:
                 scale = scale.codes
             units = self._codes.shape[1] // UNIT_BYTES
             self._packed = PackedWeight(
-                kind="integer" if form.kind in ("signed", "zero") else form.kind,
+                kind="integer" if form.kind == "signed" or form.kind == "zero" else form.kind,
                 bits=form.bits,
                 columns=self.shape[1],
                 group_size=form.group_size or units * _unit_columns(form),
