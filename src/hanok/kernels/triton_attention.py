@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 SPLIT_KEYS = 256
-BLOCK_KEYS = 64
+BLOCK_BYTES = 2**14  # of keys that a program reads at once, and as many of values
 
 
 @triton.jit
@@ -36,7 +36,7 @@ def _append(
     sequence, head = tl.program_id(0), tl.program_id(1)
     dim = tl.arange(0, BLOCK_DIM)
     mask = dim < HEAD_DIM
-    key = tl.load(key_lengths + sequence) - 1
+    key = tl.load(key_lengths + sequence).to(tl.int32) - 1
     page = tl.load(pages + sequence * pages_stride + key // page_size).to(tl.int64)
     place = page * page_stride + head * head_stride + (key % page_size) * HEAD_DIM + dim
     new_k = tl.load(k + sequence * k_stride + head * HEAD_DIM + dim, mask=mask)
@@ -75,7 +75,7 @@ def _part(
 ):
     """Online softmax over one part of the keys: weighted sum, largest score, sum of weights."""
     sequence, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    length = tl.load(key_lengths + sequence)
+    length = tl.load(key_lengths + sequence).to(tl.int32)
     first = tl.maximum(split * SPLIT, length - window)
     last = tl.minimum(split * SPLIT + SPLIT, length)
     if first < last:
@@ -130,7 +130,7 @@ def _merge(
     """Merge the parts of one head of one sequence, the first one first."""
     sequence = tl.program_id(0)
     row = (sequence * tl.num_programs(1) + tl.program_id(1)).to(tl.int64)
-    length = tl.load(key_lengths + sequence)
+    length = tl.load(key_lengths + sequence).to(tl.int32)
     first = tl.maximum(0, length - window) // SPLIT
     last = (length + SPLIT - 1) // SPLIT
     dim = tl.arange(0, BLOCK_DIM)
@@ -177,6 +177,7 @@ def append(
             HEAD_DIM=head_dim,
             BLOCK_DIM=triton.next_power_of_2(head_dim),
             num_warps=1,
+            enable_fp_fusion=True,
         )
 
 
@@ -230,10 +231,11 @@ def attend(
             HAS_SOFTCAP=softcap is not None,
             PRECISION="ieee" if q.dtype is torch.float32 else "tf32",
             SPLIT=SPLIT_KEYS,
-            BLOCK=BLOCK_KEYS,
+            BLOCK=max(16, min(64, BLOCK_BYTES // (block_dim * q.element_size()))),
             BLOCK_GROUP=max(16, triton.next_power_of_2(group)),
             BLOCK_DIM=block_dim,
             num_warps=4,
+            enable_fp_fusion=True,
             num_stages=2,
         )
         _merge[(sequences, heads)](
@@ -248,5 +250,6 @@ def attend(
             SPLIT=SPLIT_KEYS,
             BLOCK_DIM=block_dim,
             num_warps=2,
+            enable_fp_fusion=True,
         )
     return output

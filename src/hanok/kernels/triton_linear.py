@@ -23,6 +23,7 @@ from torch import Tensor
 
 UNIT_BYTES = tl.constexpr(16)
 NESTED_BLOCK = tl.constexpr(256)
+LARGE_SHARED_BYTES = 2**17  # data-center GPUs since A100 have more, all others less
 
 Kind = Literal["integer", "codebook", "float8"]
 
@@ -408,6 +409,7 @@ def gemv(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
             BLOCK_ROWS=block_rows,
             BLOCK_UNITS=block_units,
             num_warps=4,
+            enable_fp_fusion=True,
         )
     return output if splits == 1 else _merged(partial, splits, bias, output)
 
@@ -416,11 +418,10 @@ def tiles(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
     """(tokens, in) -> (tokens, out) on tensor cores, the weights rounded to x's dtype first."""
     tokens = x.shape[0]
     x = x if x.stride(1) == 1 else x.contiguous()
-    block_tokens = min(128, max(16, triton.next_power_of_2(tokens)))
-    block_rows, block_units = 64, 4
-    blocks = triton.cdiv(weight.rows, block_rows)
-    token_blocks = triton.cdiv(tokens, block_tokens)
-    splits, units_per_split = _split(weight, blocks * token_blocks, block_units, x.device)
+    tile = _tile(x, weight)
+    blocks = triton.cdiv(weight.rows, tile.rows)
+    token_blocks = triton.cdiv(tokens, tile.tokens)
+    splits, units_per_split = _split(weight, blocks * token_blocks, tile.units, x.device)
     output = x.new_empty(tokens, weight.rows)
     partial = output if splits == 1 else _partial(x, splits, output.numel())
     with torch.cuda.device_of(x):
@@ -440,11 +441,12 @@ def tiles(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
             **_constants(weight),
             HAS_BIAS=bias is not None and splits == 1,
             PRECISION="ieee" if x.dtype is torch.float32 else "tf32",
-            BLOCK_ROWS=block_rows,
-            BLOCK_TOKENS=block_tokens,
-            BLOCK_UNITS=block_units,
-            num_warps=4 if block_tokens <= 64 else 8,
-            num_stages=3,
+            BLOCK_ROWS=tile.rows,
+            BLOCK_TOKENS=tile.tokens,
+            BLOCK_UNITS=tile.units,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+            enable_fp_fusion=True,
         )
     return output if splits == 1 else _merged(partial, splits, bias, output)
 
@@ -484,6 +486,7 @@ def _write_dequantized(
             BLOCK_ROWS=block_rows,
             BLOCK_UNITS=block_units,
             num_warps=4,
+            enable_fp_fusion=True,
         )
 
 
@@ -512,6 +515,40 @@ def _constants(weight: PackedWeight) -> dict[str, object]:
         "HAS_ZERO": weight.zero is not None,
         "IS_NESTED": weight.nested is not None,
     }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Tile:
+    """What one program of `_tiles` computes, and with what."""
+
+    rows: int
+    tokens: int
+    units: int
+    warps: int
+    stages: int  # of loads under way
+
+
+def _tile(x: Tensor, weight: PackedWeight) -> _Tile:
+    """Return the tile for these tokens: the largest that registers and shared memory have room for.
+
+    Every block of tokens dequantizes the weight again, so few large ones are best. Float32 needs twice
+    the registers, and looked-up values pass through shared memory.
+    """
+    is_large = _shared_bytes(x.device) >= LARGE_SHARED_BYTES
+    is_small = x.dtype is torch.float32 or (weight.kind == "codebook" and not is_large)
+    if len(x) <= 64 or is_small:
+        size = min(64, max(16, triton.next_power_of_2(len(x))))
+        return _Tile(rows=64, tokens=size, units=4, warps=4, stages=3)
+    if len(x) <= 128 or not is_large:
+        return _Tile(rows=128, tokens=128, units=4, warps=8, stages=2)
+    return _Tile(rows=128, tokens=256, units=2, warps=8, stages=3)
+
+
+def _shared_bytes(device: torch.device) -> int:
+    """Return the shared memory that one program may use."""
+    if device.type != "cuda":
+        return 0
+    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
 
 
 def _split(
@@ -543,5 +580,6 @@ def _merged(partial: Tensor, splits: int, bias: Tensor | None, output: Tensor) -
             HAS_BIAS=bias is not None,
             BLOCK=block,
             num_warps=4,
+            enable_fp_fusion=True,
         )
     return output

@@ -92,6 +92,7 @@ def _normed(
                 UNIT_OFFSET=unit_offset,
                 BLOCK=block,
                 num_warps=max(1, min(16, block // 512)),
+                enable_fp_fusion=True,
             )
     return output, added
 
