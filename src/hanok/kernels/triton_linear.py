@@ -537,7 +537,8 @@ def _tile(x: Tensor, weight: PackedWeight) -> _Tile:
     is_large = _shared_bytes(x.device) >= LARGE_SHARED_BYTES
     is_small = x.dtype is torch.float32 or (weight.kind == "codebook" and not is_large)
     if len(x) <= 64 or is_small:
-        size = min(64, max(16, triton.next_power_of_2(len(x))))
+        most = 32 if x.dtype is torch.float32 else 64
+        size = min(most, max(16, triton.next_power_of_2(len(x))))
         return _Tile(rows=64, tokens=size, units=4, warps=4, stages=3)
     if len(x) <= 128 or not is_large:
         return _Tile(rows=128, tokens=128, units=4, warps=8, stages=2)
