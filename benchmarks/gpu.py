@@ -243,9 +243,7 @@ def copy_gb_per_s(device: torch.device, size_bytes: int, runs: int) -> float:
 
 
 @torch.inference_mode()
-def measure_ours(
-    name: str, decoder: Decoder, *, prompt: int, tokens: int, runs: int
-) -> Result:
+def measure_ours(name: str, decoder: Decoder, *, prompt: int, tokens: int, runs: int) -> Result:
     """Decode `tokens` after a prompt, and compute calls of CALL_TOKENS, `runs` times each."""
     device = decoder.device
     warm_up = 4  # steps that compile kernels and record the graph
@@ -268,9 +266,7 @@ def measure_ours(
 
     call()
     called = tuple(rate(call, CALL_TOKENS, device) for _ in range(4 * runs))
-    return Result(
-        name=name, bytes_per_token=bytes_per_token(decoder), decode=decoded, call=called
-    )
+    return Result(name=name, bytes_per_token=bytes_per_token(decoder), decode=decoded, call=called)
 
 
 @torch.inference_mode()

@@ -36,7 +36,7 @@ def test_the_shape_is_that_of_llama_8b(gpu: ModuleType) -> None:
     assert config.num_parameters() == 8_030_261_248  # counted from its published sizes
 
 
-@pytest.mark.parametrize("quant", [None, "int8", "int4"])
+@pytest.mark.parametrize("quant", [None, "int8:group_size=32", "int4"])
 def test_contestants_are_made_and_measured(gpu: ModuleType, quant: str | None) -> None:
     recipe = None if quant is None else read_recipe(quant)
     decoder = gpu.make_decoder(gpu.GPU_SHAPES["tiny"], recipe, CPU)

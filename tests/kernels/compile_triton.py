@@ -43,9 +43,7 @@ def compiled(
         else:
             signature[name] = "fp32" if name in FLOATS else "i32"
     aligned = [
-        name
-        for name in names
-        if name in pointers or name in DIVISIBLE or name.endswith("_stride")
+        name for name in names if name in pointers or name in DIVISIBLE or name.endswith("_stride")
     ]
     source = ASTSource(
         fn=kernel,

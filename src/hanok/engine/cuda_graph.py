@@ -87,9 +87,7 @@ class DecodeStep:
 class RecordedStep(DecodeStep):
     """A step that is replayed from its second run on; its logits are valid until the next one."""
 
-    def __init__(
-        self, decoder: Decoder, cache: KVCache, size: int, memory: Any
-    ) -> None:
+    def __init__(self, decoder: Decoder, cache: KVCache, size: int, memory: Any) -> None:
         super().__init__(decoder, cache, size)
         self._memory = memory  # a handle of torch
         self._is_warm = False

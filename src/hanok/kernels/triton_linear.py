@@ -546,10 +546,10 @@ def _tile(x: Tensor, weight: PackedWeight) -> _Tile:
 
 
 def _shared_bytes(device: torch.device) -> int:
-    """Return the shared memory that one program may use."""
+    """Return the shared memory of a GPU's multiprocessor."""
     if device.type != "cuda":
         return 0
-    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
+    return torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor
 
 
 def _split(
