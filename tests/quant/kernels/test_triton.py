@@ -223,3 +223,21 @@ def test_choosing_a_layout_imports_no_triton() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(("tokens", "shared_bytes"), [(70, 0), (130, 0), (130, 2**18)])
+@pytest.mark.parametrize("method", [Int8(), Nf4()], ids=str)
+def test_larger_tiles_are_those_of_the_reference(
+    method: QuantMethod,
+    tokens: int,
+    shared_bytes: int,
+    kernel_device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Blocks of 64, 128 and 256 tokens, as GPUs with little or much shared memory get them."""
+    if kernel_device.type == "cpu":
+        from hanok.kernels import triton_linear
+
+        monkeypatch.setattr(triton_linear, "_shared_bytes", lambda device: shared_bytes)
+    stored = stored_of(method, drawn(150, 90, 1).to(kernel_device), kernel_device)
+    assert_product(drawn(tokens, 90, 2).to(kernel_device, torch.float16), stored, None)
