@@ -2,9 +2,9 @@
 
     python scripts/sanitize.py [PYTEST ARGUMENTS]
 
-The library is compiled aside with both, and $HANOK_KERNELS makes the tests (`tests/conftest.py`) load it in
-place of the package's own. The sanitizers have to be loaded before Python, which LD_PRELOAD does; leaks are not
-looked for, since Python itself ends with memory it never gives back.
+The library is compiled aside with both, and $HANOK_KERNELS makes the tests (`tests/conftest.py`) load it
+in place of the package's own. The sanitizers have to be loaded before Python, which LD_PRELOAD does.
+Leaks are not looked for, since Python itself ends with memory it never gives back.
 """
 
 import importlib.util

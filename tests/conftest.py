@@ -1,14 +1,23 @@
-"""Without a GPU Triton's kernels run in its interpreter, chosen before anything imports it."""
+"""What has to be chosen before anything is imported: which build of our kernels, and where Triton's run.
+
+Without a GPU Triton's kernels run in its interpreter. $HANOK_KERNELS names another build of the CPU
+kernels: scripts/sanitize.py tests one with checks inside.
+"""
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from hanok.kernels import native
+
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+if "HANOK_KERNELS" in os.environ:
+    native.LIBRARY = Path(os.environ["HANOK_KERNELS"])
 
 
 @pytest.fixture(scope="session")

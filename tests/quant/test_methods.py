@@ -68,6 +68,13 @@ def test_every_shape_has_a_record_of_its_shape(text: str, columns: int) -> None:
 
 
 @pytest.mark.parametrize("text", [*BANDS, *CEILINGS])
+def test_no_rows_are_no_codes(text: str) -> None:
+    record = read_recipe(text).linears.quantize(torch.ones(0, 100))
+    assert record.shape == (0, 100)
+    assert record.dequantize().shape == (0, 100)
+
+
+@pytest.mark.parametrize("text", [*BANDS, *CEILINGS])
 def test_zeros_stay_zeros(text: str) -> None:
     weight = gaussian(4, 256)
     weight[1] = 0

@@ -92,7 +92,7 @@ class RecordedStep(DecodeStep):
         self._memory = memory  # a handle of torch
         self._is_warm = False
         self._recorded: tuple[torch.cuda.CUDAGraph, Tensor] | None = None
-        self._angles: list[object] = []
+        self._angles: list[list[Tensor]] = []
 
     def run(self) -> Tensor:
         """See `DecodeStep.run`."""
@@ -105,7 +105,7 @@ class RecordedStep(DecodeStep):
                 logits = super().run()
             self._recorded = graph, logits
             # Longer tables of angles may replace these, which the graph goes on reading.
-            self._angles = [dict(rotary._tables) for rotary in self._decoder.rotaries.values()]
+            self._angles = [rotary.tables() for rotary in self._decoder.rotaries.values()]
         graph, logits = self._recorded
         graph.replay()
         return logits

@@ -114,6 +114,10 @@ class Rotary:
             self._tables[key] = (angles_for, table)
         return table
 
+    def tables(self) -> list[Tensor]:
+        """Return the tables in use; who holds them may go on reading when longer ones replace them."""
+        return [table for _, table in self._tables.values()]
+
     def rotate(self, heads: Tensor, cos_sin: Tensor) -> Tensor:
         """Return heads turned by their positions' angles; components past rotary_dim are kept.
 

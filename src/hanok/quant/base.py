@@ -255,9 +255,9 @@ def checked_group_size(name: str, size: int) -> None:
 def grouped(weight: Tensor, size: int) -> Tensor:
     """Return the weight's groups, (out, groups, size) float32; the last is filled up with zeros."""
     rows, columns = weight.shape
-    missing = -columns % size
-    padded = torch.nn.functional.pad(weight.float(), (0, missing))
-    return padded.view(rows, -1, size)
+    groups = -(-columns // size)
+    padded = torch.nn.functional.pad(weight.float(), (0, groups * size - columns))
+    return padded.view(rows, groups, size)
 
 
 def ungrouped(codes: Tensor, columns: int) -> Tensor:

@@ -191,7 +191,7 @@ def test_each_number_of_tokens_has_a_kernel() -> None:
     assert names[-1].startswith("torch")
 
 
-def test_other_dtypes_of_x_are_refused() -> None:
+def test_other_dtypes_of_x_are_refused(kernel_device: torch.device) -> None:
     with pytest.raises(ValueError, match=r"x is torch\.float64"):
         TritonWeight(Int4(), (16, 64), CPU).matmul(torch.ones(1, 64).double(), None)
 
