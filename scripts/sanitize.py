@@ -2,9 +2,9 @@
 
     python scripts/sanitize.py [PYTEST ARGUMENTS]
 
-The library is compiled aside with both, and $HANOK_KERNELS makes the tests (`tests/conftest.py`) load it
-in place of the package's own. The sanitizers have to be loaded before Python, which LD_PRELOAD does.
-Leaks are not looked for, since Python itself ends with memory it never gives back.
+The library is compiled aside with both and tested in place of the package's own (`--kernels`). The
+sanitizers have to be loaded before Python, which LD_PRELOAD does. Leaks are not looked for, since Python
+itself ends with memory it never gives back.
 """
 
 import importlib.util
@@ -52,13 +52,12 @@ def main() -> int:
         library = Path(folder, "libhanok_kernels.so")
         build_script().compile_kernels(ROOT / "src/hanok/kernels/cpp", library, FLAGS)
         environment = os.environ | {
-            "HANOK_KERNELS": str(library),
             "LD_PRELOAD": preloaded(),
             "ASAN_OPTIONS": "detect_leaks=0",
             "UBSAN_OPTIONS": "print_stacktrace=1",
         }
         tests = sys.argv[1:] or [*TESTS]
-        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *tests]
+        command = [sys.executable, "-m", "pytest", "--kernels", str(library), *tests]
         return subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
 
 

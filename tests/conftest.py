@@ -1,11 +1,7 @@
-"""What has to be chosen before anything is imported: which build of our kernels, and where Triton's run.
-
-Without a GPU Triton's kernels run in its interpreter. $HANOK_KERNELS names another build of the CPU
-kernels: scripts/sanitize.py tests one with checks inside.
-"""
+"""What tests of kernels share: which build, each instruction set, threads, and Triton's interpreter."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +10,43 @@ import torch
 
 from hanok.kernels import native
 
+# Without a GPU Triton's kernels run in its interpreter, chosen before anything imports it.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
-if "HANOK_KERNELS" in os.environ:
-    native.LIBRARY = Path(os.environ["HANOK_KERNELS"])
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--kernels",
+        type=Path,
+        metavar="LIBRARY",
+        help="compiled kernels to test instead of the package's own (scripts/sanitize.py)",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    library = config.getoption("--kernels")
+    if library is not None:
+        if not library.is_file():
+            raise pytest.UsageError(f"--kernels: there is no file {library}")
+        native.LIBRARY = library.resolve()
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Give a test that takes `kernels` those of each instruction set that this processor has."""
+    if "kernels" not in metafunc.fixturenames:
+        return
+    found = [pytest.param(item, id=item.instruction_set) for item in native.instruction_sets()]
+    missing = pytest.param(None, marks=pytest.mark.skip(f"the kernels are {native.why_not()}"))
+    metafunc.parametrize("kernels", found or [missing], scope="session")
+
+
+@pytest.fixture
+def with_threads() -> Iterator[Callable[[int], None]]:
+    """Sets the number of threads for one test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -3,11 +3,11 @@
 `test_backends.py` holds it against the other backends.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -15,34 +15,23 @@ from hanok.attention import native as module
 from hanok.attention.base import AttentionSpec, ForwardBatch, backends, reference
 from hanok.attention.cache import KVCache, LayerState, StateSpec
 from hanok.attention.native import NativeAttention
-from hanok.kernels.native import Native, instruction_sets, native_for, why_not
+from hanok.kernels.native import Native
 
 CPU = torch.device("cpu")
-SETTINGS = settings(max_examples=40, deadline=None, derandomize=True)
+SETTINGS = settings(
+    max_examples=40,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 PLAIN = AttentionSpec(num_heads=4, num_kv_heads=2, head_dim=16, scale=0.25)
 
 
-@pytest.fixture(scope="module", params=["AVX-512 VNNI", "AVX2", "NEON dot product", "portable"])
-def backend(request: pytest.FixtureRequest) -> Iterator[NativeAttention]:
-    """The backend on every instruction set that this processor has."""
-    found = {kernels.instruction_set: kernels for kernels in instruction_sets()}
-    if request.param not in found:
-        pytest.skip(f"{request.param}: {why_not() or 'not of this processor'}")
-    patch = pytest.MonkeyPatch()
-
-    def only(*tensors: Tensor) -> Native | None:
-        return found[request.param]
-
-    patch.setattr(module, "native_for", only)
-    yield NativeAttention()
-    patch.undo()
-
-
 @pytest.fixture
-def with_threads() -> Iterator[Callable[[int], None]]:
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
+def backend(kernels: Native, monkeypatch: pytest.MonkeyPatch) -> NativeAttention:
+    """The backend on one instruction set."""
+    monkeypatch.setattr(module, "native_for", lambda *tensors: kernels)
+    return NativeAttention()
 
 
 class Case:
@@ -260,8 +249,7 @@ def test_what_is_no_number_is_not_hidden(backend: NativeAttention) -> None:
     assert found[4:].isfinite().all()
 
 
-def test_gradients_are_left_to_a_backend_that_has_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "native_for", native_for)
+def test_gradients_are_left_to_a_backend_that_has_them() -> None:
     case = Case(PLAIN, [0], [6])
     q, k, v = (items[0].clone().requires_grad_() for items in (case.q, case.k, case.v))
     batch = ForwardBatch.of([[0] * 6])

@@ -19,15 +19,6 @@ from hanok.kernels.native import DENSE_TOKENS, Native, instruction_sets, native,
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(scope="module", params=["AVX-512 VNNI", "AVX2", "NEON dot product", "portable"])
-def kernels(request: pytest.FixtureRequest) -> Native:
-    """Every instruction set that this processor has."""
-    for found in instruction_sets():
-        if found.instruction_set == request.param:
-            return found
-    pytest.skip(f"{request.param}: {why_not() or 'not an instruction set of this processor'}")
-
-
 @pytest.fixture
 def two_threads() -> Iterator[None]:
     before = torch.get_num_threads()

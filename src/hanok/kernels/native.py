@@ -160,7 +160,7 @@ class Native:
         """Quantize rows (count, in) into the panels that begin at row `start`, a multiple of 16."""
         rows = rows.contiguous()
         count, columns = rows.shape
-        if start % 16 or start + count > weight.rows or columns != weight.columns:
+        if start % 16 or not 0 <= start <= weight.rows - count or columns != weight.columns:
             raise ValueError(
                 f"rows {start} to {start + count} of {columns} do not fit into "
                 f"{weight.rows} x {weight.columns}"
@@ -189,6 +189,8 @@ class Native:
 
     def look_up(self, weight: Panels, ids: Tensor, dtype: torch.dtype) -> Tensor:
         """Return some rows, (ids, in) in `dtype`. ids: (count,) int64."""
+        if ids.dtype is not torch.int64 or not ids.is_cpu or ids.dim() != 1:
+            raise ValueError(f"ids are {ids.dtype} {tuple(ids.shape)} on {ids.device}, not int64")
         ids = ids.contiguous()
         if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < weight.rows:
             raise IndexError(f"ids {int(ids.min())} to {int(ids.max())}, rows {weight.rows}")
@@ -247,7 +249,7 @@ class Native:
             heads = heads.contiguous()
         cos_sin = cos_sin.contiguous()
         fits = cos_sin.shape == (2, tokens, 1, rotary_dim) and rotary_dim <= head_dim
-        if not fits or cos_sin.dtype != heads.dtype:
+        if not fits or rotary_dim % 2 or cos_sin.dtype != heads.dtype:
             raise ValueError(f"heads are {tuple(heads.shape)}, angles {tuple(cos_sin.shape)}")
         y = heads.new_empty(tokens, num_heads, head_dim)
         cos = cos_sin.data_ptr()
@@ -275,6 +277,10 @@ class Native:
 
         `activation` is one of GATE_ACTIVATIONS.
         """
+        if gate_up.dim() != 2 or gate_up.shape[1] % 2:
+            raise ValueError(
+                f"gate and up are {' x '.join(map(str, gate_up.shape))}: no two halves"
+            )
         gate_up = gate_up.contiguous()
         tokens, size = gate_up.shape[0], gate_up.shape[1] // 2
         y = gate_up.new_empty(tokens, size)

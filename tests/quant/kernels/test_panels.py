@@ -4,7 +4,7 @@ x rounded to int8 is part of the answer, so the oracle rounds it too, plainly; w
 of float32 sums.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hanok.kernels.native import Native, instruction_sets, why_not
+from hanok.kernels.native import Native, why_not
 from hanok.quant.base import Format, QuantizedWeight, QuantMethod, method_of, reference
 from hanok.quant.kernels import panels as module
 from hanok.quant.kernels.panels import LAYOUT, PanelWeight
@@ -26,22 +26,6 @@ WHOLE = (
 FLOAT = ("int8:group_size=0", "fp8")
 SETTINGS = settings(max_examples=30, deadline=None, derandomize=True)
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module", params=["AVX-512 VNNI", "AVX2", "NEON dot product", "portable"])
-def kernels(request: pytest.FixtureRequest) -> Native:
-    """Every instruction set that this processor has."""
-    for found in instruction_sets():
-        if found.instruction_set == request.param:
-            return found
-    pytest.skip(f"{request.param}: {why_not() or 'not an instruction set of this processor'}")
-
-
-@pytest.fixture
-def with_threads() -> Iterator[Callable[[int], None]]:
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 def method(text: str) -> QuantMethod:
