@@ -283,6 +283,13 @@ def test_what_would_be_read_out_of_bounds_is_refused(backend: NativeAttention) -
         backend.attend(q, k, v, PLAIN, ForwardBatch.of([[0, 0]], past=[7]), state)
     with pytest.raises(ValueError, match="in a cache of 2 x 7"):
         backend.attend(q, k, v, PLAIN, ForwardBatch.of([[0, 0]], past=[3], slots=[2]), state)
+    with pytest.raises(ValueError, match="in a cache of 2 x 7"):
+        backend.attend(q, k, v, PLAIN, ForwardBatch.of([[0, 0]], slots=[-1]), state)
+    for heads, size in ((1, 16), (2, 8)):
+        narrow = StateSpec(num_kv_heads=heads, head_dim=size)
+        other = KVCache([narrow], num_sequences=2, capacity=7, dtype=torch.float32, device=CPU)
+        with pytest.raises(ValueError, match=f"the cache has {heads} heads of {size}"):
+            backend.attend(q, k, v, PLAIN, ForwardBatch.of([[0, 0]]), other.states[0])
     with pytest.raises(ValueError, match=r"the queries are torch\.bfloat16"):
         backend.attend(*(item.bfloat16() for item in (q, k, v)), PLAIN, batch, state)
 

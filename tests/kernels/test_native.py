@@ -1,11 +1,7 @@
 """The compiled kernels: exact sums, rounding, threads, and a machine that could not build them."""
 
-import importlib.util
-import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -172,88 +168,3 @@ def test_the_kernels_are_offered_for_what_they_can_compute_and_nothing_else() ->
         assert native_for(wide, other) is None
     with torch.no_grad():
         assert native_for(wide.clone().requires_grad_()) is native()
-
-
-@pytest.fixture
-def build(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The build script, with a bare class in place of hatchling's, which only builds install."""
-    path = ROOT / "hatch_build.py"
-    if not path.is_file():
-        pytest.skip("the build script is not beside these tests")
-    plugin = "hatchling.builders.hooks.plugin.interface"
-    interface = ModuleType(plugin)
-    interface.BuildHookInterface = type(  # type: ignore[attr-defined]
-        "BuildHookInterface", (), {"__class_getitem__": classmethod(lambda cls, item: cls)}
-    )
-    monkeypatch.setitem(sys.modules, plugin, interface)
-    spec = importlib.util.spec_from_file_location("hatch_build", path)
-    assert spec is not None
-    assert spec.loader is not None
-    loaded = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(loaded)
-    return loaded
-
-
-def test_without_a_compiler_there_is_no_library(
-    build: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("CXX", raising=False)
-    monkeypatch.setattr(shutil, "which", lambda name: None)
-    with pytest.raises(build.CompileError, match=r"no C\+\+ compiler"):
-        build.compile_kernels(tmp_path, tmp_path / "lib.so")
-    assert not list(tmp_path.iterdir())
-
-
-def test_what_does_not_compile_is_said_and_leaves_nothing(
-    build: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if shutil.which("g++") is None:
-        pytest.skip("there is no g++ here")
-    monkeypatch.delenv("CXX", raising=False)
-    sources = [tmp_path / "library.cpp", tmp_path / "instruction_set.cpp"]
-    for source in sources:
-        source.write_text("this is no program")
-    with pytest.raises(build.CompileError, match="error"):
-        build.compile_kernels(tmp_path, tmp_path / "lib.so")
-    assert sorted(tmp_path.iterdir()) == sorted(sources)
-
-
-def test_a_compiler_named_by_the_user_may_not_be_there(
-    build: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("CXX", str(tmp_path / "no-such-compiler"))
-    with pytest.raises(build.CompileError, match="no-such-compiler"):
-        build.compile_kernels(tmp_path, tmp_path / "lib.so")
-
-
-def test_a_wheel_without_the_library_is_a_wheel_for_every_system(
-    build: ModuleType,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    def fail(sources: Path, library: Path) -> None:
-        raise build.CompileError("there is no C++ compiler")
-
-    hook = build.KernelsBuildHook()
-    hook.root, hook.target_name = str(tmp_path), "wheel"
-    monkeypatch.setattr(build, "compile_kernels", fail)
-    data: dict[str, object] = {"artifacts": [], "pure_python": True}
-    hook.initialize("standard", data)
-    assert data == {"artifacts": [], "pure_python": True}
-    assert "not built: there is no C++ compiler" in capsys.readouterr().err
-    monkeypatch.setattr(build, "compile_kernels", lambda sources, library: None)
-    hook.initialize("standard", data)
-    assert data["artifacts"] == ["src/hanok/kernels/libhanok_kernels.so"]
-    assert data["pure_python"] is False
-    assert str(data["tag"]).startswith("py3-none-")
-
-
-@pytest.mark.parametrize("machine", ["x86_64", "aarch64", "riscv64"])
-def test_every_processor_has_the_portable_kernels(
-    build: ModuleType, monkeypatch: pytest.MonkeyPatch, machine: str
-) -> None:
-    monkeypatch.setattr(build.platform, "machine", lambda: machine)
-    tables = build.instruction_sets()
-    assert tables["portable"][1] == []
-    assert len({name for name, _ in tables.values()}) == len(tables)

@@ -51,6 +51,11 @@ GEMMA2: Mapping[str, Any] = {
 TOKENS = [3, 1, 4, 1, 5, 9, 2, 6]
 
 
+def notes_of(loaded: Loaded) -> list[str]:
+    """What loading says, but for kernels that were not built where these tests run."""
+    return [note for note in loaded.report.notes if not note.startswith("hanok's kernels")]
+
+
 def tensors_of(
     dtype: torch.dtype = torch.float32, *, tied: bool = False, norms: tuple[str, ...] = ()
 ) -> dict[str, Tensor]:
@@ -224,7 +229,7 @@ def test_auto_makes_float16_bfloat16_on_a_cpu_and_says_so(tmp_path: Path, device
     tensors = tensors_of(torch.float16)
     loaded = load(write(tmp_path, tensors), device=device)
     assert loaded.decoder.dtype is torch.bfloat16
-    (note,) = loaded.report.notes
+    (note,) = notes_of(loaded)
     assert "bfloat16 instead of the file's float16" in note
     assert "float32" in note
     for name, tensor in ours(tensors).items():
@@ -234,7 +239,7 @@ def test_auto_makes_float16_bfloat16_on_a_cpu_and_says_so(tmp_path: Path, device
 def test_a_dtype_that_is_asked_for_is_used_without_a_note(tmp_path: Path) -> None:
     loaded = load(write(tmp_path, tensors_of(torch.float16)), dtype="float16")
     assert loaded.decoder.dtype is torch.float16
-    assert loaded.report.notes == ()
+    assert notes_of(loaded) == []
 
 
 def test_auto_takes_what_the_config_declares_before_what_the_file_holds(tmp_path: Path) -> None:

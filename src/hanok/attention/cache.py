@@ -71,7 +71,7 @@ def _extended(kept: Tensor, scale: Tensor | None, slot: int, start: int, new: Te
         kept[slot, :, start:end] = new
         return kept[slot, :, :end]
     largest = new.float().abs().amax(-1)
-    factor = (127 / largest).nan_to_num(posinf=0.0)
+    factor = (torch.full_like(largest, 127) / largest).nan_to_num(posinf=0.0)
     kept[slot, :, start:end] = (new.float() * factor[..., None]).round().char()
     scale[slot, :, start:end] = largest / 127
     return (kept[slot, :, :end] * scale[slot, :, :end, None]).to(new.dtype)

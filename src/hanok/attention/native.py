@@ -114,8 +114,11 @@ def _check(
         if batch.key_lengths != batch.query_lengths:
             raise ValueError("sequences have keys before this batch, but there is no cache")
         return
-    num_slots, _, capacity, _ = state.keys.shape
-    if max(batch.slots) >= num_slots or max(batch.key_lengths) > capacity:
+    num_slots, num_kv_heads, capacity, head_dim = state.keys.shape
+    if (num_kv_heads, head_dim) != kv_shape[1:]:
+        raise ValueError(f"the cache has {num_kv_heads} heads of {head_dim}, k is {tuple(k.shape)}")
+    is_there = all(0 <= slot < num_slots for slot in batch.slots)
+    if not is_there or max(batch.key_lengths) > capacity:
         raise ValueError(f"{max(batch.key_lengths)} keys in a cache of {num_slots} x {capacity}")
     if state.keys.dtype not in (q.dtype, torch.int8):
         raise ValueError(f"the cache is {state.keys.dtype}, the queries are {q.dtype}")

@@ -243,6 +243,15 @@ def test_a_zero_row_of_x_and_of_the_weight_give_zero(kernels: Native) -> None:
         assert made.matmul(random(1, 70), None)[0, 17] == 0
 
 
+@pytest.mark.parametrize("text", WHOLE)
+def test_numbers_too_small_to_be_divided_by_do_not_become_others(
+    kernels: Native, text: str
+) -> None:
+    """127 over the largest magnitude of such a group is infinite."""
+    weight = stored(kernels, text, random(16, 40))
+    assert weight.matmul(torch.full((1, 40), 1e-39), None).abs().max() < 1e-36
+
+
 def test_what_would_be_read_out_of_bounds_is_refused(kernels: Native) -> None:
     weight = stored(kernels, "int8", random(20, 140))
     with pytest.raises(ValueError, match="x is 1 x 139, the weight 20 x 140"):

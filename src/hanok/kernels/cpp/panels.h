@@ -69,7 +69,8 @@ INLINE void round_row(const Item* x, int64_t columns, int64_t group_columns, con
             peak = larger_magnitude(peak, load_first(x + first + i, there - i));
         const float most = largest_magnitude(peak);
         // What is infinite or no number has no whole number; the scale carries it into the result.
-        const bool has_codes = most > 0 && most <= 3.4028235e38f;
+        // Nor has what is so small that 127 over it is infinite.
+        const bool has_codes = most > 0 && most <= 3.4028235e38f && 127.0f / most <= 3.4028235e38f;
         const Floats inverse = Floats::all(has_codes ? 127.0f / most : 0.0f);
         Ints total = Ints::all(0);
         for (int64_t i = 0; i < group_columns; i += kLanes) {
