@@ -134,6 +134,55 @@ def test_too_little_text_and_too_small_windows_are_refused() -> None:
         measure_quality(hanok.BUNDLED, [], TEXT, window=1)
 
 
+@pytest.mark.parametrize("max_tokens", [0, -5])
+def test_no_tokens_to_score_are_refused(max_tokens: int) -> None:
+    with pytest.raises(OptionError, match=f"max_tokens is {max_tokens}"):
+        measure_quality(hanok.BUNDLED, [], TEXT, max_tokens=max_tokens)
+
+
+def test_a_window_without_room_for_text_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from hanok.checkpoint.tokenizer import Tokenizer
+
+    encode = Tokenizer.encode
+    monkeypatch.setattr(Tokenizer, "encode", lambda self, text: [0, 0, *encode(self, text)[1:]])
+    assert measure_quality(hanok.BUNDLED, [], TEXT, window=3, max_tokens=4).num_tokens == 4
+    with pytest.raises(OptionError, match="the window is 2 tokens and the tokenizer puts 2"):
+        measure_quality(hanok.BUNDLED, [], TEXT, window=2)
+
+
+@pytest.mark.parametrize("layer", [0, 2])
+def test_a_variant_that_computes_nan_does_not_look_right(
+    layer: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load_variant = quality._load_variant
+
+    def broken(*args: str) -> hanok.Model:
+        model = load_variant(*args)
+        with torch.no_grad():
+            model.decoder.layers[layer].attention_norm.weight.fill_(math.nan)
+        return model
+
+    monkeypatch.setattr(quality, "_load_variant", broken)
+    row = measure_quality(hanok.BUNDLED, ["int8"], TEXT, max_tokens=50).rows[1]
+    figures = (row.perplexity, row.kl_mean, row.kl_p99, row.layer_error)
+    assert all(map(math.isnan, figures))
+    assert row.worst_layer == layer
+
+
+def test_tokens_that_the_reference_rules_out_add_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    from hanok.models.decoder import Decoder
+
+    logits = Decoder.logits
+
+    def ruled_out(self: Decoder, hidden: Tensor) -> Tensor:
+        return logits(self, hidden).index_fill(1, torch.tensor([3]), -math.inf)
+
+    monkeypatch.setattr(Decoder, "logits", ruled_out)
+    rows = measure_quality(hanok.BUNDLED, ["bfloat16", "int4"], TEXT, max_tokens=50).rows
+    assert rows[1].kl_mean == 0
+    assert 0 < rows[2].kl_mean < 1
+
+
 def test_without_a_tokenizer_there_is_nothing_to_score(tmp_path: Path) -> None:
     for name in ("config.json", "model.safetensors"):
         (tmp_path / name).symlink_to(hanok.BUNDLED / name)

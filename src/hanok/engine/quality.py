@@ -96,10 +96,11 @@ def measure_quality(
     reference and the recipes compute in; float32 makes the finest comparison. `text` is cut into
     windows of at most `window` tokens, of which `max_tokens` are scored at the most. `others` are
     checkpoints of the same model that are compared too, by the name of their rows. `progress` is
-    called with each row's name before it is measured. Raises OptionError for variants that are not
-    known or twice there, RequestError where the text is too short.
+    called with each row's name before it is measured. A variant that computes NaN has NaN in its row.
+    Raises OptionError for variants that are not known or twice there and for sizes that cannot be,
+    RequestError where the text is too short.
     """
-    _check(variants, window)
+    _check(variants, window, max_tokens)
     gb_per_s = read_gb_per_s(torch.device(device))
     progress("reference")
     model = load(path, device=device, dtype=dtype, weights="copied")
@@ -143,9 +144,11 @@ def measure_quality(
     )
 
 
-def _check(variants: Sequence[str], window: int) -> None:
+def _check(variants: Sequence[str], window: int, max_tokens: int) -> None:
     if window < 2:
         raise OptionError(f"the window is {window}; it needs at least 2 tokens.")
+    if max_tokens < 1:
+        raise OptionError(f"max_tokens is {max_tokens}; at least 1 token must be scored.")
     twice = [name for name in variants if list(variants).count(name) > 1]
     if twice:
         raise OptionError(f"variant {twice[0]!r} is there twice; name it once.")
@@ -171,6 +174,11 @@ def _windows(model: Model, text: str, window: int, max_tokens: int) -> list[list
     rest = tokens[len(first) :] if tokens[: len(first)] == first else tokens
     window = min(window, model.config.max_context_tokens)
     step = window - len(first)
+    if step < 1:
+        raise OptionError(
+            f"the window is {window} tokens and the tokenizer puts {len(first)} before every text, so "
+            "nothing of it fits. Choose a larger window."
+        )
     pieces = [first + rest[start : start + step] for start in range(0, len(rest), step)]
     found, count = [], 0
     for piece in pieces:
@@ -218,11 +226,15 @@ def _compare(
         reference = kept[place : place + len(target)]
         losses.append(-log_probs.gather(1, target[:, None]))
         # In float64: equal distributions differ by nothing, and close ones by little.
-        terms = reference.exp().double() * (reference.double() - log_probs.double())
-        divergences.append(terms.nan_to_num(0.0).sum(-1))
+        # What the reference rules out adds nothing (0 log 0); a NaN of the variant stays one.
+        wanted = reference.double()
+        chance = wanted.exp()
+        terms = torch.where(chance == 0, 0.0, chance * (wanted - log_probs.double()))
+        divergences.append(terms.sum(-1))
         same.append(reference.argmax(-1) == log_probs.argmax(-1))
     errors = _layer_errors(model.decoder, windows[0][:PROBE_TOKENS], probe)
-    worst = max(range(len(errors)), key=errors.__getitem__)
+    # NaN is worse than any number, and compares as neither more nor less.
+    worst = max(range(len(errors)), key=lambda i: (math.isnan(errors[i]), errors[i]))
     against = (torch.cat(divergences), torch.cat(same), errors[worst], worst)
     return _row(name, model, torch.cat(losses), against, gb_per_s)
 
