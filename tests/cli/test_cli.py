@@ -297,6 +297,34 @@ def test_quality_is_a_table_a_file_and_an_object(
 
 
 @pytest.mark.parametrize(
+    ("option", "file", "message"),
+    [
+        ("--markdown", "nowhere/table.md", "there is no folder"),
+        ("--plot", "nowhere/plot.png", "there is no folder"),
+        ("--plot", "plot.xyz", "its ending is none of"),
+    ],
+)
+def test_what_quality_cannot_write_is_said_before_it_measures(
+    option: str, file: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hanok.engine import quality
+
+    monkeypatch.setattr(quality, "measure_quality", lambda *a, **k: pytest.fail("measured"))
+    assert message in str(run("quality", option, str(tmp_path / file)).exception)
+
+
+def test_a_plot_without_matplotlib_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib.util
+
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find(name)
+    )
+    message = str(run("quality", "--plot", "plot.png").exception)
+    assert "pip install 'hanok[plot]'" in message
+
+
+@pytest.mark.parametrize(
     ("given", "variants"),
     [
         (("int8,int4,nf4",), ["int8", "int4", "nf4"]),

@@ -59,9 +59,15 @@ HEADER = (
 @click.option("--device", default="cpu", show_default=True, help="Where to compute.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: all cores]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the table.")
-@click.option("--markdown", type=click.Path(path_type=Path), help="Write the table to this file.")
 @click.option(
-    "--plot", type=click.Path(path_type=Path), help="Draw the table into this file (.png, .svg)."
+    "--markdown",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Write the table to this file.",
+)
+@click.option(
+    "--plot",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Draw the table into this file (.png, .svg).",
 )
 def command(  # noqa: PLR0913 one for each option
     path: Path | None,
@@ -89,8 +95,11 @@ def command(  # noqa: PLR0913 one for each option
 
     if threads:
         torch.set_num_threads(threads)
+    # Measuring takes minutes; what could not be written is said before it.
+    for file in filter(None, (markdown, plot)):
+        _check_folder(file)
     if plot is not None:
-        _needs_matplotlib()
+        _check_plot(plot)
     report = measure_quality(
         path or BUNDLED,
         split_variants(variants),
@@ -181,11 +190,21 @@ def _print(report: "QualityReport") -> None:
     (console if console.is_terminal else Console(width=PIPED_WIDTH)).print(table)
 
 
-def _needs_matplotlib() -> None:
+def _check_folder(file: Path) -> None:
+    if not file.parent.is_dir():
+        raise OptionError(f"{file} cannot be written: there is no folder {file.parent}.")
+
+
+def _check_plot(file: Path) -> None:
     from importlib.util import find_spec
 
     if find_spec("matplotlib") is None:
         raise OptionError("--plot draws with matplotlib: pip install 'hanok[plot]'.")
+    from matplotlib.figure import Figure
+
+    known = sorted(Figure().canvas.get_supported_filetypes())
+    if file.suffix.removeprefix(".").lower() not in known:
+        raise OptionError(f"--plot {file}: its ending is none of {', '.join(known)}.")
 
 
 def _draw(report: "QualityReport", file: Path) -> None:
