@@ -3,7 +3,7 @@
 import argparse
 import statistics
 import time
-from collections.abc import Mapping
+from math import prod
 
 import engine_worker
 
@@ -61,12 +61,13 @@ def load(asked: argparse.Namespace) -> tuple[engine_worker.Generate, engine_work
             cache.truncate(0, asked.context)
         return statistics.median(times)
 
-    def details() -> Mapping[str, float]:
-        report = model.report
+    def details() -> engine_worker.Row:
+        report, tensors = model.report, model.checkpoint.tensors.values()
         return {
             "load_s": load_s,
             "load_gib": load_gib,
             "weights_gib": (report.quantized_bytes + report.copied_bytes) / 2**30,
+            "largest_tensor_gib": 2 * max(prod(ref.shape) for ref in tensors) / 2**30,
             "bytes_per_token": bytes_per_token(model.decoder),
             "four_tokens": pass_seconds(4) / pass_seconds(1),
         }

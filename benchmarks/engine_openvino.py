@@ -29,7 +29,7 @@ def load(asked: argparse.Namespace) -> tuple[engine_worker.Generate, engine_work
         first = seconds(others, 1)
         return first, (seconds(prompts, num_tokens) - first if num_tokens > 1 else 0.0)
 
-    return generate, dict
+    return generate, lambda: {"version": genai.__version__}
 
 
 if __name__ == "__main__":

@@ -16,7 +16,8 @@ from pathlib import Path
 
 Generate = Callable[[list[list[int]], int], tuple[float, float]]
 """(prompts, tokens of each) -> seconds to the first tokens, seconds of all others."""
-Details = Callable[[], Mapping[str, float]]
+Row = Mapping[str, float | str]
+Details = Callable[[], Row]
 Load = Callable[[argparse.Namespace], tuple[Generate, Details]]
 
 
