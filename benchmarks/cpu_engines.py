@@ -273,8 +273,7 @@ def llama_cpp_row(file: Path, options: argparse.Namespace, lengths: Lengths) -> 
     batched = [options.llama_cpp / "llama-batched-bench", "-m", file, "-t", options.threads]
     batched += ["-npp", context, "-ntg", new, "-npl", count]
     batched += ["-c", max(2048, 2 * count * (context + new)), "--output-format", "jsonl"]
-    lines = output_of(batched).splitlines()
-    together = next(json.loads(line) for line in lines if line.startswith("{"))
+    together = first_json_line(batched)
     prefill = bench("-p", lengths.context, "-n", 0)
     return {
         "prefill_per_s": float(prefill["avg_ts"]),
@@ -284,6 +283,20 @@ def llama_cpp_row(file: Path, options: argparse.Namespace, lengths: Lengths) -> 
         "together_per_s": float(together["speed_tg"]),
         "version": f"commit {prefill['build_commit']}",
     }
+
+
+def first_json_line(command: Sequence[object], attempts: int = 10) -> measure.Row:
+    """Return the first JSON object that a program prints, one a line.
+
+    llama-batched-bench prints through a queue that it does not empty before it ends (common/log.cpp):
+    of a tiny model, whose end is quick, the line is often lost. It is then run again.
+    """
+    for _ in range(attempts):
+        for line in output_of(command).splitlines():
+            if line.startswith("{"):
+                row: measure.Row = json.loads(line)
+                return row
+    raise RuntimeError(f"{' '.join(map(str, command))} printed no result in {attempts} runs")
 
 
 def output_of(command: Sequence[object]) -> str:

@@ -440,6 +440,15 @@ def test_engines_that_fail_are_left_out_with_the_reason(programs: SimpleNamespac
     assert engines.tried([ours]) == ([ours], [])
 
 
+def test_a_lost_line_is_asked_for_again(programs: SimpleNamespace, tmp_path: Path) -> None:
+    once = "import pathlib, sys; p = pathlib.Path(sys.argv[1]); e = p.exists(); p.touch()"
+    command = [sys.executable, "-c", f"{once}; print('log'); e and print('{{\"a\": 1}}')"]
+    first_json_line = programs.cpu_engines.first_json_line
+    assert first_json_line([*command, tmp_path / "seen"]) == {"a": 1}
+    with pytest.raises(RuntimeError, match="printed no result in 1 runs"):
+        first_json_line([*command, tmp_path / "never"], attempts=1)
+
+
 def test_engines_that_are_not_there_are_left_out_with_what_to_do(
     programs: SimpleNamespace, tmp_path: Path
 ) -> None:
