@@ -10,7 +10,7 @@ activations to 8 bits as well is not in its rows. hanok's own rows contain that 
 
 import argparse
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,6 +31,12 @@ from hanok.quant.recipe import Recipe, read_recipe
 
 OURS = ("int8", "int8:group_size=128", "int4", "int4:symmetric=false", "int4:group_size=64", "nf4")
 THEIRS = ("Q8_0", "Q4_0", "Q4_K_M")
+METHOD = (
+    'Weights of the rows "weights only" are turned back into floats and computed with as such. The '
+    "other rows of hanok also round what is multiplied with them to 8 bits, as it does when it "
+    "generates; llama.cpp does the like, in blocks of 32, which none of its rows contains. Rows of as "
+    "many bits, both weights only, are what is comparable."
+)
 
 
 def folder_of(checkpoint: Checkpoint, tensors: Iterable[tuple[str, Tensor]], folder: Path) -> Path:
@@ -67,6 +73,13 @@ def rounded(checkpoint: Checkpoint, recipe: Recipe) -> Iterable[tuple[str, Tenso
         yield name, values.float()
 
 
+def kinds_sentence(kind: str, weights: Mapping[str, int]) -> str:
+    """Say which types llama-quantize really took for the matrices."""
+    total = sum(weights.values())
+    shares = ", ".join(f"{count / total:.1%} {name}" for name, count in weights.items())
+    return f"Weights of the matrices of llama.cpp's {kind}: {shares}."
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Compare quality at equal bits with llama.cpp.")
     parser.add_argument("--model", type=Path, default=hanok.BUNDLED)
@@ -85,7 +98,7 @@ def main() -> None:
             others[f"{recipe}, weights only"] = folder_of(
                 checkpoint, rounded(checkpoint, read_recipe(recipe)), folder
             )
-        sizes = {}
+        sizes, kinds = {}, []
         if options.llama_cpp is not None:
             source = gguf_files.write_gguf(options.model, Path(temporary, "model.gguf"))
             for kind in THEIRS:
@@ -94,6 +107,7 @@ def main() -> None:
                 tensors = gguf_files.hugging_face_floats(file, checkpoint.config)
                 others[name] = folder_of(checkpoint, tensors, Path(temporary, kind))
                 sizes[name] = sum(item.size_bytes for item in gguf_files.read_gguf(file)[1])
+                kinds.append(kinds_sentence(kind, gguf_files.weights_by_kind(file)))
         report = measure_quality(
             options.model,
             OURS,
@@ -119,9 +133,10 @@ def main() -> None:
     sentence = f"{report.num_tokens} tokens of {options.text.name}, in windows of {report.window}."
     parts = [
         measure.heading(f"Equal bits: {options.model.name}", threads),
-        sentence,
+        f"{sentence} {METHOD}",
         *missing,
         table,
+        *kinds,
     ]
     measure.publish("\n\n".join(parts), options.output)
 

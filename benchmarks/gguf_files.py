@@ -11,6 +11,7 @@ a head apart, so rows of query and key change places.
 import argparse
 import struct
 import subprocess
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -332,6 +333,30 @@ BLOCKS = {
     12: (256, 144, q4_k),
     14: (256, 210, q6_k),
 }
+
+KIND_NAMES = {
+    0: "F32",
+    1: "F16",
+    30: "BF16",
+    2: "Q4_0",
+    6: "Q5_0",
+    8: "Q8_0",
+    12: "Q4_K",
+    14: "Q6_K",
+}
+
+
+def weights_by_kind(path: Path) -> dict[str, int]:
+    """Return how many weights a file's matrices hold in each type of ggml, most first.
+
+    llama-quantize takes other types for the head, for some layers and for rows that its blocks do not
+    divide, so a file is not all of the type it is named for.
+    """
+    found: Counter[str] = Counter()
+    for tensor in read_gguf(path)[1]:
+        if len(tensor.shape) > 1:
+            found[KIND_NAMES[tensor.kind]] += prod(tensor.shape)
+    return dict(found.most_common())
 
 
 def main() -> None:

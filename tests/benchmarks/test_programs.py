@@ -323,6 +323,14 @@ def test_a_gguf_file_holds_the_checkpoint(
     table = shape.vocab_size * shape.hidden_size * 2
     total = sum(tensor.size_bytes for tensor in tensors)
     assert gguf.bytes_per_token(file) == total - (0 if shape.is_tied else table)
+    matrices = sum(values.numel() for values in found.values() if values.dim() > 1)
+    assert gguf.weights_by_kind(file) == {"BF16": matrices}
+
+
+def test_kinds_of_a_file_are_said(programs: SimpleNamespace) -> None:
+    sentence = programs.equal_bits.kinds_sentence("Q4_K_M", {"Q5_0": 3, "Q8_0": 1})
+    assert sentence == "Weights of the matrices of llama.cpp's Q4_K_M: 75.0% Q5_0, 25.0% Q8_0."
+    assert set(programs.gguf_files.KIND_NAMES) == set(programs.gguf_files.BLOCKS)
 
 
 def test_turned_rows_are_turned_back(programs: SimpleNamespace) -> None:
