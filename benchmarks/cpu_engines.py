@@ -92,6 +92,8 @@ class Contestant:
     run: Callable[[Lengths], measure.Row]
     bytes_per_token: int | None = None
     """None where its rows say it."""
+    note: str | None = None
+    """A sentence for the report."""
 
     @property
     def name(self) -> str:
@@ -375,6 +377,7 @@ def llama_cpp_contestants(
                 precision=precision,
                 run=partial(llama_cpp_row, file, options),
                 bytes_per_token=gguf_files.bytes_per_token(file),
+                note=gguf_files.kinds_sentence(precision, gguf_files.weights_by_kind(file)),
             )
         )
     return found
@@ -484,6 +487,7 @@ def measure_shape(
             engines_table(taking_part, rows),
             f"The probe reads memory at {memory} GB/s. {cache_sentence(shape, options)}",
             *versions(taking_part, rows),
+            *(item.note for item in taking_part if item.note),
             demands_table(taking_part, rows),
             f"{disturbed} of {sum(map(len, rows.values()))} runs were disturbed by other programs.",
         ]

@@ -10,7 +10,7 @@ activations to 8 bits as well is not in its rows. hanok's own rows contain that 
 
 import argparse
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -73,13 +73,6 @@ def rounded(checkpoint: Checkpoint, recipe: Recipe) -> Iterable[tuple[str, Tenso
         yield name, values.float()
 
 
-def kinds_sentence(kind: str, weights: Mapping[str, int]) -> str:
-    """Say which types llama-quantize really took for the matrices."""
-    total = sum(weights.values())
-    shares = ", ".join(f"{count / total:.1%} {name}" for name, count in weights.items())
-    return f"Weights of the matrices of llama.cpp's {kind}: {shares}."
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="Compare quality at equal bits with llama.cpp.")
     parser.add_argument("--model", type=Path, default=hanok.BUNDLED)
@@ -107,7 +100,7 @@ def main() -> None:
                 tensors = gguf_files.hugging_face_floats(file, checkpoint.config)
                 others[name] = folder_of(checkpoint, tensors, Path(temporary, kind))
                 sizes[name] = sum(item.size_bytes for item in gguf_files.read_gguf(file)[1])
-                kinds.append(kinds_sentence(kind, gguf_files.weights_by_kind(file)))
+                kinds.append(gguf_files.kinds_sentence(kind, gguf_files.weights_by_kind(file)))
         report = measure_quality(
             options.model,
             OURS,

@@ -359,6 +359,13 @@ def weights_by_kind(path: Path) -> dict[str, int]:
     return dict(found.most_common())
 
 
+def kinds_sentence(kind: str, weights: Mapping[str, int]) -> str:
+    """Say which types llama-quantize really took for the matrices."""
+    total = sum(weights.values())
+    shares = ", ".join(f"{count / total:.1%} {name}" for name, count in weights.items())
+    return f"Weights of the matrices of llama.cpp's {kind}: {shares}."
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Make GGUF files of a checkpoint.")
     parser.add_argument("checkpoint", type=Path)

@@ -328,7 +328,7 @@ def test_a_gguf_file_holds_the_checkpoint(
 
 
 def test_kinds_of_a_file_are_said(programs: SimpleNamespace) -> None:
-    sentence = programs.equal_bits.kinds_sentence("Q4_K_M", {"Q5_0": 3, "Q8_0": 1})
+    sentence = programs.gguf_files.kinds_sentence("Q4_K_M", {"Q5_0": 3, "Q8_0": 1})
     assert sentence == "Weights of the matrices of llama.cpp's Q4_K_M: 75.0% Q5_0, 25.0% Q8_0."
     assert set(programs.gguf_files.KIND_NAMES) == set(programs.gguf_files.BLOCKS)
 
