@@ -17,7 +17,7 @@ from pathlib import Path
 import gguf_files
 import measure
 import torch
-from cpu_engines import LLAMA_CPP_HELP
+from engine_contestants import LLAMA_CPP_HELP
 from torch import Tensor
 
 import hanok

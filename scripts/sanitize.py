@@ -7,32 +7,16 @@ sanitizers have to be loaded before Python, which LD_PRELOAD does. Leaks are not
 itself ends with memory it never gives back.
 """
 
-import importlib.util
 import os
+import runpy
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from types import ModuleType
 
 ROOT = Path(__file__).parents[1]
 FLAGS = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 TESTS = ("tests/kernels", "tests/quant/kernels/test_panels.py", "tests/attention/test_native.py")
-
-
-def build_script() -> ModuleType:
-    """Load hatch_build.py with a bare class in place of hatchling's, which only builds install."""
-    plugin = "hatchling.builders.hooks.plugin.interface"
-    interface = ModuleType(plugin)
-    bare = type("BuildHookInterface", (), {"__class_getitem__": classmethod(lambda cls, item: cls)})
-    interface.BuildHookInterface = bare  # type: ignore[attr-defined]
-    sys.modules[plugin] = interface
-    spec = importlib.util.spec_from_file_location("hatch_build", ROOT / "hatch_build.py")
-    if spec is None or spec.loader is None:
-        raise RuntimeError("hatch_build.py cannot be loaded")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def preloaded() -> str:
@@ -50,7 +34,8 @@ def preloaded() -> str:
 def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         library = Path(folder, "libhanok_kernels.so")
-        build_script().compile_kernels(ROOT / "src/hanok/kernels/cpp", library, FLAGS)
+        compile_kernels = runpy.run_path(str(ROOT / "hatch_build.py"))["compile_kernels"]
+        compile_kernels(ROOT / "src/hanok/kernels/cpp", library, FLAGS)
         environment = os.environ | {
             "LD_PRELOAD": preloaded(),
             "ASAN_OPTIONS": "detect_leaks=0",

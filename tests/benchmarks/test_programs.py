@@ -20,7 +20,7 @@ import hanok
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 PROGRAMS = (
     *("checkpoints", "measure", "generate", "attention", "linear"),
-    *("gguf_files", "cpu_engines", "equal_bits"),
+    *("gguf_files", "engine_contestants", "cpu_engines", "equal_bits"),
 )
 # Sums of at most 160 float32 products of numbers around 1; four layers of them stay far below.
 TOLERANCE = 1e-4
@@ -399,11 +399,10 @@ def test_engines_are_compared_round_by_round(programs: SimpleNamespace) -> None:
     ours |= {"load_gib": 1.75, "weights_gib": 1.0, "largest_tensor_gib": 0.25}
     theirs = {"decode_per_s": 20.0, "prefill_per_s": 200.0, "together_per_s": 40.0}
     rows = {"hanok int8": [ours], "llama.cpp Q8_0": [theirs], "memory": [{"gb_per_s": 40.0}]}
+    contestant = programs.engine_contestants.Contestant
     contestants = [
-        engines.Contestant(engine="hanok", precision="int8", run=dict),
-        engines.Contestant(
-            engine="llama.cpp", precision="Q8_0", run=dict, bytes_per_token=2 * 10**9
-        ),
+        contestant(engine="hanok", precision="int8", run=dict),
+        contestant(engine="llama.cpp", precision="Q8_0", run=dict, bytes_per_token=2 * 10**9),
     ]
     table = engines.engines_table(contestants, rows)
     assert "75%" in table
@@ -423,7 +422,7 @@ def test_engines_are_compared_round_by_round(programs: SimpleNamespace) -> None:
 
 
 def test_engines_that_fail_are_left_out_with_the_reason(programs: SimpleNamespace) -> None:
-    engines = programs.cpu_engines
+    engines = programs.engine_contestants
 
     def fails(error: Exception) -> Any:
         def run(lengths: Any) -> None:
@@ -451,7 +450,7 @@ def test_engines_that_fail_are_left_out_with_the_reason(programs: SimpleNamespac
 def test_a_lost_line_is_asked_for_again(programs: SimpleNamespace, tmp_path: Path) -> None:
     once = "import pathlib, sys; p = pathlib.Path(sys.argv[1]); e = p.exists(); p.touch()"
     command = [sys.executable, "-c", f"{once}; print('log'); e and print('{{\"a\": 1}}')"]
-    first_json_line = programs.cpu_engines.first_json_line
+    first_json_line = programs.engine_contestants.first_json_line
     assert first_json_line([*command, tmp_path / "seen"]) == {"a": 1}
     with pytest.raises(RuntimeError, match="printed no result in 1 runs"):
         first_json_line([*command, tmp_path / "never"], attempts=1)
@@ -460,7 +459,7 @@ def test_a_lost_line_is_asked_for_again(programs: SimpleNamespace, tmp_path: Pat
 def test_engines_that_are_not_there_are_left_out_with_what_to_do(
     programs: SimpleNamespace, tmp_path: Path
 ) -> None:
-    engines = programs.cpu_engines
+    engines = programs.engine_contestants
     options = SimpleNamespace(
         folder=tmp_path, only=["llama.cpp", "OpenVINO"], llama_cpp=None, openvino=None, threads=1
     )
@@ -484,7 +483,7 @@ def test_engines_that_are_not_there_are_left_out_with_what_to_do(
 def test_gguf_files_of_shapes_with_dots_keep_their_names(
     programs: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engines, gguf = programs.cpu_engines, programs.gguf_files
+    engines, gguf = programs.engine_contestants, programs.gguf_files
     shape = small(programs.checkpoints.SHAPES["llama-1.1b"])
     monkeypatch.setattr(gguf, "quantized", lambda source, kind, *_: source)
     options = SimpleNamespace(llama_cpp=tmp_path, threads=1)
@@ -508,7 +507,7 @@ def test_bytes_of_an_exported_model(
     ]
     text = f'<net><layers>{"".join(layers)}<layer name="input" type="Parameter"/></layers></net>'
     (tmp_path / "openvino_model.xml").write_text(text)
-    assert programs.cpu_engines.openvino_bytes_per_token(tmp_path) == expected
+    assert programs.engine_contestants.openvino_bytes_per_token(tmp_path) == expected
 
 
 def test_keys_and_values_are_told_apart(programs: SimpleNamespace) -> None:

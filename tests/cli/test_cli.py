@@ -1,6 +1,7 @@
 """The command line: what is printed where, exit codes, and that listing verbs costs nothing."""
 
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from click.testing import CliRunner, Result
 import hanok
 from hanok.cli.main import cli, main
 from hanok.cli.options import field_texts
+from hanok.cli.verbs.quality import finite
 from hanok.engine.generate import TokenEvent
 from hanok.engine.model import Model
 from hanok.engine.params import SamplingParams
@@ -342,3 +344,11 @@ def test_a_comma_begins_the_next_variant_unless_an_option_follows(
     from hanok.cli.verbs.quality import split_variants
 
     assert split_variants(given) == variants
+
+
+def test_json_has_no_word_for_what_is_no_number() -> None:
+    report = {"rows": ({"name": "int4", "kl_mean": math.nan, "perplexity": math.inf},), "n": 0.5}
+    assert finite(report) == {
+        "rows": [{"name": "int4", "kl_mean": None, "perplexity": None}],
+        "n": 0.5,
+    }

@@ -32,7 +32,7 @@ def test_recorded_steps_give_what_plain_passes_give() -> None:
         answer = graphs.logits(tokens, [0, 1, 2])
         torch.testing.assert_close(answer, expected, atol=1e-3, rtol=0)
         tokens = expected.argmax(-1).tolist()
-    assert graphs._steps[4]._recorded is not None  # type: ignore[attr-defined]
+    assert graphs._steps[4]._recorded is not None  # type: ignore[attr-defined]  # looks inside: was it recorded
 
 
 @pytest.mark.parametrize("quant", [None, "int8", "int4", "nf4"])

@@ -178,6 +178,17 @@ def choose(name: str, spec: AttentionSpec, device: torch.device, dtype: torch.dt
     )
 
 
+def next_backend(after: str, spec: AttentionSpec, q: Tensor) -> Backend:
+    """Return the first of the others that fits, for calls that the backend `after` cannot serve."""
+    others = (backends()[name] for name in AUTO_ORDER if name != after)
+    return next(item for item in others if item.why_not(spec, q.device, q.dtype) is None)
+
+
+def dense_heads(heads: Tensor) -> Tensor:
+    """Return (tokens, heads, head_dim) with nothing between heads, tokens apart as they may be."""
+    return heads if heads.stride()[1:] == (heads.shape[2], 1) else heads.contiguous()
+
+
 def split_sequences(
     q: Tensor, k: Tensor, v: Tensor, batch: ForwardBatch, state: LayerState | None
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:

@@ -13,7 +13,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from hanok.attention.base import AUTO_ORDER, AttentionSpec, Backend, ForwardBatch, backends
+from hanok.attention.base import AttentionSpec, ForwardBatch, dense_heads, next_backend
 from hanok.attention.cache import LayerState
 from hanok.kernels.native import ITEM_TYPES, AttentionCall, native, native_for, why_not
 
@@ -44,10 +44,9 @@ class NativeAttention:
         """See `Backend.attend`."""
         kernels = native_for(q, k, v)
         if kernels is None:
-            other = _differentiable(spec, q)
-            return other.attend(q, k, v, spec, batch, state)
+            return next_backend(self.name, spec, q).attend(q, k, v, spec, batch, state)
         _check(q, k, v, spec, batch, state)
-        q, k, v = _rows(q), _rows(k), _rows(v)
+        q, k, v = dense_heads(q), dense_heads(k), dense_heads(v)
         output = torch.empty(q.shape, dtype=q.dtype)
         starts = (0, *accumulate(batch.query_lengths))
         call = AttentionCall(
@@ -86,12 +85,6 @@ class NativeAttention:
         return output
 
 
-def _differentiable(spec: AttentionSpec, q: Tensor) -> Backend:
-    """Return the next backend that fits."""
-    others = (backends()[name] for name in AUTO_ORDER if name != NativeAttention.name)
-    return next(item for item in others if item.why_not(spec, q.device, q.dtype) is None)
-
-
 def _check(
     q: Tensor,
     k: Tensor,
@@ -122,11 +115,6 @@ def _check(
         raise ValueError(f"{max(batch.key_lengths)} keys in a cache of {num_slots} x {capacity}")
     if state.keys.dtype not in (q.dtype, torch.int8):
         raise ValueError(f"the cache is {state.keys.dtype}, the queries are {q.dtype}")
-
-
-def _rows(heads: Tensor) -> Tensor:
-    """Return (tokens, heads, head_dim) with nothing between heads, tokens apart as they may be."""
-    return heads if heads.stride()[1:] == (heads.shape[2], 1) else heads.contiguous()
 
 
 def _array(values: Sequence[int]) -> Array[c_int64]:

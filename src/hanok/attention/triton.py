@@ -10,7 +10,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from hanok.attention.base import AUTO_ORDER, AttentionSpec, Backend, ForwardBatch, backends
+from hanok.attention.base import AttentionSpec, ForwardBatch, dense_heads, next_backend
 from hanok.attention.cache import LayerState
 
 MAX_HEAD_DIM = 256  # a block of keys and values has to fit beside the sums of a program
@@ -48,13 +48,20 @@ class TritonAttention:
         needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
         is_decode = set(batch.query_lengths) == {1}
         if state is None or not is_decode or needs_grad or state.keys.dtype is not q.dtype:
-            return _next_backend(spec, q).attend(q, k, v, spec, batch, state)
+            return next_backend(self.name, spec, q).attend(q, k, v, spec, batch, state)
         from hanok.kernels.triton_attention import append, attend
 
         table = batch.page_table or batch.one_page_each()
-        append(_rows(k), _rows(v), state.keys, state.values, table.key_lengths, table.pages)
+        append(
+            dense_heads(k),
+            dense_heads(v),
+            state.keys,
+            state.values,
+            table.key_lengths,
+            table.pages,
+        )
         return attend(
-            _rows(q),
+            dense_heads(q),
             state.keys,
             state.values,
             table.key_lengths,
@@ -63,16 +70,6 @@ class TritonAttention:
             window=spec.window,
             softcap=spec.softcap,
         )
-
-
-def _next_backend(spec: AttentionSpec, q: Tensor) -> Backend:
-    others = (backends()[name] for name in AUTO_ORDER if name != TritonAttention.name)
-    return next(item for item in others if item.why_not(spec, q.device, q.dtype) is None)
-
-
-def _rows(heads: Tensor) -> Tensor:
-    """Return (tokens, heads, head_dim) with nothing between heads, tokens apart as they may be."""
-    return heads if heads.stride()[1:] == (heads.shape[2], 1) else heads.contiguous()
 
 
 BACKENDS = (TritonAttention(),)

@@ -221,7 +221,7 @@ def method_of(name: str, options: Mapping[str, str]) -> QuantMethod:
         known = ", ".join(nearest_first(name, list(methods())))
         raise OptionError(f"quantization {name!r} is unknown. Choose one of: {known}.")
     kind = methods()[name]
-    defaults = {item.name: item.default for item in fields(kind)}  # type: ignore[arg-type]
+    defaults = {item.name: item.default for item in fields(kind)}  # type: ignore[arg-type]  # no Protocol says "dataclass"
     for option in options:
         if option not in defaults:
             listed = ", ".join(nearest_first(option, list(defaults))) or "none"

@@ -1,6 +1,7 @@
 """`hanok quality`: what fewer bits cost in quality, and what they gain in speed."""
 
 import json
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -69,7 +70,7 @@ HEADER = (
     type=click.Path(path_type=Path, dir_okay=False),
     help="Draw the table into this file (.png, .svg).",
 )
-def command(  # noqa: PLR0913 one for each option
+def command(  # noqa: PLR0913 (click passes each option as an argument)
     path: Path | None,
     variants: tuple[str, ...],
     text: Path | None,
@@ -115,7 +116,7 @@ def command(  # noqa: PLR0913 one for each option
     if plot is not None:
         _draw(report, plot)
     if as_json:
-        click.echo(json.dumps(asdict(report), indent=2))
+        click.echo(json.dumps(finite(asdict(report)), indent=2, allow_nan=False))
     else:
         _print(report)
 
@@ -125,6 +126,15 @@ def split_variants(given: Sequence[str]) -> list[str]:
     return [
         item.strip() for text in given for item in re.split(r",(?![^,:]*=)", text) if item.strip()
     ]
+
+
+def finite(value: object) -> object:
+    """Return the same with null for numbers that JSON has no word for: infinite, or no number."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _read(file: Path) -> str:

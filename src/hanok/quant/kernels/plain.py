@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hanok.quant.base import Format, QuantizedWeight, QuantMethod, Stored
+from hanok.quant.groups import GroupConstants
 from hanok.quant.nested import NestedScale
 
 BLOCK_ROWS = 1024
@@ -24,24 +25,15 @@ class PlainWeight:
         self.method = method
         self.shape = shape
         form, (rows, columns) = method.format, shape
-        groups = form.num_groups(columns)
         width = -(-columns // 2) if form.bits == 4 else columns
         code_type = torch.uint8 if form.bits == 4 else CODE_TYPES[form.kind]
         self._codes = torch.empty(rows, width, dtype=code_type, device=device)
-        # As the methods give them: float16 for groups, float32 for rows and for absolute maxima.
-        is_half = form.group_size is not None and form.kind != "codebook"
-        scale_type = torch.float16 if is_half else torch.float32
-        self._scale: Tensor | NestedScale
-        self._scale = torch.empty(rows, groups, dtype=scale_type, device=device)
-        self._zero: Tensor | None = None
-        if form.kind == "zero":
-            self._zero = torch.empty(rows, groups, dtype=torch.uint8, device=device)
+        self._groups = GroupConstants(form, shape, device)
 
     @property
     def nbytes(self) -> int:
         """See `Stored`."""
-        zero_bytes = 0 if self._zero is None else self._zero.nbytes
-        return self._codes.nbytes + self._scale.nbytes + zero_bytes
+        return self._codes.nbytes + self._groups.nbytes
 
     @property
     def device(self) -> torch.device:
@@ -53,19 +45,15 @@ class PlainWeight:
         record = self.method.quantize(rows.to(self.device))
         chosen = slice(start, start + rows.shape[0])
         self._codes[chosen] = packed(record.codes) if record.format.bits == 4 else record.codes
-        if isinstance(self._scale, Tensor) and isinstance(record.scale, Tensor):
-            self._scale[chosen] = record.scale
-        if self._zero is not None and record.zero is not None:
-            self._zero[chosen] = record.zero
+        self._groups.write_rows(start, record)
 
     def finish(self) -> None:
         """See `Stored`."""
-        if self.method.format.has_nested_scale and isinstance(self._scale, Tensor):
-            self._scale = NestedScale.of(self._scale)
+        self._groups.finish()
 
     def record(self) -> QuantizedWeight:
         """See `Stored`."""
-        return replace(self._part(slice(None)), scale=self._scale)
+        return replace(self._part(slice(None)), scale=self._groups.scale)
 
     def rows(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
         """See `Stored`."""
@@ -99,11 +87,11 @@ class PlainWeight:
         form, codes = self.method.format, self._codes[rows]
         if form.bits == 4:
             codes = unpacked(codes, self.shape[1], is_signed=form.kind == "signed")
-        scale = self._scale
+        scale, zero = self._groups.scale, self._groups.zero
         if isinstance(scale, NestedScale):
             scale = scale.dequantize()
-        zero = None if self._zero is None else self._zero[rows]
-        return QuantizedWeight(format=form, codes=codes, scale=scale[rows], zero=zero)
+        chosen_zero = None if zero is None else zero[rows]
+        return QuantizedWeight(format=form, codes=codes, scale=scale[rows], zero=chosen_zero)
 
     def _with_outliers_apart(self, x: Tensor, threshold: float) -> Tensor:
         """LLM.int8() (arXiv 2208.07339): (tokens, in) -> (tokens, out) float32."""

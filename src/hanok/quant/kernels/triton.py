@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hanok.quant.base import Format, QuantizedWeight, QuantMethod, Stored
+from hanok.quant.groups import GroupConstants
 from hanok.quant.nested import NestedScale
 
 if TYPE_CHECKING:
@@ -21,9 +22,7 @@ if TYPE_CHECKING:
 
 SPLIT_TOKENS = 16
 TILE_TOKENS = 256
-BLOCK_BYTES = (
-    2**25
-)  # of dequantized rows: they stay in a large GPU's cache until they are multiplied
+BLOCK_BYTES = 2**25  # dequantized: it stays in a large GPU's cache until it is multiplied
 UNIT_BYTES = 16
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -36,16 +35,9 @@ class TritonWeight:
         self.shape = shape
         form, (rows, columns) = method.format, shape
         units = -(-columns // _unit_columns(form))
-        groups = form.num_groups(columns)
         # Zeros, for what pads a row is read.
         self._codes = torch.zeros(rows, units * UNIT_BYTES, dtype=torch.uint8, device=device)
-        is_half = form.group_size is not None and form.kind != "codebook"
-        scale_type = torch.float16 if is_half else torch.float32
-        self._scale: Tensor | NestedScale
-        self._scale = torch.empty(rows, groups, dtype=scale_type, device=device)
-        self._zero: Tensor | None = None
-        if form.kind == "zero":
-            self._zero = torch.empty(rows, groups, dtype=torch.uint8, device=device)
+        self._groups = GroupConstants(form, shape, device)
         self._codebook: Tensor | None = None
         if form.codebook is not None:
             self._codebook = torch.tensor(form.codebook, device=device)
@@ -54,8 +46,8 @@ class TritonWeight:
     @property
     def nbytes(self) -> int:
         """See `Stored`."""
-        parts = (self._codes, self._scale, self._zero, self._codebook)
-        return sum(part.nbytes for part in parts if part is not None)
+        codebook_bytes = 0 if self._codebook is None else self._codebook.nbytes
+        return self._codes.nbytes + self._groups.nbytes + codebook_bytes
 
     @property
     def device(self) -> torch.device:
@@ -67,22 +59,19 @@ class TritonWeight:
         record = self.method.quantize(rows.to(self.device))
         chosen = slice(start, start + rows.shape[0])
         self._codes[chosen] = packed(record.format, record.codes)
-        if isinstance(self._scale, Tensor) and isinstance(record.scale, Tensor):
-            self._scale[chosen] = record.scale
-        if self._zero is not None and record.zero is not None:
-            self._zero[chosen] = record.zero
+        self._groups.write_rows(start, record)
 
     def finish(self) -> None:
         """See `Stored`."""
-        if self.method.format.has_nested_scale and isinstance(self._scale, Tensor):
-            self._scale = NestedScale.of(self._scale)
-            self._packed = None
+        self._groups.finish()
+        self._packed = None
 
     def record(self) -> QuantizedWeight:
         """See `Stored`."""
         form = self.method.format
         codes = unpacked(form, self._codes, self.shape[1])
-        return QuantizedWeight(format=form, codes=codes, scale=self._scale, zero=self._zero)
+        groups = self._groups
+        return QuantizedWeight(format=form, codes=codes, scale=groups.scale, zero=groups.zero)
 
     def rows(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
         """See `Stored`."""
@@ -132,7 +121,7 @@ class TritonWeight:
         if self._packed is None:
             from hanok.kernels.triton_linear import Nested, PackedWeight
 
-            form, scale, nested = self.method.format, self._scale, None
+            form, scale, nested = self.method.format, self._groups.scale, None
             if isinstance(scale, NestedScale):
                 nested = Nested(codebook=scale.codebook, absmax=scale.absmax, offset=scale.offset)
                 scale = scale.codes
@@ -145,7 +134,7 @@ class TritonWeight:
                 codes=self._codes,
                 scale=scale,
                 middle=_middle(form),
-                zero=self._zero,
+                zero=self._groups.zero,
                 codebook=self._codebook,
                 nested=nested,
             )
