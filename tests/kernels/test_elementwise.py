@@ -263,3 +263,40 @@ def test_any_number_of_threads_gives_the_same_bits(
         with_threads(count)
         for answer, expected in zip(all_of_them(), alone, strict=True):
             assert torch.equal(answer, expected)
+
+
+@both_dtypes
+@quick
+@given(shape=st.lists(st.integers(0, 40), min_size=1, max_size=3), seed=st.integers(0, 99))
+def test_a_sum_is_rounded_once_as_torch_does(
+    kernels: Native, dtype: torch.dtype, shape: list[int], seed: int
+) -> None:
+    a, b = random(*shape, seed=seed, dtype=dtype), random(*shape, seed=seed + 1, dtype=dtype)
+    if a.numel() > 2:
+        a.view(-1)[:2] = torch.tensor([INF, NAN])
+    assert torch.equal(kernels.add(a, b).nan_to_num(7.0), (a + b).nan_to_num(7.0))
+
+
+def test_a_long_sum_is_shared_by_threads(kernels: Native) -> None:
+    a, b = (
+        random(50, 1001, seed=1, dtype=torch.bfloat16),
+        random(50, 1001, seed=2, dtype=torch.bfloat16),
+    )
+    assert torch.equal(kernels.add(a, b), a + b)
+
+
+def test_a_sum_of_what_differs_is_refused(kernels: Native) -> None:
+    with pytest.raises(ValueError, match="differ"):
+        kernels.add(torch.ones(3), torch.ones(4))
+    with pytest.raises(ValueError, match="differ"):
+        kernels.add(torch.ones(3), torch.ones(3, dtype=torch.bfloat16))
+
+
+@both_dtypes
+def test_rows_that_stand_apart_are_copied_side_by_side(kernels: Native, dtype: torch.dtype) -> None:
+    wide = random(5, 7, 3, seed=4, dtype=dtype)
+    assert torch.equal(kernels.copy(wide[:, 2:5]), wide[:, 2:5])
+    assert kernels.copy(wide[:, 2:5]).is_contiguous()
+    assert kernels.copy(wide[:0, 2:5]).shape == (0, 3, 3)
+    with pytest.raises(ValueError, match="in pieces"):
+        kernels.copy(wide[:, :, 1:])

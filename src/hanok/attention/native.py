@@ -77,11 +77,10 @@ class NativeAttention:
                 call.value_scale = state.value_scale.data_ptr()
         call.keys, call.values = keys.data_ptr(), values.data_ptr()
         call.cache_type = ITEM_TYPES[keys.dtype]
-        # Named, so that they live until the call is over.
         counts, lengths, places = map(_array, (batch.query_lengths, batch.key_lengths, offsets))
         call.query_counts, call.key_counts = addressof(counts), addressof(lengths)
         call.offsets = addressof(places)
-        kernels.attend(call)
+        kernels.attend(call, q, k, v, keys, values, counts, lengths, places, output)
         return output
 
 

@@ -16,7 +16,9 @@ from torch import Tensor
 from hanok.attention.base import ForwardBatch
 from hanok.attention.cache import KVCache
 from hanok.checkpoint.stream import StreamDecoder
-from hanok.engine.cuda_graph import DecodeGraphs, why_not
+from hanok.engine import cuda_graph, native_steps
+from hanok.engine.cuda_graph import DecodeGraphs
+from hanok.engine.native_steps import NativeSteps
 from hanok.engine.params import SamplingParams
 from hanok.engine.sampling import draw, processed
 from hanok.models.decoder import Decoder
@@ -158,14 +160,19 @@ def generate(
     if cache is None and use_cache:
         capacity = max(len(item.prompt_ids) + item.room for item in sequences)
         cache = decoder.new_cache(len(sequences), capacity)
-    graphs = None
-    if cache is not None and why_not(decoder, cache) is None:
-        graphs = DecodeGraphs(decoder, cache)
+    recorded = _recorded_steps(decoder, cache) if cache is not None else None
     running = list(range(len(sequences)))
     while running:
-        for index, logits in _forward(decoder, sequences, running, cache, graphs):
+        for index, logits in _forward(decoder, sequences, running, cache, recorded):
             yield sequences[index].step(index, logits)
         running = [index for index in running if sequences[index].finish_reason is None]
+
+
+def _recorded_steps(decoder: Decoder, cache: KVCache) -> DecodeGraphs | NativeSteps | None:
+    """Return what makes the passes over single tokens again without Python, where something can."""
+    if cuda_graph.why_not(decoder, cache) is None:
+        return DecodeGraphs(decoder, cache)
+    return NativeSteps(decoder, cache) if native_steps.why_not(decoder, cache) is None else None
 
 
 def _forward(
@@ -173,7 +180,7 @@ def _forward(
     sequences: list[GenerationSequence],
     running: list[int],
     cache: KVCache | None,
-    graphs: DecodeGraphs | None,
+    recorded: "DecodeGraphs | NativeSteps | None",
 ) -> list[tuple[int, Tensor]]:
     """Return the logits that follow each running sequence, computing what is not in the cache."""
     lengths = {index: len(sequences[index].token_ids) for index in running}
@@ -184,8 +191,8 @@ def _forward(
                 cache.truncate(index, 0)
             past[index] = cache.lengths[index]
     waiting = {index: sequences[index].token_ids[past[index] :] for index in running}
-    if graphs is not None and all(len(tokens) == 1 for tokens in waiting.values()):
-        scores = graphs.logits([tokens[0] for tokens in waiting.values()], running)
+    if recorded is not None and all(len(tokens) == 1 for tokens in waiting.values()):
+        scores = recorded.logits([tokens[0] for tokens in waiting.values()], running)
         return list(zip(running, scores, strict=True))
     found: dict[int, Tensor] = {}
     while waiting:

@@ -6,7 +6,9 @@ kernels once for each instruction set; `native` returns the best that this proce
 """
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from ctypes import c_float, c_int, c_int32, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
@@ -18,7 +20,7 @@ from torch import Tensor
 LIBRARY = Path(__file__).parent / "libhanok_kernels.so"
 DENSE_TOKENS = 8  # rows of x that `dense` takes at the most
 
-# The library's numbers for types, kinds of panels and activations (cpp/kernels.h).
+# The library's numbers for types, kinds of panels, activations and operations (cpp/kernels.h).
 ITEM_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 FLOATS = (torch.float32, torch.bfloat16)  # what x may be
 PanelKind = Literal["bytes", "nibbles", "zero nibbles", "table", "row bytes", "row float8"]
@@ -31,6 +33,7 @@ PANEL_KINDS: dict[PanelKind, int] = {
     "row float8": 5,
 }
 GATE_ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
+DENSE, PRODUCT, ATTEND, RMS_NORM, ROTATE, GATE, ADD, COPY = range(8)
 
 
 class Panels(ctypes.Structure):
@@ -66,6 +69,42 @@ class AttentionCall(ctypes.Structure):
     )
 
 
+class Step(ctypes.Structure):
+    """One call of a kernel, as the library takes it (cpp/kernels.h)."""
+
+    _fields_ = (
+        ("inputs", c_void_p * 3),
+        ("output", c_void_p),
+        ("sizes", c_int64 * 5),
+        ("number", c_float),
+        ("operation", c_int32),
+        ("choice", c_int32),
+        ("type", c_int32),
+    )
+
+
+class Recording:
+    """The calls that were made while `recording` was on, in order, and what they point to."""
+
+    def __init__(self) -> None:
+        self.steps: list[Step] = []
+        self.kept: list[object] = []
+
+
+_recording: ContextVar[Recording | None] = ContextVar("recording", default=None)
+
+
+@contextmanager
+def recording() -> Iterator[Recording]:
+    """Keep every call of a kernel that this thread makes in the block; they are made as well."""
+    found = Recording()
+    token = _recording.set(found)
+    try:
+        yield found
+    finally:
+        _recording.reset(token)
+
+
 class Native:
     """The kernels of one instruction set. Results never depend on the number of threads.
 
@@ -80,21 +119,22 @@ class Native:
         self.instruction_set: str = library.hanok_name(self._table).decode()
         """What the kernels use of this processor."""
         pointer, size, count = c_void_p, c_int64, c_int
-        self._dense = _function(
-            library.hanok_dense, [*[pointer] * 4, size, size, size, count, count]
-        )
-        self._product = _function(library.hanok_product, [*[pointer] * 4, size, count, count])
+        self._run = _function(library.hanok_run, [pointer, size, count])
         self._pack = _function(library.hanok_pack, [pointer, size, size, pointer, count])
         self._unpack = _function(library.hanok_unpack, [pointer, size, size, pointer, count])
         self._look_up = _function(library.hanok_look_up, [pointer, pointer, size, pointer, count])
-        self._attend = _function(library.hanok_attend, [pointer, count])
-        self._rms_norm = _function(
-            library.hanok_rms_norm, [*[pointer] * 3, size, size, c_float, count, count, count]
-        )
-        self._rotate = _function(
-            library.hanok_rotate, [*[pointer] * 4, *[size] * 5, count, count, count]
-        )
-        self._gate = _function(library.hanok_gate, [pointer, pointer, size, size, *[count] * 3])
+
+    def run(self, steps: "ctypes.Array[Step]") -> None:
+        """Make recorded calls again."""
+        _done(self._run(self._table, steps, len(steps), torch.get_num_threads()))
+
+    def _call(self, step: Step, *kept: object) -> None:
+        """Make one call; `kept` is what its addresses point to."""
+        _done(self._run(self._table, ctypes.byref(step), 1, torch.get_num_threads()))
+        found = _recording.get()
+        if found is not None:
+            found.steps.append(step)
+            found.kept += kept
 
     def dense(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Return x @ weight.T + bias, sums in float32.
@@ -110,22 +150,11 @@ class Native:
             raise ValueError(
                 f"x is {x.dtype}, the weight {weight.dtype}, strides {weight.stride()}"
             )
-        item_type, bias_at, _kept = _type(x), *_bias(bias, rows, x.dtype)
+        item_type, bias_at, kept = _type(x), *_bias(bias, rows, x.dtype)
         y = x.new_empty(tokens, rows)
-        _done(
-            self._dense(
-                self._table,
-                x.data_ptr(),
-                weight.data_ptr(),
-                bias_at,
-                y.data_ptr(),
-                tokens,
-                rows,
-                columns,
-                item_type,
-                torch.get_num_threads(),
-            )
-        )
+        inputs = (x.data_ptr(), weight.data_ptr(), bias_at)
+        sizes = (tokens, rows, columns)
+        self._call(Step(inputs, y.data_ptr(), sizes, 0.0, DENSE, 0, item_type), x, weight, kept, y)
         return y
 
     def product(self, x: Tensor, weight: Panels, bias: Tensor | None) -> Tensor:
@@ -139,21 +168,12 @@ class Native:
             raise ValueError(f"x is {tokens} x {columns}, the weight {rows} x {weight.columns}")
         if weight.kind >= PANEL_KINDS["row bytes"] and tokens > DENSE_TOKENS:
             raise ValueError(f"x has {tokens} rows, at most {DENSE_TOKENS} are taken")
-        item_type, bias_at, _kept = _type(x), *_bias(bias, rows, x.dtype)
+        item_type, bias_at, kept = _type(x), *_bias(bias, rows, x.dtype)
         y = x.new_empty(tokens, rows)
         if tokens and rows:
-            _done(
-                self._product(
-                    self._table,
-                    ctypes.byref(weight),
-                    x.data_ptr(),
-                    bias_at,
-                    y.data_ptr(),
-                    tokens,
-                    item_type,
-                    torch.get_num_threads(),
-                )
-            )
+            inputs = (x.data_ptr(), ctypes.addressof(weight), bias_at)
+            step = Step(inputs, y.data_ptr(), (tokens,), 0.0, PRODUCT, 0, item_type)
+            self._call(step, x, weight, kept, y)
         return y
 
     def pack(self, weight: Panels, start: int, rows: Tensor) -> None:
@@ -208,9 +228,9 @@ class Native:
         )
         return rows
 
-    def attend(self, call: AttentionCall) -> None:
-        """Do what `call` says; its maker vouches for the addresses (`attention/native.py`)."""
-        _done(self._attend(self._table, ctypes.byref(call), torch.get_num_threads()))
+    def attend(self, call: AttentionCall, *kept: object) -> None:
+        """Do what `call` says; its maker vouches for the addresses, which point to what is `kept`."""
+        self._call(Step((ctypes.addressof(call),), None, (), 0.0, ATTEND, 0, 0), call, *kept)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, *, unit_offset: bool) -> Tensor:
         """Return x / rms(x) * weight over the last axis, in x's dtype, computed in float32.
@@ -222,20 +242,9 @@ class Native:
             raise ValueError(f"x is {x.dtype} {tuple(x.shape)}, the weight {weight.dtype}")
         x = x.contiguous()
         y = torch.empty_like(x)
-        _done(
-            self._rms_norm(
-                self._table,
-                x.data_ptr(),
-                weight.data_ptr(),
-                y.data_ptr(),
-                x.numel() // max(1, size),
-                size,
-                eps,
-                unit_offset,
-                _type(x),
-                torch.get_num_threads(),
-            )
-        )
+        inputs, sizes = (x.data_ptr(), weight.data_ptr()), (x.numel() // max(1, size), size)
+        step = Step(inputs, y.data_ptr(), sizes, eps, RMS_NORM, unit_offset, _type(x))
+        self._call(step, x, weight, y)
         return y
 
     def rotate(self, heads: Tensor, cos_sin: Tensor, *, is_interleaved: bool) -> Tensor:
@@ -253,23 +262,10 @@ class Native:
             raise ValueError(f"heads are {tuple(heads.shape)}, angles {tuple(cos_sin.shape)}")
         y = heads.new_empty(tokens, num_heads, head_dim)
         cos = cos_sin.data_ptr()
-        _done(
-            self._rotate(
-                self._table,
-                heads.data_ptr(),
-                cos,
-                cos + tokens * rotary_dim * cos_sin.itemsize,
-                y.data_ptr(),
-                tokens,
-                num_heads,
-                head_dim,
-                rotary_dim,
-                heads.stride(0),
-                is_interleaved,
-                _type(heads),
-                torch.get_num_threads(),
-            )
-        )
+        inputs = (heads.data_ptr(), cos, cos + tokens * rotary_dim * cos_sin.itemsize)
+        sizes = (tokens, num_heads, head_dim, rotary_dim, heads.stride(0))
+        step = Step(inputs, y.data_ptr(), sizes, 0.0, ROTATE, is_interleaved, _type(heads))
+        self._call(step, heads, cos_sin, y)
         return y
 
     def gate(self, gate_up: Tensor, activation: str) -> Tensor:
@@ -284,18 +280,28 @@ class Native:
         gate_up = gate_up.contiguous()
         tokens, size = gate_up.shape[0], gate_up.shape[1] // 2
         y = gate_up.new_empty(tokens, size)
-        _done(
-            self._gate(
-                self._table,
-                gate_up.data_ptr(),
-                y.data_ptr(),
-                tokens,
-                size,
-                GATE_ACTIVATIONS[activation],
-                _type(gate_up),
-                torch.get_num_threads(),
-            )
-        )
+        choice, item_type = GATE_ACTIVATIONS[activation], _type(gate_up)
+        inputs, sizes = (gate_up.data_ptr(),), (tokens, size)
+        self._call(Step(inputs, y.data_ptr(), sizes, 0.0, GATE, choice, item_type), gate_up, y)
+        return y
+
+    def add(self, a: Tensor, b: Tensor) -> Tensor:
+        """Return a + b of the same shape and dtype, added in float32."""
+        if a.shape != b.shape or a.dtype != b.dtype:
+            raise ValueError(f"{a.dtype} {tuple(a.shape)} and {b.dtype} {tuple(b.shape)} differ")
+        a, b = a.contiguous(), b.contiguous()
+        y, inputs = torch.empty_like(a), (a.data_ptr(), b.data_ptr())
+        self._call(Step(inputs, y.data_ptr(), (a.numel(),), 0.0, ADD, 0, _type(a)), a, b, y)
+        return y
+
+    def copy(self, rows: Tensor) -> Tensor:
+        """Return rows (rows, …) that may stand apart side by side; each lies in one piece."""
+        if rows.dim() == 0 or not rows.is_cpu or (len(rows) and not rows[0].is_contiguous()):
+            raise ValueError(f"rows {tuple(rows.shape)} with strides {rows.stride()} are in pieces")
+        y = torch.empty(rows.shape, dtype=rows.dtype)
+        stride = rows.stride(0) * rows.itemsize
+        sizes = (len(rows), y.nbytes // max(1, len(rows)), stride)
+        self._call(Step((rows.data_ptr(),), y.data_ptr(), sizes, 0.0, COPY, 0, 0), rows, y)
         return y
 
 

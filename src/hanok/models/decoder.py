@@ -7,6 +7,8 @@ window or no positions is data (`ModelConfig`). Module paths are Llama's tensor 
 leading "model.", fused weights aside; `models/family.py` knows what files call them.
 """
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
@@ -33,7 +35,6 @@ class Attention(nn.Module):
         )
         self.rotary = rotary
         self.qk_norm = config.qk_norm
-        self.sizes = config.qkv_sizes
         self.backend: Backend = choose("eager", self.spec, torch.device("cpu"), torch.float32)
         hidden, (query_rows, key_rows, _) = config.hidden_size, config.qkv_sizes
         self.qkv_proj = Linear(hidden, query_rows + 2 * key_rows, has_bias=config.has_qkv_bias)
@@ -48,23 +49,28 @@ class Attention(nn.Module):
         """(tokens, hidden) -> (tokens, hidden); `cos_sin` are the tokens' angles."""
         spec, num_tokens = self.spec, x.shape[0]
         packed: Tensor = self.qkv_proj(x)
-        if self.qk_norm == "full":
-            query_size, key_size, _ = self.sizes
-            q, k, v = packed.tensor_split((query_size, query_size + key_size), dim=-1)
-            packed = torch.cat([self.q_norm(q), self.k_norm(k), v], dim=-1)
         heads = packed.view(num_tokens, -1, spec.head_dim)
-        # Query and key heads stand side by side, and are turned together.
+        # Query and key heads stand side by side, and are turned together unless norms part them.
         num_turned = spec.num_heads + spec.num_kv_heads
         turned, v = heads[:, :num_turned], heads[:, num_turned:]
-        if self.qk_norm == "head":
+        if self.qk_norm is None:
+            turned = self._turned(turned, cos_sin)
             q, k = turned[:, : spec.num_heads], turned[:, spec.num_heads :]
-            turned = torch.cat([self.q_norm(q), self.k_norm(k)], dim=1)
-        if self.rotary is not None and cos_sin is not None:
-            turned = self.rotary.rotate(turned, cos_sin)
-        q, k = turned[:, : spec.num_heads], turned[:, spec.num_heads :]
+        else:
+            q, k = turned[:, : spec.num_heads], turned[:, spec.num_heads :]
+            if self.qk_norm == "full":
+                q, k = q.reshape(num_tokens, -1), k.reshape(num_tokens, -1)
+            q = self.q_norm(q).view(num_tokens, spec.num_heads, spec.head_dim)
+            k = self.k_norm(k).view(num_tokens, spec.num_kv_heads, spec.head_dim)
+            q, k = self._turned(q, cos_sin), self._turned(k, cos_sin)
         scored = self.backend.attend(q, k, v, spec, batch, state)
         output: Tensor = self.o_proj(scored.reshape(num_tokens, -1))
         return output
+
+    def _turned(self, heads: Tensor, cos_sin: Tensor | None) -> Tensor:
+        if self.rotary is None or cos_sin is None:
+            return heads
+        return self.rotary.rotate(heads, cos_sin)
 
 
 class Block(nn.Module):
@@ -194,13 +200,27 @@ class Decoder(nn.Module):
 
         This is all that happens on the device, so that it can be recorded once and replayed.
         """
-        x = self.embed_tokens(batch.token_ids)
+        x = self.embed(batch)
+        return self.blocks(x, batch, self.angles(batch, x.dtype), cache)
+
+    def embed(self, batch: ForwardBatch) -> Tensor:
+        """Return what the first block gets, (tokens, hidden)."""
+        x: Tensor = self.embed_tokens(batch.token_ids)
         if self.config.embedding_scale != 1.0:
             # Rounded to the weights' dtype first, as Gemma was trained.
             x = x * torch.tensor(self.config.embedding_scale, dtype=x.dtype)
         if self.config.has_learned_positions:
             x = x + self.embed_positions(batch.positions)
-        angles = {rope: rotary.cos_sin(batch, x.dtype) for rope, rotary in self.rotaries.items()}
+        return x
+
+    def angles(self, batch: ForwardBatch, dtype: torch.dtype) -> dict[Rope, Tensor]:
+        """Return the tokens' cosines and sines by rotation, (2, tokens, 1, rotary_dim) each."""
+        return {rope: rotary.cos_sin(batch, dtype) for rope, rotary in self.rotaries.items()}
+
+    def blocks(
+        self, x: Tensor, batch: ForwardBatch, angles: Mapping[Rope, Tensor], cache: KVCache | None
+    ) -> Tensor:
+        """Run all blocks and the last norm, (tokens, hidden) -> (tokens, hidden)."""
         for index, (block, layer) in enumerate(zip(self.layers, self.config.layers, strict=True)):
             state = cache.states[index] if cache is not None else None
             x = block(x, batch, angles[layer.rope] if layer.rope else None, state)

@@ -1,4 +1,4 @@
-// Norms, rotations and gates: one pass over numbers that torch would visit several times.
+// Norms, rotations, gates, sums and copies: one pass over numbers that torch would visit several times.
 
 #pragma once
 
@@ -129,6 +129,33 @@ int gate(const void* gate_up, void* y, int64_t rows, int64_t columns, int activa
         gate_rows<float>(gate_up, y, rows, columns, activation, threads);
     else
         gate_rows<uint16_t>(gate_up, y, rows, columns, activation, threads);
+    return 0;
+}
+
+// Rows of bytes that stand apart, side by side. Few and short: a thread is not worth waking.
+int copy(const void* from, void* to, int64_t rows, int64_t bytes, int64_t stride_bytes) {
+    for (int64_t row = 0; row < rows; ++row)
+        std::memcpy(static_cast<char*>(to) + row * bytes, static_cast<const char*>(from) + row * stride_bytes,
+                    static_cast<std::size_t>(bytes));
+    return 0;
+}
+
+template <class Item>
+void add_items(const void* a, const void* b, void* y, int64_t count, int threads) {
+    const int64_t vectors = (count + kLanes - 1) / kLanes;
+#pragma omp parallel for schedule(static) num_threads(threads) if (count > kParallelItems)
+    for (int64_t v = 0; v < vectors; ++v) {
+        const int64_t i = v * kLanes;
+        store_first(static_cast<Item*>(y) + i, load_first(static_cast<const Item*>(a) + i, count - i) +
+                        load_first(static_cast<const Item*>(b) + i, count - i), count - i);
+    }
+}
+
+int add(const void* a, const void* b, void* y, int64_t count, int type, int threads) {
+    if (type == kFloat32)
+        add_items<float>(a, b, y, count, threads);
+    else
+        add_items<uint16_t>(a, b, y, count, threads);
     return 0;
 }
 

@@ -6,4 +6,5 @@
 #include "pack.h"
 #include "panels.h"
 
-extern const Kernels HANOK_KERNELS = {HANOK_NAME, dense, product, pack, unpack, look_up, attend, rms_norm, rotate, gate};
+extern const Kernels HANOK_KERNELS = {HANOK_NAME, dense, product, pack, unpack, look_up, attend, rms_norm, rotate, gate,
+                               add, copy};

@@ -70,6 +70,27 @@ struct Kernels {
                   std::int64_t token_stride, int is_interleaved, int type, int threads);
     int (*gate)(const void* gate_up, void* y, std::int64_t rows, std::int64_t columns,
                 int activation, int type, int threads);
+    int (*add)(const void* a, const void* b, void* y, std::int64_t count, int type, int threads);
+    int (*copy)(const void* from, void* to, std::int64_t rows, std::int64_t bytes, std::int64_t stride_bytes);
+};
+
+// One call of a kernel as data, so that many can be kept and made in turn.
+enum Operation {
+    kDense = 0,    // inputs: x, weight, bias or null; sizes: tokens, rows, columns
+    kProduct = 1,  // x, Panels, bias or null; tokens
+    kAttend = 2,   // Attention
+    kRmsNorm = 3,  // x, weight; rows, columns; choice: unit offset; number: eps
+    kRotate = 4,   // heads, cos, sin; tokens, heads, head_dim, rotary_dim, token stride; choice: interleaved
+    kGate = 5,     // gate and up; rows, columns; choice: activation
+    kAdd = 6,      // a, b; count
+    kCopy = 7,     // from; rows, bytes of a row, bytes from row to row
+};
+struct Step {
+    const void* inputs[3];
+    void* output;
+    std::int64_t sizes[5];
+    float number;
+    std::int32_t operation, choice, type;
 };
 
 // Memory of the calling thread, kept for its next call; null where there is none. Aligned to 64 bytes.

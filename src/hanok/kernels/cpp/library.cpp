@@ -48,6 +48,33 @@ struct Memory {
     ~Memory() { std::free(place); }
 };
 
+int call(const Kernels& kernels, const Step& step, int threads) {
+    const void* const* in = step.inputs;
+    const std::int64_t* n = step.sizes;
+    switch (step.operation) {
+        case kDense:
+            return kernels.dense(in[0], in[1], in[2], step.output, n[0], n[1], n[2], step.type, threads);
+        case kProduct:
+            return kernels.product(static_cast<const Panels*>(in[1]), in[0], in[2], step.output, n[0],
+                                   step.type, threads);
+        case kAttend:
+            return kernels.attend(static_cast<const Attention*>(in[0]), threads);
+        case kRmsNorm:
+            return kernels.rms_norm(in[0], in[1], step.output, n[0], n[1], step.number, step.choice,
+                                    step.type, threads);
+        case kRotate:
+            return kernels.rotate(in[0], in[1], in[2], step.output, n[0], n[1], n[2], n[3], n[4], step.choice,
+                                  step.type, threads);
+        case kGate:
+            return kernels.gate(in[0], step.output, n[0], n[1], step.choice, step.type, threads);
+        case kAdd:
+            return kernels.add(in[0], in[1], step.output, n[0], step.type, threads);
+        case kCopy:
+            return kernels.copy(in[0], step.output, n[0], n[1], n[2]);
+    }
+    return 2;
+}
+
 }  // namespace
 
 void* hanok_scratch(std::int64_t bytes) {
@@ -69,17 +96,20 @@ const Kernels* hanok_kernels(int index) { return supported(index); }
 
 const char* hanok_name(const Kernels* kernels) { return kernels->name; }
 
-// y = x @ weight.T + bias. x: (tokens, columns), 1 to 8 tokens; weight: (rows, columns); bias: (rows) or
-// null; y: (tokens, rows); all of one type and contiguous; sums in float32.
-int hanok_dense(const Kernels* kernels, const void* x, const void* weight, const void* bias, void* y,
-                std::int64_t tokens, std::int64_t rows, std::int64_t columns, int type, int threads) {
-    return kernels->dense(x, weight, bias, y, tokens, rows, columns, type, threads);
-}
-
-// The same with a quantized weight, for any number of tokens; at most 8 for the row kinds.
-int hanok_product(const Kernels* kernels, const Panels* weight, const void* x, const void* bias, void* y,
-                  std::int64_t tokens, int type, int threads) {
-    return kernels->product(weight, x, bias, y, tokens, type, threads);
+// Makes calls one after the other, until one of them fails. All tensors of a step are of its type and, but
+// for what a stride is given for, contiguous.
+//
+// dense: y = x @ weight.T + bias for 1 to 8 tokens, sums in float32; x (tokens, columns), weight (rows,
+// columns), bias (rows), y (tokens, rows). product: the same with a quantized weight, for any number of
+// tokens, at most 8 for the row kinds. rms_norm: x (rows, columns), weight (columns). rotate: heads (tokens,
+// heads, head_dim), cos and sin (tokens, rotary_dim). gate: (rows, 2 x columns) to (rows, columns) =
+// activation(first half) * second half.
+int hanok_run(const Kernels* kernels, const Step* steps, std::int64_t count, int threads) {
+    for (std::int64_t i = 0; i < count; ++i) {
+        const int status = call(*kernels, steps[i], threads);
+        if (status) return status;
+    }
+    return 0;
 }
 
 // Quantizes rows [start, start + count), `start` a multiple of 16, into place.
@@ -97,32 +127,6 @@ int hanok_unpack(const Kernels* kernels, const Panels* weight, std::int64_t star
 int hanok_look_up(const Kernels* kernels, const Panels* weight, const std::int64_t* ids, std::int64_t count,
                   void* rows, int type) {
     return kernels->look_up(weight, ids, count, rows, type);
-}
-
-int hanok_attend(const Kernels* kernels, const Attention* call, int threads) {
-    return kernels->attend(call, threads);
-}
-
-// x: (rows, columns); weight: (columns); y: (rows, columns).
-int hanok_rms_norm(const Kernels* kernels, const void* x, const void* weight, void* y, std::int64_t rows,
-                   std::int64_t columns, float eps, int has_unit_offset, int type,
-                   int threads) {
-    return kernels->rms_norm(x, weight, y, rows, columns, eps, has_unit_offset, type, threads);
-}
-
-// heads: (tokens, heads, head_dim) with a stride between tokens; cos, sin: (tokens, rotary_dim).
-int hanok_rotate(const Kernels* kernels, const void* heads, const void* cos, const void* sin, void* y,
-                 std::int64_t tokens, std::int64_t num_heads, std::int64_t head_dim,
-                 std::int64_t rotary_dim, std::int64_t token_stride, int is_interleaved, int type,
-                 int threads) {
-    return kernels->rotate(heads, cos, sin, y, tokens, num_heads, head_dim, rotary_dim, token_stride,
-                           is_interleaved, type, threads);
-}
-
-// gate_up: (rows, 2 x columns); y: (rows, columns) = activation(first half) * second half.
-int hanok_gate(const Kernels* kernels, const void* gate_up, void* y, std::int64_t rows, std::int64_t columns,
-               int activation, int type, int threads) {
-    return kernels->gate(gate_up, y, rows, columns, activation, type, threads);
 }
 
 #pragma GCC visibility pop

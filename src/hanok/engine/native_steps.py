@@ -1,0 +1,185 @@
+"""Decoding on a CPU without Python in between: a pass's calls of our kernels are kept and made again.
+
+A pass over one token is hundreds of short calls; in Python, those of a small model take a fifth as long
+as what they compute. The second pass over so many sequences is recorded (`kernels.native.recording`),
+and from the third on the library makes all calls in turn: the same kernels on the same buffers, so the
+same result bit for bit. What changes is written into place first: the embedded tokens, their angles,
+where each sequence's keys begin and how many there are.
+
+While a pass is recorded every operator of torch is watched. Views and new buffers need nothing, sums
+and copies become calls of our kernels, and any other operator would be missing from the recording: then
+so many sequences go on being computed plainly.
+"""
+
+from collections.abc import Mapping, Sequence
+from ctypes import addressof, c_int64
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from hanok.attention.base import ForwardBatch
+from hanok.attention.cache import KVCache
+from hanok.kernels.native import FLOATS, AttentionCall, Native, Recording, Step, native, recording
+from hanok.models.decoder import Block, Decoder
+
+KEYS_IN_PLACE_BACKEND = "native"  # the one whose calls say where keys are as numbers
+ATEN = torch.ops.aten
+COPIES = (ATEN.contiguous.default, ATEN.clone.default)
+NEW_BUFFERS = (ATEN.empty.memory_format, ATEN.empty_like.default, ATEN.new_empty.default)
+
+
+def why_not(decoder: Decoder, cache: KVCache) -> str | None:
+    """Return why passes over this cache are not recorded, or None where it is tried."""
+    if decoder.device.type != "cpu":
+        return f"records calls on a CPU (found: {decoder.device.type})"
+    if native() is None:
+        return "our kernels are not there"
+    if decoder.dtype not in FLOATS:
+        return f"our kernels do not compute in {str(decoder.dtype).removeprefix('torch.')}"
+    for block in decoder.layers:
+        if isinstance(block, Block) and block.self_attn.backend.name != KEYS_IN_PLACE_BACKEND:
+            return f"attention {block.self_attn.backend.name} is not one of our kernels"
+    if len({state.keys.stride(0) for state in cache.states}) > 1:
+        return "the rows of the cache differ from layer to layer"
+    return None
+
+
+class NativeSteps:
+    """One more token for each sequence of a cache, recorded once for each number of sequences."""
+
+    def __init__(self, decoder: Decoder, cache: KVCache) -> None:
+        kernels = native()
+        if kernels is None:
+            raise ValueError("our kernels are not there; ask why_not first")
+        self.obstacles: dict[int, str] = {}
+        """The operator that kept the pass over so many sequences from being recorded."""
+        self._decoder = decoder
+        self._cache = cache
+        self._kernels = kernels
+        self._passes: dict[int, _Pass] = {}
+        self._addresses: dict[int, tuple[int, ...]] = {}
+
+    @property
+    def recorded_sizes(self) -> list[int]:
+        """The numbers of sequences whose pass is recorded."""
+        return list(self._passes)
+
+    def logits(self, tokens: Sequence[int], slots: Sequence[int]) -> Tensor:
+        """Return the logits that follow one more token of each sequence, (sequences, vocab) float32.
+
+        Counts the tokens in the cache; raises as it does.
+        """
+        past = [self._cache.lengths[slot] for slot in slots]
+        batch = ForwardBatch.of([[token] for token in tokens], past=past, slots=list(slots))
+        self._cache.advance(batch.slots, batch.query_lengths, batch.sequence_lengths)
+        return self._decoder.logits(self._hidden_states(batch))
+
+    def _hidden_states(self, batch: ForwardBatch) -> Tensor:
+        size = len(batch.slots)
+        # Weights may move while the model works (memory/promote.py); a recording has the old places.
+        addresses = tuple(parameter.data_ptr() for parameter in self._decoder.parameters())
+        has_settled = self._addresses.get(size) == addresses
+        self._addresses[size] = addresses
+        if size in self.obstacles or not has_settled:
+            self._passes.pop(size, None)
+            return self._decoder.hidden_states(batch, self._cache)
+        if size in self._passes:
+            return self._passes[size].run(batch)
+        found = _Pass(self._decoder, self._cache, self._kernels, batch)
+        if found.obstacle is None:
+            self._passes[size] = found
+        else:
+            self.obstacles[size] = found.obstacle
+        return found.hidden
+
+
+class _Pass:
+    """The calls of one pass over one token for each of some sequences."""
+
+    def __init__(
+        self, decoder: Decoder, cache: KVCache, kernels: Native, batch: ForwardBatch
+    ) -> None:
+        self._decoder = decoder
+        self._kernels = kernels
+        self._key_stride = cache.states[0].keys.stride(0)
+        self._x = decoder.embed(batch).clone()
+        self._angles = {
+            rope: values.clone() for rope, values in decoder.angles(batch, self._x.dtype).items()
+        }
+        with recording() as found, _Watch(kernels) as watch:
+            self.hidden = decoder.blocks(self._x, batch, self._angles, cache)
+        self.obstacle = watch.obstacle
+        self._found: Recording = found
+        self._steps = (Step * len(found.steps))(*found.steps)
+        size = len(batch.slots)
+        self._key_counts, self._offsets = (c_int64 * size)(), (c_int64 * size)()
+        for call in found.kept:
+            if isinstance(call, AttentionCall):
+                call.key_counts = addressof(self._key_counts)
+                call.offsets = addressof(self._offsets)
+
+    def run(self, batch: ForwardBatch) -> Tensor:
+        """Return the normed hidden states of other tokens; they are valid until the next call."""
+        self._x.copy_(self._decoder.embed(batch))
+        for rope, values in self._decoder.angles(batch, self._x.dtype).items():
+            self._angles[rope].copy_(values)
+        self._key_counts[:] = list(batch.key_lengths)
+        self._offsets[:] = [slot * self._key_stride for slot in batch.slots]
+        self._kernels.run(self._steps)
+        return self.hidden
+
+
+class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has no types there
+    """Turns sums and copies into calls of our kernels; remembers the first operator that cannot be."""
+
+    def __init__(self, kernels: Native) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # as above
+        self.obstacle: str | None = None
+        self._kernels = kernels
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """See `TorchDispatchMode`."""
+        if func is ATEN.add.Tensor and not kwargs and _are_alike(*args):
+            return self._kernels.add(*args)
+        if func in COPIES and not kwargs and len(args) == 1 and _stands_apart(args[0]):
+            return self._kernels.copy(args[0])
+        result = func(*args, **(kwargs or {}))
+        computes = func not in NEW_BUFFERS and not _is_view(func, result, args)
+        if computes and self.obstacle is None:
+            self.obstacle = str(func)
+        return result
+
+
+def _are_alike(a: Any, b: Any) -> bool:
+    return (
+        isinstance(a, Tensor)
+        and isinstance(b, Tensor)
+        and (a.shape, a.dtype) == (b.shape, b.dtype)
+        and a.dtype in FLOATS
+        and a.is_contiguous()
+        and b.is_contiguous()
+    )
+
+
+def _stands_apart(tensor: Tensor) -> bool:
+    """Return whether rows have something between them and nothing within."""
+    return tensor.dim() > 1 and not tensor.is_contiguous() and tensor[0].is_contiguous()
+
+
+def _is_view(func: Any, result: Any, args: Sequence[Any]) -> bool:
+    """Return whether an operator only gave its input another shape, or gave it back."""
+    if func._schema.is_mutable or not args or not isinstance(args[0], Tensor):
+        return False
+    results = result if isinstance(result, list | tuple) else (result,)
+    place = args[0].untyped_storage().data_ptr()
+    return all(
+        isinstance(item, Tensor) and item.untyped_storage().data_ptr() == place for item in results
+    )
