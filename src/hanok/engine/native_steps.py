@@ -6,8 +6,8 @@ and from the third on the library makes all calls in turn: the same kernels on t
 same result bit for bit. What changes is written into place first: the embedded tokens, their angles,
 where each sequence's keys begin and how many there are.
 
-While a pass is recorded every operator of torch is watched. Views and new buffers need nothing, sums
-and copies become calls of our kernels, and any other operator would be missing from the recording: then
+While a pass is recorded every function of torch is watched. Views and new buffers need nothing, sums
+and copies become calls of our kernels, and any other function would be missing from the recording: then
 so many sequences go on being computed plainly.
 """
 
@@ -15,9 +15,8 @@ from collections.abc import Mapping, Sequence
 from ctypes import addressof, c_int64
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import TorchFunctionMode
 
 from hanok.attention.base import ForwardBatch
 from hanok.attention.cache import KVCache
@@ -25,9 +24,16 @@ from hanok.kernels.native import FLOATS, AttentionCall, Native, Recording, Step,
 from hanok.models.decoder import Block, Decoder
 
 KEYS_IN_PLACE_BACKEND = "native"  # the one whose calls say where keys are as numbers
-ATEN = torch.ops.aten
-COPIES = (ATEN.contiguous.default, ATEN.clone.default)
-NEW_BUFFERS = (ATEN.empty.memory_format, ATEN.empty_like.default, ATEN.new_empty.default)
+# torch's functions by name. What asks for no numbers of a tensor and makes none:
+QUERIES = frozenset(
+    {"__get__", "__len__", "data_ptr", "dim", "is_contiguous", "numel", "size", "stride"}
+)
+NEW_BUFFERS = frozenset({"empty", "empty_like", "new_empty"})
+# What may give its input back under another shape; whether it did is looked at.
+VIEWS = frozenset(
+    {"__getitem__", "chunk", "contiguous", "reshape", "split", "tensor_split", "to", "view"}
+)
+SUMS = frozenset({"add", "__add__"})
 
 
 def why_not(decoder: Decoder, cache: KVCache) -> str | None:
@@ -54,7 +60,7 @@ class NativeSteps:
         if kernels is None:
             raise ValueError("our kernels are not there; ask why_not first")
         self.obstacles: dict[int, str] = {}
-        """The operator that kept the pass over so many sequences from being recorded."""
+        """The function that kept the pass over so many sequences from being recorded."""
         self._decoder = decoder
         self._cache = cache
         self._kernels = kernels
@@ -131,30 +137,31 @@ class _Pass:
         return self.hidden
 
 
-class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has no types there
-    """Turns sums and copies into calls of our kernels; remembers the first operator that cannot be."""
+class _Watch(TorchFunctionMode):
+    """Turns sums and copies into calls of our kernels; remembers the first function that cannot be."""
 
     def __init__(self, kernels: Native) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # as above
+        super().__init__()
         self.obstacle: str | None = None
         self._kernels = kernels
 
-    def __torch_dispatch__(
+    def __torch_function__(
         self,
         func: Any,
         types: Sequence[type],
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """See `TorchDispatchMode`."""
-        if func is ATEN.add.Tensor and not kwargs and _are_alike(*args):
+        """See `TorchFunctionMode`."""
+        name = func.__name__
+        if name in SUMS and not kwargs and _are_alike(*args):
             return self._kernels.add(*args)
-        if func in COPIES and not kwargs and len(args) == 1 and _stands_apart(args[0]):
+        if name == "contiguous" and not kwargs and _stands_apart(args[0]):
             return self._kernels.copy(args[0])
         result = func(*args, **(kwargs or {}))
-        computes = func not in NEW_BUFFERS and not _is_view(func, result, args)
-        if computes and self.obstacle is None:
-            self.obstacle = str(func)
+        is_known = name in QUERIES or name in NEW_BUFFERS
+        if not is_known and not (name in VIEWS and _is_view(result, args)) and not self.obstacle:
+            self.obstacle = name
         return result
 
 
@@ -174,12 +181,8 @@ def _stands_apart(tensor: Tensor) -> bool:
     return tensor.dim() > 1 and not tensor.is_contiguous() and tensor[0].is_contiguous()
 
 
-def _is_view(func: Any, result: Any, args: Sequence[Any]) -> bool:
-    """Return whether an operator only gave its input another shape, or gave it back."""
-    if func._schema.is_mutable or not args or not isinstance(args[0], Tensor):
-        return False
+def _is_view(result: Any, args: Sequence[Any]) -> bool:
+    """Return whether what came back lies where the input does: nothing was copied or converted."""
     results = result if isinstance(result, list | tuple) else (result,)
     place = args[0].untyped_storage().data_ptr()
-    return all(
-        isinstance(item, Tensor) and item.untyped_storage().data_ptr() == place for item in results
-    )
+    return all(item.untyped_storage().data_ptr() == place for item in results)
