@@ -102,7 +102,7 @@ def filled_cache(case: Case, num_layers: int) -> KVCache:
         num_sequences=1,
         capacity=case.context,
         dtype=getattr(torch, case.dtype),
-        device=torch.device("cpu"),
+        devices=[torch.device("cpu")] * num_layers,
     )
     first = cache.states[0]
     first.keys.normal_()

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hanok.errors import (
+    BudgetError,
     CheckpointError,
     HanokError,
     OptionError,
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from hanok.engine.model import Generation, Model, PrefixCache, Score, load
     from hanok.engine.params import SamplingParams
     from hanok.engine.quality import QualityReport, measure_quality
+    from hanok.memory.plan import LoadPlan
+    from hanok.memory.planning import plan_load
 
 __version__ = "0.1.0"
 
@@ -34,6 +37,7 @@ BUNDLED = Path(__file__).parent / "bundled"
 
 _LAZY = {
     "Generation": "hanok.engine.model",
+    "LoadPlan": "hanok.memory.plan",
     "Model": "hanok.engine.model",
     "PrefixCache": "hanok.engine.model",
     "SamplingParams": "hanok.engine.params",
@@ -42,13 +46,16 @@ _LAZY = {
     "TokenEvent": "hanok.engine.generate",
     "load": "hanok.engine.model",
     "measure_quality": "hanok.engine.quality",
+    "plan_load": "hanok.memory.planning",
 }
 
 __all__ = [
     "BUNDLED",
+    "BudgetError",
     "CheckpointError",
     "Generation",
     "HanokError",
+    "LoadPlan",
     "Model",
     "OptionError",
     "PrefixCache",
@@ -61,6 +68,7 @@ __all__ = [
     "__version__",
     "load",
     "measure_quality",
+    "plan_load",
 ]
 
 

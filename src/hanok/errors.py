@@ -4,6 +4,7 @@ HanokError
 ├── OptionError        an option or argument has no such name, or a value out of range
 ├── CheckpointError    a file or a tensor of a checkpoint is missing, damaged or not what was promised
 ├── UnsupportedError   no implementation fits: the message lists each one with its reason
+├── BudgetError        memory does not suffice: by how much, where, and what would help
 └── RequestError       one prompt, conversation or token list cannot be served
 
 A message says what happened, with which values, why, and what to do. `exit_code` is what the command
@@ -36,6 +37,12 @@ class UnsupportedError(HanokError):
 
     exit_code = 4
     http_status = 501
+
+
+class BudgetError(HanokError):
+    """Memory does not suffice for what was asked, or is no longer what a plan counted on."""
+
+    exit_code = 6
 
 
 class RequestError(HanokError):

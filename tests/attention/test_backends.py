@@ -77,7 +77,7 @@ def batch_of(lengths: list[int], past: list[int] | None = None) -> ForwardBatch:
 def one_cache(spec: AttentionSpec, num_sequences: int, dtype: torch.dtype) -> KVCache:
     """A cache of one layer, full of NaN: what is read without having been written shows."""
     layer = StateSpec(num_kv_heads=spec.num_kv_heads, head_dim=spec.head_dim)
-    cache = KVCache([layer], num_sequences=num_sequences, capacity=32, dtype=dtype, device=CPU)
+    cache = KVCache([layer], num_sequences=num_sequences, capacity=32, dtype=dtype, devices=[CPU])
     cache.states[0].keys.fill_(float("nan"))
     cache.states[0].values.fill_(float("nan"))
     return cache

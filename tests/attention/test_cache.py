@@ -17,7 +17,11 @@ SEQUENCES, CAPACITY, KV_HEADS, HEAD_DIM = 3, 7, 2, 4
 def new_cache() -> KVCache:
     spec = StateSpec(num_kv_heads=KV_HEADS, head_dim=HEAD_DIM)
     return KVCache(
-        [spec] * 2, num_sequences=SEQUENCES, capacity=CAPACITY, dtype=torch.float32, device=CPU
+        [spec] * 2,
+        num_sequences=SEQUENCES,
+        capacity=CAPACITY,
+        dtype=torch.float32,
+        devices=[CPU] * 2,
     )
 
 

@@ -68,7 +68,7 @@ class Case:
             num_sequences=len(self.past) + 1,
             capacity=capacity,
             dtype=self.cache_dtype,
-            device=CPU,
+            devices=[CPU],
         )
         for slot, start, k, v in zip(self.slots, self.past, self.k, self.v, strict=True):
             cache.states[0].extend(slot, 0, k[:start].transpose(0, 1), v[:start].transpose(0, 1))
@@ -287,7 +287,7 @@ def test_what_would_be_read_out_of_bounds_is_refused(backend: NativeAttention) -
         backend.attend(q, k, v, PLAIN, ForwardBatch.of([[0, 0]], slots=[-1]), state)
     for heads, size in ((1, 16), (2, 8)):
         narrow = StateSpec(num_kv_heads=heads, head_dim=size)
-        other = KVCache([narrow], num_sequences=2, capacity=7, dtype=torch.float32, device=CPU)
+        other = KVCache([narrow], num_sequences=2, capacity=7, dtype=torch.float32, devices=[CPU])
         with pytest.raises(ValueError, match=f"the cache has {heads} heads of {size}"):
             backend.attend(q, k, v, PLAIN, ForwardBatch.of([[0, 0]]), other.states[0])
     with pytest.raises(ValueError, match=r"the queries are torch\.bfloat16"):

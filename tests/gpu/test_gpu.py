@@ -16,7 +16,7 @@ CUDA = torch.device("cuda")
 
 @torch.inference_mode()
 def test_recorded_steps_give_what_plain_passes_give() -> None:
-    decoder = hanok.load(hanok.BUNDLED, dtype="float32", device="cuda").decoder
+    decoder = hanok.load(hanok.BUNDLED, dtype="float32", device_map="cuda").decoder
     assert {block.self_attn.backend.name for block in decoder.layers} == {"triton"}
     prompts = [[5, 9, 200, 31], [7, 8], [11, 12, 13, 14, 15]]
     caches = [decoder.new_cache(3, 64) for _ in range(2)]
@@ -39,7 +39,7 @@ def test_recorded_steps_give_what_plain_passes_give() -> None:
 def test_generation_on_a_gpu_is_that_without_graphs(
     quant: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = hanok.load(hanok.BUNDLED, dtype="float32", device="cuda", quant=quant)
+    model = hanok.load(hanok.BUNDLED, dtype="float32", device_map="cuda", quant=quant)
     prompts = ["Once upon a time", "The dog"]
     recorded = model.generate(prompts, max_new_tokens=24)
     monkeypatch.setattr("hanok.engine.generate.why_not", lambda *_: "not in this test")

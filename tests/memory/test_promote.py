@@ -1,7 +1,6 @@
 """Weights that move from the file into memory behind the first answer: the same numbers throughout."""
 
 import threading
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,15 +11,22 @@ from hanok.checkpoint.files import open_checkpoint
 from hanok.engine.model import Model
 from hanok.memory import load as load_module
 from hanok.memory import promote
+from hanok.memory.budget import Budget, Limit
 from hanok.memory.load import Loaded, load_decoder
-from hanok.memory.promote import Promotion, available_bytes
+from hanok.memory.promote import Promotion
 
 PROMPT = "Once upon a time"
 
 
+def leave(monkeypatch: pytest.MonkeyPatch, num_bytes: int) -> None:
+    """Let the host have so much memory left."""
+    budget = Budget(device="cpu", limits=(Limit(num_bytes=num_bytes, source="the test"),))
+    monkeypatch.setattr(load_module, "host_budget", lambda: budget)
+
+
 @pytest.fixture
 def plenty(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(load_module, "available_bytes", lambda: 2**60)
+    leave(monkeypatch, 2**60)
 
 
 def load_bundled() -> tuple[Loaded, Model]:
@@ -142,7 +148,7 @@ def test_it_happens_only_where_twice_the_bytes_are_available(
     monkeypatch: pytest.MonkeyPatch, extra: int, moves: bool
 ) -> None:
     mapped_bytes = load_decoder(open_checkpoint(hanok.BUNDLED)).report.mapped_bytes
-    monkeypatch.setattr(load_module, "available_bytes", lambda: 2 * mapped_bytes + extra)
+    leave(monkeypatch, 2 * mapped_bytes + extra)
     loaded, model = load_bundled()
     assert (loaded.promotion is not None) is moves
     assert loaded.report.mapped_bytes == mapped_bytes
@@ -153,33 +159,3 @@ def test_it_happens_only_where_twice_the_bytes_are_available(
 @pytest.mark.parametrize("weights", ["mapped", "copied"])
 def test_it_does_not_happen_where_the_user_decided(weights: str) -> None:
     assert load_decoder(open_checkpoint(hanok.BUNDLED), weights=weights).promotion is None  # type: ignore[arg-type]
-
-
-@pytest.fixture
-def cgroup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], None]:
-    monkeypatch.setattr(promote, "CGROUP", tmp_path)
-
-    def write(limit: str, used: str) -> None:
-        (tmp_path / "memory.max").write_text(limit)
-        (tmp_path / "memory.current").write_text(used)
-
-    return write
-
-
-def test_a_cgroup_limits_what_is_available(cgroup: Callable[[str, str], None]) -> None:
-    assert available_bytes() > 2000
-    cgroup("3000\n", "1000\n")
-    assert available_bytes() == 2000
-    cgroup("3000\n", "3500\n")
-    assert available_bytes() == 0
-
-
-def test_a_cgroup_without_a_limit_leaves_what_the_system_has(
-    cgroup: Callable[[str, str], None],
-) -> None:
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    total = next(int(line.split()[1]) for line in lines if line.startswith("MemTotal:")) * 1024
-    cgroup("max\n", "1000\n")
-    assert 2**20 < available_bytes() < total
-    cgroup(f"{2**70}\n", "0\n")
-    assert 2**20 < available_bytes() < total

@@ -98,10 +98,25 @@ class ForwardBatch:
             slots=tuple(slots if slots is not None else range(len(sequences))),
             sequence_lengths=tuple(sequence_lengths or key_lengths),
         )
-        # Made once for all layers; on a CPU nobody needs it.
-        if batch.token_ids.is_cuda and set(batch.query_lengths) == {1}:
-            return replace(batch, page_table=batch.one_page_each())
-        return batch
+        return batch._with_pages()
+
+    def to(self, device: torch.device) -> "ForwardBatch":
+        """Return the batch on another device."""
+        if self.token_ids.device == device:
+            return self
+        moved = replace(
+            self,
+            token_ids=self.token_ids.to(device),
+            positions=self.positions.to(device),
+            page_table=None,
+        )
+        return moved._with_pages()
+
+    def _with_pages(self) -> "ForwardBatch":
+        """Make the page table once for all layers; on a CPU nobody needs it."""
+        if self.token_ids.is_cuda and set(self.query_lengths) == {1}:
+            return replace(self, page_table=self.one_page_each())
+        return self
 
     def one_page_each(self) -> PageTable:
         """Return the table of a cache in which each sequence's row is one page."""

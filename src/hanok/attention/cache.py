@@ -87,13 +87,13 @@ class KVCache:
         num_sequences: int,
         capacity: int,
         dtype: torch.dtype,
-        device: torch.device,
+        devices: Sequence[torch.device],
     ) -> None:
         self.capacity = capacity
         self.lengths = [0] * num_sequences
         self.computed_for = [0] * num_sequences
         self.states = []
-        for spec in specs:
+        for spec, device in zip(specs, devices, strict=True):
             shape = (num_sequences, spec.num_kv_heads, capacity, spec.head_dim)
             keys, values = (torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
             scales: list[Tensor] = []

@@ -6,6 +6,7 @@ them, so that the command line, Python and the documentation cannot disagree.
 
 import ast
 import inspect
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, fields
 from itertools import pairwise
@@ -17,6 +18,7 @@ import click
 from hanok import BUNDLED
 from hanok.cli.progress import bytes_bar
 from hanok.engine.params import GENERATION_CONFIG_FIELDS, SamplingOptions, SamplingParams
+from hanok.errors import OptionError
 
 if TYPE_CHECKING:
     from hanok.engine.model import Model
@@ -62,6 +64,12 @@ def model_options(command: Command) -> Command:
             "int8-outlier; for example int4:group_size=64,head=int8. `hanok info` lists them.",
         ),
         click.option(
+            "--max-memory",
+            metavar="DEVICE=SIZE,…",
+            help="What may be used, for example 0=24GiB,cpu=4GiB; what does not fit stays on disk and "
+            "is read for every token. See `hanok plan`.  [default: what is free]",
+        ),
+        click.option(
             "--cache-dtype",
             type=click.Choice(["auto", "int8"]),
             default="auto",
@@ -75,10 +83,23 @@ def model_options(command: Command) -> Command:
             help="Attention backend; `hanok info` lists them.",
         ),
         click.option(
-            "--device",
-            default="cpu",
+            "--device-map",
+            default="auto",
             show_default=True,
-            help="Where to compute: cpu, cuda, cuda:1.",
+            callback=read_device_map,
+            help="auto, balanced, balanced_low_0, sequential, a device (cpu, cuda:1), or a JSON object "
+            "of modules and devices. See `hanok plan`.",
+        ),
+        click.option(
+            "--context",
+            type=int,
+            help="Tokens that memory is planned for.  [default: 4096 or the model's]",
+        ),
+        click.option(
+            "--pipeline-depth",
+            type=int,
+            help="Groups of sequences on their way where layers lie on several devices.  [default: two "
+            "for each device]",
         ),
         click.option(
             "--dtype",
@@ -135,6 +156,19 @@ def _read_bias(
     return found
 
 
+def read_device_map(
+    context: click.Context, parameter: click.Parameter, value: str
+) -> str | dict[str, str | int]:
+    """Return a device map that was given as a name or as a JSON object."""
+    if not value.startswith("{"):
+        return value
+    try:
+        found: dict[str, str | int] = json.loads(value)
+    except ValueError as error:
+        raise OptionError(f"--device-map {value!r} is not a JSON object: {error}") from error
+    return found
+
+
 def given(options: Mapping[str, Any]) -> SamplingOptions:
     """Return the sampling options that were given on the command line."""
     names = {item.name for item in fields(SamplingParams)}
@@ -161,11 +195,14 @@ def open_model(path: Path | None, options: Mapping[str, Any]) -> "Model":
         model = load(
             path,
             dtype=options["dtype"],
-            device=options["device"],
             attn_implementation=options["attention"],
             weights=options["weights"],
             quant=options["quant"],
             cache_dtype=options["cache_dtype"],
+            device_map=options["device_map"],
+            max_memory=options["max_memory"],
+            context=options["context"],
+            pipeline_depth=options["pipeline_depth"],
             progress=bar.advance,
         )
     for note in model.notes:

@@ -21,9 +21,9 @@ from hanok.engine.cuda_graph import DecodeGraphs
 from hanok.engine.native_steps import NativeSteps
 from hanok.engine.params import SamplingParams
 from hanok.engine.sampling import draw, processed
+from hanok.memory.needs import PREFILL_TOKENS
 from hanok.models.decoder import Decoder
 
-PREFILL_TOKENS = 2048
 FinishReason = Literal["length", "eos_token", "stop_sequence"]
 
 

@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Unpack, get_args, overload
+from typing import TYPE_CHECKING, Any, Unpack, overload
 
 import torch
 from torch import Tensor
@@ -30,8 +30,17 @@ from hanok.engine.params import (
     from_generation_config,
     unsupported_defaults,
 )
-from hanok.errors import CheckpointError, OptionError, RequestError, UnsupportedError
-from hanok.memory.load import Loaded, LoadReport, Weights, load_decoder
+from hanok.engine.pipeline import Pipeline
+from hanok.errors import (
+    BudgetError,
+    CheckpointError,
+    OptionError,
+    RequestError,
+    UnsupportedError,
+)
+from hanok.memory.load import Loaded, LoadReport, load_decoder
+from hanok.memory.plan import CacheDtype, DeviceMap, LoadPlan, Weights
+from hanok.memory.planning import plan_load
 from hanok.memory.save import save_weights
 from hanok.models.config import ModelConfig
 from hanok.quant.recipe import read_recipe
@@ -42,9 +51,6 @@ if TYPE_CHECKING:
 Message = Mapping[str, Any]
 Prompt = str | Sequence[int] | Sequence[Message]
 LOGIT_ROWS = 1024  # rows of (vocab,) float32 that `score` holds at once
-
-
-CacheDtype = Literal["auto", "int8"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,7 +93,13 @@ class Model:
     """A decoder with its weights, its tokenizer and its defaults."""
 
     def __init__(
-        self, checkpoint: Checkpoint, loaded: Loaded, tokenizer: "Tokenizer | None"
+        self,
+        checkpoint: Checkpoint,
+        loaded: Loaded,
+        tokenizer: "Tokenizer | None",
+        *,
+        plan: LoadPlan | None = None,
+        pipeline_depth: int | None = None,
     ) -> None:
         self.checkpoint = checkpoint
         self.decoder = loaded.decoder
@@ -101,8 +113,11 @@ class Model:
         """What was decided for the user, or asked for by the checkpoint and not done."""
         self.defaults: SamplingParams = from_generation_config(checkpoint.generation_config)
         self.end_ids = _end_ids(checkpoint, tokenizer)
+        self.plan = plan
+        """What it was loaded by."""
         self._sources = loaded.sources
         self._promotion = loaded.promotion
+        self._pipeline_depth = pipeline_depth
 
     @property
     def dtype(self) -> torch.dtype:
@@ -111,8 +126,13 @@ class Model:
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """Where the model is: where its tokens go in, if it is on several devices."""
         return self.decoder.device
+
+    @property
+    def hf_device_map(self) -> dict[str, str | int]:
+        """Where each module is, by the checkpoint's names; GPUs are numbers."""
+        return self.plan.hf_device_map if self.plan is not None else {"": str(self.device)}
 
     def num_parameters(self) -> int:
         """Return the number of parameters, tied ones counted once."""
@@ -180,6 +200,10 @@ class Model:
         self, sequences: list[GenerationSequence], cache: KVCache | None, use_cache: bool
     ) -> Iterator[TokenEvent]:
         """Generate; with the first token out, mapped weights may move into memory."""
+        if self.decoder.spread is not None and cache is None and use_cache:
+            with Pipeline(self.decoder, self._pipeline_depth) as pipeline:
+                yield from pipeline.generate(sequences)
+            return
         for event in generate(self.decoder, sequences, cache=cache, use_cache=use_cache):
             yield event
             if self._promotion is not None:
@@ -244,6 +268,11 @@ class Model:
         if self.report.quantized_bytes:
             raise UnsupportedError(
                 "a model quantized while loading cannot be saved; load it without quant to save it."
+            )
+        if self.decoder.is_streamed:
+            raise UnsupportedError(
+                "a model that is read from disk in every pass cannot be saved; load it without "
+                "max_memory, or copy its folder."
             )
         folder = Path(path)
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -330,15 +359,20 @@ class PrefixCache:
         return self._cache
 
 
-def load(
-    path: str | Path,
+def load(  # noqa: PLR0913 (the options of a load are arguments of their own)
+    path: str | Path | None = None,
     *,
+    plan: LoadPlan | None = None,
     dtype: str = "auto",
-    device: str = "cpu",
     attn_implementation: str = "auto",
     weights: Weights = "auto",
     quant: str | None = None,
     cache_dtype: CacheDtype = "auto",
+    device_map: DeviceMap = "auto",
+    max_memory: str | Mapping[str | int, str | int] | None = None,
+    context: int | None = None,
+    batch: int = 1,
+    pipeline_depth: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Model:
     """Load a checkpoint: a folder in the Hugging Face layout, or one weights file in such a folder.
@@ -352,24 +386,66 @@ def load(
     with options as in "int4:group_size=64,head=int8" (`quant/recipe.py`).
     `cache_dtype` is what keys and values are kept in: "auto" (what is computed in) or "int8", half of
     bfloat16's bytes, each head of each token rounded to 127 steps to either side.
-    `progress` is called with the bytes of each weight placed. Raises CheckpointError, OptionError or
-    UnsupportedError, each saying what to do.
+    Every load follows a plan, which `device_map`, `max_memory`, `context` and `batch` ask for as in
+    `plan_load`: GPUs first, then the CPU; what fits nowhere is read from the checkpoint's files in every
+    pass. A `plan` that was made before takes the place of all options but `attn_implementation`,
+    `pipeline_depth` and `progress`.
+    `pipeline_depth` is how many groups of sequences are on their way where layers lie on several devices
+    (default: two for each device). `progress` is called with the bytes of each weight placed. Raises
+    CheckpointError, OptionError, UnsupportedError or BudgetError, each saying what to do.
     """
-    recipe = None if quant is None else read_recipe(quant)
-    if cache_dtype not in get_args(CacheDtype):
-        raise OptionError(f"cache_dtype {cache_dtype!r} is unknown. Choose auto or int8.")
-    checkpoint = open_checkpoint(path)
+    if plan is None:
+        if path is None:
+            raise OptionError("there is nothing to load: give a path, or a plan.")
+        plan = plan_load(
+            path,
+            device_map=device_map,
+            max_memory=max_memory,
+            context=context,
+            batch=batch,
+            quant=quant,
+            dtype=dtype,
+            cache_dtype=cache_dtype,
+            weights=weights,
+            may_measure=False,
+        )
+    elif path is not None:
+        raise OptionError("give a path or a plan: a plan names its checkpoint.")
+    request = plan.request
+    if request is None:
+        raise OptionError("the plan names no checkpoint; make it with hanok.plan_load.")
+    _check_fits(plan, request.path)
+    checkpoint = open_checkpoint(request.path)
     loaded = load_decoder(
         checkpoint,
-        dtype=dtype,
-        device=device,
+        dtype=dtype if path is not None else request.dtype,
         attention=attn_implementation,
-        weights=weights,
-        recipe=recipe,
+        weights=request.weights,
+        recipe=None if request.quant is None else read_recipe(request.quant),
+        plan=plan,
         progress=progress,
     )
-    loaded.decoder.cache_dtype = torch.int8 if cache_dtype == "int8" else None
-    return Model(checkpoint, loaded, _tokenizer_of(checkpoint))
+    loaded.decoder.cache_dtype = torch.int8 if request.cache_dtype == "int8" else None
+    return Model(
+        checkpoint, loaded, _tokenizer_of(checkpoint), plan=plan, pipeline_depth=pipeline_depth
+    )
+
+
+def _check_fits(plan: LoadPlan, path: Path) -> None:
+    """Raise BudgetError, which says what is missing and what would help."""
+    if plan.fits:
+        return
+    lacks = ", ".join(
+        f"{tier.place.title} lacks {tier.missing_bytes:,} bytes of {tier.peak_bytes:,} "
+        f"({tier.place.budget.source})"
+        for tier in plan.tiers
+        if tier.missing_bytes and tier.place.budget
+    )
+    changes = ", ".join(remedy.change for remedy in plan.remedies) or "more memory"
+    raise BudgetError(
+        f"{path} does not fit: {lacks}. What would help: {changes}. `hanok plan` shows where every "
+        "byte would be."
+    )
 
 
 def _tokenizer_of(checkpoint: Checkpoint) -> "Tokenizer | None":

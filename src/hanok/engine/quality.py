@@ -24,6 +24,7 @@ from hanok.attention.base import ForwardBatch
 from hanok.engine.bandwidth import read_gb_per_s
 from hanok.engine.model import Model, load
 from hanok.errors import OptionError, RequestError
+from hanok.memory.plan import DeviceMap
 from hanok.models.config import DTYPE_BYTES
 from hanok.models.decoder import Decoder
 from hanok.models.layers import ExpertsLayer
@@ -84,7 +85,7 @@ def measure_quality(
     text: str,
     *,
     dtype: str = "auto",
-    device: str = "cpu",
+    device_map: DeviceMap = "auto",
     window: int = 512,
     max_tokens: int = 2048,
     others: Mapping[str, Path] = MappingProxyType({}),
@@ -101,9 +102,9 @@ def measure_quality(
     RequestError where the text is too short.
     """
     _check(variants, window, max_tokens)
-    gb_per_s = read_gb_per_s(torch.device(device))
     progress("reference")
-    model = load(path, device=device, dtype=dtype, weights="copied")
+    model = load(path, device_map=device_map, dtype=dtype, weights="copied")
+    gb_per_s = read_gb_per_s(model.device)
     windows = _windows(model, text, window, max_tokens)
     num_tokens = sum(len(item) - 1 for item in windows)
     with tempfile.TemporaryDirectory(prefix="hanok-quality-") as folder:
@@ -130,9 +131,9 @@ def measure_quality(
             del model
             progress(name)
             if name in others:
-                model = load(others[name], device=device, dtype=dtype, weights="copied")
+                model = load(others[name], device_map=device_map, dtype=dtype, weights="copied")
             else:
-                model = _load_variant(path, name, dtype, device)
+                model = _load_variant(path, name, dtype, device_map)
             rows.append(_compare(name, model, windows, kept, probe, gb_per_s))
         del kept
     return QualityReport(
@@ -157,10 +158,10 @@ def _check(variants: Sequence[str], window: int, max_tokens: int) -> None:
             read_recipe(name)
 
 
-def _load_variant(path: str | Path, name: str, dtype: str, device: str) -> Model:
+def _load_variant(path: str | Path, name: str, dtype: str, device_map: DeviceMap) -> Model:
     if name in DTYPE_BYTES:
-        return load(path, device=device, dtype=name, weights="copied")
-    return load(path, device=device, dtype=dtype, quant=name, weights="copied")
+        return load(path, device_map=device_map, dtype=name, weights="copied")
+    return load(path, device_map=device_map, dtype=dtype, quant=name, weights="copied")
 
 
 def _windows(model: Model, text: str, window: int, max_tokens: int) -> list[list[int]]:

@@ -1,16 +1,18 @@
 """Builds a decoder from a checkpoint: on `meta` first, then tensor by tensor, every name accounted for.
 
-A weight whose bytes lie in the file as the decoder wants them stays mapped; the rest is read into one
-arena (see `tensors.py`). Host memory beyond the weights is one tensor for each of NUM_READERS threads.
+A plan says where each unit goes; without one everything goes to the CPU. A weight whose bytes lie in
+the file as the decoder wants them stays mapped; the rest is read into one arena (see `tensors.py`). Host
+memory beyond the weights is one tensor for each of NUM_READERS threads.
 """
 
 import re
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import groupby
 from math import prod
-from typing import Literal
+from typing import TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -19,18 +21,25 @@ from hanok.attention.base import AttentionSpec, choose, why_not_table
 from hanok.checkpoint.files import Checkpoint, TensorRef
 from hanok.errors import CheckpointError, OptionError, UnsupportedError
 from hanok.kernels.native import why_not
-from hanok.memory.promote import MappedWeight, Promotion, available_bytes
-from hanok.memory.quantize import Swapped, quantize_source, swap
-from hanok.memory.tensors import Arena, MappedFiles, dtype_of, from_file_order, read_into
-from hanok.models.config import DTYPE_BYTES, ModelConfig
-from hanok.models.decoder import Block, Decoder
+from hanok.memory.budget import host_budget
+from hanok.memory.needs import choose_dtype, stays_as_it_is, unit_of
+from hanok.memory.offload import Streamer
+from hanok.memory.plan import HOST_KINDS, LoadPlan, Weights
+from hanok.memory.planning import NUM_READERS
+from hanok.memory.promote import MappedWeight, Promotion
+from hanok.memory.quantize import QuantizedSource, quantize_source, swap
+from hanok.memory.tensors import Arena, MappedFiles, read_parameter
+from hanok.memory.watch import Watchdog
+from hanok.models.config import ModelConfig
+from hanok.models.decoder import Block, Decoder, Spread, Stage
 from hanok.models.family import Family, Source, read_config, sources
 from hanok.quant.recipe import Recipe
 
 Progress = Callable[[int], None]
-Weights = Literal["auto", "mapped", "copied"]
 SHOWN_NAMES = 8
-NUM_READERS = 2  # threads; two fault in and fill pages nearly twice as fast as one
+CPU = torch.device("cpu")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +52,13 @@ class LoadReport:
     attention: Mapping[str, int]
     """How many layers use which attention backend."""
     notes: tuple[str, ...]
+    seconds: float
+    planned_bytes: int | None
+    """What loading was planned to claim of the host's memory at the most; None: there was no plan."""
+    peak_bytes: int
+    """What it claimed at the most: mapped files are no part of it."""
+    held_bytes: int
+    """What was still claimed at its end."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,16 +71,18 @@ class Loaded:
     report: LoadReport
     promotion: Promotion | None
     """Moves the mapped weights into memory once the model has answered; None: they stay."""
+    streamer: Streamer | None
+    """Reads the units that stay on disk; None: all are in memory."""
 
 
 def load_decoder(
     checkpoint: Checkpoint,
     *,
     dtype: str = "auto",
-    device: str = "cpu",
     attention: str = "auto",
     weights: Weights = "auto",
     recipe: Recipe | None = None,
+    plan: LoadPlan | None = None,
     progress: Progress | None = None,
 ) -> Loaded:
     """Return the decoder of a checkpoint, ready to run.
@@ -72,82 +90,203 @@ def load_decoder(
     `dtype` is a torch name or "auto" (what config.json declares, else what the file holds; float16
     becomes bfloat16 on a CPU). `weights` says whether bytes that can stay in the file do: "mapped", read
     at once: "copied", or "auto": mapped, and moved into memory after the first answer if twice their
-    bytes are available. `recipe` says which weights are quantized on the way. `progress` is called
-    with the bytes of each weight placed. Raises CheckpointError for tensors that are missing, left over
-    or of the wrong shape.
+    bytes are available. `recipe` says which weights are quantized on the way. `plan` says where each
+    unit goes; units on disk are read anew in every pass, and not quantized. `progress` is called with
+    the bytes of each weight placed. Raises CheckpointError for tensors that are missing, left over or of
+    the wrong shape, UnsupportedError for a plan with a device that is not here, BudgetError when memory
+    runs out.
     """
+    started = time.perf_counter()
     family, config = read_config(checkpoint.config, str(checkpoint.folder / "config.json"))
     table = sources(family, config, checkpoint.tensors)
-    notes: list[str] = []
     account_for(checkpoint, family, config, table)
-    target_device = _choose_device(device)
-    target_dtype = _choose_dtype(checkpoint, config, dtype, target_device, notes)
+    if weights not in get_args(Weights):
+        raise OptionError(f"weights {weights!r} is unknown. Choose auto, mapped or copied.")
+    places = _Places(plan)
+    notes: list[str] = []
+    target_dtype = _dtype(checkpoint, config, dtype, places.is_on_cpu, notes)
     with torch.device("meta"):
         decoder = Decoder(config)
-    if weights not in ("auto", "mapped", "copied"):
-        raise OptionError(f"weights {weights!r} is unknown. Choose auto, mapped or copied.")
-    swapped = swap(decoder, table, recipe, target_device, target_dtype)
-    placer = _Placer(checkpoint, target_dtype, target_device, weights != "copied")
-    with ThreadPoolExecutor(NUM_READERS) as pool:
-        mapped = _place_floats(decoder, placer, swapped.floats, pool, progress)
-        _quantize(checkpoint, swapped, pool, progress)
+    streamed, kept = _parted(table, places)
+    swapped = swap(decoder, kept, recipe, places.device_of, target_dtype)
+    placer = _Placer(checkpoint, target_dtype, places, weights != "copied")
+    planned = None if plan is None else _planned_bytes(plan)
+    with (
+        Watchdog(planned, host_budget) as watchdog,
+        ThreadPoolExecutor(NUM_READERS, thread_name_prefix="hanok-load") as pool,
+    ):
+        work = _Work(pool, watchdog, progress)
+        mapped = _place_floats(decoder, placer, swapped.floats, work)
+        _quantize(checkpoint, swapped.quantized, work)
+        streamer = None
+        if streamed:
+            runner = places.device_of(next(iter(streamed)))
+            streamer = Streamer(decoder, streamed, checkpoint.tensors, target_dtype, runner)
     decoder.tie()
     decoder.eval()
+    decoder.spread = places.spread(decoder)
     used = decoder.use_attention(attention)
     notes += _fallback_notes(decoder, attention, used)
     mapped_bytes = sum(weight.parameter.nbytes for weight in mapped)
-    quantized_bytes = sum(item.stored.nbytes for item in swapped.quantized)
     report = LoadReport(
         mapped_bytes=mapped_bytes,
         copied_bytes=sum(parameter.nbytes for parameter in decoder.parameters()) - mapped_bytes,
-        quantized_bytes=quantized_bytes,
+        quantized_bytes=sum(item.stored.nbytes for item in swapped.quantized),
         attention=used,
         notes=tuple(notes),
+        seconds=time.perf_counter() - started,
+        planned_bytes=planned,
+        peak_bytes=watchdog.peak_bytes,
+        held_bytes=watchdog.held_bytes,
     )
-    moves = weights == "auto" and bool(mapped) and available_bytes() > 2 * mapped_bytes
+    may_move = weights == "auto" and not streamed and bool(mapped)
+    moves = may_move and host_budget().num_bytes > 2 * mapped_bytes
     return Loaded(
         decoder=decoder,
         family=family,
         sources=table,
         report=report,
         promotion=Promotion(mapped, placer.files) if moves else None,
+        streamer=streamer,
     )
+
+
+def _planned_bytes(plan: LoadPlan) -> int:
+    """Return what a plan lets loading claim of the host's memory beside mapped files."""
+    return sum(
+        tier.weight_bytes - tier.mapped_bytes + tier.load_bytes + tier.stream_bytes
+        for tier in plan.tiers
+        if tier.place.kind in HOST_KINDS
+    )
+
+
+class _Places:
+    """Where a plan puts each unit, as torch devices."""
+
+    def __init__(self, plan: LoadPlan | None) -> None:
+        self._units = plan.units if plan is not None else {}
+        self._runner = plan.runner.name if plan is not None else "cpu"
+        for name in {*self._units.values(), self._runner} - {"disk"}:
+            _check_device(name)
+        self.is_on_cpu = _device(self._runner).type == "cpu"
+
+    def is_streamed(self, parameter: str) -> bool:
+        """Return whether a parameter stays on disk."""
+        return self._units.get(unit_of(parameter)) == "disk"
+
+    def device_of(self, name: str) -> torch.device:
+        """Return where a parameter or unit is computed with."""
+        return _device(self._name_of(unit_of(name)))
+
+    def spread(self, decoder: Decoder) -> Spread | None:
+        """Return who computes what; None where one device computes all."""
+        computing = [self._name_of(unit) for unit in self._units]
+        if len(set(computing)) < 2:
+            return None
+        blocks = range(len(decoder.layers))
+        runs = [
+            (name, list(run))
+            for name, run in groupby(blocks, key=lambda index: self._name_of(f"layers.{index}"))
+        ]
+        head = "lm_head" if "lm_head" in self._units else "embed_tokens"
+        return Spread(
+            stages=tuple(
+                Stage(
+                    device=_device(name),
+                    blocks=range(run[0], run[-1] + 1),
+                    core=int(name.removeprefix("core:")) if name.startswith("core:") else None,
+                )
+                for name, run in runs
+            ),
+            embed_device=self.device_of("embed_tokens"),
+            head_device=self.device_of(head),
+        )
+
+    def _name_of(self, unit: str) -> str:
+        name = self._units.get(unit, self._runner)
+        return self._runner if name == "disk" else name
+
+
+def _device(place: str) -> torch.device:
+    return torch.device("cuda", int(place)) if place.isdigit() else CPU
+
+
+def _check_device(place: str) -> None:
+    if place.isdigit() and int(place) >= torch.cuda.device_count():
+        raise UnsupportedError(
+            f"the plan uses GPU {place}, but torch finds {torch.cuda.device_count()} GPUs here. Plan "
+            "again on this machine: `hanok plan` without --device."
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """Who loads, who watches, and who is told."""
+
+    pool: ThreadPoolExecutor
+    watchdog: Watchdog
+    progress: Progress | None
+
+    def each(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+        """Yield the results in order; when one fails or the caller stops, the rest is not begun."""
+
+        def run(item: Item) -> Result:
+            self.watchdog.check()
+            return function(item)
+
+        futures = [self.pool.submit(run, item) for item in items]
+        try:
+            for future in futures:
+                yield future.result()
+            self.watchdog.check()
+        finally:
+            for future in futures:
+                future.cancel()
+
+    def done(self, num_bytes: int) -> None:
+        """Tell whoever wants to know that so many bytes are in place."""
+        if self.progress is not None:
+            self.progress(num_bytes)
+
+
+def _parted(
+    table: Mapping[str, Source], places: _Places
+) -> tuple[dict[str, dict[str, Source]], dict[str, Source]]:
+    """Return the parameters of each unit that stays on disk, and those that are loaded."""
+    streamed: dict[str, dict[str, Source]] = {}
+    kept: dict[str, Source] = {}
+    for name, source in table.items():
+        if places.is_streamed(name):
+            streamed.setdefault(unit_of(name), {})[name] = source
+        else:
+            kept[name] = source
+    return streamed, kept
 
 
 def _place_floats(
-    decoder: Decoder,
-    placer: "_Placer",
-    table: Mapping[str, Source],
-    pool: ThreadPoolExecutor,
-    progress: Progress | None,
+    decoder: Decoder, placer: "_Placer", table: Mapping[str, Source], work: _Work
 ) -> list[MappedWeight]:
     """Place the weights that keep their floats, in file order; return those that stay mapped."""
     order = sorted(table, key=lambda name: _file_position(placer.tensors, table[name]))
-    placer.claim([table[name] for name in order])
+    placer.claim(order, table)
     mapped: list[MappedWeight] = []
-    placed = pool.map(placer.place, [table[name] for name in order])
+    placed = work.each(lambda name: placer.place(name, table[name]), order)
     for name, weight in zip(order, placed, strict=True):
         module_path, _, leaf = name.rpartition(".")
         parameter = torch.nn.Parameter(weight, requires_grad=False)
-        if placer.is_mapped(table[name]):
+        if placer.is_mapped(name, table[name]):
             ref = placer.tensors[table[name].names[0]]
             mapped.append(MappedWeight(parameter=parameter, ref=ref))
         decoder.get_submodule(module_path).register_parameter(leaf, parameter)
-        if progress is not None:
-            progress(weight.nbytes)
+        work.done(weight.nbytes)
     return mapped
 
 
-def _quantize(
-    checkpoint: Checkpoint, swapped: Swapped, pool: ThreadPoolExecutor, progress: Progress | None
-) -> None:
+def _quantize(checkpoint: Checkpoint, items: Sequence[QuantizedSource], work: _Work) -> None:
     """Quantize what the recipe asked for, in file order."""
-    order = sorted(
-        swapped.quantized, key=lambda item: _file_position(checkpoint.tensors, item.source)
-    )
-    for size in pool.map(lambda item: quantize_source(checkpoint.tensors, item), order):
-        if progress is not None:
-            progress(size)
+    order = sorted(items, key=lambda item: _file_position(checkpoint.tensors, item.source))
+    for size in work.each(lambda item: quantize_source(checkpoint.tensors, item), order):
+        work.done(size)
 
 
 def _fallback_notes(decoder: Decoder, attention: str, used: Mapping[str, int]) -> list[str]:
@@ -231,35 +370,17 @@ def _is_tied_head(
     return True
 
 
-def _choose_dtype(
-    checkpoint: Checkpoint, config: ModelConfig, dtype: str, device: torch.device, notes: list[str]
+def _dtype(
+    checkpoint: Checkpoint, config: ModelConfig, asked: str, is_on_cpu: bool, notes: list[str]
 ) -> torch.dtype:
-    stored = [dtype_of(ref) for ref in checkpoint.tensors.values()]
-    floats = [item for item in stored if item.is_floating_point]
-    declared = config.dtype or (str(floats[0]).removeprefix("torch.") if floats else "float32")
-    name = dtype
-    if dtype == "auto":
-        name = declared if declared in DTYPE_BYTES else "float32"
-        if name == "float16" and device.type == "cpu":
-            name = "bfloat16"
-            notes.append(
-                "dtype: bfloat16 instead of the file's float16, which CPUs multiply several times "
-                "slower; choose float32 for the exact values"
-            )
-    if name not in DTYPE_BYTES:
-        raise OptionError(f"dtype {name!r} is unknown. Choose auto, {', '.join(DTYPE_BYTES)}.")
+    name = choose_dtype(config, checkpoint.tensors, asked, is_on_cpu=is_on_cpu)
+    if asked == "auto" and name != choose_dtype(config, checkpoint.tensors, asked, is_on_cpu=False):
+        notes.append(
+            "dtype: bfloat16 instead of the file's float16, which CPUs multiply several times "
+            "slower; choose float32 for the exact values"
+        )
     found: torch.dtype = getattr(torch, name)
     return found
-
-
-def _choose_device(device: str) -> torch.device:
-    try:
-        found = torch.device(device)
-    except RuntimeError as error:
-        raise OptionError(f"device {device!r} is not a device: {error}") from error
-    if found.type == "cuda" and not torch.cuda.is_available():
-        raise UnsupportedError(f"device {device!r} was asked for, but torch finds no CUDA device.")
-    return torch.device("cpu") if found.type == "cpu" else found  # "cpu:0" is no other place
 
 
 def _file_position(tensors: Mapping[str, TensorRef], source: Source) -> tuple[str, int]:
@@ -268,77 +389,46 @@ def _file_position(tensors: Mapping[str, TensorRef], source: Source) -> tuple[st
 
 
 class _Placer:
-    """Puts weights where they will live, and counts the bytes of each way."""
+    """Puts weights where they will live."""
 
     def __init__(
-        self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, may_map: bool
+        self, checkpoint: Checkpoint, dtype: torch.dtype, places: _Places, may_map: bool
     ) -> None:
         self.tensors = checkpoint.tensors
-        self.may_map = may_map
-        self.dtype = dtype
-        self.device = device
         self.files = MappedFiles()
-        self.arena: Arena | None = None
+        self._may_map = may_map
+        self._dtype = dtype
+        self._places = places
+        self._arena = Arena(0, 0)
 
-    def claim(self, all_sources: list[Source]) -> None:
-        """Claim the arena for every weight that cannot stay mapped."""
-        if self.device.type == "cpu":
-            sizes = [prod(item.shape) for item in all_sources if not self.is_mapped(item)]
-            self.arena = Arena(sum(sizes) * self.dtype.itemsize, len(sizes))
+    def claim(self, names: Sequence[str], table: Mapping[str, Source]) -> None:
+        """Claim the arena for every weight on the CPU that cannot stay mapped."""
+        sizes = [
+            prod(table[name].shape)
+            for name in names
+            if self._places.device_of(name) == CPU and not self.is_mapped(name, table[name])
+        ]
+        self._arena = Arena(sum(sizes) * self._dtype.itemsize, len(sizes))
 
-    def place(self, source: Source) -> Tensor:
+    def place(self, name: str, source: Source) -> Tensor:
         """Return the weight of a source in its final place, dtype and order."""
-        if self.may_map and self._fits_as_it_is(source):
-            weight = self.files.view(self.tensors[source.names[0]], self._num_bytes(source))
-            weight = weight.view(source.shape)
+        device = self._places.device_of(name)
+        if self._may_map and self._fits_as_it_is(source):
+            num_bytes = prod(source.shape) * self._dtype.itemsize
+            weight = self.files.view(self.tensors[source.names[0]], num_bytes).view(source.shape)
         else:
-            weight = self._read(source)
-        return weight if weight.device == self.device else weight.to(self.device)
+            make = self._arena.empty if device == CPU else torch.empty
+            weight = make(source.shape, dtype=self._dtype)
+            read_parameter(self.tensors, source, weight)
+        return weight if device == CPU else weight.to(device)
 
-    def _num_bytes(self, source: Source) -> int:
-        return prod(source.shape) * self.dtype.itemsize
-
-    def is_mapped(self, source: Source) -> bool:
+    def is_mapped(self, name: str, source: Source) -> bool:
         """Return whether the weight stays in the file."""
-        return self.may_map and self.device.type == "cpu" and self._fits_as_it_is(source)
+        on_cpu = self._places.device_of(name) == CPU
+        return self._may_map and on_cpu and self._fits_as_it_is(source)
 
     def _fits_as_it_is(self, source: Source) -> bool:
-        refs = [self.tensors[name] for name in source.names]
-        keeps_order = source.layout == "rows" or (
-            source.layout == "columns" and len(source.shape) == 1
-        )
-        return (
-            keeps_order
-            and all(dtype_of(ref) == self.dtype and ref.strides is None for ref in refs)
-            and _is_aligned(refs[0])
-            and _lie_together(refs)
-        )
-
-    def _read(self, source: Source) -> Tensor:
-        refs = [self.tensors[name] for name in source.names]
-        make = torch.empty if self.arena is None else self.arena.empty
-        target: Tensor = make(source.shape, dtype=self.dtype)
-        if source.layout == "rows":
-            start = 0
-            for ref, rows in zip(refs, source.rows, strict=True):
-                read_into(ref, target[start : start + rows])
-                start += rows
-            return target
-        stored = torch.empty(source.file_shapes()[0], dtype=self.dtype)
-        read_into(refs[0], stored)
-        return target.copy_(from_file_order(stored, source))
-
-
-def _is_aligned(ref: TensorRef) -> bool:
-    """Return whether the bytes start at a multiple of the item's size, as vector loads may assume."""
-    return ref.offset_bytes % dtype_of(ref).itemsize == 0
-
-
-def _lie_together(refs: list[TensorRef]) -> bool:
-    return all(
-        first.path == second.path and first.offset_bytes + first.size_bytes == second.offset_bytes
-        for first, second in pairwise(refs)
-    )
+        return stays_as_it_is(source, self.tensors, str(self._dtype).removeprefix("torch."))
 
 
 def _shown(items: list[str]) -> str:

@@ -13,14 +13,11 @@ happens only where twice the bytes are available.
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from torch import nn
 
 from hanok.checkpoint.safetensors import TensorRef
 from hanok.memory.tensors import Arena, MappedFiles, read_run
-
-CGROUP = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,15 +57,3 @@ class Promotion:
             # A product that is under way keeps the mapped tensor; the next one gets the copy.
             weight.parameter.data = copy
             self._files.forget(weight.ref, mapped.nbytes)
-
-
-def available_bytes() -> int:
-    """Return the memory that this process may still claim: the system's, within its cgroup's limit."""
-    fields = dict(
-        line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines() if ":" in line
-    )
-    found = int(fields["MemAvailable"].split()[0]) * 1024
-    limit, used = CGROUP / "memory.max", CGROUP / "memory.current"
-    if limit.is_file() and used.is_file() and (text := limit.read_text().strip()) != "max":
-        found = min(found, int(text) - int(used.read_text()))
-    return max(0, found)

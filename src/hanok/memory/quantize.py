@@ -4,7 +4,7 @@ No weight is ever there twice: beside the quantized model a thread holds one chu
 one tensor where a file keeps it in another order.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hanok.checkpoint.files import TensorRef
+from hanok.memory.needs import CHUNK_BYTES
 from hanok.memory.tensors import dtype_of, from_file_order, read_into
 from hanok.models.decoder import Decoder
 from hanok.models.family import Source
@@ -21,7 +22,6 @@ from hanok.quant.base import QuantMethod, Stored, choose_layout
 from hanok.quant.linear import QuantizedEmbedding, QuantizedLinear
 from hanok.quant.recipe import Recipe
 
-CHUNK_BYTES = 2**20
 CHUNK_MULTIPLE = 64  # rows; a multiple of what any layout keeps together
 
 
@@ -45,24 +45,24 @@ def swap(
     decoder: Decoder,
     table: Mapping[str, Source],
     recipe: Recipe | None,
-    device: torch.device,
+    device_of: Callable[[str], torch.device],
     dtype: torch.dtype,
 ) -> Swapped:
-    """Put quantized modules in the places that the recipe names, their memory claimed and empty."""
+    """Put quantized modules in the places that the recipe names, their memory claimed and empty.
+
+    `device_of` says where a parameter will be.
+    """
     if recipe is None:
         return Swapped(quantized=(), floats=table)
     quantized: list[QuantizedSource] = []
     floats: dict[str, Source] = {}
     is_tied = decoder.config.tie_embeddings
 
-    def claim(method: QuantMethod, source: Source) -> Stored:
+    def put(path: str, method: QuantMethod, source: Source) -> Stored:
         rows, columns = source.shape
+        device = device_of(path)
         stored = choose_layout(method.format, device).empty(method, (rows, columns), device)
         quantized.append(QuantizedSource(source=source, stored=stored))
-        return stored
-
-    def put(path: str, method: QuantMethod, source: Source) -> Stored:
-        stored = claim(method, source)
         set_weight(decoder, path, stored, dtype)
         return stored
 

@@ -35,7 +35,7 @@ DTYPES: Mapping[str, torch.dtype] = {
     "BOOL": torch.bool,
 }
 DTYPE_NAMES: Mapping[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.items()}
-_ALIGNMENT = 64  # bytes; a cache line, and what vector loads like
+ALIGNMENT = 64  # bytes; a cache line, and what vector loads like
 
 
 def dtype_of(ref: TensorRef) -> torch.dtype:
@@ -102,7 +102,7 @@ class Arena:
     """
 
     def __init__(self, size_bytes: int, num_tensors: int) -> None:
-        self._memory = mmap.mmap(-1, max(1, size_bytes + num_tensors * _ALIGNMENT))
+        self._memory = mmap.mmap(-1, max(1, size_bytes + num_tensors * ALIGNMENT))
         self._lock = threading.Lock()
         self._offset = 0
 
@@ -115,7 +115,7 @@ class Arena:
             return torch.empty(shape, dtype=dtype)
         with self._lock:
             offset = self._offset
-            self._offset += -(-count * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
+            self._offset += -(-count * dtype.itemsize // ALIGNMENT) * ALIGNMENT
         return torch.frombuffer(self._memory, dtype=dtype, count=count, offset=offset).view(shape)
 
 
@@ -138,6 +138,20 @@ def read_into(ref: TensorRef, target: Tensor) -> None:
             scratch.view(ref.shape) if strides is None else scratch.as_strided(ref.shape, strides)
         )
         target.copy_(shaped)
+
+
+def read_parameter(tensors: Mapping[str, TensorRef], source: Source, target: Tensor) -> None:
+    """Fill `target` (a contiguous CPU tensor of `source`'s shape) from the files, in our order."""
+    refs = [tensors[name] for name in source.names]
+    if source.layout == "rows":
+        start = 0
+        for ref, rows in zip(refs, source.rows, strict=True):
+            read_into(ref, target[start : start + rows])
+            start += rows
+        return
+    stored = torch.empty(source.file_shapes()[0], dtype=target.dtype)
+    read_into(refs[0], stored)
+    target.copy_(from_file_order(stored, source))
 
 
 def _read_bytes(ref: TensorRef, address: int, size_bytes: int) -> None:

@@ -8,6 +8,7 @@ leading "model.", fused weights aside; `models/family.py` knows what files call 
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -110,6 +111,25 @@ class Block(nn.Module):
         return x if self.residual_scale == 1.0 else x * self.residual_scale
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stage:
+    """Blocks in a row that one device computes."""
+
+    device: torch.device
+    blocks: range
+    core: int | None = None
+    """The core of a CPU that computes them, where it is used as a device of its own."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Spread:
+    """A decoder over several devices; the last norm is where it is."""
+
+    stages: tuple[Stage, ...]
+    embed_device: torch.device
+    head_device: torch.device
+
+
 class Decoder(nn.Module):
     """Embedding, blocks, norm and head of one `ModelConfig`.
 
@@ -121,6 +141,10 @@ class Decoder(nn.Module):
         self.config = config
         self.cache_dtype: torch.dtype | None = None
         """What `new_cache` keeps keys and values in; None: what is computed in."""
+        self.is_streamed = False
+        """Whether weights change their place in every pass (`memory/offload.py`)."""
+        self.spread: Spread | None = None
+        """Who computes what, where several devices do."""
         ropes = {layer.rope for layer in config.layers if layer.rope is not None}
         self.rotaries: dict[Rope, Rotary] = {rope: Rotary(rope) for rope in ropes}
         hidden = config.hidden_size
@@ -148,8 +172,13 @@ class Decoder(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where activations are."""
-        return self.norm.weight.device
+        """Where tokens go in: the device of the embedding."""
+        return self.spread.embed_device if self.spread else self.norm.weight.device
+
+    def device_of(self, block: int) -> torch.device:
+        """Return where a block, its keys and values are."""
+        stages = self.spread.stages if self.spread else ()
+        return next((stage.device for stage in stages if block in stage.blocks), self.device)
 
     def initialise(self, std: float, generator: torch.Generator) -> None:
         """Draw matrices from N(0, std²) and set norms to one: the start of a training run."""
@@ -169,7 +198,10 @@ class Decoder(nn.Module):
         Returns how many layers use which backend. Raises as `attention.base.choose` does.
         """
         layers = [block.self_attn for block in self.layers if isinstance(block, Block)]
-        chosen = [choose(name, layer.spec, self.device, self.dtype) for layer in layers]
+        chosen = [
+            choose(name, layer.spec, self.device_of(index), self.dtype)
+            for index, layer in enumerate(layers)
+        ]
         for layer, backend in zip(layers, chosen, strict=True):
             layer.backend = backend
         names = [backend.name for backend in chosen]
@@ -183,7 +215,7 @@ class Decoder(nn.Module):
             num_sequences=num_sequences,
             capacity=capacity,
             dtype=self.cache_dtype or self.dtype,
-            device=self.device,
+            devices=[self.device_of(index) for index in range(self.config.num_layers)],
         )
 
     def forward(self, batch: ForwardBatch, cache: KVCache | None = None) -> Tensor:
@@ -201,7 +233,19 @@ class Decoder(nn.Module):
         This is all that happens on the device, so that it can be recorded once and replayed.
         """
         x = self.embed(batch)
-        return self.blocks(x, batch, self.angles(batch, x.dtype), cache)
+        if self.spread is None:
+            return self.blocks(x, batch, self.angles(batch, x.dtype), cache)
+        for stage in self.spread.stages:
+            x = self.run_stage(stage, x, batch, cache)
+        return x
+
+    def run_stage(
+        self, stage: Stage, x: Tensor, batch: ForwardBatch, cache: KVCache | None
+    ) -> Tensor:
+        """Compute a stage's blocks where they are, and the last norm behind the last one."""
+        batch, x = batch.to(stage.device), x.to(stage.device)
+        x = self._run(stage.blocks, x, batch, self.angles(batch, x.dtype), cache)
+        return self._normed(x) if stage.blocks.stop == len(self.layers) else x
 
     def embed(self, batch: ForwardBatch) -> Tensor:
         """Return what the first block gets, (tokens, hidden)."""
@@ -221,14 +265,30 @@ class Decoder(nn.Module):
         self, x: Tensor, batch: ForwardBatch, angles: Mapping[Rope, Tensor], cache: KVCache | None
     ) -> Tensor:
         """Run all blocks and the last norm, (tokens, hidden) -> (tokens, hidden)."""
-        for index, (block, layer) in enumerate(zip(self.layers, self.config.layers, strict=True)):
+        return self._normed(self._run(range(len(self.layers)), x, batch, angles, cache))
+
+    def _run(
+        self,
+        blocks: range,
+        x: Tensor,
+        batch: ForwardBatch,
+        angles: Mapping[Rope, Tensor],
+        cache: KVCache | None,
+    ) -> Tensor:
+        for index in blocks:
+            rope = self.config.layers[index].rope
             state = cache.states[index] if cache is not None else None
-            x = block(x, batch, angles[layer.rope] if layer.rope else None, state)
-        output: Tensor = self.norm(x)
+            x = self.layers[index](x, batch, angles[rope] if rope else None, state)
+        return x
+
+    def _normed(self, x: Tensor) -> Tensor:
+        output: Tensor = self.norm(x.to(self.norm.weight.device))
         return output
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the scores of the next token, (rows, vocab) float32, of some hidden states."""
+        if self.spread is not None:
+            hidden = hidden.to(self.spread.head_device)
         scores: Tensor = self.lm_head(hidden).float()
         if self.config.logit_scale != 1.0:
             scores = scores * self.config.logit_scale

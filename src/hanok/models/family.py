@@ -111,7 +111,7 @@ def sources(family: Family, config: ModelConfig, present: Iterable[str]) -> dict
     `present` are the checkpoint's tensor names; they only decide whether `optional_prefix` is there.
     """
     prefix = family.optional_prefix
-    drop = bool(prefix) and not any(name.startswith(prefix) for name in present)
+    drop = bool(prefix and present) and not any(name.startswith(prefix) for name in present)
     found = {}
     for name, shape in config.parameter_shapes().items():
         module, _, leaf = name.rpartition(".")

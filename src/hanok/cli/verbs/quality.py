@@ -57,7 +57,7 @@ HEADER = (
     show_default=True,
     help="What reference and recipes compute in; float32 compares most finely.",
 )
-@click.option("--device", default="cpu", show_default=True, help="Where to compute.")
+@click.option("--device-map", default="auto", show_default=True, help="Where to compute.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: all cores]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the table.")
 @click.option(
@@ -77,7 +77,7 @@ def command(  # noqa: PLR0913 (click passes each option as an argument)
     window: int,
     max_tokens: int,
     dtype: str,
-    device: str,
+    device_map: str,
     threads: int | None,
     as_json: bool,
     markdown: Path | None,
@@ -106,7 +106,7 @@ def command(  # noqa: PLR0913 (click passes each option as an argument)
         split_variants(variants),
         _read(text or BUNDLED_TEXT),
         dtype=dtype,
-        device=device,
+        device_map=device_map,
         window=window,
         max_tokens=max_tokens,
         progress=lambda name: click.echo(f"measuring {name}", err=True),

@@ -1,0 +1,230 @@
+"""`hanok plan`: where every byte would live, how fast it would be, and what to do if it does not fit."""
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from hanok import BUNDLED
+from hanok.cli.options import read_device_map
+from hanok.errors import BudgetError
+from hanok.memory.planning import plan_load
+
+if TYPE_CHECKING:
+    from hanok.memory.plan import LoadPlan
+
+PIPED_WIDTH = 140
+HEADER = ("place", "holds", "weights", "KV cache", "work", "peak", "budget", "free", "budget from")
+
+
+@click.command("plan", short_help="Say where every byte would live, before one is read.")
+@click.argument("path", required=False, type=click.Path(path_type=Path))
+@click.option(
+    "--max-memory",
+    metavar="DEVICE=SIZE,…",
+    help="What may be used, for example 0=24GiB,cpu=16GiB.  [default: what is free]",
+)
+@click.option(
+    "--context", type=int, help="Tokens of each sequence.  [default: 4096 or the model's]"
+)
+@click.option("--batch", type=int, default=1, show_default=True, help="Sequences at once.")
+@click.option("--quant", metavar="METHOD[:OPTION=VALUE,…]", help="As in `hanok generate`.")
+@click.option(
+    "--device-map",
+    default="auto",
+    show_default=True,
+    callback=read_device_map,
+    help="auto, balanced, balanced_low_0, sequential, a device, or a JSON object of modules.",
+)
+@click.option(
+    "--device",
+    "devices",
+    multiple=True,
+    metavar="name=…,memory=…,bandwidth=…",
+    help="A GPU that may not be here, for example name=h100. Repeatable.",
+)
+@click.option("--dtype", default="auto", show_default=True, help="What to compute in.")
+@click.option(
+    "--cache-dtype",
+    type=click.Choice(["auto", "int8"]),
+    default="auto",
+    show_default=True,
+    help="What keys and values are kept in.",
+)
+@click.option(
+    "--cache-folder",
+    type=click.Path(path_type=Path),
+    envvar="HANOK_CACHE",
+    default=Path.home() / ".cache" / "hanok",
+    show_default="~/.cache/hanok",
+    show_envvar=True,
+    help="Where measured rates of memory and disk are kept.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object (docs/plan.md).")
+def command(path: Path | None, cache_folder: Path, as_json: bool, **options: Any) -> None:
+    """Plan the load of PATH, a checkpoint or a folder with a config.json alone.
+
+    Only headers are read. Ends with status 6 when it does not fit.
+    """
+    plan = plan_load(
+        path or BUNDLED,
+        rates_file=cache_folder / "rates.json",
+        is_running=False,
+        **options,
+    )
+    if as_json:
+        click.echo(json.dumps(plan_object(plan), indent=2))
+    else:
+        _print(plan)
+    if not plan.fits:
+        sys.exit(BudgetError.exit_code)
+
+
+def plan_object(plan: "LoadPlan") -> dict[str, Any]:
+    """Return the plan as plain data, as docs/plan.md describes it."""
+    return {
+        "fits": plan.fits,
+        "uses_disk": plan.uses_disk,
+        "device_map": plan.device_map,
+        "context": plan.needs.context,
+        "batch": plan.needs.batch,
+        "places": [
+            {
+                "name": tier.place.name,
+                "kind": tier.place.kind,
+                "modules": list(tier.modules),
+                "weight_bytes": tier.weight_bytes,
+                "mapped_bytes": tier.mapped_bytes,
+                "cache_bytes": tier.cache_bytes,
+                "stream_bytes": tier.stream_bytes,
+                "work_bytes": tier.work_bytes,
+                "runtime_bytes": tier.place.runtime_bytes,
+                "load_bytes": tier.load_bytes,
+                "steady_bytes": tier.steady_bytes,
+                "peak_bytes": tier.peak_bytes,
+                "missing_bytes": tier.missing_bytes,
+                "bytes_per_s": tier.place.bytes_per_s,
+                "budget_bytes": tier.place.budget.num_bytes if tier.place.budget else None,
+                "limits": [
+                    {"bytes": limit.num_bytes, "source": limit.source}
+                    for limit in (tier.place.budget.limits if tier.place.budget else ())
+                ],
+            }
+            for tier in plan.tiers
+        ],
+        "hf_device_map": plan.hf_device_map,
+        "reasons": {item.unit.modules[0]: item.reason for item in plan.placements},
+        "load_s": plan.prediction.load_s,
+        "first_token_s": plan.prediction.first_token_s,
+        "tokens_per_s": plan.prediction.tokens_per_s,
+        "limited_by": plan.prediction.limited_by,
+        "remedies": [
+            {
+                "change": remedy.change,
+                "places": list(remedy.places),
+                "tokens_per_s": remedy.tokens_per_s,
+            }
+            for remedy in plan.remedies
+        ],
+    }
+
+
+def rows(plan: "LoadPlan") -> list[tuple[str, ...]]:
+    """Return the table's rows as text, in the order of HEADER; places that hold nothing are left out."""
+    found: list[tuple[str, ...]] = []
+    for tier in plan.tiers:
+        place, budget = tier.place, tier.place.budget
+        if not tier.modules and not tier.stream_bytes and place.kind != "cpu":
+            continue
+        work = tier.work_bytes + tier.stream_bytes
+        found.append(
+            (
+                place.title,
+                holds(tier.modules),
+                size(tier.weight_bytes),
+                size(tier.cache_bytes),
+                size(work) if place.kind != "disk" else "–",
+                size(tier.peak_bytes) if place.kind != "disk" else "–",
+                size(budget.num_bytes) if budget else "–",
+                size(budget.num_bytes - tier.peak_bytes) if budget else "–",
+                budget.source if budget else place.rate_source,
+            )
+        )
+    return found
+
+
+def holds(modules: tuple[str, ...]) -> str:
+    """Return module names with runs of blocks as one: "embed_tokens, layers 0–19"."""
+    parts: list[str] = []
+    first = last = -1
+    for module in (*modules, ""):
+        stem, _, number = module.rpartition(".")
+        if number.isdigit() and stem and int(number) == last + 1 and last >= 0:
+            last += 1
+            continue
+        if last >= 0:
+            parts.append(f"layers {first}–{last}" if last > first else f"layer {first}")
+            first = last = -1
+        if number.isdigit() and stem:
+            first = last = int(number)
+        elif module:
+            parts.append(module.removeprefix("model."))
+    return ", ".join(parts) or "nothing"
+
+
+def size(num_bytes: int) -> str:
+    """Return bytes for people."""
+    for unit, name in ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if abs(num_bytes) >= unit:
+            return f"{num_bytes / unit:.2f} {name}"
+    return f"{num_bytes} B"
+
+
+def places(names: tuple[str, ...]) -> str:
+    """Return places for people: "GPUs 0–3 and cpu"."""
+    gpus = [name for name in names if name.isdigit()]
+    parts = [name for name in names if not name.isdigit()]
+    if len(gpus) == 1:
+        parts.insert(0, f"GPU {gpus[0]}")
+    elif gpus:
+        parts.insert(0, f"GPUs {gpus[0]}–{gpus[-1]}")
+    return " and ".join(parts)
+
+
+def rate(per_s: float) -> str:
+    """Return a rate with as many digits as it deserves."""
+    return f"{per_s:,.0f}" if per_s >= 100 else f"{per_s:.3g}"
+
+
+def _print(plan: "LoadPlan") -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, padding=(0, 1))
+    for index, name in enumerate(HEADER):
+        table.add_column(name, justify="left" if index in (0, 1, len(HEADER) - 1) else "right")
+    for row in rows(plan):
+        table.add_row(*row)
+    console = Console()
+    console = console if console.is_terminal else Console(width=PIPED_WIDTH)
+    console.print(table)
+    prediction = plan.prediction
+    click.echo(
+        f"\n{plan.needs.batch} x {plan.needs.context} tokens. Reading the files takes "
+        f"{prediction.load_s:.1f} s, prompts that fill the context {prediction.first_token_s:.1f} s; "
+        f"then at most {rate(prediction.tokens_per_s)} tokens/s, limited by "
+        f"{prediction.limited_by}."
+    )
+    for tier in plan.tiers:
+        if tier.missing_bytes:
+            click.echo(f"It does not fit: {tier.place.name} lacks {size(tier.missing_bytes)}.")
+    if plan.fits and plan.uses_disk:
+        click.echo("What lies on disk is read again for every token.")
+    for remedy in plan.remedies:
+        speed = rate(remedy.tokens_per_s)
+        click.echo(f"  {remedy.change} fits in {places(remedy.places)}: {speed} tokens/s")
+
+
+COMMAND = command

@@ -1,0 +1,247 @@
+"""Plans a load from a checkpoint's headers, or from its config alone: `hanok.plan_load`.
+
+torch is imported only where it is needed: for GPUs that are there, and for quantizations with options.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import get_args
+
+from hanok.checkpoint.files import (
+    PICKLES,
+    SAFETENSORS,
+    Checkpoint,
+    find_entries,
+    open_checkpoint,
+    read_object,
+)
+from hanok.errors import CheckpointError, OptionError
+from hanok.memory.budget import device_name, parse_max_memory
+from hanok.memory.needs import (
+    KNOWN_RECIPES,
+    Use,
+    WeightBits,
+    activation_bytes,
+    choose_dtype,
+    needs_of,
+)
+from hanok.memory.places import (
+    Rates,
+    core_places,
+    described_place,
+    disk_place,
+    host_place,
+    with_work,
+)
+from hanok.memory.plan import (
+    CacheDtype,
+    DeviceMap,
+    LoadPlan,
+    Place,
+    Remedy,
+    Request,
+    Weights,
+    make_plan,
+)
+from hanok.models.config import ModelConfig
+from hanok.models.family import Family, Source, read_config, sources
+
+CORE = re.compile(r"core:\d+")
+GPU_DRIVER = Path("/dev/nvidiactl")
+DEFAULT_CONTEXT = 4096
+SMALLEST_CONTEXT = 512
+NUM_READERS = 2  # threads; two fault in and fill pages nearly twice as fast as one
+RUNTIME_BYTES = 230 * 2**20  # Python with torch loaded, before a weight is
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Described:
+    """A checkpoint as far as a plan needs it."""
+
+    folder: Path
+    family: Family
+    config: ModelConfig
+    table: Mapping[str, Source]
+    checkpoint: Checkpoint
+
+
+def plan_load(  # noqa: PLR0913 (the options of a load are arguments of their own)
+    path: str | Path,
+    *,
+    device_map: DeviceMap = "auto",
+    max_memory: str | Mapping[str | int, str | int] | None = None,
+    context: int | None = None,
+    batch: int = 1,
+    quant: str | None = None,
+    dtype: str = "auto",
+    cache_dtype: CacheDtype = "auto",
+    weights: Weights = "auto",
+    devices: Sequence[str] = (),
+    rates_file: Path | None = None,
+    may_measure: bool = True,
+    is_running: bool = True,
+) -> LoadPlan:
+    """Return where every byte of a checkpoint would live, without reading a weight.
+
+    `path` is a checkpoint, or a folder with a config.json alone. `context` is the tokens of each of
+    `batch` sequences (default: 4,096, or the model's context where that is shorter). `max_memory` is
+    "0=24GiB,cpu=16GiB" or a mapping; only GPUs that it names are used then. `devices` describe GPUs
+    that may not be here, as `--device` does, in place of this machine's; `max_memory` may name cores
+    ("core:0=2GiB,core:1=2GiB") to use them as devices of their own. `rates_file` keeps what was measured
+    of memory and disk; without `may_measure` what it does not hold is assumed. `is_running` says that
+    Python and torch are loaded already, so that their memory is no part of the plan. Raises OptionError
+    and CheckpointError.
+    """
+    described = describe(path)
+    config, tensors = described.config, described.checkpoint.tensors
+    allowed = parse_max_memory(max_memory) if max_memory is not None else {}
+    gpus = _gpu_places(devices, allowed, has_limits=max_memory is not None)
+    rates = Rates(rates_file, may_measure=may_measure)
+    largest = max(described.checkpoint.files, key=lambda file: file.stat().st_size, default=None)
+    cores = {name: size for name, size in allowed.items() if CORE.fullmatch(name)}
+    if cores and (gpus or "cpu" in allowed):
+        raise OptionError(
+            f"max_memory names {', '.join(cores)}: cores are used as devices of their own only alone."
+        )
+    host = core_places(cores, rates) if cores else [host_place(allowed.get("cpu"), rates)]
+    places = [*gpus, *host, disk_place(largest, rates)]
+    unknown = set(allowed) - {place.name for place in places}
+    if unknown:
+        raise OptionError(
+            f"max_memory names {', '.join(sorted(unknown))}, which is not there. Places: "
+            f"{', '.join(place.name for place in places)}."
+        )
+    _check_count("context", context)
+    _check_count("batch", batch)
+    if weights not in get_args(Weights):
+        raise OptionError(f"weights {weights!r} is unknown. Choose auto, mapped or copied.")
+    if cache_dtype not in get_args(CacheDtype):
+        raise OptionError(f"cache_dtype {cache_dtype!r} is unknown. Choose auto or int8.")
+    use = Use(
+        dtype=choose_dtype(config, tensors, dtype, is_on_cpu=not gpus),
+        context=context or min(DEFAULT_CONTEXT, config.max_context_tokens),
+        batch=batch,
+        recipe=read_bits(quant) if quant is not None else None,
+        cache_dtype=cache_dtype,
+        may_map=weights != "copied",
+    )
+    runtime_bytes = 0 if is_running else RUNTIME_BYTES
+    request = Request(
+        path=Path(path), dtype=use.dtype, quant=quant, cache_dtype=cache_dtype, weights=weights
+    )
+    plan = _plan(described, use, places, device_map, runtime_bytes)
+    if plan.uses_disk and weights == "auto":
+        # What streams through the page cache would push mapped weights out of it.
+        use, request = replace(use, may_map=False), replace(request, weights="copied")
+        plan = _plan(described, use, places, device_map, runtime_bytes)
+    plan = replace(plan, request=request)
+    if plan.fits and not plan.uses_disk:
+        return plan
+    in_memory = [place for place in places if place.kind != "disk"]
+    found: list[Remedy] = []
+    for change, other in _changes(use, quant):
+        if any(change.startswith(earlier.change) for earlier in found):
+            continue  # the half of it is enough
+        trial = _plan(described, other, in_memory, "auto", runtime_bytes, places[-1].bytes_per_s)
+        if trial.fits:
+            used = tuple(tier.place.name for tier in trial.tiers if tier.modules)
+            speed = trial.prediction.tokens_per_s
+            found.append(Remedy(change=change, places=used, tokens_per_s=speed))
+    return replace(plan, remedies=tuple(found))
+
+
+def describe(path: str | Path) -> Described:
+    """Return what the headers and config.json of a checkpoint say; the weights may be missing."""
+    path = Path(path)
+    folder = path if path.is_dir() else path.parent
+    has_weights = not path.is_dir() or any(
+        find_entries(path, kind) for kind in (SAFETENSORS, PICKLES)
+    )
+    if path.name == "config.json" or not has_weights:
+        file = folder / "config.json"
+        if not file.is_file():
+            raise CheckpointError(f"{folder}: has neither weights nor a config.json to plan from")
+        checkpoint = Checkpoint(folder=folder, config=read_object(file), tensors={}, files=())
+    else:
+        checkpoint = open_checkpoint(path)
+    family, config = read_config(checkpoint.config, str(folder / "config.json"))
+    return Described(
+        folder=folder,
+        family=family,
+        config=config,
+        table=sources(family, config, checkpoint.tensors),
+        checkpoint=checkpoint,
+    )
+
+
+def read_bits(quant: str) -> WeightBits:
+    """Return the bits of a recipe; torch is imported only where the text says more than a name."""
+    if quant in KNOWN_RECIPES:
+        return KNOWN_RECIPES[quant]
+    from hanok.quant.recipe import read_recipe
+
+    return read_recipe(quant)
+
+
+def _plan(
+    described: Described,
+    use: Use,
+    places: Sequence[Place],
+    device_map: DeviceMap,
+    runtime_bytes: int,
+    file_bytes_per_s: float | None = None,
+) -> LoadPlan:
+    needs = needs_of(
+        described.family,
+        described.config,
+        described.table,
+        described.checkpoint.tensors,
+        use,
+        num_readers=NUM_READERS,
+        file_bytes_per_s=file_bytes_per_s or places[-1].bytes_per_s,
+    )
+    work = activation_bytes(described.config, use)
+    return make_plan(needs, [with_work(place, work, runtime_bytes) for place in places], device_map)
+
+
+def _changes(use: Use, quant: str | None) -> list[tuple[str, Use]]:
+    """Return what could be changed, the least harmful first."""
+    found = []
+    if use.cache_dtype != "int8":
+        found.append(("--cache-dtype int8", replace(use, cache_dtype="int8")))
+    if use.batch > 1:
+        found.append(("--batch 1", replace(use, batch=1)))
+    context = use.context // 2
+    while context >= SMALLEST_CONTEXT:
+        found.append((f"--context {context}", replace(use, context=context)))
+        context //= 2
+    for name in ("int8", "int4"):
+        if quant is None or (quant == "int8" and name == "int4"):
+            recipe = KNOWN_RECIPES[name]
+            found.append((f"--quant {name}", replace(use, recipe=recipe)))
+            both = replace(use, recipe=recipe, cache_dtype="int8")
+            found.append((f"--quant {name} --cache-dtype int8", both))
+    return found
+
+
+def _gpu_places(
+    described: Sequence[str], allowed: Mapping[str, int], *, has_limits: bool
+) -> list[Place]:
+    if described:
+        return [
+            described_place(text, index, allowed.get(str(index)))
+            for index, text in enumerate(described)
+        ]
+    if not GPU_DRIVER.exists():
+        return []
+    from hanok.memory.gpus import gpu_places
+
+    found = gpu_places(allowed)
+    return [place for place in found if not has_limits or device_name(place.name) in allowed]
+
+
+def _check_count(name: str, value: int | None) -> None:
+    if value is not None and value < 1:
+        raise OptionError(f"{name} is {value}; it must be at least 1.")

@@ -1,0 +1,165 @@
+"""Plans of real checkpoints and of configs alone, described devices, remedies, and no torch."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import hanok
+from hanok.errors import CheckpointError, OptionError
+from hanok.memory.plan import LoadPlan
+from hanok.memory.planning import plan_load
+
+LLAMA_70B: dict[str, Any] = {
+    "model_type": "llama",
+    "hidden_size": 8192,
+    "intermediate_size": 28672,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "vocab_size": 32000,
+    "max_position_embeddings": 4096,
+    "dtype": "bfloat16",
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+}
+LLAMA_405B = LLAMA_70B | {
+    "hidden_size": 16384,
+    "intermediate_size": 53248,
+    "num_hidden_layers": 126,
+    "num_attention_heads": 128,
+    "vocab_size": 128256,
+    "max_position_embeddings": 131072,
+}
+
+
+@pytest.fixture
+def rates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Known rates, so that nothing is measured."""
+    from hanok.memory import places
+
+    monkeypatch.setattr(places, "memory_bytes_per_s", lambda: 20e9)
+    monkeypatch.setattr(places, "disk_bytes_per_s", lambda file: 1e9)
+    return tmp_path / "cache" / "rates.json"
+
+
+def folder_of(tmp_path: Path, config: dict[str, Any]) -> Path:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def plan(path: Path, rates: Path, **options: Any) -> LoadPlan:
+    return plan_load(path, rates_file=rates, **options)
+
+
+def test_the_bundled_model_fits_here(rates: Path) -> None:
+    found = plan(hanok.BUNDLED, rates)
+    assert found.fits
+    assert not found.uses_disk
+    assert found.remedies == ()
+    assert set(found.hf_device_map.values()) == {"cpu"}
+    assert found.needs.context == 1024
+    assert json.loads(rates.read_text())
+
+
+def test_the_users_70b_on_four_gpus_is_placed_as_accelerate_placed_it(
+    tmp_path: Path, rates: Path
+) -> None:
+    """68,976,648,192 parameters, budgets of 70 GiB: what their `hf_device_map` showed."""
+    found = plan(
+        folder_of(tmp_path, LLAMA_70B),
+        rates,
+        devices=["name=a100"] * 4,
+        max_memory=dict.fromkeys(range(4), "70GiB"),
+        device_map="balanced",
+        context=1,
+    )
+    layers: dict[Any, list[int]] = {}
+    for module, device in found.hf_device_map.items():
+        if ".layers." in module:
+            layers.setdefault(device, []).append(int(module.rpartition(".")[2]))
+    assert {device: (min(mine), max(mine)) for device, mine in layers.items()} == {
+        0: (0, 19),
+        1: (20, 40),
+        2: (41, 61),
+        3: (62, 79),
+    }
+    assert found.hf_device_map["model.embed_tokens"] == 0
+    assert found.hf_device_map["model.norm"] == found.hf_device_map["lm_head"] == 3
+
+
+def test_a_plan_that_needs_the_disk_says_what_would_not(tmp_path: Path, rates: Path) -> None:
+    found = plan(
+        folder_of(tmp_path, LLAMA_70B),
+        rates,
+        devices=["name=h100"],
+        max_memory={0: "80GiB", "cpu": "20GiB"},
+    )
+    assert found.fits
+    assert found.uses_disk
+    assert [remedy.change for remedy in found.remedies] == ["--quant int8", "--quant int4"]
+    best = found.remedies[-1]
+    assert best.places == ("0",)
+    assert best.tokens_per_s > 20 > 1 > found.prediction.tokens_per_s
+
+
+def test_a_cache_that_is_too_large_is_made_smaller_first(tmp_path: Path, rates: Path) -> None:
+    found = plan(
+        folder_of(tmp_path, LLAMA_405B),
+        rates,
+        devices=["name=h100"] * 4,
+        max_memory=dict.fromkeys(range(4), "80GiB") | {"cpu": "4GiB"},
+        quant="int4",
+        context=131072,
+        batch=4,
+    )
+    assert found.uses_disk or not found.fits
+    changes = [remedy.change for remedy in found.remedies]
+    assert changes[:2] == ["--batch 1", "--context 32768"]
+    assert changes == sorted(changes, key=lambda text: ("context" in text, -len(text)))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_memory": "3=1GiB"}, "max_memory names 3, which is not there. Places: cpu, disk"),
+        ({"batch": 0}, "batch is 0; it must be at least 1"),
+        ({"context": -1}, "context is -1"),
+        ({"dtype": "int3"}, "dtype 'int3' is unknown"),
+        ({"quant": "int5"}, "'int5' is unknown"),
+        ({"device_map": "balance"}, "to 'balance', which is not there"),
+        ({"devices": ["name=h900"]}, "h900 is not known, so its memory and bandwidth are needed"),
+        ({"devices": ["name=h100,speed=3"]}, "'speed=3' is none of name"),
+    ],
+)
+def test_options_that_cannot_be(rates: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(OptionError) as caught:
+        plan(hanok.BUNDLED, rates, **options)
+    assert message in str(caught.value)
+
+
+def test_a_folder_without_anything_to_plan_from(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"neither weights nor a config\.json"):
+        plan_load(tmp_path)
+
+
+def test_a_large_model_is_planned_without_torch(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path, LLAMA_405B)
+    code = (
+        "import sys; from hanok.cli.main import main\n"
+        "try: main(sys.argv[1:])\n"
+        "except SystemExit as end: print(end.code, 'torch' in sys.modules)"
+    )
+    options = ["--device", "name=h100", "--quant", "int4", "--cache-folder", str(tmp_path / "c")]
+    done = subprocess.run(
+        [sys.executable, "-c", code, "plan", str(folder), *options],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.splitlines()[-1] in ("None False", "0 False")
+    assert "disk" in done.stdout
