@@ -17,6 +17,7 @@ from hanok.checkpoint.files import (
     open_checkpoint,
     read_object,
 )
+from hanok.checkpoint.hub import is_repo_id, without_weights
 from hanok.errors import CheckpointError, OptionError
 from hanok.memory.budget import device_name, parse_max_memory
 from hanok.memory.needs import (
@@ -85,21 +86,23 @@ def plan_load(  # noqa: PLR0913 (the options of a load are arguments of their ow
 ) -> LoadPlan:
     """Return where every byte of a checkpoint would live, without reading a weight.
 
-    `path` is a checkpoint, or a folder with a config.json alone. `context` is the tokens of each of
-    `batch` sequences (default: 4,096, or the model's context where that is shorter). `max_memory` is
-    "0=24GiB,cpu=16GiB" or a mapping; only GPUs that it names are used then. `devices` describe GPUs
-    that may not be here, as `--device` does, in place of this machine's; `max_memory` may name cores
-    ("core:0=2GiB,core:1=2GiB") to use them as devices of their own. `rates_file` keeps what was measured
-    of memory and disk; without `may_measure` what it does not hold is assumed. `is_running` says that
+    `path` is a checkpoint, a folder with a config.json alone, or the id of a model on the Hugging Face
+    hub ("org/name", "org/name@revision"), of which only headers are asked for. `context` is the tokens
+    of each of `batch` sequences (default: 4,096, or the model's context where that is shorter).
+    `max_memory` is "0=24GiB,cpu=16GiB" or a mapping; only GPUs that it names are used then. `devices`
+    describe GPUs that may not be here, as `--device` does, in place of this machine's; `max_memory` may
+    name cores ("core:0=2GiB,core:1=2GiB") to use them as devices of their own. `rates_file` keeps what
+    was measured of memory and disk; without `may_measure` what it does not hold is assumed. `is_running` says that
     Python and torch are loaded already, so that their memory is no part of the plan. Raises OptionError
     and CheckpointError.
     """
-    described = describe(path)
+    described, is_here = _looked_at(path)
     config, tensors = described.config, described.checkpoint.tensors
     allowed = parse_max_memory(max_memory) if max_memory is not None else {}
     gpus = _gpu_places(devices, allowed, has_limits=max_memory is not None)
     rates = Rates(rates_file, may_measure=may_measure)
-    largest = max(described.checkpoint.files, key=lambda file: file.stat().st_size, default=None)
+    files = described.checkpoint.files if is_here else ()
+    largest = max(files, key=lambda file: file.stat().st_size, default=None)
     cores = {name: size for name, size in allowed.items() if CORE.fullmatch(name)}
     if cores and (gpus or "cpu" in allowed):
         raise OptionError(
@@ -150,6 +153,14 @@ def plan_load(  # noqa: PLR0913 (the options of a load are arguments of their ow
             speed = trial.prediction.tokens_per_s
             found.append(Remedy(change=change, places=used, tokens_per_s=speed))
     return replace(plan, remedies=tuple(found))
+
+
+def _looked_at(path: str | Path) -> tuple[Described, bool]:
+    """Return what can be known of a checkpoint without its weights, and whether it is on this disk."""
+    if not is_repo_id(str(path)):
+        return describe(path), True
+    with without_weights(str(path)) as folder:
+        return describe(folder), False
 
 
 def describe(path: str | Path) -> Described:
