@@ -145,6 +145,7 @@ class _Repository:
         if error.code in (HTTPStatus.NOT_FOUND, HTTPStatus.UNAUTHORIZED):
             return (
                 f"{self.name} at {self.revision} is neither a folder here nor a model on "
-                f"{self.endpoint} that you may see. Check the name; for a private one log in (`hf auth login`)."
+                f"{self.endpoint} that you may see. Check the name; for a private one log in "
+                "(`hf auth login`)."
             )
         return f"{error.url} answers {error.code} {error.reason}."

@@ -70,6 +70,20 @@ def model_options(command: Command) -> Command:
             "is read for every token. See `hanok plan`.  [default: what is free]",
         ),
         click.option(
+            "--cache-packed",
+            is_flag=True,
+            help="Keep the quantized weights in the cache folder, and read them from there next time.",
+        ),
+        click.option(
+            "--cache-folder",
+            type=click.Path(path_type=Path),
+            envvar="HANOK_CACHE",
+            default=Path.home() / ".cache" / "hanok",
+            show_default="~/.cache/hanok",
+            show_envvar=True,
+            help="Where packed weights are kept.",
+        ),
+        click.option(
             "--cache-dtype",
             type=click.Choice(["auto", "int8"]),
             default="auto",
@@ -203,6 +217,7 @@ def open_model(path: Path | None, options: Mapping[str, Any]) -> "Model":
             max_memory=options["max_memory"],
             context=options["context"],
             pipeline_depth=options["pipeline_depth"],
+            cache_packed=options["cache_folder"] / "packed" if options["cache_packed"] else None,
             progress=bar.advance,
         )
     for note in model.notes:

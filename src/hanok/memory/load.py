@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
 from math import prod
+from pathlib import Path
 from typing import TypeVar, get_args
 
 import torch
@@ -24,6 +25,7 @@ from hanok.kernels.native import why_not
 from hanok.memory.budget import host_budget
 from hanok.memory.needs import choose_dtype, stays_as_it_is, unit_of
 from hanok.memory.offload import Streamer
+from hanok.memory.packed import PackedCopy
 from hanok.memory.plan import HOST_KINDS, LoadPlan, Weights
 from hanok.memory.planning import NUM_READERS
 from hanok.memory.promote import MappedWeight, Promotion
@@ -83,6 +85,7 @@ def load_decoder(
     weights: Weights = "auto",
     recipe: Recipe | None = None,
     plan: LoadPlan | None = None,
+    packed_folder: Path | None = None,
     progress: Progress | None = None,
 ) -> Loaded:
     """Return the decoder of a checkpoint, ready to run.
@@ -91,7 +94,8 @@ def load_decoder(
     becomes bfloat16 on a CPU). `weights` says whether bytes that can stay in the file do: "mapped", read
     at once: "copied", or "auto": mapped, and moved into memory after the first answer if twice their
     bytes are available. `recipe` says which weights are quantized on the way. `plan` says where each
-    unit goes; units on disk are read anew in every pass, and not quantized. `progress` is called with
+    unit goes; units on disk are read anew in every pass, and not quantized. What was quantized is kept
+    in `packed_folder`, and read from there the next time. `progress` is called with
     the bytes of each weight placed. Raises CheckpointError for tensors that are missing, left over or of
     the wrong shape, UnsupportedError for a plan with a device that is not here, BudgetError when memory
     runs out.
@@ -117,7 +121,10 @@ def load_decoder(
     ):
         work = _Work(pool, watchdog, progress)
         mapped = _place_floats(decoder, placer, swapped.floats, work)
-        _quantize(checkpoint, swapped.quantized, work)
+        if packed_folder is None or not swapped.quantized:
+            _quantize(checkpoint, swapped.quantized, work)
+        else:
+            notes += _quantize_once(checkpoint, swapped.quantized, work, packed_folder, str(recipe))
         streamer = None
         if streamed:
             runner = places.device_of(next(iter(streamed)))
@@ -287,6 +294,30 @@ def _quantize(checkpoint: Checkpoint, items: Sequence[QuantizedSource], work: _W
     order = sorted(items, key=lambda item: _file_position(checkpoint.tensors, item.source))
     for size in work.each(lambda item: quantize_source(checkpoint.tensors, item), order):
         work.done(size)
+
+
+def _quantize_once(
+    checkpoint: Checkpoint,
+    items: Sequence[QuantizedSource],
+    work: _Work,
+    folder: Path,
+    recipe: str,
+) -> list[str]:
+    """Read the packed copy of what the recipe asked for, or quantize it and keep a copy."""
+    if not all(item.stored.parts and item.stored.device == CPU for item in items):
+        _quantize(checkpoint, items, work)
+        return ["packed: no copy is kept of nested scales, nor of weights on a GPU"]
+    copy = PackedCopy(folder, checkpoint.files, items, recipe)
+    if copy.is_there:
+        for size in work.each(copy.read, range(len(items))):
+            work.done(size)
+        return []
+    _quantize(checkpoint, items, work)
+    try:
+        copy.write()
+    except CheckpointError as error:
+        return [f"packed: {error}"]
+    return []
 
 
 def _fallback_notes(decoder: Decoder, attention: str, used: Mapping[str, int]) -> list[str]:

@@ -92,9 +92,9 @@ def plan_load(  # noqa: PLR0913 (the options of a load are arguments of their ow
     `max_memory` is "0=24GiB,cpu=16GiB" or a mapping; only GPUs that it names are used then. `devices`
     describe GPUs that may not be here, as `--device` does, in place of this machine's; `max_memory` may
     name cores ("core:0=2GiB,core:1=2GiB") to use them as devices of their own. `rates_file` keeps what
-    was measured of memory and disk; without `may_measure` what it does not hold is assumed. `is_running` says that
-    Python and torch are loaded already, so that their memory is no part of the plan. Raises OptionError
-    and CheckpointError.
+    was measured of memory and disk; without `may_measure` what it does not hold is assumed.
+    `is_running` says that Python and torch are loaded already, so that their memory is no part of the
+    plan. Raises OptionError and CheckpointError.
     """
     described, is_here = _looked_at(path)
     config, tensors = described.config, described.checkpoint.tensors

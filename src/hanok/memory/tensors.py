@@ -121,7 +121,7 @@ class Arena:
 
 def read_run(ref: TensorRef, target: Tensor) -> None:
     """Fill `target` with the bytes from the start of `ref` on, as many as it has, unconverted."""
-    _read_bytes(ref, target.data_ptr(), target.nbytes)
+    read_bytes(ref, target.data_ptr(), target.nbytes)
 
 
 def read_into(ref: TensorRef, target: Tensor) -> None:
@@ -131,7 +131,7 @@ def read_into(ref: TensorRef, target: Tensor) -> None:
     dtype = dtype_of(ref)
     is_plain = ref.strides is None and dtype == target.dtype
     scratch = target if is_plain else torch.empty(ref.size_bytes // dtype.itemsize, dtype=dtype)
-    _read_bytes(ref, scratch.data_ptr(), ref.size_bytes)
+    read_bytes(ref, scratch.data_ptr(), ref.size_bytes)
     if not is_plain:
         strides = ref.strides
         shaped = (
@@ -154,7 +154,8 @@ def read_parameter(tensors: Mapping[str, TensorRef], source: Source, target: Ten
     target.copy_(from_file_order(stored, source))
 
 
-def _read_bytes(ref: TensorRef, address: int, size_bytes: int) -> None:
+def read_bytes(ref: TensorRef, address: int, size_bytes: int) -> None:
+    """Write the first `size_bytes` of a stored tensor to an address of this process."""
     view = memoryview((ctypes.c_char * size_bytes).from_address(address)).cast("B")
     done, descriptor = 0, os.open(ref.path, os.O_RDONLY)
     try:

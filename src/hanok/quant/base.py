@@ -130,6 +130,10 @@ class Stored(Protocol):
     def device(self) -> torch.device:
         """Where it is."""
 
+    @property
+    def parts(self) -> tuple[Tensor, ...]:
+        """The tensors that hold it, so that they can be kept and filled again; () where they cannot."""
+
     def write_rows(self, start: int, rows: Tensor) -> None:
         """Quantize float rows (count, in) into place; different rows may be written by threads."""
 

@@ -27,6 +27,12 @@ class GroupConstants:
         """Bytes of both."""
         return self.scale.nbytes + (0 if self.zero is None else self.zero.nbytes)
 
+    def with_codes(self, codes: Tensor) -> tuple[Tensor, ...]:
+        """Return codes, scales and zeros; () where the scales are quantized themselves."""
+        if not isinstance(self.scale, Tensor) or self._is_nested:
+            return ()
+        return (codes, self.scale) if self.zero is None else (codes, self.scale, self.zero)
+
     def write_rows(self, start: int, record: QuantizedWeight) -> None:
         """Take over those of a record's rows."""
         chosen = slice(start, start + record.shape[0])

@@ -93,6 +93,11 @@ class PanelWeight:
         """See `Stored`."""
         return self._codes.device
 
+    @property
+    def parts(self) -> tuple[Tensor, ...]:
+        """See `Stored`."""
+        return tuple(part for part in (self._codes, self._scale, self._zero) if part is not None)
+
     def write_rows(self, start: int, rows: Tensor) -> None:
         """See `Stored`; `start` is a multiple of PANEL."""
         is_known = rows.dtype in (torch.bfloat16, torch.float32)

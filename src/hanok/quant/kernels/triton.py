@@ -54,6 +54,11 @@ class TritonWeight:
         """See `Stored`."""
         return self._codes.device
 
+    @property
+    def parts(self) -> tuple[Tensor, ...]:
+        """See `Stored`."""
+        return self._groups.with_codes(self._codes)
+
     def write_rows(self, start: int, rows: Tensor) -> None:
         """See `Stored`."""
         record = self.method.quantize(rows.to(self.device))

@@ -1,0 +1,167 @@
+"""Keeps what quantizing a checkpoint made in the user's cache folder: the next load only reads it.
+
+A copy is found by what it was made of: the contents of the weight files, the recipe, the order of bytes
+that this machine's kernels read, and this version. Contents are hashed once; as long as a file's size,
+times and inode stay, its hash is looked up. The file has a name, a beginning and an end of its own, so
+that nothing takes it for a checkpoint, and neither a part of one nor another's is ever read.
+"""
+
+import hashlib
+import json
+import os
+import struct
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from hanok import __version__
+from hanok.checkpoint.files import TensorRef
+from hanok.checkpoint.writer import write_json
+from hanok.errors import CheckpointError
+from hanok.kernels.native import native
+from hanok.memory.planning import NUM_READERS
+from hanok.memory.quantize import QuantizedSource
+from hanok.memory.tensors import ALIGNMENT, DTYPE_NAMES, read_bytes
+
+SUFFIX = ".packed"
+MAGIC = b"hanok packed 1\n\0"
+END = b"\0end of hanok packed\n"
+HASHES = "hashes.json"
+BLOCK_BYTES = 2**24
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Part:
+    """One tensor of a quantized weight, and where its bytes begin in the file."""
+
+    tensor: Tensor
+    offset_bytes: int
+
+
+class PackedCopy:
+    """The copy of some quantized weights, which is there or will be."""
+
+    def __init__(
+        self, folder: Path, files: Iterable[Path], items: Sequence[QuantizedSource], recipe: str
+    ) -> None:
+        self._folder = folder
+        self._items = items
+        kernels = native()
+        described = {
+            "version": __version__,
+            "recipe": recipe,
+            "kernels": kernels.instruction_set if kernels is not None else "torch",
+            "files": sorted(self._hashes(files)),
+            "weights": [
+                [
+                    item.source.names,
+                    [[str(part.dtype), list(part.shape)] for part in item.stored.parts],
+                ]
+                for item in items
+            ],
+        }
+        self._header = json.dumps(described).encode()
+        self.path = folder / f"{hashlib.sha256(self._header).hexdigest()[:32]}{SUFFIX}"
+        start = len(MAGIC) + 8 + len(self._header)
+        self._parts: dict[int, list[_Part]] = {}
+        for number, item in enumerate(items):
+            self._parts[number] = []
+            for tensor in item.stored.parts:
+                start = -(-start // ALIGNMENT) * ALIGNMENT
+                self._parts[number].append(_Part(tensor=tensor, offset_bytes=start))
+                start += tensor.nbytes
+        self._end = start
+
+    @property
+    def is_there(self) -> bool:
+        """Whether it can be read: whole, and made of exactly this. Anything else is as if not there."""
+        start = MAGIC + struct.pack("<Q", len(self._header)) + self._header
+        try:
+            with self.path.open("rb") as file:
+                if file.read(len(start)) != start:
+                    return False
+                file.seek(self._end)
+                return file.read() == END
+        except OSError:
+            return False
+
+    def read(self, number: int) -> int:
+        """Fill the weight `number` from the file; return its bytes."""
+        for part in self._parts[number]:
+            tensor = part.tensor
+            ref = TensorRef(
+                name=self._items[number].source.names[0],
+                dtype=DTYPE_NAMES.get(tensor.dtype, "U8"),
+                shape=tuple(tensor.shape),
+                path=self.path,
+                offset_bytes=part.offset_bytes,
+                size_bytes=tensor.nbytes,
+            )
+            read_bytes(ref, tensor.data_ptr(), tensor.nbytes)
+        self._items[number].stored.finish()
+        return self._items[number].stored.nbytes
+
+    def write(self) -> None:
+        """Write it aside and rename it. Raises CheckpointError where that cannot be; nothing is left."""
+        unfinished = self.path.with_name(f".{self.path.name}.unfinished-{os.getpid()}")
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with unfinished.open("wb") as file:
+                file.write(MAGIC + struct.pack("<Q", len(self._header)) + self._header)
+                for parts in self._parts.values():
+                    for part in parts:
+                        file.write(bytes(part.offset_bytes - file.tell()))
+                        file.write(part.tensor.flatten().view(torch.uint8).numpy().data)
+                file.write(END)
+            unfinished.rename(self.path)
+        except OSError as error:
+            raise CheckpointError(
+                f"the packed copy of {self._end:,} bytes cannot be kept in {self._folder}: {error}."
+            ) from error
+        finally:
+            unfinished.unlink(missing_ok=True)
+
+    def _hashes(self, files: Iterable[Path]) -> list[str]:
+        """Return the hash of each file's contents, and remember those that were not known."""
+        index = self._folder / HASHES
+        try:
+            known: Mapping[str, Mapping[str, object]] = json.loads(index.read_text())
+        except (OSError, ValueError):
+            known = {}
+        found = dict(known)
+        for file in files:
+            place, state = str(file.resolve()), _state_of(file)
+            if known.get(place, {}).get("state") != state:
+                found[place] = {"state": state, "hash": _hash_of(file)}
+        if found != known:
+            try:
+                self._folder.mkdir(parents=True, exist_ok=True)
+                write_json(index, found)
+            except OSError as error:
+                raise CheckpointError(
+                    f"packed copies cannot be kept in {self._folder}: {error}. Choose another folder."
+                ) from error
+        return [str(found[str(file.resolve())]["hash"]) for file in files]
+
+
+def _hash_of(file: Path) -> str:
+    """Return the SHA-256 of the SHA-256s of a file's blocks, which several threads can work out."""
+    blocks = range(0, file.stat().st_size, BLOCK_BYTES)
+
+    def hash_block(start: int) -> bytes:
+        with file.open("rb") as opened:
+            opened.seek(start)
+            return hashlib.sha256(opened.read(BLOCK_BYTES)).digest()
+
+    with ThreadPoolExecutor(NUM_READERS) as pool:
+        return hashlib.sha256(b"".join(pool.map(hash_block, blocks))).hexdigest()
+
+
+def _state_of(file: Path) -> list[int]:
+    """Return what changes whenever a file's contents do."""
+    found = file.stat()
+    return [found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns]
