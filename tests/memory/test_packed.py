@@ -100,7 +100,7 @@ def test_another_instruction_set_or_version_is_another_copy(
 ) -> None:
     load(model_folder, tmp_path)
     counted.clear()
-    monkeypatch.setattr(packed, "__version__", "0.0.0")
+    monkeypatch.setattr(packed, "version", lambda name: "0.0.0")
     load(model_folder, tmp_path)
     assert counted
     counted.clear()

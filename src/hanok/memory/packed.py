@@ -13,12 +13,12 @@ import struct
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from hanok import __version__
 from hanok.checkpoint.files import TensorRef
 from hanok.checkpoint.writer import write_json
 from hanok.errors import CheckpointError
@@ -52,7 +52,7 @@ class PackedCopy:
         self._items = items
         kernels = native()
         described = {
-            "version": __version__,
+            "version": version("hanok"),
             "recipe": recipe,
             "kernels": kernels.instruction_set if kernels is not None else "torch",
             "files": sorted(self._hashes(files)),
