@@ -1,6 +1,6 @@
 """Makes checkpoints with random weights, for measuring speed where no real model is at hand.
 
-    python benchmarks/checkpoints.py [llama-1.1b qwen-0.5b tiny] [--folder DIR]
+    python benchmarks/checkpoints.py [llama-1.1b qwen-0.5b tiny llama-7b] [--folder DIR]
 
 A checkpoint is a folder in the Hugging Face layout: bfloat16 weights from N(0, 0.02²), norms of one,
 and no tokenizer, since the benchmarks give token ids. Every tensor is drawn from the seed and its own
@@ -94,6 +94,17 @@ SHAPES = {
             norm_eps=1e-6,
         ),
         Shape(
+            name="llama-7b",
+            model_type="llama",
+            hidden_size=4096,
+            num_layers=32,
+            num_heads=32,
+            num_kv_heads=32,
+            intermediate_size=11008,
+            vocab_size=32000,
+            is_tied=False,
+        ),
+        Shape(
             name="tiny",
             model_type="qwen2",
             hidden_size=64,
@@ -108,6 +119,9 @@ SHAPES = {
 }
 
 
+SMALL = ("llama-1.1b", "qwen-0.5b", "tiny")  # what is made unless named: the others take 13 GB
+
+
 def make_checkpoint(shape: Shape, folder: Path, *, seed: int = 0) -> Path:
     """Write the checkpoint below `folder` unless it is there; return its own folder."""
     path = folder / f"{shape.name}-seed{seed}"
@@ -119,10 +133,11 @@ def make_checkpoint(shape: Shape, folder: Path, *, seed: int = 0) -> Path:
 
 def is_complete(path: Path, shape: Shape) -> bool:
     """Return whether the folder holds this shape; config.json is what is written last."""
-    config, weights = path / "config.json", path / "model.safetensors"
-    return (
-        config.is_file() and weights.is_file() and json.loads(config.read_text()) == shape.config()
+    config = path / "config.json"
+    has_weights = any(
+        (path / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json")
     )
+    return config.is_file() and has_weights and json.loads(config.read_text()) == shape.config()
 
 
 def tensors_of(shape: Shape, seed: int) -> list[TensorData]:
@@ -163,7 +178,7 @@ def main() -> None:
     unknown = set(options.names) - set(SHAPES)
     if unknown:
         parser.error(f"unknown: {', '.join(sorted(unknown))}; there are {', '.join(SHAPES)}")
-    for name in options.names or SHAPES:
+    for name in options.names or SMALL:
         print(make_checkpoint(SHAPES[name], options.folder))
 
 

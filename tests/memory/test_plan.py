@@ -100,7 +100,15 @@ def test_every_unit_has_one_place_and_no_budget_is_exceeded(
     plan = make_plan(needs(units, load), places, policy)
     assert [item.unit for item in plan.placements] == units
     found = indices(plan, places)
-    assert found == sorted(found)
+    in_memory = [index for index in found if places[index].kind != "disk"]
+    assert in_memory == sorted(in_memory)
+    streamed = [item.unit for item in plan.placements if item.device == "disk"]
+    blocks = [item for item in units if item.is_block]
+    streamed_blocks = [item for item in streamed if item.is_block]
+    assert streamed_blocks == blocks[len(blocks) - len(streamed_blocks) :]
+    others = [item.name for item in streamed if not item.is_block]
+    assert others in ([], ["lm_head"])
+    assert not others or streamed_blocks == blocks
     held = [module for tier in plan.tiers for module in tier.modules]
     assert sorted(held) == sorted(module for item in units for module in item.modules)
     assert sum(tier.weight_bytes for tier in plan.tiers) == sum(item.weight_bytes for item in units)

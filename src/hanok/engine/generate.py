@@ -21,9 +21,11 @@ from hanok.engine.cuda_graph import DecodeGraphs
 from hanok.engine.native_steps import NativeSteps
 from hanok.engine.params import SamplingParams
 from hanok.engine.sampling import draw, processed
+from hanok.memory.heap import give_back
 from hanok.memory.needs import PREFILL_TOKENS
 from hanok.models.decoder import Decoder
 
+LONG_PASS_TOKENS = 256  # whose activations are worth giving back
 FinishReason = Literal["length", "eos_token", "stop_sequence"]
 
 
@@ -220,4 +222,7 @@ def _forward(
             past[index] += len(tokens)
             waiting[index] = waiting[index][len(tokens) :]
         waiting = {index: tokens for index, tokens in waiting.items() if tokens}
+        if len(batch.token_ids) >= LONG_PASS_TOKENS:
+            del batch, hidden
+            give_back()
     return [(index, found[index]) for index in running]

@@ -23,6 +23,7 @@ from hanok.checkpoint.files import Checkpoint, TensorRef
 from hanok.errors import CheckpointError, OptionError, UnsupportedError
 from hanok.kernels.native import why_not
 from hanok.memory.budget import host_budget
+from hanok.memory.heap import give_back
 from hanok.memory.needs import choose_dtype, stays_as_it_is, unit_of
 from hanok.memory.offload import Streamer
 from hanok.memory.packed import PackedCopy
@@ -129,6 +130,7 @@ def load_decoder(
         if streamed:
             runner = places.device_of(next(iter(streamed)))
             streamer = Streamer(decoder, streamed, checkpoint.tensors, target_dtype, runner)
+        give_back()
     decoder.tie()
     decoder.eval()
     decoder.spread = places.spread(decoder)

@@ -168,7 +168,7 @@ def activation_bytes(config: ModelConfig, use: Use) -> int:
         experts = config.experts
         inner = max(inner, experts.intermediate_size * experts.num_experts_per_token)
     widths = 4 * config.hidden_size + 2 * sum(config.qkv_sizes) + 3 * inner
-    return tokens * widths * max(4, DTYPE_BYTES[use.dtype])
+    return tokens * widths * DTYPE_BYTES[use.dtype]
 
 
 def stays_as_it_is(source: Source, tensors: Mapping[str, TensorRef], dtype: str) -> bool:

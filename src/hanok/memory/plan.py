@@ -277,23 +277,31 @@ def _reason(asked: str, index: int, places: Sequence[Place]) -> str:
 
 
 def _by_policy(policy: str, needs: Needs, places: Sequence[Place]) -> list[int]:
-    """Return the place of each unit; as few of the last ones as can be are on disk.
+    """Return the place of each unit; as few of the last blocks as can be are on disk, then the head.
 
-    The embedding is never there: whole, it would be read for a row of it.
+    The embedding is never there: whole, it would be read for a row of it. The head follows the blocks,
+    since both stream buffers would have its size.
     """
     units = needs.units
     rooms = [_room(place, needs) for place in places if place.kind != "disk"]
     disk = next((index for index, place in enumerate(places) if place.kind == "disk"), None)
-    most_on_disk = 0 if disk is None else len(units) - 1
-    for count in range(most_on_disk + 1):
-        kept, streamed = units[: len(units) - count], units[len(units) - count :]
+    blocks = [number for number, unit in enumerate(units) if unit.is_block]
+    head = [number for number, unit in enumerate(units) if unit.name == "lm_head"]
+    order = [] if disk is None else [*reversed(blocks), *head]
+    for count in range(len(order) + 1):
+        on_disk = set(order[:count])
+        streamed = [units[number] for number in on_disk]
         left = _rooms_beside(streamed, rooms, places)
         if streamed and left[runner_of(places)] < 0:
             continue
+        kept = [unit for number, unit in enumerate(units) if number not in on_disk]
         # A place without room for what computing takes gets nothing to compute.
         found = _in_memory(policy, kept, places, [max(0, room) for room in left])
         if found is not None:
-            return found + [disk or 0] * count
+            resident = iter(found)
+            return [
+                disk or 0 if number in on_disk else next(resident) for number in range(len(units))
+            ]
     # Nothing fits, streamed or not: the last place in memory shows by how much.
     return _in_turn(units, [*rooms[:-1], 2**62]) or [len(rooms) - 1] * len(units)
 

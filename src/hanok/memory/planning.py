@@ -17,7 +17,6 @@ from hanok.checkpoint.files import (
     open_checkpoint,
     read_object,
 )
-from hanok.checkpoint.hub import is_repo_id, without_weights
 from hanok.errors import CheckpointError, OptionError
 from hanok.memory.budget import device_name, parse_max_memory
 from hanok.memory.needs import (
@@ -54,7 +53,8 @@ GPU_DRIVER = Path("/dev/nvidiactl")
 DEFAULT_CONTEXT = 4096
 SMALLEST_CONTEXT = 512
 NUM_READERS = 2  # threads; two fault in and fill pages nearly twice as fast as one
-RUNTIME_BYTES = 230 * 2**20  # Python with torch loaded, before a weight is
+RUNTIME_BYTES = 148 * 2**20  # Python with torch and hanok loaded, before a weight is
+FIRST_USE_BYTES = 40 * 2**20  # what threads and libraries claim the first time they compute
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,7 +130,7 @@ def plan_load(  # noqa: PLR0913 (the options of a load are arguments of their ow
         cache_dtype=cache_dtype,
         may_map=weights != "copied",
     )
-    runtime_bytes = 0 if is_running else RUNTIME_BYTES
+    runtime_bytes = FIRST_USE_BYTES + (0 if is_running else RUNTIME_BYTES)
     request = Request(
         path=Path(path), dtype=use.dtype, quant=quant, cache_dtype=cache_dtype, weights=weights
     )
@@ -157,6 +157,11 @@ def plan_load(  # noqa: PLR0913 (the options of a load are arguments of their ow
 
 def _looked_at(path: str | Path) -> tuple[Described, bool]:
     """Return what can be known of a checkpoint without its weights, and whether it is on this disk."""
+    if Path(path).exists():
+        return describe(path), True
+    # Imported here: most checkpoints are on this disk, and a client of the hub is not needed for them.
+    from hanok.checkpoint.hub import is_repo_id, without_weights
+
     if not is_repo_id(str(path)):
         return describe(path), True
     with without_weights(str(path)) as folder:
