@@ -59,13 +59,14 @@ def with_hanok(asked: argparse.Namespace, options: dict[str, Any]) -> tuple[dict
     import torch
 
     import hanok
+    from hanok.engine.model import load
     from hanok.engine.pipeline import Pipeline
 
     started = time.perf_counter()
     depth = options.pop("pipeline_depth", None)
     packed = options.pop("cache_packed", None)
     plan = hanok.plan_load(asked.folder, is_running=False, may_measure=False, **options)
-    model = hanok.load(plan=plan, pipeline_depth=depth, cache_packed=packed)
+    model = load(plan=plan, pipeline_depth=depth, cache_packed=packed)
     row: dict[str, Any] = {
         "ready_s": time.time() - asked.spawned,
         "load_s": time.perf_counter() - started,
@@ -86,7 +87,9 @@ def with_hanok(asked: argparse.Namespace, options: dict[str, Any]) -> tuple[dict
             sequences = [model._sequence(item, common) for item in given]
             with Pipeline(model.decoder, depth) as pipeline:
                 events = pipeline.generate(sequences)
-                first = [next(events) for _ in given]
+                for _ in given:
+                    next(events)
+                row["prefill_s"] = time.perf_counter() - began
                 busy, since = list(pipeline.busy_s), time.perf_counter()
                 rest = list(events)
                 row["decode_s"] = time.perf_counter() - since
@@ -96,7 +99,6 @@ def with_hanok(asked: argparse.Namespace, options: dict[str, Any]) -> tuple[dict
                 ]
             row["tokens"] = [item.generated_ids for item in sequences]
             row["decoded"] = len(rest)
-            del first
         elif asked.batch == 1:
             tokens = []
             for event in model.stream(given[0], **common):

@@ -112,7 +112,7 @@ def model_options(command: Command) -> Command:
         click.option(
             "--pipeline-depth",
             type=int,
-            help="Groups of sequences on their way where layers lie on several devices.  [default: two "
+            help="Groups of sequences on their way where layers lie on several devices.  [default: one "
             "for each device]",
         ),
         click.option(

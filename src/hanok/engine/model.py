@@ -392,7 +392,7 @@ def load(  # noqa: PLR0913 (the options of a load are arguments of their own)
     pass. A `plan` that was made before takes the place of all options but `attn_implementation`,
     `pipeline_depth`, `cache_packed` and `progress`.
     `pipeline_depth` is how many groups of sequences are on their way where layers lie on several
-    devices (default: two for each device). `cache_packed` is a folder where quantized weights are kept,
+    devices (default: one for each device). `cache_packed` is a folder where quantized weights are kept,
     so that the next load with the same recipe only reads them (`memory/packed.py`). `progress` is
     called with the bytes of each weight placed. Raises CheckpointError, OptionError, UnsupportedError
     or BudgetError, each saying what to do.

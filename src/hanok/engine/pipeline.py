@@ -26,8 +26,8 @@ from hanok.errors import OptionError
 from hanok.memory.needs import PREFILL_TOKENS
 from hanok.models.decoder import Decoder, Stage
 
-SMALLEST_CHUNK = 64  # tokens of a prompt; fewer are computed no faster
-DEFAULT_DEPTH = 2  # groups for each stage: while one is computed the next is there already
+SMALLEST_CHUNK = 128  # tokens of a prompt; fewer are computed no faster
+CHUNKS_PER_STAGE = 2  # of all prompts together: fewer leave stages idle, more read weights more often
 
 
 class Pipeline:
@@ -42,7 +42,8 @@ class Pipeline:
         stages = decoder.spread.stages
         if depth is not None and depth < 1:
             raise OptionError(f"pipeline_depth is {depth}; it must be at least 1.")
-        self.depth = depth or DEFAULT_DEPTH * len(stages)
+        # As many as stages: each group reads a stage's weights anew, so more would cost bandwidth.
+        self.depth = depth or len(stages)
         self.busy_s = [0.0] * len(stages)
         """Seconds that each stage has computed."""
         self._decoder = decoder
@@ -97,8 +98,9 @@ class Pipeline:
         if all(len(item) == 1 for item in tokens.values()):
             return self._send([(group, [tokens[index] for index in group])], past, lengths, cache)
         # Each prompt in chunks of its own, so that the first stage can take the next one early.
-        most = max(map(len, tokens.values()))
-        size = min(PREFILL_TOKENS, max(SMALLEST_CHUNK, -(-most // self.depth)))
+        total = sum(len(item.token_ids) for item in sequences)
+        share = -(-total // (CHUNKS_PER_STAGE * len(self._stages)))
+        size = min(PREFILL_TOKENS, max(SMALLEST_CHUNK, share))
         chunks = [
             ([index], [tokens[index][start : start + size]])
             for index in group
@@ -128,6 +130,8 @@ class Pipeline:
                 past[slot] += len(new)
             done = [slot for slot in slots if past[slot] == lengths[slot]]
             outputs.append((done, self._through_stages(batch, cache, is_wanted=bool(done))))
+            if self.depth == 1:
+                outputs[-1][1].exception()  # one batch at a time, as without a pipeline
         return self._workers[-1].submit(
             lambda: torch.cat([future.result() for done, future in outputs if done])
         )
