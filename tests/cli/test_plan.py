@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 import hanok
-from hanok.cli.verbs.plan import holds, plan_object, size
+from hanok.cli.units import rate, size
+from hanok.cli.verbs.plan import holds, plan_object
 
 DOCS = Path(__file__).parents[2] / "docs" / "plan.md"
 LLAMA_405B = {
@@ -103,6 +104,7 @@ def test_runs_of_layers_are_told_as_one() -> None:
     assert size(3 * 2**30) == "3.00 GiB"
     assert size(-(2**20)) == "-1.00 MiB"
     assert size(12) == "12 B"
+    assert (rate(12345.6), rate(1.2345)) == ("12,346", "1.23")
 
 
 def test_every_tier_is_in_the_object() -> None:

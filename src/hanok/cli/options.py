@@ -17,6 +17,7 @@ import click
 
 from hanok import BUNDLED
 from hanok.cli.progress import bytes_bar
+from hanok.cli.units import size
 from hanok.engine.params import GENERATION_CONFIG_FIELDS, SamplingOptions, SamplingParams
 from hanok.errors import OptionError
 
@@ -199,27 +200,40 @@ def open_model(path: Path | None, options: Mapping[str, Any]) -> "Model":
     import torch
 
     from hanok.engine.model import load
+    from hanok.memory.planning import plan_load
 
     if options["threads"]:
         torch.set_num_threads(options["threads"])
     if path is None:
         click.echo("No model given: using the small one that ships with hanok.", err=True)
         path = BUNDLED
+    plan = plan_load(
+        path,
+        device_map=options["device_map"],
+        max_memory=options["max_memory"],
+        context=options["context"],
+        quant=options["quant"],
+        dtype=options["dtype"],
+        cache_dtype=options["cache_dtype"],
+        weights=options["weights"],
+        may_measure=False,
+    )
     with bytes_bar(f"Loading {path.name}") as bar:
+        bar.start(sum(tier.weight_bytes for tier in plan.tiers if tier.place.kind != "disk"))
         model = load(
-            path,
-            dtype=options["dtype"],
+            plan=plan,
             attn_implementation=options["attention"],
-            weights=options["weights"],
-            quant=options["quant"],
-            cache_dtype=options["cache_dtype"],
-            device_map=options["device_map"],
-            max_memory=options["max_memory"],
-            context=options["context"],
             pipeline_depth=options["pipeline_depth"],
             cache_packed=options["cache_folder"] / "packed" if options["cache_packed"] else None,
             progress=bar.advance,
         )
+    report = model.report
+    planned = size(report.planned_bytes) if report.planned_bytes is not None else "nothing"
+    click.echo(
+        f"Loaded in {report.seconds:.2f} s: {size(report.mapped_bytes)} stay in their files; beside "
+        f"them at most {size(report.peak_bytes)} of memory at once, planned {planned}.",
+        err=True,
+    )
     for note in model.notes:
         click.echo(note, err=True)
     return model

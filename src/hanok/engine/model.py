@@ -417,11 +417,16 @@ def load(  # noqa: PLR0913 (the options of a load are arguments of their own)
     request = plan.request
     if request is None:
         raise OptionError("the plan names no checkpoint; make it with hanok.plan_load.")
+    if not request.path.exists():
+        raise CheckpointError(
+            f"{request.path} is not on this disk. If it is a model on the hub, download it "
+            f"(`hf download {request.path}`) and give its folder."
+        )
     _check_fits(plan, request.path)
     checkpoint = open_checkpoint(request.path)
     loaded = load_decoder(
         checkpoint,
-        dtype=dtype if path is not None else request.dtype,
+        dtype=request.dtype,
         attention=attn_implementation,
         weights=request.weights,
         recipe=None if request.quant is None else read_recipe(request.quant),

@@ -27,7 +27,9 @@ from hanok.memory.needs import PREFILL_TOKENS
 from hanok.models.decoder import Decoder, Stage
 
 SMALLEST_CHUNK = 128  # tokens of a prompt; fewer are computed no faster
-CHUNKS_PER_STAGE = 2  # of all prompts together: fewer leave stages idle, more read weights more often
+CHUNKS_PER_STAGE = (
+    2  # of all prompts together: fewer leave stages idle, more read weights more often
+)
 
 
 class Pipeline:

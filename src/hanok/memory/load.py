@@ -26,7 +26,6 @@ from hanok.memory.budget import host_budget
 from hanok.memory.heap import give_back
 from hanok.memory.needs import choose_dtype, stays_as_it_is, unit_of
 from hanok.memory.offload import Streamer
-from hanok.memory.packed import PackedCopy
 from hanok.memory.plan import HOST_KINDS, LoadPlan, Weights
 from hanok.memory.planning import NUM_READERS
 from hanok.memory.promote import MappedWeight, Promotion
@@ -306,6 +305,9 @@ def _quantize_once(
     recipe: str,
 ) -> list[str]:
     """Read the packed copy of what the recipe asked for, or quantize it and keep a copy."""
+    # Imported here: most loads keep none.
+    from hanok.memory.packed import PackedCopy
+
     if not all(item.stored.parts and item.stored.device == CPU for item in items):
         _quantize(checkpoint, items, work)
         return ["packed: no copy is kept of nested scales, nor of weights on a GPU"]

@@ -186,7 +186,6 @@ class Request:
 
     path: Path
     dtype: str
-    """What is computed in, never "auto"."""
     quant: str | None
     cache_dtype: CacheDtype
     weights: Weights

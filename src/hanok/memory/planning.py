@@ -132,7 +132,7 @@ def plan_load(  # noqa: PLR0913 (the options of a load are arguments of their ow
     )
     runtime_bytes = FIRST_USE_BYTES + (0 if is_running else RUNTIME_BYTES)
     request = Request(
-        path=Path(path), dtype=use.dtype, quant=quant, cache_dtype=cache_dtype, weights=weights
+        path=Path(path), dtype=dtype, quant=quant, cache_dtype=cache_dtype, weights=weights
     )
     plan = _plan(described, use, places, device_map, runtime_bytes)
     if plan.uses_disk and weights == "auto":

@@ -89,9 +89,12 @@ class MappedFiles:
 
     def _map_once(self, path: Path) -> mmap.mmap:
         if path not in self._maps:
-            with path.open("rb") as file:
+            descriptor = _open(path)
+            try:
                 # Private and writable: torch wants writable memory, and the file never changes.
-                self._maps[path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+                self._maps[path] = mmap.mmap(descriptor, 0, access=mmap.ACCESS_COPY)
+            finally:
+                os.close(descriptor)
         return self._maps[path]
 
 
@@ -159,7 +162,7 @@ def read_parameter(tensors: Mapping[str, TensorRef], source: Source, target: Ten
 def read_bytes(ref: TensorRef, address: int, size_bytes: int) -> None:
     """Write the first `size_bytes` of a stored tensor to an address of this process."""
     view = memoryview((ctypes.c_char * size_bytes).from_address(address)).cast("B")
-    done, descriptor = 0, os.open(ref.path, os.O_RDONLY)
+    done, descriptor = 0, _open(ref.path)
     try:
         while done < size_bytes:
             count = os.preadv(descriptor, [view[done:]], ref.offset_bytes + done)
@@ -171,6 +174,16 @@ def read_bytes(ref: TensorRef, address: int, size_bytes: int) -> None:
             done += count
     finally:
         os.close(descriptor)
+
+
+def _open(path: Path) -> int:
+    try:
+        return os.open(path, os.O_RDONLY)
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} was there when loading began and cannot be opened any more: {error.strerror}. "
+            "Restore the file and load again."
+        ) from error
 
 
 def from_file_order(stored: Tensor, source: Source) -> Tensor:

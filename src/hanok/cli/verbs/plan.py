@@ -9,6 +9,7 @@ import click
 
 from hanok import BUNDLED
 from hanok.cli.options import read_device_map
+from hanok.cli.units import rate, size
 from hanok.errors import BudgetError
 from hanok.memory.planning import plan_load
 
@@ -174,14 +175,6 @@ def holds(modules: tuple[str, ...]) -> str:
     return ", ".join(parts) or "nothing"
 
 
-def size(num_bytes: int) -> str:
-    """Return bytes for people."""
-    for unit, name in ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
-        if abs(num_bytes) >= unit:
-            return f"{num_bytes / unit:.2f} {name}"
-    return f"{num_bytes} B"
-
-
 def places(names: tuple[str, ...]) -> str:
     """Return places for people: "GPUs 0–3 and cpu"."""
     gpus = [name for name in names if name.isdigit()]
@@ -191,11 +184,6 @@ def places(names: tuple[str, ...]) -> str:
     elif gpus:
         parts.insert(0, f"GPUs {gpus[0]}–{gpus[-1]}")
     return " and ".join(parts)
-
-
-def rate(per_s: float) -> str:
-    """Return a rate with as many digits as it deserves."""
-    return f"{per_s:,.0f}" if per_s >= 100 else f"{per_s:.3g}"
 
 
 def _print(plan: "LoadPlan") -> None:
@@ -220,6 +208,9 @@ def _print(plan: "LoadPlan") -> None:
     for tier in plan.tiers:
         if tier.missing_bytes:
             click.echo(f"It does not fit: {tier.place.name} lacks {size(tier.missing_bytes)}.")
+    mapped = sum(tier.mapped_bytes for tier in plan.tiers)
+    if mapped:
+        click.echo(f"{size(mapped)} of the weights stay in their files, shared between processes.")
     if plan.fits and plan.uses_disk:
         click.echo("What lies on disk is read again for every token.")
     for remedy in plan.remedies:
