@@ -111,6 +111,8 @@ def with_hanok(asked: argparse.Namespace, options: dict[str, Any]) -> tuple[dict
             row["tokens"] = [item.token_ids for item in model.generate(given, **common)]
         if model._promotion is not None:
             model._promotion.wait()
+        if asked.again:
+            model.generate(prompts(asked.batch, length, model.config.vocab_size), **common)
     return row, model
 
 
@@ -156,6 +158,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--new-tokens", type=int, default=0)
+    parser.add_argument("--again", action="store_true", help="generate twice, as a server would")
     parser.add_argument("spawned", type=float)
     asked = parser.parse_args()
     sampler = Sampler()
