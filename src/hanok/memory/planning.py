@@ -54,7 +54,7 @@ DEFAULT_CONTEXT = 4096
 SMALLEST_CONTEXT = 512
 NUM_READERS = 2  # threads; two fault in and fill pages nearly twice as fast as one
 RUNTIME_BYTES = 148 * 2**20  # Python with torch and hanok loaded, before a weight is
-FIRST_USE_BYTES = 40 * 2**20  # what threads and libraries claim the first time they compute
+FIRST_USE_BYTES = 28 * 2**20  # what threads and libraries claim the first time they compute
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
