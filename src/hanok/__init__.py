@@ -23,7 +23,7 @@ from hanok.errors import (
 )
 
 if TYPE_CHECKING:
-    from hanok.engine.generate import TokenEvent
+    from hanok.engine.sequence import TokenEvent
     from hanok.engine.model import Generation, Model, PrefixCache, Score, load
     from hanok.engine.params import SamplingParams
     from hanok.engine.quality import QualityReport, measure_quality
@@ -43,7 +43,7 @@ _LAZY = {
     "SamplingParams": "hanok.engine.params",
     "Score": "hanok.engine.model",
     "QualityReport": "hanok.engine.quality",
-    "TokenEvent": "hanok.engine.generate",
+    "TokenEvent": "hanok.engine.sequence",
     "load": "hanok.engine.model",
     "measure_quality": "hanok.engine.quality",
     "plan_load": "hanok.memory.planning",

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import hanok
 from hanok.engine import generate as loop
-from hanok.engine.generate import StopTexts
+from hanok.engine.sequence import StopTexts
 from hanok.engine.model import Model
 
 PROMPTS = ["Once upon a time", "The dog", "One day, Tom and his friend went to the big park and"]

@@ -23,7 +23,7 @@ from hanok.attention.base import ForwardBatch
 from hanok.attention.cache import KVCache
 from hanok.checkpoint.files import Checkpoint, open_checkpoint
 from hanok.checkpoint.writer import write_json
-from hanok.engine.generate import FinishReason, GenerationSequence, TokenEvent, generate
+from hanok.engine.generate import generate
 from hanok.engine.params import (
     SamplingOptions,
     SamplingParams,
@@ -31,6 +31,7 @@ from hanok.engine.params import (
     unsupported_defaults,
 )
 from hanok.engine.pipeline import Pipeline
+from hanok.engine.sequence import FinishReason, GenerationSequence, TokenEvent
 from hanok.errors import (
     BudgetError,
     CheckpointError,
