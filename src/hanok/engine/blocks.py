@@ -1,9 +1,9 @@
-"""Which blocks of the cache hold which tokens: handed out, shared by what begins alike, evicted oldest first.
+"""Which blocks of the cache hold which tokens: handed out, shared by what begins alike, evicted.
 
-A block is a row of the cache with `block_size` tokens. Full blocks are known by their place in a tree: the
-block before them and their own tokens, compared exactly, so two sequences that begin with the same tokens
-read the same blocks. A tree's root is whatever must not be shared across, such as an adapter or a salt.
-Blocks that nobody uses stay in the tree until their memory is needed. Imports no torch.
+A block is a row of the cache with `block_size` tokens. Full blocks are known by their place in a tree:
+the block before them and their own tokens, compared exactly, so two sequences that begin with the same
+tokens read the same blocks. A tree's root is whatever must not be shared across, such as an adapter or
+a salt. Blocks that nobody uses stay in the tree until their memory is needed. Imports no torch.
 """
 
 from collections import OrderedDict

@@ -146,7 +146,7 @@ class _Pass:
             self._angles[rope].copy_(values)
         self._key_counts[:] = list(batch.key_lengths)
         for start, pages in zip(self._page_starts, batch.pages, strict=True):
-            self._pages[start : start + len(pages)] = pages
+            self._pages[start : start + len(pages)] = list(pages)
         self._kernels.run(self._steps)
         return self.hidden
 

@@ -1,7 +1,7 @@
 """How many prompt tokens a step may compute, so that it takes about as long as asked.
 
-A step's time is taken as what decoding so many sequences takes, plus a time for each prompt token. Both are
-measured on the steps themselves. Imports no torch.
+A step's time is taken as what decoding so many sequences takes, plus a time for each prompt token. Both
+are measured on the steps themselves. Imports no torch.
 """
 
 SMOOTHING = 0.2  # weight of the newest step

@@ -18,6 +18,7 @@ from hanok.errors import OptionError
 
 WATERMARK_KEY = 15485863  # that of the paper's and of text-generation-inference's watermarks
 
+
 def processed(
     logits: Tensor,
     params: SamplingParams,

@@ -1,10 +1,11 @@
 """Who computes how many tokens in the next step. Pure: no torch, no clock, no input or output.
 
 Every sequence has tokens that are computed and tokens that are not; a step computes some of the latter.
-Sequences that wait for their next token come first, one each. What is left of the budget goes to prompts
-in the order of arrival within their priority, cut where the budget ends. A sequence gets the blocks of all
-it has when it begins, and one more whenever it outgrows them; when none is left, the youngest of the
-lowest priority gives its blocks up and is computed again later, so the oldest always comes forward.
+Sequences that wait for their next token come first, one each. What is left of the budget goes to
+prompts in the order of arrival within their priority, cut where the budget ends. A sequence gets the
+blocks of all it has when it begins, and one more whenever it outgrows them; when none is left, the
+youngest of the lowest priority gives its blocks up and is computed again later, so the oldest always
+comes forward.
 """
 
 from bisect import insort
@@ -19,6 +20,7 @@ from hanok.engine.blocks import BlockPool
 class Row:
     """What the scheduler knows of a sequence."""
 
+    id: int
     tokens: list[int]
     """The prompt and what was generated; whoever generates appends to it."""
     priority: int = 0

@@ -7,6 +7,7 @@ prompt, options and seed alone.
 import secrets
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from math import isfinite
 from typing import Literal, Protocol
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from hanok.checkpoint.stream import StreamDecoder
 from hanok.engine.params import SamplingParams
 from hanok.engine.sampling import draw, processed
+from hanok.errors import GenerationError, HanokError
 
 FinishReason = Literal["length", "eos_token", "stop_sequence"]
 Ranked = tuple[tuple[int, float], ...]
@@ -147,8 +149,10 @@ class GenerationSequence:
             logits, self.params, self.prompt_ids, self.generated_ids, banned=self._banned_ids
         )
 
-    def take(self, index: int, choice: Choice) -> TokenEvent:
-        """Append a token and say what came of it."""
+    def take(self, index: int, choice: Choice | GenerationError) -> TokenEvent:
+        """Append a token and say what came of it; raise what choosing it failed with."""
+        if isinstance(choice, GenerationError):
+            raise choice
         self.generated_ids.append(choice.token_id)
         self.token_ids.append(choice.token_id)
         if self.grammar is not None:
@@ -182,22 +186,36 @@ class GenerationSequence:
         return text + rest + self.stops.finish()
 
 
-def choose(sequences: Sequence[GenerationSequence], logits: Tensor) -> list[Choice]:
+def choose(
+    sequences: Sequence[GenerationSequence], logits: Tensor
+) -> list[Choice | GenerationError]:
     """Return the next token of each sequence from its row of logits, (sequences, vocab) float32.
 
-    A row's choice depends on that row alone. A row that holds no numbers gives a logprob of nan.
+    A row's choice depends on that row alone, and so does what goes wrong with it.
     """
     totals = logits.logsumexp(-1)
     tokens: list[int] = logits.argmax(-1).tolist()
     drawn: dict[int, Tensor] = {}
-    for index, sequence in enumerate(sequences):
-        if not sequence.takes_likeliest and bool(totals[index].isfinite()):
-            drawn[index] = sequence.scores(logits[index])
-            tokens[index] = draw(drawn[index], sequence.params, sequence.generator)
+    errors: dict[int, GenerationError] = {}
+    for index, (sequence, total) in enumerate(zip(sequences, totals.tolist(), strict=True)):
+        if not isfinite(total):
+            errors[index] = GenerationError(
+                f"the scores of token {len(sequence.token_ids)} are not finite numbers; the weights "
+                "may be damaged, or too large for the dtype that is computed in."
+            )
+        elif not sequence.takes_likeliest:
+            try:
+                drawn[index] = sequence.scores(logits[index])
+                tokens[index] = draw(drawn[index], sequence.params, sequence.generator)
+            except (HanokError, RuntimeError, ValueError) as error:
+                errors[index] = GenerationError(f"choosing a token failed: {error}")
     places = torch.tensor(tokens, device=logits.device)[:, None]
     logprobs = (logits.gather(1, places)[:, 0] - totals).tolist()
-    choices = []
+    choices: list[Choice | GenerationError] = []
     for index, sequence in enumerate(sequences):
+        if index in errors:
+            choices.append(errors[index])
+            continue
         row, total, logprob = logits[index], totals[index], logprobs[index]
         if not sequence.params.model_logprobs and index in drawn:
             row = drawn[index]
