@@ -340,12 +340,11 @@ class Engine:
         for entry, choice in zip(ready, choices, strict=True):
             try:
                 event = entry.sequence.take(0, choice)
+            except GenerationError as error:
+                self._end(entry, error)
+                continue
             except Exception as error:  # a grammar's, a decoder's: this request's alone
-                is_known = isinstance(error, GenerationError)
-                failure = (
-                    error if is_known else GenerationError(f"taking a token failed: {error!r}")
-                )
-                self._end(entry, failure)
+                self._end(entry, GenerationError(f"taking a token failed: {error!r}"))
                 continue
             self._generated += 1
             times = entry.ticket.times
