@@ -228,6 +228,11 @@ class Engine:
         )
 
     @property
+    def drain_rate(self) -> float:
+        """Prompt tokens per second at which those that wait begin; 0: not known yet."""
+        return self._pace.drain_rate
+
+    @property
     def is_stuck(self) -> bool:
         """Whether its step takes far longer than any before, or its thread is gone."""
         began, thread = self._step_began, self._thread
@@ -361,7 +366,10 @@ class Engine:
         self._steps += 1
         took = time.monotonic() - began
         self._longest_step_s = max(self._longest_step_s, took)
-        self._pace.record(plan.num_prompt_tokens, plan.num_decoding, took)
+        is_waited = bool(self._scheduler.waiting)
+        self._pace.record(
+            plan.num_prompt_tokens, plan.num_decoding, took, is_waited=is_waited
+        )
         if self._observer is not None:
             self._observer.step(
                 "prefill" if plan.num_prompt_tokens else "decode",

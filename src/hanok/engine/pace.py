@@ -7,6 +7,7 @@ are measured on the steps themselves. Imports no torch.
 SMOOTHING = 0.2  # weight of the newest step
 FIRST_GUESS_TOKENS = 256
 SMALLEST_TOKENS = 16  # below this a step is mostly reading weights
+DRAIN_MEMORY_S = 10.0  # over about so many seconds the queue's speed is measured
 
 
 class Pace:
@@ -20,6 +21,7 @@ class Pace:
         self.most_tokens = most_tokens
         self._token_s: float | None = None
         self._decode_s: dict[int, float] = {}
+        self._drained_tokens = self._drained_s = 0.0
 
     def prompt_tokens(self, num_decoding: int) -> int:
         """Return how many prompt tokens fit beside so many sequences' next tokens."""
@@ -29,8 +31,19 @@ class Pace:
         tokens = int((target - self._decoding_s(num_decoding)) / self._token_s)
         return max(SMALLEST_TOKENS, min(tokens, self.most_tokens))
 
-    def record(self, num_prompt: int, num_decoding: int, seconds: float) -> None:
-        """Learn from a step."""
+    @property
+    def drain_rate(self) -> float:
+        """Prompt tokens per second that were computed while prompts waited; 0: not known."""
+        return self._drained_tokens / self._drained_s if self._drained_s else 0.0
+
+    def record(
+        self, num_prompt: int, num_decoding: int, seconds: float, *, is_waited: bool
+    ) -> None:
+        """Learn from a step; `is_waited` says whether more prompts were waiting."""
+        if num_prompt or is_waited:
+            kept = max(0.0, 1 - seconds / DRAIN_MEMORY_S)
+            self._drained_tokens = kept * self._drained_tokens + num_prompt
+            self._drained_s = kept * self._drained_s + seconds
         if not num_prompt:
             known = self._decode_s.get(num_decoding, seconds)
             self._decode_s[num_decoding] = known + SMOOTHING * (seconds - known)

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Hashable, Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from hanok.engine.sequence import GenerationSequence, TokenEvent
@@ -62,6 +63,8 @@ class Ticket:
     """Tokens of the prompt that did not have to be computed; known before the first token."""
     error: HanokError | None = None
     _events: list[TokenEvent] = field(default_factory=list)
+    _moments: list[float] = field(default_factory=list)
+    """When each came."""
     _changed: threading.Condition = field(default_factory=threading.Condition)
     _wakers: list[Callable[[], None]] = field(default_factory=list)
 
@@ -123,10 +126,15 @@ class Ticket:
         """Wait for the end and return all tokens. Raises what the request failed with."""
         return list(self)
 
+    def gaps(self) -> list[float]:
+        """Return the seconds between each token and the next."""
+        return [after - before for before, after in pairwise(list(self._moments))]
+
     def add(self, event: TokenEvent) -> None:
         """Append a token; for the engine."""
         with self._changed:
             self._events.append(event)
+            self._moments.append(time.monotonic())
             self._notify()
 
     def finish(self, error: HanokError | None = None) -> None:
