@@ -1,8 +1,8 @@
 """What the server counts and times, as Prometheus text: TGI's names exactly, and our own (`hanok_`).
 
 TGI's counters have no `_total` at the end of their names, against the convention that the client
-library enforces, and dashboards ask for them as they are: their lines are written here, all others by the
-library. Every series is there from the start, with zeros, so that a rate over it is never missing.
+library enforces, and dashboards ask for them as they are: their lines are written here, all others by
+the library. Every series is there from the start, with zeros, so that a rate over it is never missing.
 """
 
 import math
