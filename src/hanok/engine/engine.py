@@ -103,7 +103,6 @@ class Engine:
         cache_tokens: int | None = None,
         max_running: int = MAX_RUNNING,
         max_step_s: float = MIXED_STEP_S,
-        observer: StepObserver | None = None,
     ) -> None:
         """Claim the cache; `start`, or a `with` block, begins the work.
 
@@ -128,7 +127,8 @@ class Engine:
         self._scheduler = Scheduler(pool, max_running)
         self._runner = Runner(model.decoder, pool.num_blocks, pool.needed(self.max_tokens))
         self._pace = Pace(mixed_s=max_step_s, alone_s=ALONE_STEP_S, most_tokens=PREFILL_TOKENS)
-        self._observer = observer
+        self.observer: StepObserver | None = None
+        """Hears of each step; to be set before the work begins."""
         self._entries: dict[int, _Entry] = {}
         self._inbox: deque[_Entry | int] = deque()
         """Submitted, or the number of what was given up."""
@@ -367,11 +367,9 @@ class Engine:
         took = time.monotonic() - began
         self._longest_step_s = max(self._longest_step_s, took)
         is_waited = bool(self._scheduler.waiting)
-        self._pace.record(
-            plan.num_prompt_tokens, plan.num_decoding, took, is_waited=is_waited
-        )
-        if self._observer is not None:
-            self._observer.step(
+        self._pace.record(plan.num_prompt_tokens, plan.num_decoding, took, is_waited=is_waited)
+        if self.observer is not None:
+            self.observer.step(
                 "prefill" if plan.num_prompt_tokens else "decode",
                 num_sequences=len(plan.chunks),
                 num_tokens=plan.num_prompt_tokens + plan.num_decoding,

@@ -333,7 +333,7 @@ def _limits() -> "LLParserLimits":
 
 
 def _reason(matcher: "LLMatcher") -> str:
-    """llguidance's error in one line."""
+    """Llguidance's error in one line."""
     text = " ".join(matcher.get_error().replace("<non-verbose/>", "").split())
     if "NoExtension" in text:
         return "no text can fit it"

@@ -6,6 +6,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from hanok.engine.grammar_spec import GrammarError
 from hanok.errors import HanokError
 
 # OpenAI's types by status; its clients choose their exception by the status alone.
@@ -75,6 +76,8 @@ def as_server_error(error: BaseException) -> ServerError:
     kind = kinds.get(error.http_status, "validation")
     if kind == "generation":
         return ServerError(f"Request failed during generation: {error}", kind=kind, status=424)
+    if isinstance(error, GrammarError):
+        return invalid(f"grammar is not valid: {error}", error.pointer)
     if kind == "validation":
         return ServerError(f"Input validation error: {error}", status=422)
     return ServerError(str(error), kind=kind, status=error.http_status)

@@ -1,4 +1,4 @@
-"""One line for each request: who asked for what, how long it took, and what came of it. Never the prompt."""
+"""One line for each request: what it took, how long, and what came of it. Never the prompt."""
 
 import json
 import logging

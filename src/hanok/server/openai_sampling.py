@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from hanok.engine.grammar import GrammarSpec
+from hanok.engine.grammar_spec import GrammarSpec
 from hanok.engine.params import SamplingOptions, SamplingParams
 from hanok.server import tgi_limits
 from hanok.server.errors import ServerError, invalid

@@ -11,13 +11,13 @@ from starlette.requests import ClientDisconnect, Request
 
 from hanok.checkpoint.tokenizer import Tokenizer
 from hanok.engine.engine import Engine
-from hanok.engine.grammar import GrammarCompiler, GrammarSpec
+from hanok.engine.grammar import GrammarCompiler
+from hanok.engine.grammar_spec import GrammarSpec
 from hanok.engine.model import Model
 from hanok.engine.params import SamplingOptions
 from hanok.engine.sequence import GenerationSequence, TokenEvent
 from hanok.engine.ticket import Request as EngineRequest
 from hanok.engine.ticket import Ticket
-from hanok.errors import HanokError
 from hanok.server.errors import ServerError, as_server_error, invalid, overloaded
 from hanok.server.log import log_request
 from hanok.server.metrics import Metrics, RequestRecord
@@ -61,13 +61,13 @@ class Service:
     """A server's state. Only the event loop's thread changes it, but for `progress`."""
 
     options: ServerOptions
-    metrics: Metrics
     state: State = "loading"
     progress: float = 0.0
     """Of loading, 0 to 1."""
     failure: str = ""
     model: Model | None = None
     engine: Engine | None = None
+    metrics: Metrics | None = None
     grammars: GrammarCompiler | None = None
     facts: dict[str, Any] = field(default_factory=dict)
     """What /info says beside the options: the plan, the weights."""
@@ -80,17 +80,24 @@ class Service:
         self._workers = ThreadPoolExecutor(self.options.validation_workers, "hanok-validation")
 
     def open(self, model: Model, engine: Engine) -> None:
-        """Begin to serve."""
+        """Begin to serve with an engine that was not started."""
         self.model, self.engine = model, engine
+        self.metrics = Metrics(
+            max_input_tokens=self.max_input_tokens, max_total_tokens=self.max_total_tokens
+        )
+        engine.observer = self.metrics
+        engine.start()
         if model.tokenizer is not None and self.options.has_grammars:
-            self.grammars = GrammarCompiler(
-                model.tokenizer, model.config.vocab_size, model.end_ids
-            )
+            self.grammars = GrammarCompiler(model.tokenizer, model.config.vocab_size, model.end_ids)
         self.state = "ready"
 
     def close(self) -> None:
         """End the threads."""
         self._workers.shutdown(cancel_futures=True)
+
+    def created_now(self) -> int:
+        """Return the time of day, in seconds since 1970."""
+        return int(time.time())
 
     @property
     def needed_model(self) -> Model:
@@ -135,9 +142,7 @@ class Service:
         message = words.get(self.state, "the model is not there")
         return ServerError(message, kind="overloaded", status=503, headers={"Retry-After": "5"})
 
-    async def aside(
-        self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs
-    ) -> T:
+    async def aside(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
         """Run what takes long, such as tokenizing, in a thread, so that streams go on."""
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._workers, lambda: function(*args, **kwargs))
@@ -181,14 +186,13 @@ class Service:
             exchange.tickets += tickets
         return tickets
 
-    async def results(
-        self, request: Request, tickets: Sequence[Ticket]
-    ) -> list[list[TokenEvent]]:
+    async def results(self, request: Request, tickets: Sequence[Ticket]) -> list[list[TokenEvent]]:
         """Wait for all tickets. When the client goes, or one fails, all are given up."""
         leaving = asyncio.ensure_future(until_gone(request.receive))
-        collecting = asyncio.ensure_future(asyncio.gather(*map(_collected, tickets)))
+        collecting = asyncio.ensure_future(_all_collected(tickets))
         try:
-            await asyncio.wait({leaving, collecting}, return_when=asyncio.FIRST_COMPLETED)
+            tasks: set[asyncio.Future[Any]] = {leaving, collecting}
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             if not collecting.done():
                 raise ClientDisconnect
             return collecting.result()
@@ -202,8 +206,8 @@ class Service:
         """Count and log a request whose answer is sent, or cannot be any more."""
         give_up(exchange.tickets)
         self.num_open -= len(exchange.tickets)
-        if route is not None and route.needs_key:
-            self._count(exchange)
+        if route is not None and route.needs_key and self.metrics is not None:
+            self._count(exchange, self.metrics)
         log_request(exchange, as_json=self.options.logs_json)
 
     def _admit(self, engine: Engine, count: int, num_tokens: int) -> None:
@@ -225,7 +229,8 @@ class Service:
                     raise invalid("grammar is not supported")
                 began = time.monotonic()
                 grammar = self.grammars.compile(prompt.grammar)
-                self.metrics.grammar_compiled(time.monotonic() - began)
+                if self.metrics is not None:
+                    self.metrics.grammar(time.monotonic() - began)
             copies = []
             for _ in range(prompt.count):
                 sequence = model.sequence(prompt.prompt_ids, prompt.options)
@@ -235,8 +240,8 @@ class Service:
             found.append(copies)
         return found
 
-    def _count(self, exchange: Exchange) -> None:
-        self.metrics.received()
+    def _count(self, exchange: Exchange, metrics: Metrics) -> None:
+        metrics.received()
         now, tickets = time.monotonic(), exchange.tickets
         error = exchange.error
         failed = [ticket.error for ticket in tickets if ticket.error is not None]
@@ -250,7 +255,7 @@ class Service:
         begun = [ticket.times.begun for ticket in tickets if ticket.times.begun is not None]
         first = [ticket.times.first_token for ticket in tickets if ticket.times.first_token]
         submitted = [ticket.times.submitted for ticket in tickets]
-        self.metrics.request(
+        metrics.request(
             RequestRecord(
                 route=exchange.path,
                 outcome=outcome,
@@ -268,6 +273,10 @@ class Service:
         )
 
 
+async def _all_collected(tickets: Sequence[Ticket]) -> list[list[TokenEvent]]:
+    return list(await asyncio.gather(*map(_collected, tickets)))
+
+
 async def _collected(ticket: Ticket) -> list[TokenEvent]:
     return [event async for event in ticket]
 
@@ -277,8 +286,3 @@ def give_up(tickets: Sequence[Ticket]) -> None:
     for ticket in tickets:
         if not ticket.is_finished:
             ticket.abort()
-
-
-def error_of(error: BaseException) -> ServerError:
-    """Return what a client is told; see `as_server_error`."""
-    return as_server_error(error) if isinstance(error, HanokError) else as_server_error(error)

@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from hanok.engine.grammar import GrammarSpec
+from hanok.engine.grammar_spec import GrammarSpec
 from hanok.engine.params import SamplingOptions
 from hanok.server.errors import invalid
 from hanok.server.options import ServerOptions
@@ -143,9 +143,7 @@ def check_lengths(asked: Parameters, num_inputs: int, *, max_input: int, max_tot
     """Return how many tokens to generate at the most. Raises ServerError for lengths beyond limits."""
     wanted = asked.max_new_tokens
     if wanted is not None and wanted > max_total:
-        raise invalid(
-            f"`max_new_tokens` must be <= {max_total}. Given: {wanted}", "max_new_tokens"
-        )
+        raise invalid(f"`max_new_tokens` must be <= {max_total}. Given: {wanted}", "max_new_tokens")
     if wanted is not None and num_inputs + wanted > max_total:
         raise invalid(
             f"`inputs` tokens + `max_new_tokens` must be <= {max_total}. Given: {num_inputs} "
@@ -205,10 +203,10 @@ def grammar_of(grammar: Grammar | None) -> GrammarSpec | None:
     if grammar.type == "regex":
         if not isinstance(value, str):
             raise invalid("grammar is not valid: the value of a regex must be a text", "grammar")
-        return GrammarSpec(kind="regex", value=value)
+        return GrammarSpec("regex", value)
     if grammar.type == "json_schema" and isinstance(value, dict) and "schema" in value:
         value = value["schema"]
     if grammar.type == "json_object" and value is None:
-        return GrammarSpec(kind="json_object", value="{}")
+        return GrammarSpec("json_object", "{}")
     text = value if isinstance(value, str) else json.dumps(value)
-    return GrammarSpec(kind="json_schema", value=text)
+    return GrammarSpec("json_schema", text)

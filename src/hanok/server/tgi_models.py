@@ -41,9 +41,9 @@ class Parameters(Body):
     do_sample: NullFalse = False
     max_new_tokens: int | None = None
     return_full_text: bool | None = None
-    stop: Annotated[list[str], BeforeValidator(lambda v: [v] if isinstance(v, str) else v or [])] = (
-        Field(default_factory=list)
-    )
+    stop: Annotated[
+        list[str], BeforeValidator(lambda v: [v] if isinstance(v, str) else v or [])
+    ] = Field(default_factory=list)
     truncate: int | None = None
     watermark: NullFalse = False
     details: NullFalse = False

@@ -9,10 +9,10 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 from starlette.requests import ClientDisconnect, Request
@@ -29,6 +29,7 @@ LOG = logging.getLogger("hanok.server")
 REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 CLOSED_REQUEST = 499  # for the log: the client had gone
 
+B = TypeVar("B", bound=BaseModel)
 Handler = Callable[["Service", Request, Any], Awaitable[Response]]
 
 
@@ -72,6 +73,12 @@ def exchange_of(request: Request) -> Exchange:
     """Return the exchange that a request belongs to."""
     found: Exchange = request.state.exchange
     return found
+
+
+def note_parameters(request: Request, options: Mapping[str, Any]) -> None:
+    """Let the log tell what a request asked for, beside its text."""
+    kept = {key: value for key, value in options.items() if value not in (None, [], {})}
+    exchange_of(request).parameters = kept
 
 
 class Json(Response):
@@ -126,6 +133,11 @@ def parse_body(data: bytes, model: type[BaseModel], max_depth: int) -> BaseModel
         raise ServerError(f"the body is not JSON: {error}", status=400) from None
     if _is_deeper(value, max_depth):
         raise too_deep
+    return validated(value, model)
+
+
+def validated(value: Any, model: type[B]) -> B:
+    """Return a JSON value as a model; ServerError names the first field that is wrong."""
     try:
         return model.model_validate(value)
     except ValidationError as error:
@@ -190,20 +202,20 @@ class EventStream(Response):
     async def _send(self, send: Send) -> None:
         start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
         await send(start)
-        async with aclosing(with_keep_alive(self._events, self._keep_alive_s)) as texts:  # type: ignore[type-var]
+        async with aclosing(with_keep_alive(self._events, self._keep_alive_s)) as texts:
             async for text in texts:
                 message = {"type": "http.response.body", "body": text.encode(), "more_body": True}
                 await asyncio.wait_for(send(message), self._write_timeout_s)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-async def with_keep_alive(events: AsyncIterator[str], seconds: float) -> AsyncIterator[str]:
+async def with_keep_alive(events: AsyncIterator[str], seconds: float) -> AsyncGenerator[str, None]:
     """Yield events as they are written, and a comment whenever none came for some seconds."""
     waiting: asyncio.Future[str] | None = None
     try:
         while True:
             if waiting is None:
-                waiting = asyncio.ensure_future(anext(events))  # type: ignore[arg-type]
+                waiting = asyncio.ensure_future(anext(events))
             done, _ = await asyncio.wait({waiting}, timeout=seconds)
             if not done:
                 yield ":\n\n"
@@ -235,11 +247,18 @@ class Gate:
     """The outermost layer: ids, limits, keys, errors that nobody expected, and the log."""
 
     def __init__(
-        self, app: ASGIApp, *, service: "Service", routes: Mapping[tuple[str, str], Route]
+        self,
+        app: ASGIApp,
+        *,
+        service: "Service",
+        routes: Mapping[tuple[str, str], Route],
+        methods: Mapping[str, Collection[str]],
     ) -> None:
+        """`methods` are those that each path has, paths that are no `Route` among them."""
         self._app = app
         self._service = service
         self._routes = routes
+        self._methods = methods
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
@@ -282,6 +301,19 @@ class Gate:
 
     def _check(self, scope: Scope, headers: Mapping[str, bytes]) -> None:
         """Raise ServerError for a request that may not be answered."""
+        method, path = scope["method"], scope["path"]
+        if path not in self._methods:
+            raise ServerError(
+                f"there is no {path}; GET /docs lists what there is", kind="not_found", status=404
+            )
+        if method not in self._methods[path]:
+            allowed = ", ".join(sorted(self._methods[path]))
+            raise ServerError(
+                f"{path} takes {allowed}, not {method}",
+                kind="not_found",
+                status=405,
+                headers={"Allow": allowed},
+            )
         route = self._routes.get((scope["method"], scope["path"]))
         key = self._service.options.api_key
         if route is not None and route.needs_key and key is not None:

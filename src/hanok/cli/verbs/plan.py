@@ -9,15 +9,12 @@ import click
 
 from hanok import BUNDLED
 from hanok.cli.options import read_device_map
-from hanok.cli.units import rate, size
+from hanok.cli.plan_table import print_plan
 from hanok.errors import BudgetError
 from hanok.memory.planning import plan_load
 
 if TYPE_CHECKING:
     from hanok.memory.plan import LoadPlan
-
-PIPED_WIDTH = 140
-HEADER = ("place", "holds", "weights", "KV cache", "work", "peak", "budget", "free", "budget from")
 
 
 @click.command("plan", short_help="Say where every byte would live, before one is read.")
@@ -78,7 +75,7 @@ def command(path: Path | None, cache_folder: Path, as_json: bool, **options: Any
     if as_json:
         click.echo(json.dumps(plan_object(plan), indent=2))
     else:
-        _print(plan)
+        print_plan(plan)
     if not plan.fits:
         sys.exit(BudgetError.exit_code)
 
@@ -130,92 +127,6 @@ def plan_object(plan: "LoadPlan") -> dict[str, Any]:
             for remedy in plan.remedies
         ],
     }
-
-
-def rows(plan: "LoadPlan") -> list[tuple[str, ...]]:
-    """Return the table's rows as text, in the order of HEADER; places that hold nothing are left out."""
-    found: list[tuple[str, ...]] = []
-    for tier in plan.tiers:
-        place, budget = tier.place, tier.place.budget
-        if not tier.modules and not tier.stream_bytes and place.kind != "cpu":
-            continue
-        work = tier.work_bytes + tier.stream_bytes
-        found.append(
-            (
-                place.title,
-                holds(tier.modules),
-                size(tier.weight_bytes),
-                size(tier.cache_bytes),
-                size(work) if place.kind != "disk" else "–",
-                size(tier.peak_bytes) if place.kind != "disk" else "–",
-                size(budget.num_bytes) if budget else "–",
-                size(budget.num_bytes - tier.peak_bytes) if budget else "–",
-                budget.source if budget else place.rate_source,
-            )
-        )
-    return found
-
-
-def holds(modules: tuple[str, ...]) -> str:
-    """Return module names with runs of blocks as one: "embed_tokens, layers 0–19"."""
-    parts: list[str] = []
-    first = last = -1
-    for module in (*modules, ""):
-        stem, _, number = module.rpartition(".")
-        if number.isdigit() and stem and int(number) == last + 1 and last >= 0:
-            last += 1
-            continue
-        if last >= 0:
-            parts.append(f"layers {first}–{last}" if last > first else f"layer {first}")
-            first = last = -1
-        if number.isdigit() and stem:
-            first = last = int(number)
-        elif module:
-            parts.append(module.removeprefix("model."))
-    return ", ".join(parts) or "nothing"
-
-
-def places(names: tuple[str, ...]) -> str:
-    """Return places for people: "GPUs 0–3 and cpu"."""
-    gpus = [name for name in names if name.isdigit()]
-    parts = [name for name in names if not name.isdigit()]
-    if len(gpus) == 1:
-        parts.insert(0, f"GPU {gpus[0]}")
-    elif gpus:
-        parts.insert(0, f"GPUs {gpus[0]}–{gpus[-1]}")
-    return " and ".join(parts)
-
-
-def _print(plan: "LoadPlan") -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=None, padding=(0, 1))
-    for index, name in enumerate(HEADER):
-        table.add_column(name, justify="left" if index in (0, 1, len(HEADER) - 1) else "right")
-    for row in rows(plan):
-        table.add_row(*row)
-    console = Console()
-    console = console if console.is_terminal else Console(width=PIPED_WIDTH)
-    console.print(table)
-    prediction = plan.prediction
-    click.echo(
-        f"\n{plan.needs.batch} x {plan.needs.context} tokens. Reading the files takes "
-        f"{prediction.load_s:.1f} s, prompts that fill the context {prediction.first_token_s:.1f} s; "
-        f"then at most {rate(prediction.tokens_per_s)} tokens/s, limited by "
-        f"{prediction.limited_by}."
-    )
-    for tier in plan.tiers:
-        if tier.missing_bytes:
-            click.echo(f"It does not fit: {tier.place.name} lacks {size(tier.missing_bytes)}.")
-    mapped = sum(tier.mapped_bytes for tier in plan.tiers)
-    if mapped:
-        click.echo(f"{size(mapped)} of the weights stay in their files, shared between processes.")
-    if plan.fits and plan.uses_disk:
-        click.echo("What lies on disk is read again for every token.")
-    for remedy in plan.remedies:
-        speed = rate(remedy.tokens_per_s)
-        click.echo(f"  {remedy.change} fits in {places(remedy.places)}: {speed} tokens/s")
 
 
 COMMAND = command

@@ -2,7 +2,7 @@
 
 import asyncio
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -28,7 +28,7 @@ from hanok.server.openai_sampling import check, check_model, grammar_of, samplin
 from hanok.server.routes.tgi import batch_too_large, text_of
 from hanok.server.service import Prepared, Service, give_up
 from hanok.server.times import stream_headers, timing_headers
-from hanok.server.web import EventStream, Json, Route, dumps, exchange_of
+from hanok.server.web import EventStream, Json, Route, dumps, exchange_of, note_parameters
 
 DEFAULT_COMPLETION_TOKENS = 16
 REASONS = {"eos_token": "stop", "stop_sequence": "stop", "length": "length"}
@@ -89,10 +89,10 @@ def prompts_of(service: Service, body: CompletionRequest) -> list[str | list[int
     if not given:
         raise invalid("`prompt` cannot be empty", "prompt")
     if isinstance(given[0], int):
-        return [list(given)]  # type: ignore[arg-type]
+        return [list(given)]
     if len(given) > service.options.max_client_batch_size:
         raise batch_too_large(service)
-    return list(given)  # type: ignore[arg-type]
+    return list(given)
 
 
 async def completions(service: Service, request: Request, body: CompletionRequest) -> Response:
@@ -136,6 +136,7 @@ async def completions(service: Service, request: Request, body: CompletionReques
                 salt=body.cache_salt,
             )
         )
+    note_parameters(request, prepared[0].options)
     tickets = await service.submit(request, prepared)
     head = head_of(service, request, "text_completion", "cmpl")
     writers = [
@@ -152,7 +153,7 @@ async def completions(service: Service, request: Request, body: CompletionReques
         parts = [writer.stream(index) for index, writer in enumerate(writers)]
         return stream(service, request, body, head, parts, tickets, len(given))
     results = await service.results(request, tickets)
-    choices = []
+    choices: list[dict[str, Any]] = []
     for start in range(0, len(tickets), best_of):
         group = range(start, start + best_of)
         if best_of > count:
@@ -169,9 +170,7 @@ def check_prompt(service: Service, ids: list[int], most: int) -> None:
         raise invalid("`prompt` cannot be empty", "prompt")
     limit, total = service.max_input_tokens, service.max_total_tokens
     if len(ids) > limit:
-        raise invalid(
-            f"`inputs` must have less than {limit} tokens. Given: {len(ids)}", "prompt"
-        )
+        raise invalid(f"`inputs` must have less than {limit} tokens. Given: {len(ids)}", "prompt")
     if len(ids) + most > total:
         raise invalid(
             f"`inputs` tokens + `max_new_tokens` must be <= {total}. Given: {len(ids)} `inputs` "
@@ -241,6 +240,8 @@ class CompletionWriter:
             text = self.tokenizer.decode(ids) if self.tokenizer else ""
         scores = self.ticket.prompt_scores
         texts = [self._text(token) for token in ids]
+        special = self.tokenizer.special_token_ids if self.tokenizer else frozenset()
+        shown = ["" if token in special else name for token, name in zip(ids, texts, strict=True)]
         logprobs = {
             "tokens": texts,
             "token_logprobs": [None, *(score.logprob for score in scores)],
@@ -248,7 +249,7 @@ class CompletionWriter:
                 None,
                 *(self._top(s.top_logprobs, s.token_id, s.logprob) for s in scores),
             ],
-            "text_offset": _offsets(texts, len(text)),
+            "text_offset": _offsets(shown, len(text)),
         }
         self.offset = len(text)
         return text, logprobs
@@ -313,6 +314,7 @@ async def chat_completions(service: Service, request: Request, body: ChatRequest
         priority=body.priority or 0,
         salt=body.cache_salt,
     )
+    note_parameters(request, sampling)
     tickets = await service.submit(request, [prepared])
     head = head_of(service, request, "chat.completion", "chatcmpl")
     writers = [
@@ -439,36 +441,34 @@ def stream(
 
 async def merged(
     parts: Sequence[AsyncIterator[dict[str, Any]]],
-) -> AsyncIterator[dict[str, Any]]:
+) -> AsyncGenerator[dict[str, Any], None]:
     """Yield what several iterators yield, as it comes. What one raises ends all."""
-    if len(parts) == 1:
-        async for item in parts[0]:
-            yield item
-        return
-    found: asyncio.Queue[dict[str, Any] | BaseException | None] = asyncio.Queue()
+    found: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
 
     async def pump(part: AsyncIterator[dict[str, Any]]) -> None:
         try:
             async for item in part:
                 found.put_nowait(item)
+        finally:
             found.put_nowait(None)
-        except Exception as error:
-            found.put_nowait(error)
 
     tasks = [asyncio.ensure_future(pump(part)) for part in parts]
     try:
         left = len(tasks)
         while left:
             item = await found.get()
-            if isinstance(item, BaseException):
-                raise item
-            if item is None:
-                left -= 1
-            else:
+            if item is not None:
                 yield item
+                continue
+            left -= 1
+            for task in tasks:
+                if task.done():
+                    task.result()
+        await asyncio.gather(*tasks)
     finally:
         for task in tasks:
             task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def models(service: Service, request: Request, body: None) -> Response:

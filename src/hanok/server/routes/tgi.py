@@ -23,7 +23,15 @@ from hanok.server.tgi_models import (
     VertexRequest,
 )
 from hanok.server.times import stream_headers, timing_headers
-from hanok.server.web import EventStream, Json, Route, dumps, exchange_of
+from hanok.server.web import (
+    EventStream,
+    Json,
+    Route,
+    dumps,
+    exchange_of,
+    note_parameters,
+    validated,
+)
 
 UNFINISHED = ServerError(
     "Incomplete generation stream", kind="incomplete_generation_stream", status=500
@@ -67,9 +75,7 @@ async def asked_of(
     )
     options = limits.sampling_options(parameters, service.options, most, includes_stop=True)
     wants_scores = parameters.decoder_input_details and service.options.has_prompt_logprobs
-    exchange_of(request).parameters = {
-        key: value for key, value in options.items() if value not in (None, [])
-    }
+    note_parameters(request, options)
     full = parameters.return_full_text
     return Asked(
         parameters=parameters,
@@ -85,6 +91,19 @@ async def asked_of(
             salt=parameters.cache_salt,
         ),
     )
+
+
+def origin_of(asked: Parameters, name: str) -> str:
+    """Return where the value of an engine's parameter comes from."""
+    spellings = {
+        "stop": asked.stop or None,
+        "top_logprobs": asked.top_n_tokens,
+        "min_new_tokens": asked.min_tokens,
+        "include_stop": asked.include_stop_str_in_output,
+        "watermark_delta": asked.watermark or None,
+    }
+    given = spellings[name] if name in spellings else getattr(asked, name, None)
+    return "default" if given in (None, False) else "request"
 
 
 def check_adapter(name: str | None) -> None:
@@ -289,7 +308,7 @@ async def vertex(service: Service, request: Request, body: VertexRequest) -> Res
             prompt = instance.get("inputs", "")
         if not isinstance(prompt, str):
             raise invalid("`inputs` must be a text", "instances")
-        parsed = GenerateRequest.model_validate({"inputs": prompt, "parameters": chosen})
+        parsed = validated({"inputs": prompt, "parameters": chosen}, GenerateRequest)
         asked = await asked_of(service, request, parsed, streams=False, full_text=False)
         prepared.append(asked.prepared)
     tickets = await service.submit(request, prepared)
@@ -304,7 +323,6 @@ def batch_too_large(service: Service) -> ServerError:
         f"Number of prompts exceeds the maximum allowed batch size of {most}",
         kind="batch size exceeded",
     )
-
 
 
 _COMMON: dict[str, Any] = {

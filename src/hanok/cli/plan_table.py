@@ -1,0 +1,119 @@
+"""A load plan as people read it: one table, what is predicted, and what would help."""
+
+from typing import Any
+
+import click
+
+from hanok.cli.units import rate, size
+from hanok.memory.plan import LoadPlan
+
+PIPED_WIDTH = 140
+HEADER = ("place", "holds", "weights", "KV cache", "work", "peak", "budget", "free", "budget from")
+
+
+def rows(plan: LoadPlan) -> list[tuple[str, ...]]:
+    """Return the table's rows as text, in the order of HEADER; places that hold nothing are left out."""
+    found: list[tuple[str, ...]] = []
+    for tier in plan.tiers:
+        place, budget = tier.place, tier.place.budget
+        if not tier.modules and not tier.stream_bytes and place.kind != "cpu":
+            continue
+        work = tier.work_bytes + tier.stream_bytes
+        found.append(
+            (
+                place.title,
+                holds(tier.modules),
+                size(tier.weight_bytes),
+                size(tier.cache_bytes),
+                size(work) if place.kind != "disk" else "–",
+                size(tier.peak_bytes) if place.kind != "disk" else "–",
+                size(budget.num_bytes) if budget else "–",
+                size(budget.num_bytes - tier.peak_bytes) if budget else "–",
+                budget.source if budget else place.rate_source,
+            )
+        )
+    return found
+
+
+def holds(modules: tuple[str, ...]) -> str:
+    """Return module names with runs of blocks as one: "embed_tokens, layers 0–19"."""
+    parts: list[str] = []
+    first = last = -1
+    for module in (*modules, ""):
+        stem, _, number = module.rpartition(".")
+        if number.isdigit() and stem and int(number) == last + 1 and last >= 0:
+            last += 1
+            continue
+        if last >= 0:
+            parts.append(f"layers {first}–{last}" if last > first else f"layer {first}")
+            first = last = -1
+        if number.isdigit() and stem:
+            first = last = int(number)
+        elif module:
+            parts.append(module.removeprefix("model."))
+    return ", ".join(parts) or "nothing"
+
+
+def places(names: tuple[str, ...]) -> str:
+    """Return places for people: "GPUs 0–3 and cpu"."""
+    gpus = [name for name in names if name.isdigit()]
+    parts = [name for name in names if not name.isdigit()]
+    if len(gpus) == 1:
+        parts.insert(0, f"GPU {gpus[0]}")
+    elif gpus:
+        parts.insert(0, f"GPUs {gpus[0]}–{gpus[-1]}")
+    return " and ".join(parts)
+
+
+def print_plan(plan: LoadPlan) -> None:
+    """Print the table, what is predicted, and what would help where it does not fit."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, padding=(0, 1))
+    for index, name in enumerate(HEADER):
+        table.add_column(name, justify="left" if index in (0, 1, len(HEADER) - 1) else "right")
+    for row in rows(plan):
+        table.add_row(*row)
+    console = Console()
+    console = console if console.is_terminal else Console(width=PIPED_WIDTH)
+    console.print(table)
+    prediction = plan.prediction
+    click.echo(
+        f"\n{plan.needs.batch} x {plan.needs.context} tokens. Reading the files takes "
+        f"{prediction.load_s:.1f} s, prompts that fill the context {prediction.first_token_s:.1f} s; "
+        f"then at most {rate(prediction.tokens_per_s)} tokens/s, limited by "
+        f"{prediction.limited_by}."
+    )
+    for tier in plan.tiers:
+        if tier.missing_bytes:
+            click.echo(f"It does not fit: {tier.place.name} lacks {size(tier.missing_bytes)}.")
+    mapped = sum(tier.mapped_bytes for tier in plan.tiers)
+    if mapped:
+        click.echo(f"{size(mapped)} of the weights stay in their files, shared between processes.")
+    if plan.fits and plan.uses_disk:
+        click.echo("What lies on disk is read again for every token.")
+    for remedy in plan.remedies:
+        speed = rate(remedy.tokens_per_s)
+        click.echo(f"  {remedy.change} fits in {places(remedy.places)}: {speed} tokens/s")
+
+
+def plan_facts(plan: LoadPlan) -> list[dict[str, Any]]:
+    """Return the table's rows as numbers."""
+    found = []
+    for tier in plan.tiers:
+        if not tier.modules:
+            continue
+        budget = tier.place.budget.num_bytes if tier.place.budget else None
+        found.append(
+            {
+                "tier": tier.place.title,
+                "holds": holds(tier.modules),
+                "weights_bytes": tier.weight_bytes,
+                "kv_bytes": tier.cache_bytes,
+                "reserve_bytes": tier.work_bytes + tier.stream_bytes,
+                "budget_bytes": budget,
+                "free_bytes": None if budget is None else budget - tier.peak_bytes,
+            }
+        )
+    return found

@@ -1,0 +1,158 @@
+"""From a command line to a running server: the plan, printed before loading, then the load."""
+
+import logging
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from hanok.cli.plan_table import plan_facts, print_plan
+from hanok.cli.units import size
+from hanok.errors import OptionError
+from hanok.memory.plan import LoadPlan
+
+if TYPE_CHECKING:
+    from hanok.engine.engine import Engine
+    from hanok.engine.model import Model
+    from hanok.server.options import ServerOptions
+    from hanok.server.service import Service
+
+MOST_USERS = 64
+SHARE_FOR_CACHE = 0.8  # of what is left of the memory: other programs live here too
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineOptions:
+    """How the engine of a server is made."""
+
+    users: int | None
+    """Requests of the full context to have memory for; None: what fits."""
+    max_running: int
+    max_step_s: float
+
+
+def start(
+    path: Path, server: "ServerOptions", engine: EngineOptions, load: Mapping[str, Any]
+) -> int:
+    """Plan, print, listen, load and serve; return the exit code.
+
+    `load` are the options of a verb that loads (`model_options`).
+    """
+    # Imported here: `hanok serve --help` starts without torch.
+    from hanok.server.run import listen, serve
+
+    _log_to_stderr(as_json=server.logs_json)
+    try:
+        listener = listen(server)
+    except OSError as error:
+        raise OptionError(
+            f"cannot listen on {server.host}:{server.port}: {error.strerror}. Choose another --port "
+            "or --host."
+        ) from error
+    port = listener.getsockname()[1]
+    plan, users = plan_for(path, engine, load)
+    print_plan(plan)
+    context = plan.needs.context
+    click.echo(
+        f"Memory for {users * context:,} tokens of keys and values: {users} requests of {context:,} "
+        "tokens at a time, more where they are shorter."
+    )
+
+    def open_model(service: "Service") -> "tuple[Model, Engine]":
+        return _open(service, plan, engine, load)
+
+    host = f"[{server.host}]" if ":" in server.host else server.host
+    click.echo(f"Listening on http://{host}:{port} as {server.model_id!r}; loading.")
+    sys.stdout.flush()
+    return serve(server, open_model, listener)
+
+
+def plan_for(path: Path, engine: EngineOptions, load: Mapping[str, Any]) -> tuple[LoadPlan, int]:
+    """Return the plan of a load, and how many requests of the full context it has memory for."""
+    users = engine.users or 1
+    plan = _planned(path, users, load)
+    if engine.users is None and plan.fits and not plan.uses_disk:
+        users = min(MOST_USERS, 1 + _more_users(plan))
+        plan = _planned(path, users, load)
+        while users > 1 and (not plan.fits or plan.uses_disk):
+            users //= 2
+            plan = _planned(path, users, load)
+    return plan, users
+
+
+def _more_users(plan: LoadPlan) -> int:
+    """Return how many more requests fit where keys and values are."""
+    counts = []
+    for tier in plan.tiers:
+        if tier.cache_bytes and tier.place.budget is not None:
+            free = tier.place.budget.num_bytes - tier.peak_bytes
+            counts.append(int(SHARE_FOR_CACHE * max(0, free) / tier.cache_bytes))
+    return min(counts, default=0)
+
+
+def _planned(path: Path, users: int, load: Mapping[str, Any]) -> LoadPlan:
+    from hanok.memory.planning import plan_load
+
+    return plan_load(
+        path,
+        device_map=load["device_map"],
+        max_memory=load["max_memory"],
+        context=load["context"],
+        batch=users,
+        quant=load["quant"],
+        dtype=load["dtype"],
+        cache_dtype=load["cache_dtype"],
+        weights=load["weights"],
+        may_measure=False,
+    )
+
+
+def _open(
+    service: "Service", plan: LoadPlan, engine: EngineOptions, load: Mapping[str, Any]
+) -> "tuple[Model, Engine]":
+    import torch
+
+    import hanok
+
+    if load["threads"]:
+        torch.set_num_threads(load["threads"])
+    total = sum(tier.weight_bytes for tier in plan.tiers if tier.place.kind != "disk")
+    done = 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        service.progress = min(1.0, done / max(1, total))
+
+    service.facts["memory_plan"] = plan_facts(plan)
+    model = hanok.load(
+        plan=plan,
+        attn_implementation=load["attention"],
+        cache_packed=load["cache_folder"] / "packed" if load["cache_packed"] else None,
+        progress=advance,
+    )
+    for note in model.notes:
+        logging.getLogger("hanok.server").warning("%s", note)
+    made = hanok.Engine(model, max_running=engine.max_running, max_step_s=engine.max_step_s)
+    peak = size(model.report.peak_bytes)
+    logging.getLogger("hanok.server").info(
+        "ready: loaded in %.2f s, at most %s of memory at once", model.report.seconds, peak
+    )
+    return model, made
+
+
+def _log_to_stderr(*, as_json: bool) -> None:
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    requests = logging.getLogger("hanok.requests")
+    if as_json:
+        lines = logging.StreamHandler()
+        lines.setFormatter(logging.Formatter("%(message)s"))
+        requests.addHandler(lines)
+        requests.propagate = False
+    log = logging.getLogger("hanok")
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
