@@ -82,7 +82,7 @@ def contestants(case: Case) -> dict[str, Attend]:
     batch = ForwardBatch.of([[0]], past=[start])
 
     def usual(q: Tensor, k: Tensor, v: Tensor, state: LayerState) -> Tensor:
-        keys, values = state.extend(0, start, k.transpose(0, 1), v.transpose(0, 1))
+        keys, values = state.extend((0,), start, k.transpose(0, 1), v.transpose(0, 1))
         output = scaled_dot_product_attention(
             q.transpose(0, 1)[None], keys[None], values[None], scale=spec.scale, enable_gqa=True
         )

@@ -84,7 +84,7 @@ def with_hanok(asked: argparse.Namespace, options: dict[str, Any]) -> tuple[dict
         common: Any = {"max_new_tokens": asked.new_tokens, "ignore_eos": True}
         began, moments = time.perf_counter(), []
         if model.decoder.spread is not None:
-            sequences = [model._sequence(item, common) for item in given]
+            sequences = [model.sequence(item, common) for item in given]
             with Pipeline(model.decoder, depth) as pipeline:
                 events = pipeline.generate(sequences)
                 for _ in given:

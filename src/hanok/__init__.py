@@ -14,8 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hanok.errors import (
+    AbortedError,
     BudgetError,
     CheckpointError,
+    ClosedError,
+    DeadlineError,
+    GenerationError,
     HanokError,
     OptionError,
     RequestError,
@@ -23,10 +27,12 @@ from hanok.errors import (
 )
 
 if TYPE_CHECKING:
-    from hanok.engine.generate import TokenEvent
+    from hanok.engine.engine import Engine, EngineStats
     from hanok.engine.model import Generation, Model, PrefixCache, Score, load
     from hanok.engine.params import SamplingParams
     from hanok.engine.quality import QualityReport, measure_quality
+    from hanok.engine.sequence import TokenEvent
+    from hanok.engine.ticket import Ticket
     from hanok.memory.plan import LoadPlan
     from hanok.memory.planning import plan_load
 
@@ -36,6 +42,8 @@ BUNDLED = Path(__file__).parent / "bundled"
 """The folder of the small model that ships with hanok."""
 
 _LAZY = {
+    "Engine": "hanok.engine.engine",
+    "EngineStats": "hanok.engine.engine",
     "Generation": "hanok.engine.model",
     "LoadPlan": "hanok.memory.plan",
     "Model": "hanok.engine.model",
@@ -43,7 +51,8 @@ _LAZY = {
     "SamplingParams": "hanok.engine.params",
     "Score": "hanok.engine.model",
     "QualityReport": "hanok.engine.quality",
-    "TokenEvent": "hanok.engine.generate",
+    "Ticket": "hanok.engine.ticket",
+    "TokenEvent": "hanok.engine.sequence",
     "load": "hanok.engine.model",
     "measure_quality": "hanok.engine.quality",
     "plan_load": "hanok.memory.planning",
@@ -51,9 +60,15 @@ _LAZY = {
 
 __all__ = [
     "BUNDLED",
+    "AbortedError",
     "BudgetError",
     "CheckpointError",
+    "ClosedError",
+    "DeadlineError",
+    "Engine",
+    "EngineStats",
     "Generation",
+    "GenerationError",
     "HanokError",
     "LoadPlan",
     "Model",
@@ -63,6 +78,7 @@ __all__ = [
     "RequestError",
     "SamplingParams",
     "Score",
+    "Ticket",
     "TokenEvent",
     "UnsupportedError",
     "__version__",

@@ -5,7 +5,11 @@ HanokError
 ├── CheckpointError    a file or a tensor of a checkpoint is missing, damaged or not what was promised
 ├── UnsupportedError   no implementation fits: the message lists each one with its reason
 ├── BudgetError        memory does not suffice: by how much, where, and what would help
-└── RequestError       one prompt, conversation or token list cannot be served
+├── RequestError       one prompt, conversation or token list cannot be served
+├── GenerationError    computing one request failed; the others go on
+├── AbortedError       a request was given up before it was finished
+├── DeadlineError      a request was not finished in the time it had
+└── ClosedError        an engine was stopped, or is about to be, and takes no request
 
 A message says what happened, with which values, why, and what to do. `exit_code` is what the command
 line returns; `http_status` is what a server answers.
@@ -50,3 +54,31 @@ class RequestError(HanokError):
 
     exit_code = 5
     http_status = 422
+
+
+class GenerationError(HanokError):
+    """Computing one request failed; the others go on."""
+
+    exit_code = 7
+    http_status = 424
+
+
+class AbortedError(HanokError):
+    """A request was given up before it was finished."""
+
+    exit_code = 8
+    http_status = 499
+
+
+class DeadlineError(HanokError):
+    """A request was not finished in the time it had."""
+
+    exit_code = 8
+    http_status = 408
+
+
+class ClosedError(HanokError):
+    """An engine was stopped, or is about to be, and takes no request."""
+
+    exit_code = 8
+    http_status = 503

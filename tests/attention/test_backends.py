@@ -100,7 +100,7 @@ def run_cached(
     cache = one_cache(spec, len(shape), dtype)
     for slot, (part, start) in enumerate(zip(parts, past, strict=True)):
         _, k, v = part
-        cache.states[0].extend(slot, 0, k[:start].transpose(0, 1), v[:start].transpose(0, 1))
+        cache.states[0].extend((slot,), 0, k[:start].transpose(0, 1), v[:start].transpose(0, 1))
     packed = [
         torch.cat([part[i][start:] for part, start in zip(parts, past, strict=True)])
         for i in range(3)
@@ -239,7 +239,7 @@ def test_shared_heads_read_the_cache_itself_and_no_copy(
     cache = one_cache(PLAIN, 1, torch.float32)
     q, k, v = draw_heads(PLAIN, 6 + new, 5, torch.float32)
     state = cache.states[0]
-    state.extend(0, 0, k[:6].transpose(0, 1), v[:6].transpose(0, 1))
+    state.extend((0,), 0, k[:6].transpose(0, 1), v[:6].transpose(0, 1))
     backends()["sdpa"].attend(q[6:], k[6:], v[6:], PLAIN, batch_of([new], [6]), state)
     assert seen
     for key, value in seen:

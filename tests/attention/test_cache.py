@@ -60,7 +60,7 @@ def test_any_order_of_operations_is_the_same_on_lists(
                 k = torch.tensor(new, dtype=torch.float32)[None, :, None].expand(
                     KV_HEADS, count, HEAD_DIM
                 )
-                keys, values = state.extend(slot, start, k + 1000 * layer, -k)
+                keys, values = state.extend((slot,), start, k + 1000 * layer, -k)
                 assert keys.shape == values.shape == (KV_HEADS, len(model[slot]), HEAD_DIM)
         assert cache.lengths == [len(items) for items in model]
         for layer, state in enumerate(cache.states):
@@ -87,7 +87,7 @@ def test_one_sequence_too_many_tokens_changes_nothing_for_any() -> None:
 def test_extend_returns_views_and_no_copies() -> None:
     cache = new_cache()
     k = torch.ones(KV_HEADS, 3, HEAD_DIM)
-    keys, values = cache.states[0].extend(1, 2, k, k)
+    keys, values = cache.states[0].extend((1,), 2, k, k)
     state = cache.states[0]
     assert keys.data_ptr() == state.keys[1].data_ptr()
     assert values.data_ptr() == state.values[1].data_ptr()

@@ -66,7 +66,9 @@ def run(
     keys, values = (torch.full(shape, float("nan"), dtype=dtype, device=device) for _ in range(2))
     state = LayerState(keys, values)
     for slot, (_, k, v) in zip(slots, parts, strict=True):
-        state.extend(slot, 0, k[:-1].transpose(0, 1).to(device), v[:-1].transpose(0, 1).to(device))
+        state.extend(
+            (slot,), 0, k[:-1].transpose(0, 1).to(device), v[:-1].transpose(0, 1).to(device)
+        )
     batch = ForwardBatch.of(
         [[0] for _ in counts], past=[count - 1 for count in counts], slots=slots, device=device
     )

@@ -17,9 +17,9 @@ import hanok
 from hanok.cli.main import cli, main
 from hanok.cli.options import field_texts
 from hanok.cli.verbs.quality import finite
-from hanok.engine.generate import TokenEvent
 from hanok.engine.model import Model
 from hanok.engine.params import SamplingParams
+from hanok.engine.sequence import TokenEvent
 
 
 def run(*args: str, text: str | None = None) -> Result:

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 import hanok
 from hanok.engine import generate as loop
-from hanok.engine.generate import StopTexts
 from hanok.engine.model import Model
+from hanok.engine.sequence import StopTexts
 
 PROMPTS = ["Once upon a time", "The dog", "One day, Tom and his friend went to the big park and"]
 

@@ -65,7 +65,7 @@ def test_layers_lie_where_the_plan_says_and_all_stages_work() -> None:
         range(model.config.num_layers)
     )
     assert set(model.hf_device_map.values()) == {f"core:{core}" for core in CORES[:2]}
-    sequences = [model._sequence(prompt, {"max_new_tokens": 5}) for prompt in PROMPTS]
+    sequences = [model.sequence(prompt, {"max_new_tokens": 5}) for prompt in PROMPTS]
     with Pipeline(model.decoder) as pipeline:
         events = list(pipeline.generate(sequences))
         assert all(seconds > 0 for seconds in pipeline.busy_s)

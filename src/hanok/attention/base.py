@@ -55,16 +55,17 @@ class ForwardBatch:
 
     token_ids, positions: (tokens,) int64. `query_lengths` has one entry for each sequence and sums to
     tokens; `key_lengths` counts the keys that the sequence's last token sees (cached and new);
-    `slots` says which rows of the cache the sequences own. `sequence_lengths` are the tokens that each
-    sequence has in all, those of later batches too: angles may depend on them. Kernels that find keys
-    through a `page_table` read lengths there and not here; where there is none they make one.
+    `pages` says which rows of the cache hold each sequence, in order: one that is as long as the
+    sequence may get, or as many as its keys need. `sequence_lengths` are the tokens that each sequence
+    has in all, those of later batches too: angles may depend on them. Kernels that find keys through a
+    `page_table` read lengths there and not here; where there is none they make one.
     """
 
     token_ids: Tensor
     positions: Tensor
     query_lengths: tuple[int, ...]
     key_lengths: tuple[int, ...]
-    slots: tuple[int, ...]
+    pages: tuple[tuple[int, ...], ...]
     sequence_lengths: tuple[int, ...]
     page_table: PageTable | None = None
 
@@ -75,11 +76,13 @@ class ForwardBatch:
         *,
         past: list[int] | None = None,
         slots: list[int] | None = None,
+        pages: list[tuple[int, ...]] | None = None,
         sequence_lengths: list[int] | None = None,
         device: torch.device | str = "cpu",
     ) -> "ForwardBatch":
-        """Pack token lists; `past` tokens of each are in the cache already, in `slots` (0, 1, …).
+        """Pack token lists; `past` tokens of each are in the cache already.
 
+        They are in `pages`, or where a row holds a whole sequence in row `slots` (0, 1, …).
         `sequence_lengths` default to what is there after this batch.
         """
         past = past or [0] * len(sequences)
@@ -95,7 +98,7 @@ class ForwardBatch:
             positions=torch.tensor(positions, dtype=torch.int64, device=device),
             query_lengths=tuple(map(len, sequences)),
             key_lengths=key_lengths,
-            slots=tuple(slots if slots is not None else range(len(sequences))),
+            pages=tuple(pages or ((slot,) for slot in slots or range(len(sequences)))),
             sequence_lengths=tuple(sequence_lengths or key_lengths),
         )
         return batch._with_pages()
@@ -115,14 +118,23 @@ class ForwardBatch:
     def _with_pages(self) -> "ForwardBatch":
         """Make the page table once for all layers; on a CPU nobody needs it."""
         if self.token_ids.is_cuda and set(self.query_lengths) == {1}:
-            return replace(self, page_table=self.one_page_each())
+            return replace(self, page_table=self.new_page_table())
         return self
 
-    def one_page_each(self) -> PageTable:
-        """Return the table of a cache in which each sequence's row is one page."""
-        both = torch.tensor([self.key_lengths, self.slots], dtype=torch.int32)
-        key_lengths, slots = both.to(self.token_ids.device)
-        return PageTable(key_lengths=key_lengths, pages=slots[:, None])
+    @property
+    def slots(self) -> tuple[int, ...]:
+        """The row that holds each sequence's first keys: all of them where rows are long enough."""
+        return tuple(pages[0] for pages in self.pages)
+
+    def new_page_table(self) -> PageTable:
+        """Return `key_lengths` and `pages` as tensors; shorter sequences repeat their last page."""
+        most = max(map(len, self.pages))
+        rows = [
+            [length, *pages, *[pages[-1]] * (most - len(pages))]
+            for length, pages in zip(self.key_lengths, self.pages, strict=True)
+        ]
+        table = torch.tensor(rows, dtype=torch.int32).to(self.token_ids.device)
+        return PageTable(key_lengths=table[:, 0].contiguous(), pages=table[:, 1:].contiguous())
 
     def last_tokens(self) -> list[int]:
         """Return the index of each sequence's last token."""
@@ -209,16 +221,17 @@ def split_sequences(
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Yield each sequence's queries, and all its keys and values, the new ones appended.
 
-    Yields (time, heads, head_dim) and twice (kv_heads, keys, head_dim), all views.
+    Yields (time, heads, head_dim) and twice (kv_heads, keys, head_dim): views, or copies where the
+    keys lie in several pages.
     """
     start = 0
-    for length, slot, key_length in zip(
-        batch.query_lengths, batch.slots, batch.key_lengths, strict=True
+    for length, pages, key_length in zip(
+        batch.query_lengths, batch.pages, batch.key_lengths, strict=True
     ):
         end = start + length
         new_k, new_v = k[start:end].transpose(0, 1), v[start:end].transpose(0, 1)
         if state is not None:
-            new_k, new_v = state.extend(slot, key_length - length, new_k, new_v)
+            new_k, new_v = state.extend(pages, key_length - length, new_k, new_v)
         yield q[start:end], new_k, new_v
         start = end
 

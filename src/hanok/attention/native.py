@@ -17,6 +17,8 @@ from hanok.attention.base import AttentionSpec, ForwardBatch, dense_heads, next_
 from hanok.attention.cache import LayerState
 from hanok.kernels.native import ITEM_TYPES, AttentionCall, native, native_for, why_not
 
+PAGE_MULTIPLE = 64  # keys that the kernel turns at a time (cpp/attention.h); none lie across pages
+
 
 class NativeAttention:
     """Online softmax over blocks of keys, in float32."""
@@ -62,13 +64,17 @@ class NativeAttention:
             softcap=spec.softcap or 0.0,
             type=ITEM_TYPES[q.dtype],
         )
-        if state is None:
+        if state is None:  # each token is a page's beginning
             keys, values = k.contiguous(), v.contiguous()
-            offsets = [start * keys.stride(0) for start in starts[:-1]]
+            firsts: Sequence[int] = starts[:-1]
+            page_starts: Sequence[int] = range(len(firsts))
+            call.page_stride, call.page_keys = keys.stride(0), max(1, q.shape[0])
             call.key_token_stride, call.key_head_stride = keys.stride(0), spec.head_dim
         else:
             keys, values = state.keys, state.values
-            offsets = [slot * keys.stride(0) for slot in batch.slots]
+            firsts = [page for pages in batch.pages for page in pages]
+            page_starts = (0, *accumulate(map(len, batch.pages)))
+            call.page_stride, call.page_keys = keys.stride(0), keys.shape[2]
             call.key_token_stride, call.key_head_stride = keys.stride(2), keys.stride(1)
             call.new_keys, call.new_values = k.data_ptr(), v.data_ptr()
             call.new_key_stride, call.new_value_stride = k.stride(0), v.stride(0)
@@ -77,10 +83,11 @@ class NativeAttention:
                 call.value_scale = state.value_scale.data_ptr()
         call.keys, call.values = keys.data_ptr(), values.data_ptr()
         call.cache_type = ITEM_TYPES[keys.dtype]
-        counts, lengths, places = map(_array, (batch.query_lengths, batch.key_lengths, offsets))
+        counts, lengths = _array(batch.query_lengths), _array(batch.key_lengths)
+        pages, begins = _array(firsts), _array(page_starts)
         call.query_counts, call.key_counts = addressof(counts), addressof(lengths)
-        call.offsets = addressof(places)
-        kernels.attend(call, q, k, v, keys, values, counts, lengths, places, output)
+        call.pages, call.page_starts = addressof(pages), addressof(begins)
+        kernels.attend(call, q, k, v, keys, values, counts, lengths, pages, begins, output)
         return output
 
 
@@ -106,12 +113,20 @@ def _check(
         if batch.key_lengths != batch.query_lengths:
             raise ValueError("sequences have keys before this batch, but there is no cache")
         return
-    num_slots, num_kv_heads, capacity, head_dim = state.keys.shape
+    num_pages, num_kv_heads, page_keys, head_dim = state.keys.shape
     if (num_kv_heads, head_dim) != kv_shape[1:]:
         raise ValueError(f"the cache has {num_kv_heads} heads of {head_dim}, k is {tuple(k.shape)}")
-    is_there = all(0 <= slot < num_slots for slot in batch.slots)
-    if not is_there or max(batch.key_lengths) > capacity:
-        raise ValueError(f"{max(batch.key_lengths)} keys in a cache of {num_slots} x {capacity}")
+    is_there = all(0 <= page < num_pages for pages in batch.pages for page in pages)
+    has_room = all(
+        length <= len(pages) * page_keys
+        for length, pages in zip(batch.key_lengths, batch.pages, strict=True)
+    )
+    if not is_there or not has_room:
+        raise ValueError(
+            f"{max(batch.key_lengths)} keys in pages {batch.pages} of {num_pages} x {page_keys}"
+        )
+    if page_keys % PAGE_MULTIPLE and max(map(len, batch.pages)) > 1:
+        raise ValueError(f"pages of {page_keys} keys; the kernel reads {PAGE_MULTIPLE} at a time")
     if state.keys.dtype not in (q.dtype, torch.int8):
         raise ValueError(f"the cache is {state.keys.dtype}, the queries are {q.dtype}")
 

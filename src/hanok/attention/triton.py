@@ -51,7 +51,7 @@ class TritonAttention:
             return next_backend(self.name, spec, q).attend(q, k, v, spec, batch, state)
         from hanok.kernels.triton_attention import append, attend
 
-        table = batch.page_table or batch.one_page_each()
+        table = batch.page_table or batch.new_page_table()
         append(
             dense_heads(k),
             dense_heads(v),

@@ -55,6 +55,14 @@ class TokenTexts:
         after = self.decode((*self.anchor, token_id))
         return after[len(before) :] if after.startswith(before) else self.decode((token_id,))
 
+    def data(self, token_id: int) -> bytes:
+        """The bytes that one token adds in the middle of a text; b"" for a part that has no bytes."""
+        data = self.token_bytes(token_id)
+        if data is not None:
+            return data
+        text = self.token_text(token_id)
+        return b"" if self.can_split_characters and REPLACEMENT in text else text.encode()
+
     def stream(self, skipped: frozenset[int]) -> "StreamDecoder":
         """A new stream that passes over the ids in `skipped`."""
         if self.is_bytes_only:

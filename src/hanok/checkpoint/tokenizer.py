@@ -141,6 +141,13 @@ class Tokenizer:
             )
         return self._texts.token_text(token_id)
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that one token adds in the middle of a text; b"" for an id without a token.
+
+        Special tokens are spelled out. Also b"" for the few tokens whose bytes no library tells.
+        """
+        return self._texts.data(token_id) if self._texts.is_known(token_id) else b""
+
     def token_to_id(self, text: str) -> int | None:
         """The id of the token that the vocabulary spells `text` (its own spelling), or None."""
         return self._ids.get(text)

@@ -68,7 +68,7 @@ class DecodeStep:
             positions=positions,
             query_lengths=(1,) * size,
             key_lengths=(cache.capacity,) * size,
-            slots=tuple(range(size)),
+            pages=tuple((slot,) for slot in range(size)),
             sequence_lengths=(cache.capacity,) * size,
             page_table=PageTable(key_lengths=key_lengths, pages=slots[:, None]),
         )

@@ -23,7 +23,7 @@ from hanok.attention.base import ForwardBatch
 from hanok.attention.cache import KVCache
 from hanok.checkpoint.files import Checkpoint, open_checkpoint
 from hanok.checkpoint.writer import write_json
-from hanok.engine.generate import FinishReason, GenerationSequence, TokenEvent, generate
+from hanok.engine.generate import generate
 from hanok.engine.params import (
     SamplingOptions,
     SamplingParams,
@@ -31,6 +31,7 @@ from hanok.engine.params import (
     unsupported_defaults,
 )
 from hanok.engine.pipeline import Pipeline
+from hanok.engine.sequence import FinishReason, GenerationSequence, TokenEvent
 from hanok.errors import (
     BudgetError,
     CheckpointError,
@@ -170,7 +171,7 @@ class Model:
         OptionError for an option that cannot be.
         """
         prompts, is_several = _as_list(prompt)
-        sequences = [self._sequence(item, options) for item in prompts]
+        sequences = [self.sequence(item, options) for item in prompts]
         events: list[list[TokenEvent]] = [[] for _ in sequences]
         for event in self._events(sequences, None, use_cache):
             events[event.sequence].append(event)
@@ -192,7 +193,7 @@ class Model:
         `cache` keeps keys and values from call to call: what a prompt shares with the last one is not
         computed again, as in a conversation.
         """
-        sequence = self._sequence(prompt, options)
+        sequence = self.sequence(prompt, options)
         kept = cache.prepare(self.decoder.new_cache, sequence) if cache is not None else None
         return self._events([sequence], kept, use_cache)
 
@@ -206,8 +207,12 @@ class Model:
             return
         for event in generate(self.decoder, sequences, cache=cache, use_cache=use_cache):
             yield event
-            if self._promotion is not None:
-                self._promotion.start()
+            self.settle()
+
+    def settle(self) -> None:
+        """Let mapped weights move into memory in the background, once, if there is enough of it."""
+        if self._promotion is not None:
+            self._promotion.start()
 
     def logits(self, prompt: Prompt) -> Tensor:
         """Return the scores of the token after each position, (tokens, vocab) float32."""
@@ -299,7 +304,8 @@ class Model:
             shutil.rmtree(unfinished, ignore_errors=True)
         return folder
 
-    def _sequence(self, prompt: Prompt, options: SamplingOptions) -> GenerationSequence:
+    def sequence(self, prompt: Prompt, options: SamplingOptions) -> GenerationSequence:
+        """Return a prompt with its options, checked, of which nothing is generated yet."""
         params = self.defaults.updated(options)
         token_ids = self.encode(prompt)
         limit = self.config.max_context_tokens

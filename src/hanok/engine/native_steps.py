@@ -4,7 +4,7 @@ A pass over one token is hundreds of short calls; in Python, those of a small mo
 as what they compute. The second pass over so many sequences is recorded (`kernels.native.recording`),
 and from the third on the library makes all calls in turn: the same kernels on the same buffers, so the
 same result bit for bit. What changes is written into place first: the embedded tokens, their angles,
-where each sequence's keys begin and how many there are.
+the pages of each sequence's keys and how many there are.
 
 While a pass is recorded every function of torch is watched. Views and new buffers need nothing, sums
 and copies become calls of our kernels, and any other function would be missing from the recording: then
@@ -49,15 +49,13 @@ def why_not(decoder: Decoder, cache: KVCache) -> str | None:
     for block in decoder.layers:
         if isinstance(block, Block) and block.self_attn.backend.name != KEYS_IN_PLACE_BACKEND:
             return f"attention {block.self_attn.backend.name} is not one of our kernels"
-    if len({state.keys.stride(0) for state in cache.states}) > 1:
-        return "the rows of the cache differ from layer to layer"
     return None
 
 
 class NativeSteps:
     """One more token for each sequence of a cache, recorded once for each number of sequences."""
 
-    def __init__(self, decoder: Decoder, cache: KVCache) -> None:
+    def __init__(self, decoder: Decoder, cache: KVCache, pages_per_sequence: int = 1) -> None:
         kernels = native()
         if kernels is None:
             raise ValueError("our kernels are not there; ask why_not first")
@@ -66,6 +64,7 @@ class NativeSteps:
         self._decoder = decoder
         self._cache = cache
         self._kernels = kernels
+        self._pages_per_sequence = pages_per_sequence
         self._passes: dict[int, _Pass] = {}
         self._addresses: dict[int, tuple[int, ...]] = {}
 
@@ -82,10 +81,14 @@ class NativeSteps:
         past = [self._cache.lengths[slot] for slot in slots]
         batch = ForwardBatch.of([[token] for token in tokens], past=past, slots=list(slots))
         self._cache.advance(batch.slots, batch.query_lengths, batch.sequence_lengths)
-        return self._decoder.logits(self._hidden_states(batch))
+        return self._decoder.logits(self.hidden_states(batch))
 
-    def _hidden_states(self, batch: ForwardBatch) -> Tensor:
-        size = len(batch.slots)
+    def hidden_states(self, batch: ForwardBatch) -> Tensor:
+        """Return the normed hidden states of a batch of one token for each sequence.
+
+        They are valid until the next call. The cache counts the tokens already.
+        """
+        size = len(batch.pages)
         # Weights may move while the model works (memory/promote.py); a recording has the old places.
         addresses = tuple(parameter.data_ptr() for parameter in self._decoder.parameters())
         has_settled = self._addresses.get(size) == addresses
@@ -95,7 +98,7 @@ class NativeSteps:
             return self._decoder.hidden_states(batch, self._cache)
         if size in self._passes:
             return self._passes[size].run(batch)
-        found = _Pass(self._decoder, self._cache, self._kernels, batch)
+        found = _Pass(self._decoder, self._cache, self._kernels, batch, self._pages_per_sequence)
         if found.obstacle is None:
             self._passes[size] = found
         else:
@@ -107,11 +110,15 @@ class _Pass:
     """The calls of one pass over one token for each of some sequences."""
 
     def __init__(
-        self, decoder: Decoder, cache: KVCache, kernels: Native, batch: ForwardBatch
+        self,
+        decoder: Decoder,
+        cache: KVCache,
+        kernels: Native,
+        batch: ForwardBatch,
+        pages_per_sequence: int,
     ) -> None:
         self._decoder = decoder
         self._kernels = kernels
-        self._key_stride = cache.states[0].keys.stride(0)
         self._x = decoder.embed(batch).clone()
         self._angles = {
             rope: values.clone() for rope, values in decoder.angles(batch, self._x.dtype).items()
@@ -121,12 +128,16 @@ class _Pass:
         self.obstacle = watch.obstacle
         self._found: Recording = found
         self._steps = (Step * len(found.steps))(*found.steps)
-        size = len(batch.slots)
-        self._key_counts, self._offsets = (c_int64 * size)(), (c_int64 * size)()
+        size, most = len(batch.pages), pages_per_sequence
+        self._key_counts = (c_int64 * size)()
+        self._most_pages = most
+        self._pages = (c_int64 * (size * most))()
+        self._page_starts = (c_int64 * size)(*range(0, size * most, most))
         for call in found.kept:
             if isinstance(call, AttentionCall):
                 call.key_counts = addressof(self._key_counts)
-                call.offsets = addressof(self._offsets)
+                call.pages = addressof(self._pages)
+                call.page_starts = addressof(self._page_starts)
 
     def run(self, batch: ForwardBatch) -> Tensor:
         """Return the normed hidden states of other tokens; they are valid until the next call."""
@@ -134,7 +145,8 @@ class _Pass:
         for rope, values in self._decoder.angles(batch, self._x.dtype).items():
             self._angles[rope].copy_(values)
         self._key_counts[:] = list(batch.key_lengths)
-        self._offsets[:] = [slot * self._key_stride for slot in batch.slots]
+        for start, pages in zip(self._page_starts, batch.pages, strict=True):
+            self._pages[start : start + len(pages)] = list(pages)
         self._kernels.run(self._steps)
         return self.hidden
 

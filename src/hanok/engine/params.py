@@ -56,6 +56,11 @@ class SamplingOptions(TypedDict, total=False):
     stop_token_ids: Sequence[int]
     ignore_eos: bool
     top_logprobs: int
+    min_new_tokens: int
+    include_stop: bool
+    model_logprobs: bool
+    watermark_gamma: float
+    watermark_delta: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,6 +97,16 @@ class SamplingParams:
     """Go on after the model's end tokens."""
     top_logprobs: int = 0
     """How many of the likeliest tokens to report at each step."""
+    min_new_tokens: int = 0
+    """Generate no end token before so many others."""
+    include_stop: bool = False
+    """Let a stop text that ends the generation be part of the answer."""
+    model_logprobs: bool = True
+    """Report log-probabilities as the model gives them, not after the options above."""
+    watermark_gamma: float = 0.5
+    """Share of the vocabulary that a watermark prefers at each step (arXiv 2301.10226)."""
+    watermark_delta: float = 0.0
+    """Added to the scores of preferred tokens; 0: no watermark."""
 
     def __post_init__(self) -> None:
         self._check("max_new_tokens", self.max_new_tokens >= 1, "at least 1")
@@ -112,6 +127,9 @@ class SamplingParams:
         is_seed = self.seed is None or -(2**63) <= self.seed < 2**64
         self._check("seed", is_seed, "None or -2**63 to 2**64 - 1")
         self._check("stop", all(self.stop), "texts that are not empty")
+        self._check("min_new_tokens", self.min_new_tokens >= 0, "0 or more")
+        self._check("watermark_gamma", 0 < self.watermark_gamma < 1, "between 0 and 1")
+        self._check("watermark_delta", 0 <= self.watermark_delta <= 100, "0 (none) to 100")
         self._check("top_logprobs", 0 <= self.top_logprobs <= 1000, "0 to 1000")
 
     def _check(self, name: str, is_right: bool, expected: str) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from hanok.attention.base import ForwardBatch
 from hanok.attention.cache import KVCache
-from hanok.engine.generate import GenerationSequence, TokenEvent
+from hanok.engine.sequence import GenerationSequence, TokenEvent, choose
 from hanok.errors import OptionError
 from hanok.memory.needs import PREFILL_TOKENS
 from hanok.models.decoder import Decoder, Stage
@@ -78,8 +78,9 @@ class Pipeline:
         try:
             while waiting:
                 group, future = waiting.popleft()
-                for index, logits in zip(group, future.result(), strict=True):
-                    yield sequences[index].step(index, logits)
+                choices = choose([sequences[index] for index in group], future.result())
+                for index, choice in zip(group, choices, strict=True):
+                    yield sequences[index].take(index, choice)
                 group = [index for index in group if sequences[index].finish_reason is None]
                 if group:
                     waiting.append((group, self._submit(sequences, group, cache)))

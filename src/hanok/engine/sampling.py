@@ -8,7 +8,7 @@ A sequence draws with a generator of its own, one number for each token, so its 
 seed and nothing else that runs.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -16,12 +16,25 @@ from torch import Tensor
 from hanok.engine.params import SamplingParams
 from hanok.errors import OptionError
 
+WATERMARK_KEY = 15485863  # that of the paper's and of text-generation-inference's watermarks
+
 
 def processed(
-    logits: Tensor, params: SamplingParams, prompt_ids: Sequence[int], generated_ids: Sequence[int]
+    logits: Tensor,
+    params: SamplingParams,
+    prompt_ids: Sequence[int],
+    generated_ids: Sequence[int],
+    *,
+    banned: Collection[int] = (),
 ) -> Tensor:
-    """Return the scores that the next token is drawn from, (vocab,) float32; excluded ones are -inf."""
+    """Return the scores that the next token is drawn from, (vocab,) float32; excluded ones are -inf.
+
+    `banned` tokens are excluded.
+    """
     scores = logits
+    if banned:
+        ids = torch.tensor([*banned], device=logits.device)
+        scores = scores.index_fill(0, ids, float("-inf"))
     if params.logit_bias:
         scores = add_bias(scores, params.logit_bias)
     if params.repetition_penalty != 1.0:
@@ -32,6 +45,9 @@ def processed(
         scores = penalise_counts(
             scores, params.presence_penalty, params.frequency_penalty, generated_ids
         )
+    if params.watermark_delta:
+        last = generated_ids[-1] if generated_ids else prompt_ids[-1]
+        scores = mark(scores, last, params.watermark_gamma, params.watermark_delta)
     if params.temperature == 0:
         return scores
     scores = scores / params.temperature
@@ -72,6 +88,20 @@ def penalise_counts(
     ids = torch.tensor(generated, dtype=torch.int64, device=scores.device)
     counts = torch.bincount(ids, minlength=len(scores)).to(scores.dtype)
     return scores - presence * (counts > 0) - frequency * counts
+
+
+def mark(scores: Tensor, last_token: int, gamma: float, delta: float) -> Tensor:
+    """Return the scores with a share `gamma` of the vocabulary preferred (arXiv 2301.10226).
+
+    Which tokens are depends on the last token alone, so that who knows the key can count them.
+    """
+    generator = torch.Generator().manual_seed(WATERMARK_KEY * last_token)
+    preferred = torch.randperm(len(scores), generator=generator)[: int(gamma * len(scores))]
+    return scores.index_add(
+        0,
+        preferred.to(scores.device),
+        torch.full((len(preferred),), delta, dtype=scores.dtype, device=scores.device),
+    )
 
 
 def keep_top_k(scores: Tensor, top_k: int) -> Tensor:

@@ -294,13 +294,19 @@ struct Task {
     int64_t past;                                     // keys before its first query
 };
 
+// Where a key stands, in items. Blocks of keys begin at multiples of kBlockKeys, so none crosses a page.
+INLINE int64_t place_of(const Attention& a, int64_t sequence, int64_t head, int64_t key) {
+    const int64_t page = a.pages[a.page_starts[sequence] + key / a.page_keys];
+    return page * a.page_stride + head * a.key_head_stride + key % a.page_keys * a.key_token_stride;
+}
+
 // Keys [begin, end) of a task, of one split, into `part`, which is clear.
 template <class Cached>
 INLINE void attend_keys(const Attention& a, const Sizes& s, const Task& task, int64_t begin, int64_t end,
                         const Work& w, const Part& part) {
-    const int64_t base = a.offsets[task.sequence] + task.head * a.key_head_stride;
-    const Cached* keys = static_cast<const Cached*>(a.keys) + base;
-    const Cached* values = static_cast<const Cached*>(a.values) + base;
+    const Cached* keys = static_cast<const Cached*>(a.keys);
+    const Cached* values = static_cast<const Cached*>(a.values);
+    auto place = [&](int64_t key) { return place_of(a, task.sequence, task.head, begin + key); };
     const int64_t rows = task.num_tokens * s.group, stride = a.key_token_stride;
     View view;
     view.first_key = begin;
@@ -311,10 +317,12 @@ INLINE void attend_keys(const Attention& a, const Sizes& s, const Task& task, in
     view.softcap = a.softcap;
     view.is_scaled = a.key_scale != nullptr;
     if (view.is_scaled)
-        for (int64_t i = 0; i < view.num_keys; ++i) {
-            const int64_t at = (base + (begin + i) * stride) / a.head_dim;
-            w.key_scale[i] = a.key_scale[at];
-            w.value_scale[i] = a.value_scale[at];
+        for (int64_t key = 0; key < view.num_keys; key += kBlockKeys) {
+            const int64_t count = view.num_keys - key < kBlockKeys ? view.num_keys - key : kBlockKeys;
+            for (int64_t i = 0, at = place(key); i < count; ++i, at += stride) {
+                w.key_scale[key + i] = a.key_scale[at / a.head_dim];
+                w.value_scale[key + i] = a.value_scale[at / a.head_dim];
+            }
         }
     // Where one head's keys lie together, the next block is asked for while this one is computed.
     const bool is_dense = stride == s.dim;
@@ -323,9 +331,9 @@ INLINE void attend_keys(const Attention& a, const Sizes& s, const Task& task, in
     for (int64_t key = 0; key < view.num_keys; key += kBlockKeys) {
         const int64_t count = view.num_keys - key < kBlockKeys ? view.num_keys - key : kBlockKeys;
         const bool is_last = key + kBlockKeys >= view.num_keys;
-        const Cached* next = is_last ? values + begin * stride : keys + (begin + key + kBlockKeys) * stride;
+        const Cached* next = is_last ? values + place(0) : keys + place(key + kBlockKeys);
         Ahead ahead = Ahead::of(next, is_dense ? block_items : 0, tiles * s.dim + kTurnsOfTranspose * transposes);
-        turn_keys(keys + (begin + key) * stride, stride, count, s, w.keys, ahead);
+        turn_keys(keys + place(key), stride, count, s, w.keys, ahead);
         int64_t row = 0;
         for (; row + kTileRows <= rows; row += kTileRows) score_rows<kTileRows>(s, w, row, key, ahead);
         for (; row < rows; ++row) score_rows<1>(s, w, row, key, ahead);
@@ -333,9 +341,10 @@ INLINE void attend_keys(const Attention& a, const Sizes& s, const Task& task, in
     for (int64_t row = 0; row < rows; ++row) weigh_row(view, w, part, row);
     for (int64_t key = 0; key < view.num_keys; key += kBlockKeys) {
         const int64_t count = view.num_keys - key < kBlockKeys ? view.num_keys - key : kBlockKeys;
-        const Cached* next = values + (begin + key + kBlockKeys) * stride;
-        Ahead ahead = Ahead::of(next, is_dense ? block_items : 0, (tiles + 1) * count);
-        widen_values(values + (begin + key) * stride, stride, count, s, w.values, ahead);
+        const bool is_last = key + kBlockKeys >= view.num_keys;
+        const Cached* next = values + place(is_last ? key : key + kBlockKeys);
+        Ahead ahead = Ahead::of(next, is_dense && !is_last ? block_items : 0, (tiles + 1) * count);
+        widen_values(values + place(key), stride, count, s, w.values, ahead);
         int64_t row = 0;
         for (; row + kTileRows <= rows; row += kTileRows)
             add_all_values<kTileRows>(s, w, part, row, key, count, ahead);
@@ -404,11 +413,11 @@ INLINE void append_head(const Item* from, int8_t* to, float* scale, int64_t dim)
     }
 }
 
-// The keys that a task's tokens see lie in [first, end); `first` begins a vector.
+// The keys that a task's tokens see lie in [first, end); `first` begins a block.
 INLINE int64_t first_key(const Attention& a, const Sizes& s, const Task& task) {
     if (!a.window) return 0;
     const int64_t first = task.past + task.first_token - a.window + 1;
-    return first > 0 ? first / kLanes * kLanes : 0;
+    return first > 0 ? first / kBlockKeys * kBlockKeys : 0;
 }
 
 template <class Item, class Cached>
@@ -448,8 +457,7 @@ int attend_items(const Attention& a, int threads) {
                     const int64_t t = item / a.num_kv_heads, h = item % a.num_kv_heads;
                     const int64_t from_key = (start + t) * a.new_key_stride + h * s.dim;
                     const int64_t from_value = (start + t) * a.new_value_stride + h * s.dim;
-                    const int64_t to =
-                        a.offsets[i] + h * a.key_head_stride + (past + t) * a.key_token_stride;
+                    const int64_t to = place_of(a, i, h, past + t);
                     append_head(static_cast<const Item*>(a.new_keys) + from_key,
                                 static_cast<Cached*>(a.keys) + to,
                                 a.key_scale ? a.key_scale + to / s.dim : nullptr, s.dim);

@@ -1,0 +1,390 @@
+"""Many requests, one model: a step plans, computes and commits, again and again, in a thread of its own.
+
+    with hanok.Engine(model) as engine:
+        ticket = engine.submit("Once upon a time", max_new_tokens=64)
+        text = "".join(event.text for event in ticket)
+
+A request's tokens depend on its own prompt, options and seed, not on what else runs. A request that
+fails fails alone: when a pass over several raises, each is computed again by itself.
+"""
+
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import count
+from types import TracebackType
+from typing import Literal, Protocol, Unpack
+
+from hanok.engine.blocks import BlockPool
+from hanok.engine.model import Model, Prompt
+from hanok.engine.pace import Pace
+from hanok.engine.params import SamplingOptions
+from hanok.engine.runner import BLOCK_TOKENS, Runner, StepResult
+from hanok.engine.schedule import Chunk, Row, Scheduler, StepPlan
+from hanok.engine.sequence import GenerationSequence, choose
+from hanok.engine.ticket import Request, Ticket
+from hanok.errors import (
+    AbortedError,
+    ClosedError,
+    DeadlineError,
+    GenerationError,
+    HanokError,
+    OptionError,
+    RequestError,
+)
+from hanok.memory.needs import PREFILL_TOKENS
+
+MIXED_STEP_S = 0.25
+ALONE_STEP_S = 1.0
+MAX_RUNNING = 64
+# How long a step may take before it counts as stuck: the first one, which reads the weights from disk;
+# later ones; and how many times as long as the longest so far.
+FIRST_STALL_S, STALL_S, STALL_FACTOR = 600.0, 8.0, 10.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineStats:
+    """What an engine does at a moment, and has done since it began."""
+
+    num_waiting: int
+    num_running: int
+    waiting_tokens: int
+    """Prompt tokens of those that wait."""
+    used_blocks: int
+    cached_blocks: int
+    """Used by nobody, kept for those who begin alike."""
+    total_blocks: int
+    block_size: int
+    steps: int
+    preemptions: int
+    prefix_hit_tokens: int
+    """Prompt tokens that were not computed, for others had been."""
+    prefix_query_tokens: int
+    """Prompt tokens of all that began."""
+    cancelled: int
+    generated_tokens: int
+
+
+class StepObserver(Protocol):
+    """Hears of each step, in the engine's thread."""
+
+    def step(
+        self,
+        kind: Literal["prefill", "decode"],
+        *,
+        num_sequences: int,
+        num_tokens: int,
+        forward_s: float,
+        total_s: float,
+        succeeded: bool,
+    ) -> None:
+        """Take note of a step; "prefill" where prompts were among it."""
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class _Entry:
+    ticket: Ticket
+    row: Row
+
+    @property
+    def sequence(self) -> GenerationSequence:
+        return self.ticket.request.sequence
+
+
+class Engine:
+    """Continuous batching over one model."""
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        cache_tokens: int | None = None,
+        max_running: int = MAX_RUNNING,
+        max_step_s: float = MIXED_STEP_S,
+        observer: StepObserver | None = None,
+    ) -> None:
+        """Claim the cache; `start`, or a `with` block, begins the work.
+
+        `cache_tokens` are the tokens whose keys and values are kept, of all requests together; by
+        default what the model's load plan counted on. `max_running` requests are computed at a time,
+        in steps that prompts do not make longer than about `max_step_s` seconds.
+        """
+        if cache_tokens is None:
+            needs = model.plan.needs if model.plan is not None else None
+            cache_tokens = needs.context * needs.batch if needs else model.config.max_context_tokens
+        if cache_tokens < BLOCK_TOKENS or max_running < 1:
+            raise OptionError(
+                f"an engine of {cache_tokens} tokens for {max_running} requests at a time; it needs "
+                f"at least {BLOCK_TOKENS} tokens and one request."
+            )
+        self.model = model
+        pool = BlockPool(-(-cache_tokens // BLOCK_TOKENS), BLOCK_TOKENS)
+        self.cache_tokens = pool.num_blocks * BLOCK_TOKENS
+        self.max_tokens = min(model.config.max_context_tokens, self.cache_tokens)
+        """Of one request, prompt and answer."""
+        self._shares_angles = model.config.shares_angles(1, self.max_tokens)
+        self._scheduler = Scheduler(pool, max_running)
+        self._runner = Runner(model.decoder, pool.num_blocks, pool.needed(self.max_tokens))
+        self._pace = Pace(mixed_s=max_step_s, alone_s=ALONE_STEP_S, most_tokens=PREFILL_TOKENS)
+        self._observer = observer
+        self._entries: dict[int, _Entry] = {}
+        self._inbox: deque[_Entry | int] = deque()
+        """Submitted, or the number of what was given up."""
+        self._wake = threading.Condition()
+        self._thread: threading.Thread | None = None
+        self._state: Literal["open", "draining", "closed"] = "open"
+        self._numbers = count(1)
+        self._steps = self._cancelled = self._generated = 0
+        self._step_began: float | None = None
+        self._longest_step_s = 0.0
+
+    def __enter__(self) -> "Engine":
+        self.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def start(self) -> None:
+        """Begin the work, once."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="hanok-engine", daemon=True)
+            self._thread.start()
+
+    def submit(self, prompt: Prompt, **options: Unpack[SamplingOptions]) -> Ticket:
+        """Queue a prompt, with the options of `Model.generate`, and return its ticket at once.
+
+        Raises RequestError for a prompt that cannot be served, OptionError for an option.
+        """
+        return self.submit_request(Request(sequence=self.model.sequence(prompt, options)))
+
+    def submit_request(self, request: Request) -> Ticket:
+        """Queue a request and return its ticket at once; ClosedError where the engine takes none."""
+        sequence = request.sequence
+        sequence.max_tokens = min(sequence.max_tokens, self.max_tokens)
+        if sequence.room < 1:
+            raise RequestError(
+                f"the prompt has {len(sequence.prompt_ids)} tokens, and the engine holds "
+                f"{self.max_tokens} of one request. Shorten the prompt, or start the engine with more "
+                "cache_tokens."
+            )
+        number = next(self._numbers)
+        ticket = Ticket(number, request, lambda: self._post(number))
+        row = Row(
+            id=number,
+            tokens=sequence.token_ids,
+            priority=request.priority,
+            root=(request.adapter, request.salt) if self._shares_angles else number,
+            is_shared=request.scored is None and self._shares_angles,
+        )
+        if self._state != "open":
+            raise ClosedError("the engine is stopping and takes no more requests.")
+        self._post(_Entry(ticket=ticket, row=row))
+        return ticket
+
+    def drain(self, timeout_s: float) -> bool:
+        """Take no more requests and wait for those that are there; return whether all ended."""
+        with self._wake:
+            self._state = "draining"
+            self._wake.notify_all()
+            return self._wake.wait_for(lambda: not self._has_work, timeout_s)
+
+    def close(self) -> None:
+        """End the work; what is unfinished fails with ClosedError."""
+        with self._wake:
+            self._state = "closed"
+            self._wake.notify_all()
+        if self._thread is not None:
+            self._thread.join()
+        self._drain_inbox()
+        self._fail_all(ClosedError("the engine was stopped before the request was finished."))
+
+    def stats(self) -> EngineStats:
+        """Return what it does now; from any thread."""
+        scheduler, pool = self._scheduler, self._scheduler.pool
+        queued = [item.row for item in list(self._inbox) if isinstance(item, _Entry)]
+        waiting = [*scheduler.waiting, *queued]
+        return EngineStats(
+            num_waiting=len(waiting),
+            num_running=len(scheduler.running),
+            waiting_tokens=sum(len(row.tokens) for row in waiting),
+            used_blocks=pool.num_used,
+            cached_blocks=pool.num_cached,
+            total_blocks=pool.num_blocks,
+            block_size=pool.block_size,
+            steps=self._steps,
+            preemptions=scheduler.num_preemptions,
+            prefix_hit_tokens=scheduler.num_cached_tokens,
+            prefix_query_tokens=scheduler.num_prompt_tokens,
+            cancelled=self._cancelled,
+            generated_tokens=self._generated,
+        )
+
+    @property
+    def drain_rate(self) -> float:
+        """Prompt tokens per second at which those that wait begin; 0: not known yet."""
+        return self._pace.drain_rate
+
+    @property
+    def is_stuck(self) -> bool:
+        """Whether its step takes far longer than any before, or its thread is gone."""
+        began, thread = self._step_began, self._thread
+        if thread is None or self._state == "closed":
+            return False
+        limit = max(STALL_S, STALL_FACTOR * self._longest_step_s) if self._steps else FIRST_STALL_S
+        return not thread.is_alive() or (began is not None and time.monotonic() - began > limit)
+
+    def step(self) -> bool:
+        """Plan, compute and commit once; return whether there was anything to do."""
+        self._drain_inbox()
+        self._drop_late()
+        began = self._step_began = time.monotonic()
+        decoding = sum(row.is_decoding for row in self._scheduler.running)
+        plan = self._scheduler.plan(self._pace.prompt_tokens(decoding))
+        if plan.chunks:
+            chunks, result, failures = self._compute(plan.chunks)
+            computed = time.monotonic()
+            for chunk, error in failures:
+                self._end(self._entries[chunk.row.id], error)
+            if result is not None:
+                self._commit(chunks, result)
+            self._record(plan, began, computed, succeeded=not failures)
+        self._step_began = None
+        return bool(plan.chunks)
+
+    @property
+    def _has_work(self) -> bool:
+        return bool(self._inbox or self._entries)
+
+    def _post(self, item: _Entry | int) -> None:
+        with self._wake:
+            self._inbox.append(item)
+            self._wake.notify_all()
+
+    def _run(self) -> None:
+        """Step while there is work, until closed."""
+        while True:
+            with self._wake:
+                self._wake.notify_all()  # who drains looks again
+                self._wake.wait_for(lambda: self._has_work or self._state == "closed")
+                if self._state == "closed":
+                    return
+            try:
+                self.step()
+            except Exception as error:  # a fault of ours: nobody may wait for ever
+                self._fail_all(GenerationError(f"the engine failed: {error!r}"))
+            self.model.settle()
+
+    def _drain_inbox(self) -> None:
+        while self._inbox:
+            item = self._inbox.popleft()
+            if isinstance(item, _Entry):
+                leader = item.ticket.request.leader
+                ahead = self._entries.get(leader.id) if leader is not None else None
+                item.row.leader = ahead.row if ahead is not None else None
+                self._entries[item.row.id] = item
+                self._scheduler.add(item.row)
+            elif item in self._entries:
+                self._cancelled += 1
+                self._end(self._entries[item], AbortedError("the request was given up."))
+
+    def _drop_late(self) -> None:
+        """End what is out of time, and compute again what was computed with other angles."""
+        now = time.monotonic()
+        for entry in list(self._entries.values()):
+            deadline, row = entry.ticket.request.deadline, entry.row
+            if deadline is not None and now >= deadline:
+                asked = deadline - entry.ticket.times.submitted
+                self._end(entry, DeadlineError(f"not finished within {asked:.3g} s."))
+            elif not self._shares_angles and row.num_computed:
+                config = self.model.config
+                if not config.shares_angles(row.num_computed, len(row.tokens)):
+                    self._scheduler.restart(row)
+
+    def _compute(
+        self, chunks: Sequence[Chunk]
+    ) -> tuple[list[Chunk], StepResult | None, list[tuple[Chunk, GenerationError]]]:
+        """Return the chunks that could be computed, what came of them, and what failed."""
+        try:
+            scored = [self._entries[chunk.row.id].ticket.request.scored for chunk in chunks]
+            return list(chunks), self._runner.run(chunks, scored), []
+        except Exception as error:  # whatever it is, only those that cause it may fail
+            if len(chunks) == 1:
+                failure = GenerationError(f"computing the request failed: {error!r}")
+                return [], None, [(chunks[0], failure)]
+        done: list[Chunk] = []
+        results: list[StepResult] = []
+        failures: list[tuple[Chunk, GenerationError]] = []
+        for chunk in chunks:
+            computed, result, failed = self._compute([chunk])
+            done += computed
+            results += [result] if result is not None else []
+            failures += failed
+        return done, StepResult.joined(results) if results else None, failures
+
+    def _commit(self, chunks: Sequence[Chunk], result: StepResult) -> None:
+        """Count what was computed, choose tokens and hand them over."""
+        entries = [self._entries[chunk.row.id] for chunk in chunks]
+        for chunk, entry, scores in zip(chunks, entries, result.scores, strict=True):
+            self._scheduler.commit(chunk)
+            entry.ticket.prompt_scores += scores
+            entry.ticket.num_cached_tokens = entry.row.num_cached
+        ready = [
+            entry for chunk, entry in zip(chunks, entries, strict=True) if not entry.row.num_missing
+        ]
+        if result.logits is None:
+            return
+        choices = choose([entry.sequence for entry in ready], result.logits)
+        for entry, choice in zip(ready, choices, strict=True):
+            try:
+                event = entry.sequence.take(0, choice)
+            except GenerationError as error:
+                self._end(entry, error)
+                continue
+            except Exception as error:  # a grammar's, a decoder's: this request's alone
+                self._end(entry, GenerationError(f"taking a token failed: {error!r}"))
+                continue
+            self._generated += 1
+            times = entry.ticket.times
+            times.first_token = times.first_token or time.monotonic()
+            entry.ticket.add(event)
+            if event.finish_reason is not None:
+                self._end(entry, None)
+
+    def _record(self, plan: StepPlan, began: float, computed: float, *, succeeded: bool) -> None:
+        for chunk in plan.chunks:
+            entry = self._entries.get(chunk.row.id)
+            if entry is not None and entry.ticket.times.begun is None:
+                entry.ticket.times.begun = began
+        self._steps += 1
+        took = time.monotonic() - began
+        self._longest_step_s = max(self._longest_step_s, took)
+        is_waited = bool(self._scheduler.waiting)
+        self._pace.record(
+            plan.num_prompt_tokens, plan.num_decoding, took, is_waited=is_waited
+        )
+        if self._observer is not None:
+            self._observer.step(
+                "prefill" if plan.num_prompt_tokens else "decode",
+                num_sequences=len(plan.chunks),
+                num_tokens=plan.num_prompt_tokens + plan.num_decoding,
+                forward_s=computed - began,
+                total_s=took,
+                succeeded=succeeded,
+            )
+
+    def _end(self, entry: _Entry, error: HanokError | None) -> None:
+        del self._entries[entry.row.id]
+        self._scheduler.remove(entry.row)
+        entry.ticket.finish(error)
+
+    def _fail_all(self, error: HanokError) -> None:
+        for entry in list(self._entries.values()):
+            self._end(entry, error)

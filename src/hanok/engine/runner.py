@@ -1,0 +1,108 @@
+"""Computes a step's chunks in one forward pass over the blocks of the cache."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hanok.attention.base import ForwardBatch
+from hanok.engine import native_steps
+from hanok.engine.native_steps import NativeSteps
+from hanok.engine.schedule import Chunk
+from hanok.engine.sequence import Ranked, ranked
+from hanok.memory.heap import give_back
+from hanok.models.decoder import Decoder
+
+BLOCK_TOKENS = 64  # what our attention kernel reads at a time
+RECORDED_SEQUENCES = (
+    8  # each number keeps its buffers; with more, Python between kernels is nothing
+)
+LONG_PASS_TOKENS = 256  # whose activations are worth giving back
+LOGIT_ROWS = 256  # of a prompt, scored at once
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptScore:
+    """How likely a token of a prompt was behind those before it."""
+
+    token_id: int
+    logprob: float
+    top_logprobs: Ranked
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepResult:
+    """What came of some chunks.
+
+    `logits`: (chunks that are the last of their sequence, vocab) float32, in their order; `scores`: for
+    each chunk those of the prompt tokens behind its own.
+    """
+
+    logits: Tensor | None
+    scores: list[tuple[PromptScore, ...]]
+
+    @classmethod
+    def joined(cls, parts: "Sequence[StepResult]") -> "StepResult":
+        """Return several as one."""
+        logits = [part.logits for part in parts if part.logits is not None]
+        return cls(
+            logits=torch.cat(logits) if logits else None,
+            scores=[scores for part in parts for scores in part.scores],
+        )
+
+
+class Runner:
+    """The decoder and the cache of an engine."""
+
+    def __init__(self, decoder: Decoder, num_blocks: int, max_blocks: int) -> None:
+        self._decoder = decoder
+        self._cache = decoder.new_cache(num_blocks, BLOCK_TOKENS)
+        is_recorded = native_steps.why_not(decoder, self._cache) is None
+        self._recorded = NativeSteps(decoder, self._cache, max_blocks) if is_recorded else None
+
+    @torch.inference_mode()
+    def run(self, chunks: Sequence[Chunk], scored: Sequence[int | None]) -> StepResult:
+        """Compute chunks; `scored` says how many likeliest tokens to score a prompt with, if at all.
+
+        What was in the blocks before is not changed, so a chunk that failed can be computed again.
+        """
+        batch = ForwardBatch.of(
+            [chunk.row.tokens[chunk.start : chunk.start + chunk.count] for chunk in chunks],
+            past=[chunk.start for chunk in chunks],
+            pages=[tuple(chunk.row.blocks) for chunk in chunks],
+            sequence_lengths=[len(chunk.row.tokens) for chunk in chunks],
+            device=self._decoder.device,
+        )
+        hidden = self._hidden_states(batch)
+        ends = batch.last_tokens()
+        last = [end for end, chunk in zip(ends, chunks, strict=True) if chunk.is_last]
+        logits = self._decoder.logits(hidden[last]) if last else None
+        scores: list[tuple[PromptScore, ...]] = []
+        for chunk, end, number in zip(chunks, ends, scored, strict=True):
+            mine = hidden[end + 1 - chunk.count : end + 1]
+            scores.append(() if number is None else self._scores(chunk, mine, number))
+        if len(batch.token_ids) >= LONG_PASS_TOKENS:
+            del batch, hidden
+            give_back()
+        return StepResult(logits=logits, scores=scores)
+
+    def _hidden_states(self, batch: ForwardBatch) -> Tensor:
+        is_short = len(batch.pages) == len(batch.token_ids) <= RECORDED_SEQUENCES
+        if self._recorded is not None and is_short:
+            return self._recorded.hidden_states(batch)
+        return self._decoder.hidden_states(batch, self._cache)
+
+    def _scores(self, chunk: Chunk, hidden: Tensor, number: int) -> tuple[PromptScore, ...]:
+        """Score the tokens behind a chunk's, those that are there."""
+        following = chunk.row.tokens[chunk.start + 1 : chunk.start + chunk.count + 1]
+        found: list[PromptScore] = []
+        for start in range(0, len(following), LOGIT_ROWS):
+            tokens = following[start : start + LOGIT_ROWS]
+            logprobs = self._decoder.logits(hidden[start : start + len(tokens)]).log_softmax(-1)
+            for row, token in zip(logprobs, tokens, strict=True):
+                top = ranked(row, number) if number else ()
+                found.append(
+                    PromptScore(token_id=token, logprob=float(row[token]), top_logprobs=top)
+                )
+        return tuple(found)

@@ -1,0 +1,234 @@
+"""One prompt and what follows: the next token from its scores, its text, and when it ends.
+
+The loop of `generate.py` and the engine both run sequences; what a sequence becomes depends on its own
+prompt, options and seed alone.
+"""
+
+import secrets
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from math import isfinite
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from hanok.checkpoint.stream import StreamDecoder
+from hanok.engine.params import SamplingParams
+from hanok.engine.sampling import draw, processed
+from hanok.errors import GenerationError, HanokError
+
+FinishReason = Literal["length", "eos_token", "stop_sequence"]
+Ranked = tuple[tuple[int, float], ...]
+"""Token ids with their log-probabilities, the likeliest first."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenEvent:
+    """One generated token of one sequence."""
+
+    sequence: int
+    token_id: int
+    text: str
+    """What can be shown now: whole characters, and nothing that may become a stop text."""
+    logprob: float
+    """Natural logarithm of the model's own probability, before any processor (`model_logprobs`)."""
+    top_logprobs: Ranked
+    """The likeliest token ids with their log-probabilities, as many as were asked for."""
+    finish_reason: FinishReason | None
+
+
+class Mask(Protocol):
+    """What may follow, by a grammar; see `engine/grammar.py`."""
+
+    def mask(self, scores: Tensor) -> Tensor:
+        """Return the scores, (vocab,), with tokens that may not follow at -inf."""
+
+    def accept(self, token_id: int) -> None:
+        """Go on behind a token."""
+
+
+class StopTexts:
+    """Cuts a text where the first stop text begins, or ends, and holds back what may become one."""
+
+    def __init__(self, stops: Sequence[str], *, are_included: bool = False) -> None:
+        self._stops = tuple(stops)
+        self._are_included = are_included
+        self._held = ""
+        """Not shown yet; where stop texts are included: shown, and perhaps the beginning of one."""
+
+    def push(self, text: str) -> tuple[str, bool]:
+        """Return what can be shown, and whether a stop text was reached (nothing follows then)."""
+        if not self._stops:
+            return text, False
+        shown = len(self._held) if self._are_included else 0
+        known = self._held + text
+        found = [(at, stop) for stop in self._stops if (at := known.find(stop)) >= 0]
+        if found:
+            self._held = ""
+            at, stop = min(found)
+            return known[shown : at + len(stop) if self._are_included else at], True
+        cut = len(known) - max(self._overlap(known, stop) for stop in self._stops)
+        self._held = known[cut:]
+        return known[shown:] if self._are_included else known[:cut], False
+
+    def finish(self) -> str:
+        """Return what was held back, when no more text comes."""
+        held, self._held = self._held, ""
+        return "" if self._are_included else held
+
+    def _overlap(self, text: str, stop: str) -> int:
+        """Return how many of the last characters are the first ones of `stop`."""
+        longest = min(len(text), len(stop) - 1)
+        return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """The next token of a sequence."""
+
+    token_id: int
+    logprob: float
+    top_logprobs: Ranked
+
+
+@dataclass(slots=True, kw_only=True)
+class GenerationSequence:
+    """One prompt and what has been generated for it."""
+
+    prompt_ids: list[int]
+    params: SamplingParams
+    end_ids: Collection[int]
+    """Token ids that end it, `params.stop_token_ids` among them."""
+    max_tokens: int
+    """Length at which the model's context ends it."""
+    decoder: StreamDecoder | None
+    """Turns tokens into text; None where the checkpoint has no tokenizer."""
+    grammar: Mask | None = None
+    """What the answer has to be, if not any text."""
+    generated_ids: list[int] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    token_ids: list[int] = field(init=False)
+    """Prompt and generated tokens."""
+    stops: StopTexts = field(init=False)
+    seed: int = field(init=False)
+    generator: torch.Generator = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.token_ids = [*self.prompt_ids]
+        self.stops = StopTexts(self.params.stop, are_included=self.params.include_stop)
+        self.seed = secrets.randbits(63) if self.params.seed is None else self.params.seed
+        self.generator = torch.Generator().manual_seed(self.seed)
+
+    @property
+    def room(self) -> int:
+        """How many tokens can be generated at the most."""
+        return min(self.params.max_new_tokens, self.max_tokens - len(self.prompt_ids))
+
+    @property
+    def takes_likeliest(self) -> bool:
+        """Whether the next token is the one with the largest logit, whatever came before."""
+        params = self.params
+        return (
+            params.temperature == 0
+            and params.repetition_penalty == 1.0
+            and not (params.logit_bias or params.presence_penalty or params.frequency_penalty)
+            and not (params.watermark_delta or self.grammar or self._banned_ids)
+        )
+
+    @property
+    def _banned_ids(self) -> Collection[int]:
+        """End tokens, while there are too few others."""
+        return self.end_ids if len(self.generated_ids) < self.params.min_new_tokens else ()
+
+    def scores(self, logits: Tensor) -> Tensor:
+        """Return what the next token is drawn from, of its logits, (vocab,) float32."""
+        if self.grammar is not None:
+            logits = self.grammar.mask(logits)
+        return processed(
+            logits, self.params, self.prompt_ids, self.generated_ids, banned=self._banned_ids
+        )
+
+    def take(self, index: int, choice: Choice | GenerationError) -> TokenEvent:
+        """Append a token and say what came of it; raise what choosing it failed with."""
+        if isinstance(choice, GenerationError):
+            raise choice
+        self.generated_ids.append(choice.token_id)
+        self.token_ids.append(choice.token_id)
+        if self.grammar is not None:
+            self.grammar.accept(choice.token_id)
+        return TokenEvent(
+            sequence=index,
+            token_id=choice.token_id,
+            text=self._advance(choice.token_id),
+            logprob=choice.logprob,
+            top_logprobs=choice.top_logprobs,
+            finish_reason=self.finish_reason,
+        )
+
+    def _advance(self, token: int) -> str:
+        """Decide whether the token ends the sequence; return the text that can be shown."""
+        piece = self.decoder.push(token) if self.decoder else ""
+        text, is_stopped = self.stops.push(piece)
+        if is_stopped:
+            self.finish_reason = "stop_sequence"
+            return text
+        if token in self.end_ids:
+            self.finish_reason = "eos_token"
+        elif len(self.generated_ids) >= self.room:
+            self.finish_reason = "length"
+        if self.finish_reason is None:
+            return text
+        rest, is_stopped = self.stops.push(self.decoder.finish() if self.decoder else "")
+        if is_stopped:
+            self.finish_reason = "stop_sequence"
+            return text + rest
+        return text + rest + self.stops.finish()
+
+
+def choose(
+    sequences: Sequence[GenerationSequence], logits: Tensor
+) -> list[Choice | GenerationError]:
+    """Return the next token of each sequence from its row of logits, (sequences, vocab) float32.
+
+    A row's choice depends on that row alone, and so does what goes wrong with it.
+    """
+    totals = logits.logsumexp(-1)
+    tokens: list[int] = logits.argmax(-1).tolist()
+    drawn: dict[int, Tensor] = {}
+    errors: dict[int, GenerationError] = {}
+    for index, (sequence, total) in enumerate(zip(sequences, totals.tolist(), strict=True)):
+        if not isfinite(total):
+            errors[index] = GenerationError(
+                f"the scores of token {len(sequence.token_ids)} are not finite numbers; the weights "
+                "may be damaged, or too large for the dtype that is computed in."
+            )
+        elif not sequence.takes_likeliest:
+            try:
+                drawn[index] = sequence.scores(logits[index])
+                tokens[index] = draw(drawn[index], sequence.params, sequence.generator)
+            except (HanokError, RuntimeError, ValueError) as error:
+                errors[index] = GenerationError(f"choosing a token failed: {error}")
+    places = torch.tensor(tokens, device=logits.device)[:, None]
+    logprobs = (logits.gather(1, places)[:, 0] - totals).tolist()
+    choices: list[Choice | GenerationError] = []
+    for index, sequence in enumerate(sequences):
+        if index in errors:
+            choices.append(errors[index])
+            continue
+        row, total, logprob = logits[index], totals[index], logprobs[index]
+        if not sequence.params.model_logprobs and index in drawn:
+            row = drawn[index]
+            total = row.logsumexp(-1)
+            logprob = float(row[tokens[index]] - total)
+        number = sequence.params.top_logprobs
+        top = ranked(row - total, number) if number else ()
+        choices.append(Choice(token_id=tokens[index], logprob=logprob, top_logprobs=top))
+    return choices
+
+
+def ranked(logprobs: Tensor, number: int) -> Ranked:
+    """Return so many of the likeliest tokens, those that are possible at all."""
+    top = logprobs.topk(min(number, len(logprobs)))
+    pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
+    return tuple((token, value) for token, value in pairs if value > float("-inf"))

@@ -1,0 +1,151 @@
+"""What a request is, and what its sender holds while the engine works on it.
+
+A ticket is read from any thread, or from an event loop: iterate over it for the tokens as they come.
+The engine only ever appends to it; a reader that is slow, or gone, holds nobody up.
+"""
+
+import asyncio
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Hashable, Iterator
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+from hanok.engine.sequence import GenerationSequence, TokenEvent
+from hanok.errors import HanokError
+
+if TYPE_CHECKING:
+    from hanok.engine.runner import PromptScore
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """One sequence to generate, and how it is to be treated."""
+
+    sequence: GenerationSequence
+    priority: int = 0
+    """Smaller ones are served first."""
+    deadline: float | None = None
+    """Of `time.monotonic`, in seconds; what is not finished then is given up."""
+    adapter: str | None = None
+    salt: Hashable = None
+    """Requests with another salt share nothing in the cache."""
+    scored: int | None = None
+    """So many of the likeliest tokens are reported for each of the prompt's; None: no scores."""
+    leader: "Ticket | None" = None
+    """One with the same prompt, whose keys and values are worth waiting for."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Times:
+    """When things happened, of `time.monotonic`, in seconds."""
+
+    submitted: float
+    begun: float | None = None
+    """Its first step was planned."""
+    first_token: float | None = None
+    finished: float | None = None
+
+
+@dataclass(slots=True, eq=False)
+class Ticket:
+    """A request that was submitted."""
+
+    id: int
+    request: Request
+    abort: Callable[[], None]
+    """Give it up: it is gone with the next step."""
+    times: Times = field(default_factory=lambda: Times(submitted=time.monotonic()))
+    prompt_scores: list["PromptScore"] = field(default_factory=list)
+    """Of the prompt's tokens but the first; there before the first token is."""
+    num_cached_tokens: int = 0
+    """Tokens of the prompt that did not have to be computed; known before the first token."""
+    error: HanokError | None = None
+    _events: list[TokenEvent] = field(default_factory=list)
+    _moments: list[float] = field(default_factory=list)
+    """When each came."""
+    _changed: threading.Condition = field(default_factory=threading.Condition)
+    _wakers: list[Callable[[], None]] = field(default_factory=list)
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether nothing more will come."""
+        return self.times.finished is not None
+
+    def __iter__(self) -> Iterator[TokenEvent]:
+        """Yield the tokens, waiting for each. Raises what the request failed with."""
+        number = 0
+        while True:
+            with self._changed:
+                while len(self._events) == number and not self.is_finished:
+                    self._changed.wait()
+                found = self._events[number:]
+            if not found:
+                break
+            yield from found
+            number += len(found)
+        if self.error is not None:
+            raise self.error
+
+    async def __aiter__(self) -> AsyncIterator[TokenEvent]:
+        """Yield the tokens in an event loop. Raises what the request failed with."""
+        async for found in self.groups():
+            for event in found:
+                yield event
+
+    async def groups(self) -> AsyncIterator[list[TokenEvent]]:
+        """Yield all tokens that have come since the last ones, in an event loop."""
+        loop, changed = asyncio.get_running_loop(), asyncio.Event()
+
+        def wake() -> None:
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(changed.set)
+
+        with self._changed:
+            self._wakers.append(wake)
+        number = 0
+        try:
+            while True:
+                changed.clear()
+                found, is_finished = self._events[number:], self.is_finished
+                if found:
+                    number += len(found)
+                    yield found
+                elif is_finished:
+                    break
+                else:
+                    await changed.wait()
+        finally:
+            with self._changed:
+                self._wakers.remove(wake)
+        if self.error is not None:
+            raise self.error
+
+    def result(self) -> list[TokenEvent]:
+        """Wait for the end and return all tokens. Raises what the request failed with."""
+        return list(self)
+
+    def gaps(self) -> list[float]:
+        """Return the seconds between each token and the next."""
+        return [after - before for before, after in pairwise(list(self._moments))]
+
+    def add(self, event: TokenEvent) -> None:
+        """Append a token; for the engine."""
+        with self._changed:
+            self._events.append(event)
+            self._moments.append(time.monotonic())
+            self._notify()
+
+    def finish(self, error: HanokError | None = None) -> None:
+        """End it; for the engine. What it ended with first stands."""
+        with self._changed:
+            if self.times.finished is None:
+                self.error = error
+                self.times.finished = time.monotonic()
+                self._notify()
+
+    def _notify(self) -> None:
+        self._changed.notify_all()
+        for wake in self._wakers:
+            wake()

@@ -1,0 +1,99 @@
+"""How errors look on the wire: one body that clients of both protocols read.
+
+`error` is TGI's message on its routes, and OpenAI's object on /v1; `error_type` is TGI's on both.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from hanok.errors import HanokError
+
+# OpenAI's types by status; its clients choose their exception by the status alone.
+OPENAI_TYPES: Mapping[int, str] = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    404: "not_found_error",
+    413: "invalid_request_error",
+    415: "invalid_request_error",
+    422: "invalid_request_error",
+    429: "rate_limit_error",
+}
+
+
+class ServerError(HanokError):
+    """A request that is answered with an error.
+
+    `kind` is TGI's error_type; `parameter` the field of the body that is wrong, where it is one.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        kind: str = "validation",
+        status: int = 422,
+        parameter: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.kind = kind
+        self.status = status
+        self.parameter = parameter
+        self.code = code
+        self.headers = dict(headers or {})
+
+
+def invalid(message: str, parameter: str | None = None) -> ServerError:
+    """Return the error of a request that is not valid, in TGI's words."""
+    return ServerError(f"Input validation error: {message}", parameter=parameter)
+
+
+def overloaded(retry_after_s: float) -> ServerError:
+    """Return the error of a request for which there is no room now."""
+    seconds = max(1, round(retry_after_s))
+    return ServerError(
+        "Model is overloaded",
+        kind="overloaded",
+        status=429,
+        code="overloaded",
+        headers={"Retry-After": str(seconds)},
+    )
+
+
+def as_server_error(error: BaseException) -> ServerError:
+    """Return what a client is told of any error; of one that is not hanok's, nothing but its kind."""
+    if isinstance(error, ServerError):
+        return error
+    if not isinstance(error, HanokError):
+        return ServerError(
+            f"the server failed ({type(error).__name__}); its log has the details",
+            kind="internal",
+            status=500,
+        )
+    kinds = {408: "timeout", 424: "generation", 499: "dropped", 503: "overloaded"}
+    kind = kinds.get(error.http_status, "validation")
+    if kind == "generation":
+        return ServerError(f"Request failed during generation: {error}", kind=kind, status=424)
+    if kind == "validation":
+        return ServerError(f"Input validation error: {error}", status=422)
+    return ServerError(str(error), kind=kind, status=error.http_status)
+
+
+def flat_body(error: ServerError) -> dict[str, Any]:
+    """Return an error as TGI writes it."""
+    return {"error": str(error), "error_type": error.kind}
+
+
+def openai_body(error: ServerError) -> dict[str, Any]:
+    """Return an error as OpenAI writes it, with TGI's type beside it."""
+    return {
+        "error": {
+            "message": str(error),
+            "type": OPENAI_TYPES.get(error.status, "server_error"),
+            "param": error.parameter,
+            "code": error.code,
+            "http_status_code": error.status,
+        },
+        "error_type": error.kind,
+    }

@@ -1,0 +1,138 @@
+"""OpenAI's parameters as the engine's, and where each value comes from."""
+
+from typing import Any
+
+from hanok.engine.grammar import GrammarSpec
+from hanok.engine.params import SamplingOptions, SamplingParams
+from hanok.server import tgi_limits
+from hanok.server.errors import ServerError, invalid
+from hanok.server.openai_models import Sampling
+from hanok.server.options import ServerOptions
+from hanok.server.tgi_models import Grammar
+
+DRAWING = ("top_k", "top_p", "min_p", "typical_p")
+"""What says how to draw, and means nothing at temperature 0."""
+
+
+def check(asked: Sampling, options: ServerOptions) -> None:
+    """Raise ServerError for what goes beyond the server's limits."""
+    if (asked.n or 1) > options.max_choices:
+        raise invalid(f"`n` must be <= {options.max_choices}. Given: {asked.n}", "n")
+    most = options.max_stop_sequences
+    if len(asked.stop) > most:
+        raise invalid(
+            f"`stop` supports up to {most} stop sequences. Given: {len(asked.stop)}", "stop"
+        )
+    if not all(asked.stop):
+        raise invalid("`stop` sequences cannot be empty", "stop")
+
+
+def check_model(name: str | None, model_id: str) -> None:
+    """Raise ServerError for a model that is not served: never another one in its place.
+
+    Clients written for TGI call the model "tgi".
+    """
+    if name not in (None, "", "tgi", model_id):
+        raise ServerError(
+            f"the model {name!r} does not exist; this server has {model_id!r}",
+            kind="model_not_found",
+            status=404,
+            parameter="model",
+            code="model_not_found",
+        )
+
+
+def sampling_options(
+    asked: Sampling, defaults: SamplingParams, max_new_tokens: int
+) -> SamplingOptions:
+    """Return a request's parameters as the engine's.
+
+    What is not given comes from the checkpoint where it recommends to sample, else from OpenAI's
+    defaults, which draw at temperature 1. Log-probabilities are the model's own.
+    """
+    temperature = asked.temperature
+    if temperature is None:
+        temperature = defaults.temperature or 1.0
+    found: SamplingOptions = {
+        "max_new_tokens": max_new_tokens,
+        "temperature": max(temperature, 1e-6) if temperature else 0.0,
+        "frequency_penalty": asked.frequency_penalty or 0.0,
+        "presence_penalty": asked.presence_penalty or 0.0,
+        "logit_bias": {int(token): bias for token, bias in (asked.logit_bias or {}).items()},
+        "stop": asked.stop,
+        "seed": asked.seed,
+        "ignore_eos": asked.ignore_eos,
+        "min_new_tokens": asked.min_tokens or 0,
+        "include_stop": asked.include_stop_str_in_output,
+    }
+    if asked.repetition_penalty is not None:
+        found["repetition_penalty"] = asked.repetition_penalty
+    if asked.stop_token_ids:
+        found["stop_token_ids"] = asked.stop_token_ids
+    if temperature:
+        given: dict[str, Any] = {name: getattr(asked, name) for name in DRAWING}
+        if given["top_k"] == -1:  # others' spelling of all
+            given["top_k"] = 0
+        if defaults.temperature == 0:  # what the checkpoint says about drawing is not for greedy
+            given = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "typical_p": 1.0} | {
+                name: value for name, value in given.items() if value is not None
+            }
+        for name, value in given.items():
+            if value is not None:
+                found[name] = value  # type: ignore[literal-required]
+    return found
+
+
+def origins(
+    asked: Sampling, params: SamplingParams, defaults: SamplingParams
+) -> dict[str, dict[str, Any]]:
+    """Return every effective parameter with its value and where it comes from."""
+    spellings = {
+        "max_new_tokens": ("max_tokens", "max_completion_tokens"),
+        "min_new_tokens": ("min_tokens",),
+        "include_stop": ("include_stop_str_in_output",),
+        "top_logprobs": ("logprobs", "top_logprobs"),
+    }
+    found = {}
+    for name in SamplingParams.__dataclass_fields__:
+        value = getattr(params, name)
+        names = spellings.get(name, (name,))
+        if any(getattr(asked, item, None) not in (None, [], {}, False) for item in names):
+            origin = "request"
+        elif value == getattr(SamplingParams(), name):
+            origin = "default"
+        elif value == getattr(defaults, name):
+            origin = "generation_config.json"
+        else:
+            origin = "protocol"
+        found[name] = {"value": value, "origin": origin}
+    return found
+
+
+def grammar_of(response_format: dict[str, Any] | None) -> GrammarSpec | None:
+    """Return what an answer has to be, in any of the spellings that clients have.
+
+    OpenAI's json_object and json_schema, and TGI's json, json_object with a value, json_schema, regex.
+    """
+    if response_format is None:
+        return None
+    kind = response_format.get("type")
+    if kind in (None, "text"):
+        return None
+    if kind not in ("json", "json_object", "json_schema", "regex"):
+        raise invalid(
+            f"`response_format.type` is {kind!r}; it must be text, json_object, json_schema, json "
+            "or regex",
+            "response_format",
+        )
+    value = response_format.get("value")
+    if kind == "json_schema" and value is None:
+        described = response_format.get("json_schema")
+        if not isinstance(described, dict) or "schema" not in described:
+            raise invalid("`response_format.json_schema.schema` is missing", "response_format")
+        value = described["schema"]
+    if kind == "json" and value is None:
+        value = response_format.get("schema")
+    if kind == "json_object" and value is None and "schema" in response_format:
+        value = response_format["schema"]
+    return tgi_limits.grammar_of(Grammar(type=kind, value=value))

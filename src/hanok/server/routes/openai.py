@@ -1,0 +1,512 @@
+"""OpenAI's routes: completions, chat completions and the list of models."""
+
+import asyncio
+import uuid
+from collections.abc import AsyncIterator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from hanok import __version__
+from hanok.checkpoint.tokenizer import Tokenizer
+from hanok.engine.sequence import Ranked, TokenEvent
+from hanok.engine.ticket import Ticket
+from hanok.server.chat import Conversation, conversation_of
+from hanok.server.errors import ServerError, as_server_error, invalid, openai_body
+from hanok.server.openai_models import (
+    ChatCompletion,
+    ChatRequest,
+    Completion,
+    CompletionRequest,
+    ModelList,
+    Sampling,
+)
+from hanok.server.openai_sampling import check, check_model, grammar_of, sampling_options
+from hanok.server.routes.tgi import batch_too_large, text_of
+from hanok.server.service import Prepared, Service, give_up
+from hanok.server.times import stream_headers, timing_headers
+from hanok.server.web import EventStream, Json, Route, dumps, exchange_of
+
+DEFAULT_COMPLETION_TOKENS = 16
+REASONS = {"eos_token": "stop", "stop_sequence": "stop", "length": "length"}
+DONE = "[DONE]"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Head:
+    """What every chunk of an answer says."""
+
+    id: str
+    object: str
+    created: int
+    model: str
+
+    def fields(self) -> dict[str, Any]:
+        """Return it as JSON."""
+        return {
+            "id": self.id,
+            "object": self.object,
+            "created": self.created,
+            "model": self.model,
+            "system_fingerprint": f"{__version__}-native",
+        }
+
+
+def head_of(service: Service, request: Request, kind: str, prefix: str) -> Head:
+    """Return the head of an answer; its id is the request's own where that is one."""
+    return Head(
+        id=f"{prefix}-{uuid.uuid5(uuid.NAMESPACE_OID, exchange_of(request).id).hex}",
+        object=kind,
+        created=service.created_now(),
+        model=service.options.model_id,
+    )
+
+
+def usage_of(tickets: Sequence[Ticket], num_prompts: int) -> dict[str, Any]:
+    """Return the tokens of a request; several answers to one prompt count it once."""
+    each = max(1, len(tickets) // num_prompts)
+    firsts = tickets[::each]
+    prompt = sum(len(ticket.request.sequence.prompt_ids) for ticket in firsts)
+    generated = sum(len(ticket.request.sequence.generated_ids) for ticket in tickets)
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": generated,
+        "total_tokens": prompt + generated,
+        "prompt_tokens_details": {
+            "cached_tokens": sum(ticket.num_cached_tokens for ticket in firsts)
+        },
+    }
+
+
+def prompts_of(service: Service, body: CompletionRequest) -> list[str | list[int]]:
+    """Return the prompts of a body, each a text or token ids."""
+    given = body.prompt
+    if isinstance(given, str):
+        return [given]
+    if not given:
+        raise invalid("`prompt` cannot be empty", "prompt")
+    if isinstance(given[0], int):
+        return [list(given)]  # type: ignore[arg-type]
+    if len(given) > service.options.max_client_batch_size:
+        raise batch_too_large(service)
+    return list(given)  # type: ignore[arg-type]
+
+
+async def completions(service: Service, request: Request, body: CompletionRequest) -> Response:
+    """Complete prompts."""
+    options = service.options
+    check(body, options)
+    check_model(body.model, options.model_id)
+    if body.suffix:
+        raise ServerError(
+            "`suffix` is not supported", kind="suffix not supported", parameter="suffix"
+        )
+    given = prompts_of(service, body)
+    count = body.n or 1
+    best_of = body.best_of or count
+    if not count <= best_of <= options.max_choices:
+        raise invalid(
+            f"`best_of` must be >= `n` and <= {options.max_choices}. Given: {best_of}", "best_of"
+        )
+    if best_of > count and body.stream:
+        raise invalid("`best_of` > `n` is not supported when streaming tokens", "best_of")
+    most = DEFAULT_COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
+    if most == 0 and not body.echo:
+        raise invalid("`max_tokens` must be >= 1 without `echo`", "max_tokens")
+    prepared = []
+    for prompt in given:
+        ids = prompt
+        if isinstance(ids, str):
+            ids = await service.aside(service.needed_tokenizer.encode, ids)
+        check_prompt(service, ids, max(1, most))
+        sampling = sampling_options(body, service.needed_model.defaults, max(1, most))
+        sampling["top_logprobs"] = body.logprobs or 0
+        prepared.append(
+            Prepared(
+                prompt_ids=ids,
+                options=sampling,
+                count=best_of,
+                grammar=grammar_of(body.response_format),
+                scored=body.logprobs if body.echo and body.logprobs is not None else None,
+                timeout_s=body.timeout,
+                priority=body.priority or 0,
+                salt=body.cache_salt,
+            )
+        )
+    tickets = await service.submit(request, prepared)
+    head = head_of(service, request, "text_completion", "cmpl")
+    writers = [
+        CompletionWriter(
+            body=body,
+            tokenizer=service.needed_model.tokenizer,
+            ticket=ticket,
+            prompt=given[index // best_of],
+            most=most,
+        )
+        for index, ticket in enumerate(tickets)
+    ]
+    if body.stream:
+        parts = [writer.stream(index) for index, writer in enumerate(writers)]
+        return stream(service, request, body, head, parts, tickets, len(given))
+    results = await service.results(request, tickets)
+    choices = []
+    for start in range(0, len(tickets), best_of):
+        group = range(start, start + best_of)
+        if best_of > count:
+            group = sorted(group, key=lambda i: -_mean(results[i]))[:count]  # type: ignore[assignment]
+        choices += [writers[index].whole(len(choices), results[index]) for index in group]
+    answer = head.fields() | {"choices": choices, "usage": usage_of(tickets, len(given))}
+    headers = timing_headers(exchange_of(request), tickets, _num_characters(given))
+    return Json(answer, headers=headers)
+
+
+def check_prompt(service: Service, ids: list[int], most: int) -> None:
+    """Raise ServerError for a prompt that is empty or too long."""
+    if not ids:
+        raise invalid("`prompt` cannot be empty", "prompt")
+    limit, total = service.max_input_tokens, service.max_total_tokens
+    if len(ids) > limit:
+        raise invalid(
+            f"`inputs` must have less than {limit} tokens. Given: {len(ids)}", "prompt"
+        )
+    if len(ids) + most > total:
+        raise invalid(
+            f"`inputs` tokens + `max_new_tokens` must be <= {total}. Given: {len(ids)} `inputs` "
+            f"tokens and {most} `max_new_tokens`",
+            "max_tokens",
+        )
+
+
+def _mean(events: Sequence[TokenEvent]) -> float:
+    return sum(event.logprob for event in events) / len(events)
+
+
+def _num_characters(prompts: Sequence[str | list[int]]) -> int:
+    return sum(len(prompt) for prompt in prompts if isinstance(prompt, str))
+
+
+@dataclass(slots=True, kw_only=True)
+class CompletionWriter:
+    """Writes one completion, whole or in chunks."""
+
+    body: CompletionRequest
+    tokenizer: Tokenizer | None
+    ticket: Ticket
+    prompt: str | list[int]
+    most: int
+    """Tokens asked for; 0 where only the prompt is wanted back."""
+    offset: int = 0
+    """Characters written."""
+
+    def whole(self, index: int, events: Sequence[TokenEvent]) -> dict[str, Any]:
+        """Return the choice of a finished completion."""
+        parts = [self._echo()] if self.body.echo else []
+        if self.most:
+            parts += [self._part([event]) for event in events]
+        logprobs = None
+        if self.body.logprobs is not None:
+            names = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
+            logprobs = {name: [x for part in parts for x in part[1][name]] for name in names}
+        reason = REASONS[events[-1].finish_reason or "length"] if self.most else "length"
+        text = "".join(part[0] for part in parts)
+        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
+
+    async def stream(self, index: int) -> AsyncIterator[dict[str, Any]]:
+        """Yield the choice's chunks."""
+        is_first = True
+        async for events in self.ticket.groups():
+            parts = [self._echo()] if is_first and self.body.echo else []
+            is_first = False
+            if self.most:
+                parts += [self._part([event]) for event in events]
+            reason = events[-1].finish_reason
+            for number, (text, logprobs) in enumerate(parts):
+                is_last = number == len(parts) - 1
+                yield {
+                    "index": index,
+                    "text": text,
+                    "logprobs": logprobs if self.body.logprobs is not None else None,
+                    "finish_reason": REASONS[reason] if reason and is_last else None,
+                }
+
+    def _echo(self) -> tuple[str, dict[str, Any]]:
+        """Return the prompt as the beginning of the text, with its scores."""
+        ids = self.ticket.request.sequence.prompt_ids
+        if isinstance(self.prompt, str):
+            text = self.prompt
+        else:
+            text = self.tokenizer.decode(ids) if self.tokenizer else ""
+        scores = self.ticket.prompt_scores
+        texts = [self._text(token) for token in ids]
+        logprobs = {
+            "tokens": texts,
+            "token_logprobs": [None, *(score.logprob for score in scores)],
+            "top_logprobs": [
+                None,
+                *(self._top(s.top_logprobs, s.token_id, s.logprob) for s in scores),
+            ],
+            "text_offset": _offsets(texts, len(text)),
+        }
+        self.offset = len(text)
+        return text, logprobs
+
+    def _part(self, events: Sequence[TokenEvent]) -> tuple[str, dict[str, Any]]:
+        offsets = []
+        for event in events:
+            offsets.append(self.offset)
+            self.offset += len(event.text)
+        return "".join(event.text for event in events), {
+            "tokens": [self._text(event.token_id) for event in events],
+            "token_logprobs": [event.logprob for event in events],
+            "top_logprobs": [self._top(e.top_logprobs, e.token_id, e.logprob) for e in events],
+            "text_offset": offsets,
+        }
+
+    def _text(self, token: int) -> str:
+        return text_of(self.tokenizer, token) if self.tokenizer else f"token_id:{token}"
+
+    def _top(self, found: Ranked, token: int, logprob: float) -> dict[str, float]:
+        """Return the likeliest texts, the chosen one among them."""
+        table: dict[str, float] = {}
+        for other, value in (*found, (token, logprob)):
+            table.setdefault(self._text(other), value)
+        return table
+
+
+def _offsets(texts: Sequence[str], total: int) -> list[int]:
+    offsets, at = [], 0
+    for text in texts:
+        offsets.append(min(at, total))
+        at += len(text)
+    return offsets
+
+
+async def chat_completions(service: Service, request: Request, body: ChatRequest) -> Response:
+    """Answer a conversation."""
+    options = service.options
+    check(body, options)
+    check_model(body.model, options.model_id)
+    if body.top_logprobs is not None and not body.logprobs:
+        raise invalid("`top_logprobs` needs `logprobs` to be true", "top_logprobs")
+    talk = await service.aside(conversation_of, service.needed_tokenizer, body)
+    limit, total = service.max_input_tokens, service.max_total_tokens
+    if len(talk.prompt_ids) > limit:
+        raise invalid(
+            f"`inputs` must have less than {limit} tokens. Given: {len(talk.prompt_ids)}",
+            "messages",
+        )
+    most = body.max_completion_tokens or body.max_tokens
+    if most is None:
+        most = total - len(talk.prompt_ids)
+    check_prompt(service, talk.prompt_ids, most)
+    sampling = sampling_options(body, service.needed_model.defaults, most)
+    sampling["top_logprobs"] = body.top_logprobs or 0
+    prepared = Prepared(
+        prompt_ids=talk.prompt_ids,
+        options=sampling,
+        count=body.n or 1,
+        grammar=talk.grammar,
+        timeout_s=body.timeout,
+        priority=body.priority or 0,
+        salt=body.cache_salt,
+    )
+    tickets = await service.submit(request, [prepared])
+    head = head_of(service, request, "chat.completion", "chatcmpl")
+    writers = [
+        ChatWriter(body=body, talk=talk, tokenizer=service.needed_tokenizer, ticket=ticket)
+        for ticket in tickets
+    ]
+    if body.stream:
+        parts = [writer.stream(index) for index, writer in enumerate(writers)]
+        head = replace(head, object="chat.completion.chunk")
+        return stream(service, request, body, head, parts, tickets, 1)
+    results = await service.results(request, tickets)
+    choices = [
+        writer.whole(index, events)
+        for index, (writer, events) in enumerate(zip(writers, results, strict=True))
+    ]
+    answer = head.fields() | {"choices": choices, "usage": usage_of(tickets, 1)}
+    headers = timing_headers(exchange_of(request), tickets, len(talk.text))
+    return Json(answer, headers=headers)
+
+
+@dataclass(slots=True, kw_only=True)
+class ChatWriter:
+    """Writes one answer, whole or in chunks."""
+
+    body: ChatRequest
+    talk: Conversation
+    tokenizer: Tokenizer
+    ticket: Ticket
+    has_begun: bool = field(default=False)
+
+    def whole(self, index: int, events: Sequence[TokenEvent]) -> dict[str, Any]:
+        """Return the choice of a finished answer."""
+        text = "".join(event.text for event in events)
+        message, has_calls = self.talk.message(text)
+        reason = REASONS[events[-1].finish_reason or "length"]
+        logprobs = [self._logprob(event) for event in events] if self.body.logprobs else None
+        return {
+            "index": index,
+            "message": message,
+            "logprobs": None if logprobs is None else {"content": logprobs},
+            "finish_reason": "tool_calls" if has_calls and reason == "stop" else reason,
+        }
+
+    async def stream(self, index: int) -> AsyncIterator[dict[str, Any]]:
+        """Yield the choice's chunks; the first says who speaks."""
+        deltas = self.talk.deltas()
+        yield self._chunk(index, {"role": "assistant", "content": ""}, None, None)
+        async for events in self.ticket.groups():
+            for event in events:
+                found = deltas.push(event.text)
+                if event.finish_reason is not None:
+                    found += deltas.finish()
+                logprobs = [self._logprob(event)] if self.body.logprobs else None
+                if not found and logprobs:
+                    found = [{"content": ""}]
+                for number, delta in enumerate(found):
+                    yield self._chunk(index, delta, logprobs if number == 0 else None, None)
+                if event.finish_reason is not None:
+                    reason = REASONS[event.finish_reason]
+                    if deltas.has_calls and reason == "stop":
+                        reason = "tool_calls"
+                    yield self._chunk(index, {}, None, reason)
+
+    def _chunk(
+        self,
+        index: int,
+        delta: dict[str, Any],
+        logprobs: list[dict[str, Any]] | None,
+        reason: str | None,
+    ) -> dict[str, Any]:
+        return {
+            "index": index,
+            "delta": delta,
+            "logprobs": None if logprobs is None else {"content": logprobs},
+            "finish_reason": reason,
+        }
+
+    def _logprob(self, event: TokenEvent) -> dict[str, Any]:
+        found = self._one(event.token_id, event.logprob)
+        top = [self._one(token, logprob) for token, logprob in event.top_logprobs]
+        return found | {"top_logprobs": top}
+
+    def _one(self, token: int, logprob: float) -> dict[str, Any]:
+        text = text_of(self.tokenizer, token)
+        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+
+
+def stream(
+    service: Service,
+    request: Request,
+    body: Sampling,
+    head: Head,
+    parts: Sequence[AsyncIterator[dict[str, Any]]],
+    tickets: Sequence[Ticket],
+    num_prompts: int,
+) -> Response:
+    """Answer with the chunks of all choices as they come, usage if asked for, and [DONE]."""
+    exchange, options = exchange_of(request), service.options
+    wants_usage = body.stream_options is not None and body.stream_options.include_usage
+
+    async def events() -> AsyncIterator[str]:
+        common = head.fields()
+        beside: dict[str, Any] = {"usage": None} if wants_usage else {}
+        try:
+            async with aclosing(merged(parts)) as chunks:
+                async for choice in chunks:
+                    yield dumps(common | {"choices": [choice]} | beside)
+            if wants_usage:
+                usage = usage_of(tickets, num_prompts)
+                yield dumps(common | {"choices": [], "usage": usage})
+        except Exception as error:
+            exchange.error = as_server_error(error)
+            yield dumps(openai_body(exchange.error))
+        yield DONE
+
+    return EventStream(
+        events(),
+        lambda: give_up(tickets),
+        keep_alive_s=options.keep_alive_s,
+        write_timeout_s=options.write_timeout_s,
+        headers=stream_headers(0),
+    )
+
+
+async def merged(
+    parts: Sequence[AsyncIterator[dict[str, Any]]],
+) -> AsyncIterator[dict[str, Any]]:
+    """Yield what several iterators yield, as it comes. What one raises ends all."""
+    if len(parts) == 1:
+        async for item in parts[0]:
+            yield item
+        return
+    found: asyncio.Queue[dict[str, Any] | BaseException | None] = asyncio.Queue()
+
+    async def pump(part: AsyncIterator[dict[str, Any]]) -> None:
+        try:
+            async for item in part:
+                found.put_nowait(item)
+            found.put_nowait(None)
+        except Exception as error:
+            found.put_nowait(error)
+
+    tasks = [asyncio.ensure_future(pump(part)) for part in parts]
+    try:
+        left = len(tasks)
+        while left:
+            item = await found.get()
+            if isinstance(item, BaseException):
+                raise item
+            if item is None:
+                left -= 1
+            else:
+                yield item
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+async def models(service: Service, request: Request, body: None) -> Response:
+    """Answer with the one model there is."""
+    name = service.options.model_id
+    card = {"id": name, "object": "model", "created": service.created, "owned_by": name}
+    return Json({"object": "list", "data": [card]})
+
+
+_COMMON: dict[str, Any] = {
+    "method": "POST",
+    "needs_key": True,
+    "needs_model": True,
+    "streams": True,
+    "statuses": (404, 424, 429, 500),
+}
+ROUTES = (
+    Route(
+        path="/v1/completions",
+        handler=completions,
+        summary="Complete prompts",
+        body=CompletionRequest,
+        answer=Completion,
+        **_COMMON,
+    ),
+    Route(
+        path="/v1/chat/completions",
+        handler=chat_completions,
+        summary="Answer a conversation",
+        body=ChatRequest,
+        answer=ChatCompletion,
+        **_COMMON,
+    ),
+    Route(
+        method="GET",
+        path="/v1/models",
+        handler=models,
+        summary="The models that can be asked",
+        answer=ModelList,
+    ),
+)

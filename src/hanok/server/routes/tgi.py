@@ -1,0 +1,357 @@
+"""TGI's own routes: /generate and its kin, in its words and shapes."""
+
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from hanok.checkpoint.tokenizer import Tokenizer
+from hanok.engine.sequence import Ranked, TokenEvent
+from hanok.engine.ticket import Ticket
+from hanok.server import tgi_limits as limits
+from hanok.server.errors import ServerError, as_server_error, flat_body, invalid
+from hanok.server.service import Prepared, Service, give_up
+from hanok.server.tgi_models import (
+    CompatGenerateRequest,
+    GenerateRequest,
+    GenerateResponse,
+    Parameters,
+    TokenizedToken,
+    VertexRequest,
+)
+from hanok.server.times import stream_headers, timing_headers
+from hanok.server.web import EventStream, Json, Route, dumps, exchange_of
+
+UNFINISHED = ServerError(
+    "Incomplete generation stream", kind="incomplete_generation_stream", status=500
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """A request for text, checked."""
+
+    parameters: Parameters
+    inputs: str
+    prepared: Prepared
+    returns_full_text: bool
+
+    @property
+    def has_details(self) -> bool:
+        """Whether more than the text is wanted."""
+        return self.parameters.details or self.parameters.decoder_input_details
+
+
+async def asked_of(
+    service: Service, request: Request, body: GenerateRequest, *, streams: bool, full_text: bool
+) -> Asked:
+    """Check a body and tokenize its text."""
+    # Without parameters at all TGI samples; with some it does not unless they say so.
+    parameters = body.parameters or Parameters(do_sample=True)
+    max_input, max_total = service.max_input_tokens, service.max_total_tokens
+    limits.check(parameters, service.options, max_input=max_input, streams=streams)
+    check_adapter(parameters.adapter_id)
+    if not body.inputs:
+        raise invalid("`inputs` cannot be empty", "inputs")
+    tokenizer = service.needed_tokenizer
+    prompt_ids = await service.aside(tokenizer.encode, body.inputs)
+    if parameters.truncate is not None:
+        prompt_ids = prompt_ids[-parameters.truncate :]
+    if not prompt_ids:
+        raise invalid("`inputs` cannot be empty", "inputs")
+    most = limits.check_lengths(
+        parameters, len(prompt_ids), max_input=max_input, max_total=max_total
+    )
+    options = limits.sampling_options(parameters, service.options, most, includes_stop=True)
+    wants_scores = parameters.decoder_input_details and service.options.has_prompt_logprobs
+    exchange_of(request).parameters = {
+        key: value for key, value in options.items() if value not in (None, [])
+    }
+    full = parameters.return_full_text
+    return Asked(
+        parameters=parameters,
+        inputs=body.inputs,
+        returns_full_text=full_text if full is None else full,
+        prepared=Prepared(
+            prompt_ids=prompt_ids,
+            options=options,
+            count=parameters.best_of or 1,
+            grammar=limits.grammar_of(parameters.grammar),
+            scored=0 if wants_scores else None,
+            timeout_s=parameters.timeout,
+            salt=parameters.cache_salt,
+        ),
+    )
+
+
+def check_adapter(name: str | None) -> None:
+    """Raise ServerError for an adapter that is not there: never the base model in its place."""
+    if name is not None:
+        raise ServerError(
+            f"there is no adapter {name!r}", kind="adapter_not_found", status=404, code="not_found"
+        )
+
+
+async def generate(service: Service, request: Request, body: GenerateRequest) -> Response:
+    """Answer with the whole text."""
+    asked = await asked_of(service, request, body, streams=False, full_text=False)
+    return await whole(service, request, asked, as_list=False)
+
+
+async def generate_stream(service: Service, request: Request, body: GenerateRequest) -> Response:
+    """Answer with each token as it comes."""
+    asked = await asked_of(service, request, body, streams=True, full_text=False)
+    return await streamed(service, request, asked)
+
+
+async def compat_generate(
+    service: Service, request: Request, body: CompatGenerateRequest
+) -> Response:
+    """Answer as the hosted inference API does: a list, or a stream if the body asks for it."""
+    asked = await asked_of(service, request, body, streams=body.stream, full_text=True)
+    if body.stream:
+        return await streamed(service, request, asked)
+    return await whole(service, request, asked, as_list=True)
+
+
+async def whole(service: Service, request: Request, asked: Asked, *, as_list: bool) -> Response:
+    """Generate everything, then answer."""
+    tickets = await service.submit(request, [asked.prepared])
+    results = await service.results(request, tickets)
+    tokenizer = service.needed_tokenizer
+    answers = [
+        _answer(tokenizer, asked, ticket, events)
+        for ticket, events in zip(tickets, results, strict=True)
+    ]
+    means = [sum(e.logprob for e in events) / len(events) for events in results]
+    best = answers.pop(means.index(max(means)))
+    text = best.pop("generated_text")
+    found: dict[str, Any] = {"generated_text": text}
+    if asked.has_details:
+        found["details"] = best | ({"best_of_sequences": answers} if answers else {})
+    headers = timing_headers(exchange_of(request), tickets, len(asked.inputs))
+    return Json([found] if as_list else found, headers=headers)
+
+
+def _answer(
+    tokenizer: Tokenizer, asked: Asked, ticket: Ticket, events: Sequence[TokenEvent]
+) -> dict[str, Any]:
+    text = "".join(event.text for event in events)
+    found: dict[str, Any] = {
+        "generated_text": asked.inputs + text if asked.returns_full_text else text,
+        "finish_reason": events[-1].finish_reason,
+        "generated_tokens": len(events),
+        "seed": _seed(ticket),
+        "prefill": _prefill(tokenizer, ticket) if asked.prepared.scored is not None else [],
+        "tokens": [token_of(tokenizer, event) for event in events],
+    }
+    if asked.parameters.top_n_tokens:
+        found["top_tokens"] = [_top(tokenizer, event.top_logprobs) for event in events]
+    return found
+
+
+def _seed(ticket: Ticket) -> int | None:
+    sequence = ticket.request.sequence
+    return sequence.seed if sequence.params.temperature else None
+
+
+def _prefill(tokenizer: Tokenizer, ticket: Ticket) -> list[dict[str, Any]]:
+    ids = ticket.request.sequence.prompt_ids
+    logprobs = [None, *(score.logprob for score in ticket.prompt_scores)]
+    return [
+        {"id": token, "text": text_of(tokenizer, token), "logprob": logprob}
+        for token, logprob in zip(ids, logprobs[: len(ids)], strict=True)
+    ]
+
+
+def token_of(tokenizer: Tokenizer, event: TokenEvent) -> dict[str, Any]:
+    """Return a generated token; the texts of those that are not special join to the answer."""
+    special = event.token_id in tokenizer.special_token_ids
+    return {
+        "id": event.token_id,
+        "text": text_of(tokenizer, event.token_id) if special else event.text,
+        "logprob": event.logprob,
+        "special": special,
+    }
+
+
+def _top(tokenizer: Tokenizer, found: Ranked) -> list[dict[str, Any]]:
+    return [
+        {
+            "id": token,
+            "text": text_of(tokenizer, token),
+            "logprob": logprob,
+            "special": token in tokenizer.special_token_ids,
+        }
+        for token, logprob in found
+    ]
+
+
+def text_of(tokenizer: Tokenizer, token: int) -> str:
+    """Return a token's text; "" for a row of the embedding that has none."""
+    return tokenizer.token_text(token) if token < tokenizer.vocab_size else ""
+
+
+async def streamed(service: Service, request: Request, asked: Asked) -> Response:
+    """Answer with server-sent events, without the [DONE] of other protocols."""
+    tickets = await service.submit(request, [asked.prepared])
+    exchange = exchange_of(request)
+
+    async def events() -> AsyncIterator[str]:
+        try:
+            async for text in _events(service.needed_tokenizer, asked, tickets[0]):
+                yield text
+        except Exception as error:
+            exchange.error = as_server_error(error)
+            yield dumps(flat_body(exchange.error))
+
+    options = service.options
+    return EventStream(
+        events(),
+        lambda: give_up(tickets),
+        keep_alive_s=options.keep_alive_s,
+        write_timeout_s=options.write_timeout_s,
+        headers=stream_headers(len(asked.inputs)),
+    )
+
+
+async def _events(tokenizer: Tokenizer, asked: Asked, ticket: Ticket) -> AsyncIterator[str]:
+    text, index, reason = "", 0, None
+    async for event in ticket:
+        text, index, reason = text + event.text, index + 1, event.finish_reason
+        found: dict[str, Any] = {"index": index, "token": token_of(tokenizer, event)}
+        if asked.parameters.top_n_tokens:
+            found["top_tokens"] = _top(tokenizer, event.top_logprobs)
+        found |= {"generated_text": None, "details": None}
+        if reason is not None:
+            found["generated_text"] = asked.inputs + text if asked.returns_full_text else text
+            if asked.parameters.details:
+                found["details"] = {
+                    "finish_reason": reason,
+                    "generated_tokens": index,
+                    "seed": _seed(ticket),
+                    "input_length": len(asked.prepared.prompt_ids),
+                }
+        yield dumps(found)
+    if reason is None:
+        raise UNFINISHED
+
+
+async def tokenize(service: Service, request: Request, body: GenerateRequest) -> Response:
+    """Answer with the tokens of a text and where in it they stand."""
+    tokenizer = service.needed_tokenizer
+    return Json(await service.aside(tokens_of, tokenizer, body.inputs, True))
+
+
+def tokens_of(tokenizer: Tokenizer, text: str, adds_special: bool) -> list[dict[str, Any]]:
+    """Return a text's tokens; `start` and `stop` are bytes of its UTF-8, 0 for special tokens.
+
+    Every token is given the bytes that it adds to the text; one that only begins a character gets
+    none, and the one that ends it all of its bytes.
+    """
+    ids = tokenizer.encode(text, add_special_tokens=adds_special)
+    stream = tokenizer.stream(skip_special_tokens=True)
+    pieces = [stream.push(token) for token in ids]
+    sizes = [len(piece.encode()) for piece in pieces]
+    stops = list(accumulate(sizes))
+    total = len(text.encode())
+    found = []
+    for token, size, stop in zip(ids, sizes, stops, strict=True):
+        is_special = token in tokenizer.special_token_ids
+        stop = min(stop, total)
+        start = max(0, stop - size)
+        found.append(
+            {
+                "id": token,
+                "text": text_of(tokenizer, token),
+                "start": 0 if is_special else start,
+                "stop": 0 if is_special else stop,
+            }
+        )
+    return found
+
+
+async def vertex(service: Service, request: Request, body: VertexRequest) -> Response:
+    """Answer several prompts at once, as Vertex AI asks; only lengths and seeds are looked at."""
+    prepared: list[Prepared] = []
+    if len(body.instances) > service.options.max_client_batch_size:
+        raise batch_too_large(service)
+    for instance in body.instances:
+        given = instance.get("parameters") if isinstance(instance.get("parameters"), dict) else {}
+        chosen = {key: (given or {}).get(key) for key in ("max_new_tokens", "seed")}
+        if "messages" in instance:
+            tokenizer = service.needed_tokenizer
+            prompt = await service.aside(tokenizer.render_chat, instance["messages"])
+        else:
+            prompt = instance.get("inputs", "")
+        if not isinstance(prompt, str):
+            raise invalid("`inputs` must be a text", "instances")
+        parsed = GenerateRequest.model_validate({"inputs": prompt, "parameters": chosen})
+        asked = await asked_of(service, request, parsed, streams=False, full_text=False)
+        prepared.append(asked.prepared)
+    tickets = await service.submit(request, prepared)
+    results = await service.results(request, tickets)
+    return Json({"predictions": ["".join(e.text for e in events) for events in results]})
+
+
+def batch_too_large(service: Service) -> ServerError:
+    """Return the error of a request with too many prompts."""
+    most = service.options.max_client_batch_size
+    return ServerError(
+        f"Number of prompts exceeds the maximum allowed batch size of {most}",
+        kind="batch size exceeded",
+    )
+
+
+
+_COMMON: dict[str, Any] = {
+    "method": "POST",
+    "needs_key": True,
+    "needs_model": True,
+    "statuses": (404, 424, 429, 500),
+}
+ROUTES = (
+    Route(
+        path="/",
+        handler=compat_generate,
+        summary="Generate tokens, as a list or, with stream, as server-sent events",
+        body=CompatGenerateRequest,
+        streams=True,
+        **_COMMON,
+    ),
+    Route(
+        path="/generate",
+        handler=generate,
+        summary="Generate tokens",
+        body=GenerateRequest,
+        answer=GenerateResponse,
+        **_COMMON,
+    ),
+    Route(
+        path="/generate_stream",
+        handler=generate_stream,
+        summary="Generate tokens and send each as it comes",
+        body=GenerateRequest,
+        content_type="text/event-stream",
+        streams=True,
+        **_COMMON,
+    ),
+    Route(
+        path="/tokenize",
+        handler=tokenize,
+        summary="The tokens of a text",
+        body=GenerateRequest,
+        answer=TokenizedToken,
+        **_COMMON,
+    ),
+    Route(
+        path="/vertex",
+        handler=vertex,
+        summary="Answer prompts as Vertex AI sends them",
+        body=VertexRequest,
+        **_COMMON,
+    ),
+)

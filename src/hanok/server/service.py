@@ -1,0 +1,284 @@
+"""What the routes share: the model behind them, who is let in, and how a request becomes tickets."""
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
+
+from starlette.requests import ClientDisconnect, Request
+
+from hanok.checkpoint.tokenizer import Tokenizer
+from hanok.engine.engine import Engine
+from hanok.engine.grammar import GrammarCompiler, GrammarSpec
+from hanok.engine.model import Model
+from hanok.engine.params import SamplingOptions
+from hanok.engine.sequence import GenerationSequence, TokenEvent
+from hanok.engine.ticket import Request as EngineRequest
+from hanok.engine.ticket import Ticket
+from hanok.errors import HanokError
+from hanok.server.errors import ServerError, as_server_error, invalid, overloaded
+from hanok.server.log import log_request
+from hanok.server.metrics import Metrics, RequestRecord
+from hanok.server.options import ServerOptions
+from hanok.server.web import Exchange, Route, exchange_of, until_gone
+
+if TYPE_CHECKING:
+    from hanok.server.metrics import Outcome
+
+State = Literal["loading", "ready", "draining", "failed"]
+P = ParamSpec("P")
+T = TypeVar("T")
+OUTCOMES: dict[str, "Outcome"] = {
+    "overloaded": "overloaded",
+    "generation": "generation",
+    "dropped": "dropped",
+    "template_error": "template",
+    "timeout": "incomplete",
+    "internal": "generation",
+}
+"""TGI's reasons of failure by our kinds; any other is a failed validation."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """One prompt, ready to be generated `count` times."""
+
+    prompt_ids: list[int]
+    options: SamplingOptions
+    count: int = 1
+    grammar: GrammarSpec | None = None
+    scored: int | None = None
+    """See `engine.ticket.Request`."""
+    timeout_s: float | None = None
+    priority: int = 0
+    salt: str | None = None
+
+
+@dataclass(slots=True, kw_only=True)
+class Service:
+    """A server's state. Only the event loop's thread changes it, but for `progress`."""
+
+    options: ServerOptions
+    metrics: Metrics
+    state: State = "loading"
+    progress: float = 0.0
+    """Of loading, 0 to 1."""
+    failure: str = ""
+    model: Model | None = None
+    engine: Engine | None = None
+    grammars: GrammarCompiler | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+    """What /info says beside the options: the plan, the weights."""
+    created: int = field(default_factory=lambda: int(time.time()))
+    num_open: int = 0
+    """Sequences whose answer is not sent."""
+    _workers: ThreadPoolExecutor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._workers = ThreadPoolExecutor(self.options.validation_workers, "hanok-validation")
+
+    def open(self, model: Model, engine: Engine) -> None:
+        """Begin to serve."""
+        self.model, self.engine = model, engine
+        if model.tokenizer is not None and self.options.has_grammars:
+            self.grammars = GrammarCompiler(
+                model.tokenizer, model.config.vocab_size, model.end_ids
+            )
+        self.state = "ready"
+
+    def close(self) -> None:
+        """End the threads."""
+        self._workers.shutdown(cancel_futures=True)
+
+    @property
+    def needed_model(self) -> Model:
+        """The model; ServerError before it is there."""
+        if self.model is None:
+            raise self._unready()
+        return self.model
+
+    @property
+    def needed_engine(self) -> Engine:
+        """The engine; ServerError before it is there, and while it takes nothing."""
+        if self.engine is None or self.state != "ready":
+            raise self._unready()
+        return self.engine
+
+    @property
+    def needed_tokenizer(self) -> Tokenizer:
+        """The tokenizer; ServerError where the checkpoint has none."""
+        found = self.needed_model.tokenizer
+        if found is None:
+            raise invalid("this checkpoint has no tokenizer: send token ids")
+        return found
+
+    @property
+    def max_total_tokens(self) -> int:
+        """Tokens of one request, prompt and answer."""
+        held = self.engine.max_tokens if self.engine is not None else 1
+        return min(held, self.options.max_total_tokens or held)
+
+    @property
+    def max_input_tokens(self) -> int:
+        """Tokens of a prompt."""
+        total = self.max_total_tokens
+        return min(self.options.max_input_tokens or total, total - 1)
+
+    def _unready(self) -> ServerError:
+        words = {
+            "loading": f"the model is loading ({self.progress:.0%})",
+            "draining": "the server is stopping",
+            "failed": f"loading the model failed: {self.failure}",
+        }
+        message = words.get(self.state, "the model is not there")
+        return ServerError(message, kind="overloaded", status=503, headers={"Retry-After": "5"})
+
+    async def aside(
+        self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs
+    ) -> T:
+        """Run what takes long, such as tokenizing, in a thread, so that streams go on."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._workers, lambda: function(*args, **kwargs))
+
+    async def submit(self, request: Request, prompts: Sequence[Prepared]) -> list[Ticket]:
+        """Queue prompts, each as often as it says, and return their tickets in that order.
+
+        Raises ServerError, with nothing queued, where one is not valid or there is no room.
+        """
+        engine, exchange = self.needed_engine, exchange_of(request)
+        total = sum(prompt.count for prompt in prompts)
+        self._admit(engine, total, sum(len(prompt.prompt_ids) for prompt in prompts))
+        self.num_open += total  # at once, so that nobody else is let in for it meanwhile
+        try:
+            sequences = await self.aside(self._sequences, prompts)
+        except BaseException:
+            self.num_open -= total
+            raise
+        tickets: list[Ticket] = []
+        exchange.validation_s = time.monotonic() - exchange.began
+        try:
+            for prompt, copies in zip(prompts, sequences, strict=True):
+                leader = None
+                for sequence in copies:
+                    timeout_s = prompt.timeout_s or self.options.timeout_s
+                    asked = EngineRequest(
+                        sequence=sequence,
+                        priority=prompt.priority,
+                        deadline=None if timeout_s is None else exchange.began + timeout_s,
+                        salt=prompt.salt,
+                        scored=prompt.scored,
+                        leader=leader,
+                    )
+                    tickets.append(engine.submit_request(asked))
+                    leader = leader or tickets[-1]
+        except BaseException:
+            self.num_open -= total - len(tickets)
+            give_up(tickets)
+            raise
+        finally:
+            exchange.tickets += tickets
+        return tickets
+
+    async def results(
+        self, request: Request, tickets: Sequence[Ticket]
+    ) -> list[list[TokenEvent]]:
+        """Wait for all tickets. When the client goes, or one fails, all are given up."""
+        leaving = asyncio.ensure_future(until_gone(request.receive))
+        collecting = asyncio.ensure_future(asyncio.gather(*map(_collected, tickets)))
+        try:
+            await asyncio.wait({leaving, collecting}, return_when=asyncio.FIRST_COMPLETED)
+            if not collecting.done():
+                raise ClientDisconnect
+            return collecting.result()
+        finally:
+            give_up(tickets)
+            for task in (leaving, collecting):
+                task.cancel()
+            await asyncio.gather(leaving, collecting, return_exceptions=True)
+
+    def ended(self, exchange: Exchange, route: Route | None) -> None:
+        """Count and log a request whose answer is sent, or cannot be any more."""
+        give_up(exchange.tickets)
+        self.num_open -= len(exchange.tickets)
+        if route is not None and route.needs_key:
+            self._count(exchange)
+        log_request(exchange, as_json=self.options.logs_json)
+
+    def _admit(self, engine: Engine, count: int, num_tokens: int) -> None:
+        stats = engine.stats()
+        rate = engine.drain_rate
+        wait_s = stats.waiting_tokens / rate if rate else 0.0
+        if self.num_open + count > self.options.max_concurrent_requests:
+            raise overloaded(wait_s)
+        if wait_s > self.options.max_queue_s:
+            raise overloaded(wait_s - self.options.max_queue_s)
+
+    def _sequences(self, prompts: Sequence[Prepared]) -> list[list[GenerationSequence]]:
+        """Make the sequences of some prompts, their grammars compiled."""
+        model, found = self.needed_model, []
+        for prompt in prompts:
+            grammar = None
+            if prompt.grammar is not None:
+                if self.grammars is None:
+                    raise invalid("grammar is not supported")
+                began = time.monotonic()
+                grammar = self.grammars.compile(prompt.grammar)
+                self.metrics.grammar_compiled(time.monotonic() - began)
+            copies = []
+            for _ in range(prompt.count):
+                sequence = model.sequence(prompt.prompt_ids, prompt.options)
+                sequence.max_tokens = min(sequence.max_tokens, self.max_total_tokens)
+                sequence.grammar = grammar.matcher() if grammar is not None else None
+                copies.append(sequence)
+            found.append(copies)
+        return found
+
+    def _count(self, exchange: Exchange) -> None:
+        self.metrics.received()
+        now, tickets = time.monotonic(), exchange.tickets
+        error = exchange.error
+        failed = [ticket.error for ticket in tickets if ticket.error is not None]
+        if error is None and failed:
+            error = as_server_error(failed[0])
+        if error is None and exchange.status >= 400:
+            return  # an error of the protocol: nothing was asked of the model
+        outcome: Outcome = "success"
+        if error is not None:
+            outcome = OUTCOMES.get(error.kind, "validation")
+        begun = [ticket.times.begun for ticket in tickets if ticket.times.begun is not None]
+        first = [ticket.times.first_token for ticket in tickets if ticket.times.first_token]
+        submitted = [ticket.times.submitted for ticket in tickets]
+        self.metrics.request(
+            RequestRecord(
+                route=exchange.path,
+                outcome=outcome,
+                prompt_tokens=sum(len(t.request.sequence.prompt_ids) for t in tickets),
+                generated_tokens=sum(len(t.request.sequence.generated_ids) for t in tickets),
+                max_new_tokens=max((t.request.sequence.room for t in tickets), default=0),
+                cached_tokens=sum(ticket.num_cached_tokens for ticket in tickets),
+                validation_s=exchange.validation_s,
+                queue_s=min(begun) - min(submitted) if begun else 0.0,
+                inference_s=now - min(begun) if begun else 0.0,
+                total_s=now - exchange.began,
+                first_token_s=min(first) - exchange.began if first else None,
+                inter_token_s=[gap for ticket in tickets for gap in ticket.gaps()],
+            )
+        )
+
+
+async def _collected(ticket: Ticket) -> list[TokenEvent]:
+    return [event async for event in ticket]
+
+
+def give_up(tickets: Sequence[Ticket]) -> None:
+    """Abort those that are not finished."""
+    for ticket in tickets:
+        if not ticket.is_finished:
+            ticket.abort()
+
+
+def error_of(error: BaseException) -> ServerError:
+    """Return what a client is told; see `as_server_error`."""
+    return as_server_error(error) if isinstance(error, HanokError) else as_server_error(error)
