@@ -252,8 +252,8 @@ def test_steps_are_counted_by_their_kind(metrics: Metrics) -> None:
     }
     for (kind, method), expected in counts.items():
         assert value(metrics, f"tgi_batch_inference_{kind}", method=method) == expected
-    for name, expected in {"inference": 0.375, "forward": 0.25, "decode": 0.125}.items():
-        assert value(metrics, f"tgi_batch_{name}_duration_sum", method="prefill") == expected
+    for name, seconds in {"inference": 0.375, "forward": 0.25, "decode": 0.125}.items():
+        assert value(metrics, f"tgi_batch_{name}_duration_sum", method="prefill") == seconds
     assert value(metrics, "tgi_batch_inference_duration_sum", method="decode") == 0.75
     assert value(metrics, "tgi_batch_next_size_sum") == 3
     assert value(metrics, "tgi_batch_next_size_count") == 1

@@ -232,7 +232,7 @@ class Page:
     def answers(self) -> list[str]:
         """Return the texts of the answers that are complete."""
         return [
-            item.get_property("textContent")
+            str(item.get_property("textContent"))
             for item in self.all(".turn.assistant[aria-busy=false] .text")
         ]
 
@@ -366,14 +366,14 @@ def test_markup_is_shown_as_text(page: Page, stub: Stub) -> None:
             429,
             {"error": {"message": "Model is overloaded"}, "error_type": "overloaded"},
             {"Retry-After": "3"},
-            "Model is overloaded (429) Try again in 3 s.",
+            "Model is overloaded (429). Try again in 3 s.",
         ),
-        (401, None, {}, "Unauthorized (401) Give the API key in the settings."),
+        (401, None, {}, "Unauthorized (401). Give the API key in the settings."),
         (
             422,
             {"error": "`inputs` cannot be empty", "error_type": "validation"},
             {},
-            "`inputs` cannot be empty (422)",
+            "`inputs` cannot be empty (422).",
         ),
     ],
 )
