@@ -143,9 +143,7 @@ FLAGS: tuple[Flag, ...] = (
     Flag(
         name="max_batch_prefill_tokens",
         kind="integer",
-        minimum=1,
-        text="Tokens of prompts computed in one step.",
-        default="chosen by measured speed",
+        ignored="prompts are cut so that a step takes a set time, as measured",
     ),
     Flag(
         name="max_batch_total_tokens",
@@ -224,11 +222,7 @@ FLAGS: tuple[Flag, ...] = (
     Flag(name="ngrok", kind="switch", ignored=NO_TUNNEL),
     Flag(name="ngrok_authtoken", ignored=NO_TUNNEL),
     Flag(name="ngrok_edge", ignored=NO_TUNNEL),
-    Flag(
-        name="tokenizer_config_path",
-        text="A tokenizer_config.json to take the chat template from.",
-        default="the checkpoint's",
-    ),
+    Flag(name="tokenizer_config_path", text="Refused: the chat template is the checkpoint's."),
     Flag(name="disable_grammar_support", kind="switch", text="Refuse requests with a grammar."),
     Flag(
         name="env",
@@ -294,7 +288,6 @@ class LaunchOptions:
     max_top_n_tokens: int = 5
     max_input_tokens: int | None = None
     max_total_tokens: int | None = None
-    max_batch_prefill_tokens: int | None = None
     max_batch_total_tokens: int | None = None
     max_batch_size: int | None = None
     max_client_batch_size: int = 4
@@ -306,7 +299,6 @@ class LaunchOptions:
     watermark_delta: float = 2.0
     supports_grammar: bool = True
     allows_prefill_logprobs: bool = False
-    tokenizer_config: Path | None = None
     json_output: bool = False
     termination_timeout_s: int = TERMINATION_TIMEOUT_S
     notes: tuple[str, ...] = ()
@@ -323,12 +315,11 @@ RENAMED = {
     "max_input_length": "max_input_tokens",
     "cors_allow_origin": "cors_allow_origins",
     "payload_limit": "payload_limit_bytes",
-    "tokenizer_config_path": "tokenizer_config",
     "disable_grammar_support": "supports_grammar",
     "enable_prefill_logprobs": "allows_prefill_logprobs",
     "graceful_termination_timeout": "termination_timeout_s",
 }
-PATHS = ("huggingface_hub_cache", "tokenizer_config_path")
+PATHS = ("huggingface_hub_cache",)
 
 
 def launch_options(given: Mapping[str, Any]) -> LaunchOptions:
@@ -384,6 +375,11 @@ def _refuse_what_is_missing_here(given: Mapping[str, Any]) -> None:
             f"--lora-adapters {given['lora_adapters']}: hanok does not serve adapters yet. Merge the "
             "adapter into its base model and serve the result."
         )
+    if "tokenizer_config_path" in given:
+        raise OptionError(
+            f"--tokenizer-config-path {given['tokenizer_config_path']}: hanok takes the chat template from "
+            "the checkpoint. Put the file into its folder as tokenizer_config.json."
+        )
     for name in ("rope_scaling", "rope_factor"):
         if name in given:
             raise OptionError(
@@ -420,8 +416,3 @@ def _check_limits(given: Mapping[str, Any]) -> None:
         )
     if given.get("sharded") == "true" and given.get("num_shard") == 1:
         raise OptionError("`sharded` is true but `num_shard` is 1; leave one of them out.")
-
-
-def to_server_options(launch: LaunchOptions, model: Path) -> object:
-    """LEAD: return the ServerOptions of a start, with the checkpoint that `launch.model` became."""
-    raise NotImplementedError("hanok.server.options.ServerOptions does not exist yet")

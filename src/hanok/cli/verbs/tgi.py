@@ -9,28 +9,76 @@ from click.core import ParameterSource
 
 from hanok import BUNDLED, __version__
 from hanok.cli.progress import bytes_bar
-from hanok.server.launcher import FLAGS, Flag, LaunchOptions, launch_options, to_server_options
+from hanok.server.launcher import FLAGS, Flag, LaunchOptions, launch_options
+from hanok.server.options import ServerOptions
 
 PORTS = 65535
+MAX_RUNNING, MAX_STEP_S = 64, 0.25  # as `hanok serve`
 
 
-def start(options: LaunchOptions) -> None:
-    """Fetch the model and serve it until the process is told to end."""
+def serve(launch: LaunchOptions) -> int:
+    """Fetch the model and serve it until the process is told to end; return the exit code."""
     from hanok.checkpoint.download import fetch
-    from hanok.server.run import serve  # type: ignore[import-not-found]  # LEAD: not written yet
+    from hanok.cli.serving import EngineOptions, start
 
-    if options.model is None:
-        folder = BUNDLED
-    else:
-        with bytes_bar(f"Converting {options.model}") as bar:
+    folder = BUNDLED
+    if launch.model is not None:
+        with bytes_bar(f"Converting {launch.model}") as bar:
             folder = fetch(
-                options.model,
-                revision=options.revision,
-                cache_folder=options.hub_cache,
+                launch.model,
+                revision=launch.revision,
+                cache_folder=launch.hub_cache,
                 progress=bar.advance,
                 on_start=bar.start,
             ).folder
-    serve(to_server_options(options, folder))
+    users = None
+    if launch.max_batch_total_tokens is not None and launch.max_total_tokens is not None:
+        users = max(1, launch.max_batch_total_tokens // launch.max_total_tokens)
+    engine = EngineOptions(
+        users=users, max_running=launch.max_batch_size or MAX_RUNNING, max_step_s=MAX_STEP_S
+    )
+    return start(folder, server_options(launch, folder), engine, load_options(launch))
+
+
+def server_options(launch: LaunchOptions, folder: Path) -> ServerOptions:
+    """Return a start's options as the server's."""
+    return ServerOptions(
+        model_id=launch.model or folder.name,
+        host=launch.host,
+        port=launch.port,
+        api_key=launch.api_key,
+        cors_allow_origins=launch.cors_allow_origins or ("*",),
+        max_concurrent_requests=launch.max_concurrent_requests,
+        max_best_of=launch.max_best_of,
+        max_stop_sequences=launch.max_stop_sequences,
+        max_top_n_tokens=launch.max_top_n_tokens,
+        max_client_batch_size=launch.max_client_batch_size,
+        max_input_tokens=launch.max_input_tokens,
+        max_total_tokens=launch.max_total_tokens,
+        payload_limit=launch.payload_limit_bytes,
+        has_grammars=launch.supports_grammar,
+        has_prompt_logprobs=launch.allows_prefill_logprobs,
+        watermark_gamma=launch.watermark_gamma,
+        watermark_delta=launch.watermark_delta,
+        termination_s=launch.termination_timeout_s,
+        logs_json=launch.json_output,
+    )
+
+
+def load_options(launch: LaunchOptions) -> dict[str, Any]:
+    """Return a start's options as those of a load; what TGI has no flag for is as by default."""
+    return {
+        "context": launch.max_total_tokens,
+        "quant": launch.quant,
+        "dtype": launch.dtype,
+        "cache_dtype": launch.cache_dtype,
+        "device_map": "auto",
+        "max_memory": None,
+        "weights": "auto",
+        "attention": "auto",
+        "threads": None,
+        "cache_packed": False,
+    }
 
 
 @click.group(
@@ -59,7 +107,7 @@ def command(context: click.Context, **options: Any) -> None:
     launch = launch_options(given)
     for note in (*notes, *launch.notes):
         click.echo(f"hanok: {note}", err=True)
-    start(launch)
+    raise SystemExit(serve(launch))
 
 
 def _was_given(value: Any) -> bool:
