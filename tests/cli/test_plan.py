@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 import hanok
+from hanok.cli.plan_table import holds
 from hanok.cli.units import rate, size
-from hanok.cli.verbs.plan import holds, plan_object
+from hanok.cli.verbs.plan import plan_object
 
 DOCS = Path(__file__).parents[2] / "docs" / "plan.md"
 LLAMA_405B = {

@@ -22,16 +22,17 @@ from torch import Tensor
 
 from hanok.checkpoint.tokenizer import Tokenizer
 from hanok.engine.grammar_spec import (
-    MAX_BYTES,
     GrammarError,
     GrammarSpec,
     Schema,
+    check_size,
     find_culprit,
     read_schema,
 )
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+    from llguidance._lib import JsonCompileOptions
 
 COMPILE_SECONDS = 3.0
 """A grammar that takes longer is refused. Most take milliseconds."""
@@ -51,7 +52,7 @@ COMPILING_AT_ONCE = 2
 PROBED_TOKENS = 2
 """Steps that are tried before a grammar counts as compiled: some only fail when they are followed."""
 
-_LIMIT = re.compile(r"fuel|limit|too (many|large)|max is")
+_LIMIT = re.compile(r"fuel|limit|max is|too large|too many (items|expressions)")
 """In what llguidance says when a grammar is too much for it; no single keyword is to blame then."""
 
 _ANY_OBJECT = json.dumps({"type": "object"})
@@ -141,12 +142,7 @@ class GrammarCompiler:
                 return cached
             tokenizer = self._tokenizer or self._vocabulary.open()
             self._tokenizer = tokenizer
-        # A surrogate, which is in no encoding, is for the parsers to refuse.
-        size = len(spec.value.encode(errors="surrogatepass"))
-        if size > MAX_BYTES:
-            raise GrammarError(
-                f"the grammar has {size:,} bytes and may have {MAX_BYTES:,}: ask for less at once"
-            )
+        check_size(spec)
         grammar = self._in_bounds(lambda: _compile(spec, tokenizer))
         with self._lock:
             self._cache[spec] = grammar
@@ -162,8 +158,11 @@ class GrammarCompiler:
         def run() -> None:
             try:
                 result.set_result(work())
-            except BaseException as error:
+            except Exception as error:
                 result.set_exception(error)
+            except BaseException as error:
+                # A panic of llguidance is none of Exception, which a server would not outlive.
+                result.set_exception(GrammarError(f"llguidance gave the grammar up: {error}"))
             finally:
                 self._slots.release()
 
@@ -266,25 +265,29 @@ class _CompileError(GrammarError):
 def _schema_grammar(schema: Schema) -> str:
     from llguidance import LLMatcher
 
-    # All of them, so that a schema's own "x-guidance" changes none.
-    return LLMatcher.grammar_from_json_schema(
-        json.dumps(schema),
-        overrides={
-            "item_separator": ",",
-            "key_separator": ":",
-            "whitespace_flexible": True,
-            "whitespace_pattern": " ",
-            "coerce_one_of": False,
-            "lenient": False,
-            # Without "u": a name spelled "\u0061" passes for one other than "a".
-            "json_allowed_escapes": 'nrbtf\\"',
-            "json_allow_general_unicode_escapes": False,
-        },
-    )
+    try:
+        return LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=_json_options())
+    except ValueError as error:
+        raise _CompileError("JSON schema", str(error)) from error
+
+
+def _json_options() -> "JsonCompileOptions":
+    """How JSON is written: every option, so that a schema's own "x-guidance" changes none."""
+    return {
+        "item_separator": ",",
+        "key_separator": ":",
+        "whitespace_flexible": True,
+        "whitespace_pattern": " ",
+        "coerce_one_of": False,
+        "lenient": False,
+        # Without "u": a name spelled "\\u0061" passes for one other than "a".
+        "json_allowed_escapes": 'nrbtf\\"',
+        "json_allow_general_unicode_escapes": False,
+    }
 
 
 def _started(grammar: str, tokenizer: "LLTokenizer", what: str) -> "LLMatcher":
-    """A matcher of a grammar, of which the first steps were tried."""
+    """A matcher of a grammar of which the first steps were tried."""
     from llguidance import LLMatcher
 
     start = LLMatcher(tokenizer, grammar, log_level=0, limits=_limits())
@@ -333,7 +336,7 @@ def _limits() -> "LLParserLimits":
 
 
 def _reason(matcher: "LLMatcher") -> str:
-    """Llguidance's error in one line."""
+    """What a matcher says against its grammar, in one line."""
     text = " ".join(matcher.get_error().replace("<non-verbose/>", "").split())
     if "NoExtension" in text:
         return "no text can fit it"

@@ -12,12 +12,18 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 from hanok.errors import RequestError
 
 MAX_BYTES = 128 * 1024
-"""Largest schema, regex or grammar."""
+"""Largest schema."""
+
+MAX_GRAMMAR_BYTES = 16 * 1024
+"""Largest Lark grammar, and most that all the patterns of a schema may have."""
+
+MAX_PATTERN_BYTES = 4 * 1024
+"""Largest regex or pattern. llguidance's time and memory grow with the square of one's length."""
 
 MAX_DEPTH = 64
 """Deepest nesting of a schema's objects and arrays."""
@@ -56,10 +62,26 @@ class GrammarSpec:
     value: str = ""
 
 
+def check_size(spec: GrammarSpec) -> None:
+    """GrammarError for a spec that is too large to be looked at, or no text."""
+    largest = {"regex": MAX_PATTERN_BYTES, "lark": MAX_GRAMMAR_BYTES}.get(spec.kind, MAX_BYTES)
+    try:
+        size = len(spec.value.encode())
+    except UnicodeEncodeError as error:
+        raise GrammarError(
+            f"character {error.start} of the {spec.kind} is half of a surrogate pair, which no text "
+            "has: repair it before it is sent"
+        ) from error
+    if size > largest:
+        raise GrammarError(
+            f"the {spec.kind} has {size:,} bytes and may have {largest:,}: ask for less at once"
+        )
+
+
 def read_schema(text: str) -> Schema:
     """The schema in a JSON text, in bounds and without what no grammar can promise. GrammarError."""
     try:
-        schema = json.loads(text, parse_constant=_refuse_constant)
+        schema = json.loads(text, parse_constant=_finite, parse_float=_finite)
     except (ValueError, RecursionError) as error:
         raise GrammarError(f"the JSON schema is not valid JSON: {error}", "") from error
     if schema is True:
@@ -70,6 +92,7 @@ def read_schema(text: str) -> Schema:
             'such as {"type": "object", "properties": {…}}',
             "",
         )
+    schema.pop("x-guidance", None)  # llguidance's own options, which are not the request's to set
     _check_depth(schema, "", MAX_DEPTH)
     _check_promises(schema)
     return schema
@@ -144,19 +167,12 @@ def _check_depth(value: object, pointer: str, depth: int) -> None:
 def _check_promises(schema: Schema) -> None:
     """Refuse what llguidance accepts and would not keep, or would compile for minutes."""
     multiple = Fraction(1)
+    pattern_bytes = 0
     for pointer, keyword, holder in keywords(schema):
         value = holder[keyword]
-        required = holder.get("required", [])
-        if keyword == "minProperties" and isinstance(value, int) and isinstance(required, list):
-            # It counts pairs and does not see that two of them have one name.
-            if value > max(1, len({str(name) for name in required})):
-                raise GrammarError(
-                    f"{pointer} of the JSON schema asks for {value} properties and 'required' names "
-                    f"{len(required)}: that the others have different names cannot be promised. Name "
-                    f"them in 'required', or leave minProperties out and check the answer",
-                    pointer,
-                )
-        elif keyword == "multipleOf" and isinstance(value, int | float) and value > 0:
+        if keyword == "minProperties":
+            _check_names(pointer, value, holder.get("required"))
+        elif keyword == "multipleOf" and type(value) in (int, float) and value > 0:
             multiple = _common_multiple(multiple, Fraction(Decimal(str(value))))
             if multiple.numerator > MAX_MULTIPLE:
                 raise GrammarError(
@@ -165,6 +181,33 @@ def _check_promises(schema: Schema) -> None:
                     "out and check the answer",
                     pointer,
                 )
+        elif keyword in ("pattern", "patternProperties"):
+            patterns = list(value) if isinstance(value, dict) else [str(value)]
+            pattern_bytes += sum(map(_size, patterns))
+            longest = max(map(_size, patterns), default=0)
+            if longest > MAX_PATTERN_BYTES or pattern_bytes > MAX_GRAMMAR_BYTES:
+                raise GrammarError(
+                    f"{pointer} of the JSON schema has a pattern of {longest:,} bytes: one may have "
+                    f"{MAX_PATTERN_BYTES:,} and all together {MAX_GRAMMAR_BYTES:,}. Shorten it",
+                    pointer,
+                )
+
+
+def _check_names(pointer: str, least: object, required: object) -> None:
+    """`minProperties` counts pairs and does not see that two of them have one name."""
+    names = {str(name) for name in required} if isinstance(required, list) else set()
+    if isinstance(least, int) and least > max(1, len(names)):
+        raise GrammarError(
+            f"{pointer} of the JSON schema asks for {least} properties and 'required' names "
+            f"{len(names)}: that the others have different names cannot be promised. Name them in "
+            "'required', or leave minProperties out and check the answer",
+            pointer,
+        )
+
+
+def _size(text: str) -> int:
+    # Escaped in JSON there may be half a surrogate pair, which has no encoding.
+    return len(text.encode(errors="surrogatepass"))
 
 
 def _common_multiple(a: Fraction, b: Fraction) -> Fraction:
@@ -175,5 +218,8 @@ def _escape(name: str) -> str:
     return name.replace("~", "~0").replace("/", "~1")
 
 
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not a JSON value")
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text} is no number that a schema may have")
+    return number

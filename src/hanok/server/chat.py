@@ -11,8 +11,7 @@ from hanok.errors import RequestError
 from hanok.server.errors import ServerError, invalid
 from hanok.server.openai_models import ChatRequest
 from hanok.server.openai_sampling import grammar_of
-
-MAX_MESSAGES = 4096
+from hanok.server.tools import ToolCall, ToolReader, ToolUse, tool_use
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,28 +22,49 @@ class Conversation:
     """What the template made of it."""
     prompt_ids: list[int]
     grammar: GrammarSpec | None
+    tools: ToolUse
 
     def message(self, text: str) -> tuple[dict[str, Any], bool]:
         """Return the model's text as a message, and whether it calls tools."""
-        return {"role": "assistant", "content": text}, False
+        reader = ToolReader(use=self.tools)
+        content = reader.push(text)[0] + reader.finish()[0]
+        message: dict[str, Any] = {"role": "assistant", "content": content}
+        if reader.calls:
+            message["content"] = content.strip() or None
+            message["tool_calls"] = [call.body(i) for i, call in enumerate(reader.calls)]
+        return message, bool(reader.calls)
 
     def deltas(self) -> "Deltas":
         """Return what turns pieces of the model's text into pieces of a message."""
-        return Deltas()
+        return Deltas(ToolReader(use=self.tools))
 
 
 class Deltas:
     """Pieces of text to pieces of a message."""
 
-    has_calls = False
+    def __init__(self, reader: ToolReader) -> None:
+        self._reader = reader
+        self._num_calls = 0
+
+    @property
+    def has_calls(self) -> bool:
+        """Whether tools were called."""
+        return self._num_calls > 0
 
     def push(self, text: str) -> list[dict[str, Any]]:
         """Return the pieces that are certain now."""
-        return [{"content": text}] if text else []
+        return self._pieces(*self._reader.push(text))
 
     def finish(self) -> list[dict[str, Any]]:
         """Return what was held back."""
-        return []
+        return self._pieces(*self._reader.finish())
+
+    def _pieces(self, content: str, calls: list[ToolCall]) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = [{"content": content}] if content else []
+        for call in calls:
+            index, self._num_calls = self._num_calls, self._num_calls + 1
+            found.append({"tool_calls": [{"index": index, **call.body(index)}]})
+        return found
 
 
 def conversation_of(tokenizer: Tokenizer, body: ChatRequest) -> Conversation:
@@ -53,10 +73,14 @@ def conversation_of(tokenizer: Tokenizer, body: ChatRequest) -> Conversation:
     Raises ServerError for messages that are not, and where there is no template or it refuses.
     """
     messages = [_message(number, message) for number, message in enumerate(body.messages)]
+    use, grammar = tool_use(body.tools, body.tool_choice), grammar_of(body.response_format)
+    if use.is_forced and grammar is not None:
+        raise invalid("Grammar and tools are mutually exclusive", "response_format")
     continues = _continues(body, messages)
     try:
         text = tokenizer.render_chat(
             messages,
+            tools=use.tools or None,
             add_generation_prompt=not continues and body.add_generation_prompt is not False,
             continue_final_message=continues,
             template_variables=_variables(body.chat_template_kwargs),
@@ -67,7 +91,7 @@ def conversation_of(tokenizer: Tokenizer, body: ChatRequest) -> Conversation:
     bos = tokenizer.bos_token_id
     while bos is not None and ids[:2] == [bos, bos]:
         del ids[0]
-    return Conversation(text=text, prompt_ids=ids, grammar=grammar_of(body.response_format))
+    return Conversation(text=text, prompt_ids=ids, grammar=use.grammar or grammar, tools=use)
 
 
 def _continues(body: ChatRequest, messages: list[dict[str, Any]]) -> bool:

@@ -1,7 +1,7 @@
 """What text-generation-launcher's flags mean here: one table of them, and what they become.
 
-A flag that changes what is answered is obeyed or refused; one that only says how TGI should do its work is
-accepted, and a note says why it has no effect. Imports neither torch nor click.
+A flag that changes what is answered is obeyed or refused; one that only says how TGI should do its work
+is accepted, and a note says why it has no effect. Imports neither torch nor click.
 """
 
 from collections.abc import Mapping, Sequence
@@ -377,8 +377,8 @@ def _refuse_what_is_missing_here(given: Mapping[str, Any]) -> None:
         )
     if "tokenizer_config_path" in given:
         raise OptionError(
-            f"--tokenizer-config-path {given['tokenizer_config_path']}: hanok takes the chat template from "
-            "the checkpoint. Put the file into its folder as tokenizer_config.json."
+            f"--tokenizer-config-path {given['tokenizer_config_path']}: hanok takes the chat template "
+            "from the checkpoint. Put the file into its folder as tokenizer_config.json."
         )
     for name in ("rope_scaling", "rope_factor"):
         if name in given:

@@ -88,7 +88,7 @@ def load_options(launch: LaunchOptions) -> dict[str, Any]:
 )
 @click.version_option(__version__, "-V", "--version", prog_name="hanok tgi")
 @click.pass_context
-def command(context: click.Context, **options: Any) -> None:
+def command(context: click.Context, /, **options: Any) -> None:
     """Serve a model; every flag and variable of text-generation-launcher is accepted.
 
     alias text-generation-launcher='hanok tgi' text-generation-server='hanok tgi'
@@ -140,7 +140,7 @@ def _option(flag: Flag) -> click.Option:
     )
 
 
-def _type(flag: Flag) -> click.ParamType | None:
+def _type(flag: Flag) -> click.ParamType[Any] | None:
     if flag.kind == "choice":
         return click.Choice(flag.choices)
     if flag.kind == "integer":
@@ -152,7 +152,7 @@ def _type(flag: Flag) -> click.ParamType | None:
     return click.BOOL if flag.kind == "switch" else click.STRING
 
 
-class Numbers(click.ParamType):
+class Numbers(click.ParamType["tuple[int, ...]"]):
     """Whole numbers with commas between them."""
 
     name = "n,n,…"
