@@ -13,6 +13,11 @@ from hanok.server.openai_models import ChatRequest
 from hanok.server.openai_sampling import grammar_of
 from hanok.server.tools import ToolCall, ToolReader, ToolUse, tool_use
 
+TOOL_PROMPT = (
+    "These functions can be called. To call one, answer with a JSON object and nothing else: "
+    '{"name": its name, "arguments": an object of its arguments}.'
+)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Conversation:
@@ -77,14 +82,24 @@ def conversation_of(tokenizer: Tokenizer, body: ChatRequest) -> Conversation:
     if use.is_forced and grammar is not None:
         raise invalid("Grammar and tools are mutually exclusive", "response_format")
     continues = _continues(body, messages)
-    try:
-        text = tokenizer.render_chat(
-            messages,
-            tools=use.tools or None,
+    variables = _variables(body.chat_template_kwargs)
+
+    def rendered(shown: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> str:
+        return tokenizer.render_chat(
+            shown,
+            tools=tools,
             add_generation_prompt=not continues and body.add_generation_prompt is not False,
             continue_final_message=continues,
-            template_variables=_variables(body.chat_template_kwargs),
+            template_variables=variables,
         )
+
+    try:
+        tools = list(use.tools) or None
+        text = rendered(messages, tools)
+        if tools and text == rendered(messages, None):  # a template that knows no tools, as in TGI
+            told = f"\n---\n{json.dumps(tools)}\n{body.tool_prompt or TOOL_PROMPT}"
+            last = {**messages[-1], "content": messages[-1]["content"] + told}
+            text = rendered([*messages[:-1], last], tools)
     except RequestError as error:
         raise ServerError(f"Template error: {error}", kind="template_error") from error
     ids = tokenizer.encode(text, add_special_tokens=False)

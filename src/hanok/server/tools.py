@@ -1,8 +1,8 @@
 """Tools: what a request says of them, what the model is made to write, and its text as calls.
 
 Where a call is demanded, a grammar makes the model write `{"name": …, "arguments": …}` and nothing else.
-Where the model may choose, its template has taught it a spelling of its own; those that are read: Hermes'
-and Qwen's <tool_call>, Mistral's [TOOL_CALLS], and Llama's JSON object in place of an answer.
+Where the model may choose, its template has taught it a spelling of its own; those that are read:
+Hermes' and Qwen's <tool_call>, Mistral's [TOOL_CALLS], and Llama's JSON object in place of an answer.
 """
 
 import json
