@@ -30,9 +30,9 @@ def check(asked: Sampling, options: ServerOptions) -> None:
 def check_model(name: str | None, model_id: str) -> None:
     """Raise ServerError for a model that is not served: never another one in its place.
 
-    Clients written for TGI call the model "tgi".
+    Clients written for TGI call the model "tgi", and huggingface_hub's "dummy".
     """
-    if name not in (None, "", "tgi", model_id):
+    if name not in (None, "", "tgi", "dummy", model_id):
         raise ServerError(
             f"the model {name!r} does not exist; this server has {model_id!r}",
             kind="model_not_found",
