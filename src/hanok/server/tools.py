@@ -117,12 +117,15 @@ class ToolReader:
     _held: str = ""
     """What may be, or is, part of a call."""
     _has_content: bool = False
+    _follows_call: bool = False
 
     def push(self, text: str) -> tuple[str, list[ToolCall]]:
         """Return the content that is certain now, and the calls that are whole now."""
         if not self.use.tools:
             return text, []
         self._held += text
+        if self._follows_call:  # the space between two calls is nobody's
+            self._held = self._held.lstrip()
         if self.use.is_forced or self._is_inside():
             return "", self._closed()
         starts = [at for opening in OPENINGS if (at := self._held.find(opening)) >= 0]
@@ -131,6 +134,7 @@ class ToolReader:
             cut = 0  # an object in place of an answer
         content, self._held = self._held[:cut], self._held[cut:]
         self._has_content = self._has_content or bool(content.strip())
+        self._follows_call = self._follows_call and not content
         return content, self._closed() if self._is_inside() else []
 
     def finish(self) -> tuple[str, list[ToolCall]]:
@@ -152,7 +156,7 @@ class ToolReader:
             if not calls:
                 break  # not a call: content, at the end
             found += calls
-            self._held = rest.lstrip() if rest.lstrip().startswith("<tool_call>") else rest
+            self._held, self._follows_call = rest.lstrip(), True
         self.calls += found
         return found
 
