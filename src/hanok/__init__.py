@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hanok.errors import (
-    AbortedError,
     BudgetError,
     CheckpointError,
     ClosedError,
@@ -22,6 +21,7 @@ from hanok.errors import (
     GenerationError,
     HanokError,
     OptionError,
+    RequestAbortedError,
     RequestError,
     UnsupportedError,
 )
@@ -60,7 +60,6 @@ _LAZY = {
 
 __all__ = [
     "BUNDLED",
-    "AbortedError",
     "BudgetError",
     "CheckpointError",
     "ClosedError",
@@ -75,6 +74,7 @@ __all__ = [
     "OptionError",
     "PrefixCache",
     "QualityReport",
+    "RequestAbortedError",
     "RequestError",
     "SamplingParams",
     "Score",

@@ -7,7 +7,7 @@ HanokError
 ├── BudgetError        memory does not suffice: by how much, where, and what would help
 ├── RequestError       one prompt, conversation or token list cannot be served
 ├── GenerationError    computing one request failed; the others go on
-├── AbortedError       a request was given up before it was finished
+├── RequestAbortedError  a request was given up before it was finished
 ├── DeadlineError      a request was not finished in the time it had
 └── ClosedError        an engine was stopped, or is about to be, and takes no request
 
@@ -63,7 +63,7 @@ class GenerationError(HanokError):
     http_status = 424
 
 
-class AbortedError(HanokError):
+class RequestAbortedError(HanokError):
     """A request was given up before it was finished."""
 
     exit_code = 8
@@ -73,12 +73,12 @@ class AbortedError(HanokError):
 class DeadlineError(HanokError):
     """A request was not finished in the time it had."""
 
-    exit_code = 8
+    exit_code = 9
     http_status = 408
 
 
 class ClosedError(HanokError):
     """An engine was stopped, or is about to be, and takes no request."""
 
-    exit_code = 8
+    exit_code = 10
     http_status = 503

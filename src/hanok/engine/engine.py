@@ -26,12 +26,12 @@ from hanok.engine.schedule import Chunk, Row, Scheduler, StepPlan
 from hanok.engine.sequence import GenerationSequence, choose
 from hanok.engine.ticket import Request, Ticket
 from hanok.errors import (
-    AbortedError,
     ClosedError,
     DeadlineError,
     GenerationError,
     HanokError,
     OptionError,
+    RequestAbortedError,
     RequestError,
 )
 from hanok.memory.needs import PREFILL_TOKENS
@@ -293,7 +293,7 @@ class Engine:
                 self._scheduler.add(item.row)
             elif item in self._entries:
                 self._cancelled += 1
-                self._end(self._entries[item], AbortedError("the request was given up."))
+                self._end(self._entries[item], RequestAbortedError("the request was given up."))
 
     def _drop_late(self) -> None:
         """End what is out of time, and compute again what was computed with other angles."""
