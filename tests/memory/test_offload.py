@@ -113,9 +113,11 @@ def test_each_pass_reads_each_unit_once_and_few_units_stay(
     decoder = loaded(("layers.0", "layers.1", "layers.2")).decoder
     for _ in range(4):
         decoder(ForwardBatch.of([PROMPT]))
-    # The unit that comes next is read ahead.
+    # The unit that comes next is read ahead, by a thread that may not have begun.
     names = [name for name in read if name.endswith("o_proj.weight")]
-    assert [int(name.split(".")[2]) for name in names] == [0, 1, 2] * 4 + [0]
+    numbers = [int(name.split(".")[2]) for name in names]
+    assert numbers[:12] == [0, 1, 2] * 4
+    assert numbers[12:] in ([], [0])
     read.clear()
     decoder = loaded(("layers.0", "layers.1")).decoder
     for _ in range(4):
