@@ -420,7 +420,7 @@ def stream(
     asked = body.stream_options
     tells_each = asked is None and isinstance(body, CompletionRequest)
 
-    async def events() -> AsyncIterator[str]:
+    async def events() -> AsyncGenerator[str, None]:
         common = head.fields()
         try:
             async with aclosing(merged(parts)) as chunks:
