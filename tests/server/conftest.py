@@ -38,14 +38,19 @@ class Server:
 
 
 def start_server(*options: str) -> Server:
-    command = [sys.executable, "-m", "hanok", "serve", "--port", "0", "--dtype", "float32"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    command = ["-m", "hanok", "serve", "--port", "0", "--dtype", "float32"]
+    return start_python(*command, "--threads", "1", "--users", "8", *options)
+
+
+def start_python(*words: str) -> Server:
+    """Start a program that says where it listens."""
     process = subprocess.Popen(
-        [*command, "--threads", "1", "--users", "8", *options],
+        [sys.executable, *words],
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
-        env=environment,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
     )
     if process.stdout is None:
         raise AssertionError("its output is piped")
@@ -68,8 +73,9 @@ def stop(server: Server) -> int:
     finally:
         server.process.kill()
         server.process.wait()
-        if server.process.stdout is not None:
-            server.process.stdout.close()
+        for pipe in (server.process.stdin, server.process.stdout):
+            if pipe is not None:
+                pipe.close()
     return status
 
 
