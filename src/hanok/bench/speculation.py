@@ -1,0 +1,27 @@
+"""The one place where a benchmark meets speculation: whether it can be measured, and how it is asked for."""
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+MODULE = "hanok.engine.speculate"
+
+
+def why_not(method: str, draft: Path | None) -> str | None:
+    """Return why a method cannot be measured, or None."""
+    if method == "off":
+        return None
+    if find_spec(MODULE) is None:
+        return "this version of hanok does not speculate"
+    if method == "draft" and draft is None:
+        return "needs a draft model (--draft)"
+    return None
+
+
+def arguments(method: str, draft: Any) -> dict[str, Any]:
+    """Return what `Model.stream` takes for a method, with the loaded draft model where it needs one."""
+    if method == "off":
+        return {}
+    import hanok
+
+    return {"speculation": hanok.Speculation(method=method, draft=draft)}  # type: ignore[attr-defined]
