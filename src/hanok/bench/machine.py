@@ -15,6 +15,7 @@ from hanok.kernels.native import native, why_not
 from hanok.models.linear import has_bfloat16_instructions
 
 STAT = Path("/proc/stat")
+STATUS = Path("/proc/self/status")
 READ_BYTES = 2**27  # of a probe, larger than most caches; a round must not wait for it
 PRODUCT_SIZE = 768
 TRIES = 3
@@ -64,6 +65,11 @@ class MachineProbe:
         kinds = (torch.float32, torch.bfloat16)
         self._values = torch.ones(READ_BYTES // 4, device=self._device)
         self._matrices = [torch.ones(size, size, dtype=kind, device=self._device) for kind in kinds]
+
+    @property
+    def is_gpu(self) -> bool:
+        """Whether it measures a GPU."""
+        return self._device.type == "cuda"
 
     def best_gb_per_s(self) -> float:
         """Return how fast it reads much more than caches hold; takes longer than a round may wait."""
@@ -124,3 +130,16 @@ def _busy_s() -> float | None:
         return None
     user, nice, system, _, _, irq, softirq, stolen = map(int, values)
     return (user + nice + system + irq + softirq + stolen) / os.sysconf("SC_CLK_TCK")
+
+
+def peak_bytes() -> int:
+    """Return the most memory that this process has held at once, shared libraries and files included.
+
+    The kernel's count for this program alone: getrusage's begins with what its parent held. 0 where
+    there is none.
+    """
+    if STATUS.is_file():
+        for line in STATUS.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return 0

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from hanok.bench.grid import (
+    MAX_ROUNDS,
     MIN_ROUNDS,
     GridPlan,
     GridRow,
@@ -33,9 +34,10 @@ from hanok.bench.report import Difference, LoadRow, Probe, Quality, Report, Samp
 from hanok.bench.rows import Measured, finished_rows
 from hanok.bench.settings import Axes, Load, Setting
 from hanok.bench.subject import SubjectModel, rooms
-from hanok.bench.workers import LoadOptions, Workers
+from hanok.bench.workers import LoadOptions, Process, Workers
 from hanok.errors import HanokError, OptionError
 
+PROCESS_S = 1.5  # until Python has imported torch; a copy of such a process takes a fourth, mostly to end
 DISTURBED_CORES = 0.2  # used by others, beyond which a report says so
 Progress = Callable[[str, float, float | None], None]
 
@@ -87,7 +89,6 @@ class _Run:
         self._loads: dict[Load, LoadRow] = {}
         self._token_bytes: dict[Load, tuple[int, int]] = {}
         self._notes: list[str] = []
-        self._peak_source = ""
         self._probes: list[Probe] = []
         self._num_scored = 0
 
@@ -104,6 +105,8 @@ class _Run:
             self._score(kept)
             self._rounds(kept)
             self._compare_texts(kept)
+            found.close_all()
+            self._find_peaks(kept)
         return self._finished(kept)
 
     # Time
@@ -162,7 +165,6 @@ class _Run:
                 peak_bytes=told["peak_bytes"],
             )
             self._token_bytes[load] = (told["token_bytes"], told["cache_token_bytes"])
-            self._peak_source = told["peak_source"]
             if not self._probes:
                 self._probe = MachineProbe(told["device"])
                 self._gb_per_s = self._probe.best_gb_per_s()
@@ -171,8 +173,6 @@ class _Run:
         return Measured(
             warm_up=_sample(found),
             token_ids=found["token_ids"],
-            peak_bytes=found["peak_bytes"],
-            peak_device_bytes=found["peak_device_bytes"],
             proposed=found["proposed"],
             accepted=found["accepted"],
         )
@@ -180,13 +180,15 @@ class _Run:
     def _answer(self, row: GridRow) -> dict[str, Any]:
         worker = self._workers.get(row.setting.load)
         worker.use(row.setting.attention, row.setting.cache_dtype)
-        return worker.ask(
-            "answer",
-            prompts=self._subject.prompts(self._options.text, row.workload),
-            new_tokens=row.workload.new_tokens,
-            use_cache=row.setting.cache,
-            method=row.setting.speculation,
-        )
+        return worker.ask("answer", **self._request(row))
+
+    def _request(self, row: GridRow) -> dict[str, Any]:
+        return {
+            "prompts": self._subject.prompts(self._options.text, row.workload),
+            "new_tokens": row.workload.new_tokens,
+            "use_cache": row.setting.cache,
+            "method": row.setting.speculation,
+        }
 
     def _score(self, rows: Sequence[GridRow]) -> None:
         """Score the text once for all rows that compute alike, the first row's being the reference."""
@@ -227,15 +229,17 @@ class _Run:
         if asked is None and options.budget_s is None:
             asked = MIN_ROUNDS + 2
         self._probes.clear()
-        longest = self._round_s()
-        while has_time_for_a_round(done, longest, self._left_s(), asked):
+        longest, peaks_s = self._round_s(), self._peaks_s(rows)
+        while has_time_for_a_round(done, longest + peaks_s, self._left_s(), asked):
             began = time.perf_counter()
             self._probes.append(self._probe.measure())
             for number, row in enumerate(rotated(rows, done)):
                 rest = (asked - done - 1 if asked is not None else 0) * longest
                 in_round = longest * (len(rows) - number) / len(rows)
                 left = self._left_s()
-                to_come = rest + in_round if asked is not None or left is None else max(left, in_round)
+                if asked is None and left is not None:
+                    rest = max(0.0, min(left - peaks_s - in_round, (MAX_ROUNDS - done - 1) * longest))
+                to_come = rest + in_round + peaks_s
                 self._show(f"round {done + 1}: {self._label(row)}", to_come)
                 found = self._answer(row)
                 self._measured[row].samples.append(_sample(found))
@@ -263,6 +267,42 @@ class _Run:
                 other=ours[prompt][token],
             )
             self._measured[row].difference = Difference(prompt=prompt, token=token, gap=told["gap"])
+
+    def _peaks_s(self, rows: Sequence[GridRow]) -> float:
+        """Return about how long it takes to find the peaks."""
+        loads = sum(self._loads[row.setting.load].load_s for row in rows)
+        return PROCESS_S * (1 + len(rows) / 4) + loads + 2 * self._round_s()
+
+    def _find_peaks(self, rows: Sequence[GridRow]) -> None:
+        """Let each row answer once in a process of its own, as far as there is time.
+
+        What libraries keep of earlier rows would count against later ones otherwise: torch keeps code for
+        each shape it multiplies, 100 MB of it after a few hundred lengths.
+        """
+        whole, missing = self._peaks_s(rows), 0
+        process = Process()
+        try:
+            for number, row in enumerate(rows):
+                left, load = self._left_s(), row.setting.load
+                if left is not None and left < self._loads[load].load_s:
+                    missing += 1
+                    continue
+                self._show(f"peak: {self._label(row)}", whole * (1 - number / len(rows)))
+                setting = row.setting
+                chosen = {"attention": setting.attention, "cache_dtype": setting.cache_dtype}
+                steps = [
+                    {"do": "load", **self._workers.load_request(load)},
+                    {"do": "use", **chosen},
+                    {"do": "answer", **self._request(row)},
+                    {"do": "peak"},
+                ]
+                told = process.ask("apart", steps=steps)
+                self._measured[row].peak_bytes = told["peak_bytes"]
+                self._measured[row].peak_device_bytes = told["peak_device_bytes"]
+        finally:
+            process.close()
+        if missing:
+            self._note(f"there was no time to find {missing} of {len(rows)} peaks of memory (--budget)")
 
     def _finished(self, rows: Sequence[GridRow]) -> Report:
         best = Probe(
@@ -296,7 +336,6 @@ class _Run:
             rounds=len(self._probes),
             level=level,
             quality_tokens=self._num_scored,
-            peak_source=self._peak_source,
             gb_per_s=best.gb_per_s,
             gflop_per_s=best.gflop_per_s,
             probes=tuple(self._probes),

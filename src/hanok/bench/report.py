@@ -75,8 +75,8 @@ class Row:
     ratio: Interval
     """How many times as fast as the reference, for the whole answer."""
     verdict: Verdict
-    peak_bytes: int
-    """Of its process, weights and libraries included, while it answers."""
+    peak_bytes: int | None
+    """Of a process that loads and answers once and nothing else, libraries included; None: no time."""
     peak_device_bytes: int | None
     """Of a GPU's memory; None where there is none."""
     bandwidth_share: float | None
@@ -140,8 +140,6 @@ class Report:
     """Certainty that each comparison was asked for."""
     quality_tokens: int
     """Tokens that were scored; 0: none."""
-    peak_source: str
-    """How the peaks were found."""
     gb_per_s: float
     """At which the machine reads memory, the best of several tries; what shares are of."""
     gflop_per_s: float

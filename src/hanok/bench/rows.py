@@ -17,10 +17,10 @@ class Measured:
 
     warm_up: Sample
     token_ids: list[list[int]]
-    peak_bytes: int
-    peak_device_bytes: int | None
     proposed: int | None
     accepted: int | None
+    peak_bytes: int | None = None
+    peak_device_bytes: int | None = None
     samples: list[Sample] = field(default_factory=list)
     difference: Difference | None = None
     quality: Quality | None = None

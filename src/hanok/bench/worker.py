@@ -1,8 +1,9 @@
 """One loaded model in a process of its own: `python -m hanok.bench.worker`, a JSON object a line.
 
-A process for each load, so that a peak of memory is what this setting takes and nothing of its
-neighbours', and a model that is killed takes no row but its own with it. Requests come on standard
-input, answers leave on standard output; both ends know the methods of `Worker` and their arguments.
+A process for each load, so that a model that is killed takes none but its own rows with it, and so that
+a peak of memory can be that of one row alone. Requests come on standard input, answers leave on
+standard output; both ends know the methods of `Worker` and their arguments. `apart` is answered by a
+copy of this process, made before it has loaded anything: it costs no start of Python and torch.
 """
 
 import json
@@ -18,8 +19,7 @@ import torch
 
 import hanok
 from hanok.bench import speculation
-from hanok.bench.machine import ForeignLoad
-from hanok.bench.peak import PeakMemory
+from hanok.bench.machine import ForeignLoad, peak_bytes
 from hanok.engine.generate import generate
 from hanok.engine.model import Model
 from hanok.engine.params import SamplingOptions
@@ -33,7 +33,6 @@ from hanok.engine.quality import (
 )
 from hanok.engine.sequence import TokenEvent
 from hanok.errors import HanokError
-from hanok.memory.heap import give_back
 
 Answer = dict[str, Any]
 
@@ -56,23 +55,20 @@ class Worker:
         """Load the model, and a draft model beside it; `options` are those of `hanok.load`."""
         if threads is not None:
             torch.set_num_threads(threads)
-        with PeakMemory() as peak:
-            start = time.perf_counter()
-            # Copied: what moves into memory behind the first answer would be measured with the next.
-            self._model = hanok.load(path, weights="copied", **options)
-            if draft is not None:
-                self._draft = hanok.load(draft, dtype=options["dtype"], weights="copied")
-            seconds = time.perf_counter() - start
+        start = time.perf_counter()
+        # Copied: what moves into memory behind the first answer would be measured with the next.
+        self._model = hanok.load(path, weights="copied", **options)
+        if draft is not None:
+            self._draft = hanok.load(draft, dtype=options["dtype"], weights="copied")
+        seconds = time.perf_counter() - start
         decoder, config = self.model.decoder, self.model.config
         return {
             "load_s": seconds,
             "weight_bytes": weight_bytes(decoder),
             "token_bytes": bytes_per_token(decoder),
             "cache_token_bytes": config.kv_cache_bytes(1, str(decoder.dtype).removeprefix("torch.")),
-            "peak_bytes": peak.num_bytes,
-            "peak_source": peak.source,
+            "peak_bytes": peak_bytes(),
             "device": str(self.model.device),
-            "notes": list(self.model.notes),
         }
 
     def use(self, *, attention: str, cache_dtype: str) -> Answer:
@@ -85,35 +81,34 @@ class Worker:
         self, *, prompts: list[list[int]], new_tokens: int, use_cache: bool, method: str
     ) -> Answer:
         """Continue some prompts, and say how long it took."""
-        on_gpu = self.model.device.type == "cuda"
-        if on_gpu:
-            torch.cuda.reset_peak_memory_stats(self.model.device)
-        give_back()  # what other rows left to the allocator is no part of this one
-        with PeakMemory() as peak:
-            foreign = ForeignLoad()
-            start, first_s = time.perf_counter(), 0.0
-            token_ids: list[list[int]] = [[] for _ in prompts]
-            missing = len(prompts)
-            for event in self._events(prompts, new_tokens, use_cache, method):
-                mine = token_ids[event.sequence]
-                mine.append(event.token_id)
-                if len(mine) == 1:
-                    missing -= 1
-                    if not missing:
-                        first_s = time.perf_counter() - start
-            seconds = time.perf_counter() - start
-            cores = foreign.cores()
+        foreign = ForeignLoad()
+        start, first_s = time.perf_counter(), 0.0
+        token_ids: list[list[int]] = [[] for _ in prompts]
+        missing = len(prompts)
+        for event in self._events(prompts, new_tokens, use_cache, method):
+            mine = token_ids[event.sequence]
+            mine.append(event.token_id)
+            if len(mine) == 1:
+                missing -= 1
+                if not missing:
+                    first_s = time.perf_counter() - start
+        seconds = time.perf_counter() - start
         return {
             "seconds": seconds,
             "first_token_s": first_s,
-            "foreign": cores,
+            "foreign": foreign.cores(),
             "token_ids": token_ids,
-            "peak_bytes": peak.num_bytes,
-            "peak_device_bytes": torch.cuda.max_memory_allocated(self.model.device)
-            if on_gpu
-            else None,
             "proposed": None,
             "accepted": None,
+        }
+
+    def peak(self) -> Answer:
+        """Return the most memory that this process has held, and a GPU's for it."""
+        device = self.model.device
+        on_gpu = device.type == "cuda"
+        return {
+            "peak_bytes": peak_bytes(),
+            "peak_device_bytes": torch.cuda.max_memory_allocated(device) if on_gpu else None,
         }
 
     def _events(
@@ -160,16 +155,45 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
+def answered(worker: Worker, request: dict[str, Any]) -> Answer:
+    """Return a worker's answer to a request; what hanok refuses is an answer too."""
+    try:
+        answer: Answer = getattr(worker, request.pop("do"))(**request)
+    except HanokError as error:
+        return {"error": str(error)}
+    return answer
+
+
+def apart(steps: list[dict[str, Any]], answers: TextIO) -> None:
+    """Let a copy of this process answer some requests in turn; it writes the last answer, or a refusal.
+
+    Forking is safe as long as no thread was started, and torch starts none before it computes.
+    """
+    answers.flush()
+    child = os.fork()
+    if child == 0:
+        worker, answer = Worker(), Answer()
+        for step in steps:
+            answer = answered(worker, step)
+            if "error" in answer:
+                break
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+        os._exit(0)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if status:
+        answers.write(json.dumps({"error": f"a process ended with status {status}"}) + "\n")
+
+
 def main(requests: TextIO, answers: TextIO) -> None:
     """Answer requests until there are no more."""
     worker = Worker()
     for line in requests:
         request = json.loads(line)
-        try:
-            answer = getattr(worker, request.pop("do"))(**request)
-        except HanokError as error:
-            answer = {"error": str(error)}
-        answers.write(json.dumps(answer) + "\n")
+        if request["do"] == "apart":
+            apart(request["steps"], answers)
+        else:
+            answers.write(json.dumps(answered(worker, request)) + "\n")
         answers.flush()
 
 

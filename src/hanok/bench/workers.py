@@ -15,6 +15,7 @@ from hanok.bench.settings import Load
 from hanok.errors import GenerationError, RequestError
 from hanok.memory.planning import plan_load
 
+Request = dict[str, Any]
 LAST_LINES = 1500  # characters of what a process said before it ended
 GOODBYE_S = 10.0
 
@@ -37,11 +38,10 @@ class Room:
     batch: int
 
 
-class WorkerProcess:
-    """One loaded model, and what its process told of loading it."""
+class Process:
+    """A process that answers requests (`bench.worker`)."""
 
-    def __init__(self, load: Load, room: Room, options: LoadOptions) -> None:
-        start = time.perf_counter()
+    def __init__(self) -> None:
         self._said = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the process)
         self._process = subprocess.Popen(
             [sys.executable, "-m", "hanok.bench.worker"],
@@ -51,24 +51,6 @@ class WorkerProcess:
             text=True,
             encoding="utf-8",
         )
-        self._settings: tuple[str, str] | None = None
-        try:
-            self.told = self.ask(
-                "load",
-                path=str(options.path),
-                draft=str(options.draft) if load.has_draft else None,
-                threads=options.threads,
-                dtype=load.dtype,
-                quant=load.recipe,
-                device_map=load.places,
-                max_memory=options.max_memory,
-                context=room.context,
-                batch=room.batch,
-            )
-        except BaseException:
-            self.close()
-            raise
-        self.seconds = time.perf_counter() - start
 
     def ask(self, kind: str, **request: Any) -> dict[str, Any]:
         """Return the answer to a request; RequestError with its reason where it was refused."""
@@ -92,12 +74,6 @@ class WorkerProcess:
             raise RequestError(str(answer["error"]))
         return answer
 
-    def use(self, attention: str, cache_dtype: str) -> None:
-        """Choose what is chosen without loading again."""
-        if self._settings != (attention, cache_dtype):
-            self.ask("use", attention=attention, cache_dtype=cache_dtype)
-            self._settings = (attention, cache_dtype)
-
     def close(self) -> None:
         """End the process."""
         for pipe in (self._process.stdin, self._process.stdout):
@@ -111,13 +87,34 @@ class WorkerProcess:
         self._said.close()
 
 
+class LoadedProcess(Process):
+    """A process with a model, and what it told of loading it."""
+
+    def __init__(self, request: Request) -> None:
+        start = time.perf_counter()
+        super().__init__()
+        self._settings: tuple[str, str] | None = None
+        try:
+            self.told = self.ask("load", **request)
+        except BaseException:
+            self.close()
+            raise
+        self.seconds = time.perf_counter() - start
+
+    def use(self, attention: str, cache_dtype: str) -> None:
+        """Choose what is chosen without loading again."""
+        if self._settings != (attention, cache_dtype):
+            self.ask("use", attention=attention, cache_dtype=cache_dtype)
+            self._settings = (attention, cache_dtype)
+
+
 class Workers:
     """The processes that are alive; those asked for least recently end when another needs memory."""
 
     def __init__(self, options: LoadOptions, rooms: Mapping[Load, Room]) -> None:
         self._options = options
         self._rooms = rooms
-        self._alive: dict[Load, WorkerProcess] = {}
+        self._alive: dict[Load, LoadedProcess] = {}
 
     def __enter__(self) -> "Workers":
         return self
@@ -128,25 +125,44 @@ class Workers:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        for load in list(self._alive):
-            self.close(load)
+        self.close_all()
 
-    def get(self, load: Load) -> WorkerProcess:
+    def get(self, load: Load) -> LoadedProcess:
         """Return the process of a load, started if it is not there."""
         if load in self._alive:
             worker = self._alive.pop(load)
         else:
             while self._alive and not self._fits(load):
                 self.close(next(iter(self._alive)))
-            worker = WorkerProcess(load, self._rooms[load], self._options)
+            worker = LoadedProcess(self.load_request(load))
         self._alive[load] = worker  # the last of the dictionary is the one used most recently
         return worker
+
+    def load_request(self, load: Load) -> Request:
+        """Return what a process is told to load."""
+        options, room = self._options, self._rooms[load]
+        return {
+            "path": str(options.path),
+            "draft": str(options.draft) if load.has_draft else None,
+            "threads": options.threads,
+            "dtype": load.dtype,
+            "quant": load.recipe,
+            "device_map": load.places,
+            "max_memory": options.max_memory,
+            "context": room.context,
+            "batch": room.batch,
+        }
 
     def close(self, load: Load) -> None:
         """End the process of a load, if it is there."""
         worker = self._alive.pop(load, None)
         if worker is not None:
             worker.close()
+
+    def close_all(self) -> None:
+        """End all processes."""
+        for load in list(self._alive):
+            self.close(load)
 
     def _fits(self, load: Load) -> bool:
         """Return whether there is memory for one more beside those that are alive."""

@@ -8,7 +8,8 @@ from hanok.bench.intervals import Interval
 from hanok.bench.report import Report, Row
 from hanok.cli.units import rate, size
 
-PIPED_WIDTH = 190
+PIPED_WIDTH = 210
+NUM_SPEED = 11  # columns of HEADER that say how fast; the others say how well
 NOTHING = "–"
 HEADER = (
     "",
@@ -45,7 +46,7 @@ def cells(row: Row) -> tuple[str, ...]:
         NOTHING if row.tokens_per_s is None else rate(row.tokens_per_s),
         "1" if row.is_reference else ratio(row.ratio),
         seconds(row.first_token_s),
-        size(row.peak_device_bytes or row.peak_bytes),
+        memory(row),
         share(row.bandwidth_share),
         share(row.flop_share),
         same_text(row),
@@ -66,6 +67,12 @@ def ratio(found: Interval) -> str:
         return "not known"
     inner = f"{found.low:.3g}–{found.high:.3g}"
     return f"same ({inner})" if found.verdict == "same" else f"{found.value:.3g} ({inner})"
+
+
+def memory(row: Row) -> str:
+    """Return the peak of what is scarce: a GPU's memory where there is one."""
+    found = row.peak_bytes if row.peak_device_bytes is None else row.peak_device_bytes
+    return NOTHING if found is None else size(found)
 
 
 def share(value: float | None) -> str:
@@ -101,8 +108,7 @@ def notes(report: Report) -> list[str]:
     warm_up = sum(row.warmup_s for row in report.rows)
     found = [
         f"Ratios against the first row of equal prompt and batch, {report.level:.2%} intervals; "
-        "“same” where they do not exclude 1. Peaks are of a row's own process, by "
-        f"{report.peak_source}.",
+        "“same” where they do not exclude 1. Peaks: of a process that loads and answers once.",
         f"Loading, apart from the rows: {loads}. First answers, not counted: {seconds(warm_up)} s in "
         "all.",
     ]
@@ -139,16 +145,17 @@ def markdown_of(report: Report) -> str:
     return f"{title(report)}\n\n{table}\n\n{under}\n\n`{report.command}`, {report.started}, {versions}\n"
 
 
-def print_table(
-    header: tuple[str, ...], groups: Iterable[Iterable[tuple[str, ...]]], caption: str
-) -> None:
-    """Print a table in the terminal, a line between groups of rows."""
+Line = tuple[str, ...]
+
+
+def print_table(header: Line, groups: Iterable[Iterable[Line]], caption: str) -> None:
+    """Print a table in the terminal, a space between groups of rows."""
     from rich.console import Console
     from rich.table import Table
 
     table = Table(title=caption, title_justify="left", box=None, padding=(0, 1))
     for index, name in enumerate(header):
-        table.add_column(name, justify="right" if index else "left", no_wrap=index == 0)
+        table.add_column(name, justify="right" if index else "left", no_wrap=True)
     for index, group in enumerate(groups):
         if index:
             table.add_row()
@@ -160,11 +167,21 @@ def print_table(
 
 
 def print_report(report: Report) -> None:
-    """Print the table and what stands under it."""
-    groups: dict[object, list[tuple[str, ...]]] = {}
+    """Print the table, in two where the terminal is narrow, and what stands under it."""
+    from rich.console import Console
+
+    groups: dict[object, list[Line]] = {}
     for row in report.rows:
         groups.setdefault(row.workload, []).append(cells(row))
-    print_table(HEADER, groups.values(), title(report))
+    console = Console()
+    if not console.is_terminal or console.width >= PIPED_WIDTH:
+        print_table(HEADER, groups.values(), title(report))
+    else:
+        speed = [[line[:NUM_SPEED] for line in group] for group in groups.values()]
+        print_table(HEADER[:NUM_SPEED], speed, title(report))
+        click.echo()
+        quality = [[line[:3] + line[NUM_SPEED:] for line in group] for group in groups.values()]
+        print_table(HEADER[:3] + HEADER[NUM_SPEED:], quality, "Text and quality")
     click.echo()
     for note in notes(report):
         click.echo(note)
