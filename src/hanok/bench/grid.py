@@ -1,4 +1,4 @@
-"""Which rows a benchmark has, which it leaves out and why, and what fits its time. Pure: no torch, no clock.
+"""Which rows a benchmark has, which it leaves out and why, and what fits its time. No torch, no clock.
 
 The first row of a workload is what the others of that workload are compared with.
 """
@@ -103,6 +103,8 @@ def why_not(row: GridRow, facts: Facts) -> str | None:
         return "without a cache there is none to keep in " + setting.cache_dtype
     if not setting.cache and setting.speculation != "off":
         return "speculation needs a cache"
+    if workload.batch > 1 and setting.speculation != "off":
+        return "speculation is measured for one sequence (`hanok bench serve` measures several)"
     return (
         facts.why_not_attention(setting)
         or facts.why_not_speculation(setting.speculation)
@@ -184,7 +186,9 @@ def quality_tokens(most: int, s_per_token: float, variants: int, budget_s: float
     return min(most, max(MIN_QUALITY_TOKENS, int(affordable)))
 
 
-def has_time_for_a_round(done: int, round_s: float, left_s: float | None, asked: int | None) -> bool:
+def has_time_for_a_round(
+    done: int, round_s: float, left_s: float | None, asked: int | None
+) -> bool:
     """Return whether another round is made, `done` being complete."""
     if asked is not None:
         return done < asked

@@ -57,8 +57,8 @@ def cpu_name() -> str:
 class MachineProbe:
     """Measures what a device can do by torch alone: reading memory, and one product of matrices."""
 
-    def __init__(self, device: str) -> None:
-        self._device = torch.device(device)
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         on_gpu = self._device.type != "cpu"
         size = PRODUCT_SIZE * 8 if on_gpu else PRODUCT_SIZE
         # What many tokens are multiplied in: float32 on CPUs without bfloat16 instructions.
@@ -79,9 +79,7 @@ class MachineProbe:
         """Return the best of a few tries."""
         read_s = min(self._seconds_of_reading() for _ in range(TRIES))
         flops = 2 * self._matrices[0].shape[0] ** 3
-        product_s = min(
-            self._seconds_of_product(index) for _ in range(TRIES) for index in range(2)
-        )
+        product_s = min(self._seconds_of_product(index) for _ in range(TRIES) for index in range(2))
         return Probe(
             gb_per_s=self._values.nbytes / read_s / 1e9, gflop_per_s=flops / product_s / 1e9
         )

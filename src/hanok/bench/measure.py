@@ -1,4 +1,4 @@
-"""Measures a grid: loads, one answer of each row to warm up, quality, then rounds in which rows take turns.
+"""Measures a grid: loads, one answer of each row to warm up, quality, then rounds of all rows in turn.
 
 What a row takes is known after its first answer; what does not fit the time is left out then, by what
 the answers before it say, and the report says so.
@@ -37,7 +37,8 @@ from hanok.bench.subject import SubjectModel, rooms
 from hanok.bench.workers import LoadOptions, Process, Workers
 from hanok.errors import HanokError, OptionError
 
-PROCESS_S = 1.5  # until Python has imported torch; a copy of such a process takes a fourth, mostly to end
+# Until Python has imported torch; to copy such a process and end it takes a fourth.
+PROCESS_S = 1.5
 DISTURBED_CORES = 0.2  # used by others, beyond which a report says so
 Progress = Callable[[str, float, float | None], None]
 
@@ -89,14 +90,18 @@ class _Run:
         self._loads: dict[Load, LoadRow] = {}
         self._token_bytes: dict[Load, tuple[int, int]] = {}
         self._notes: list[str] = []
+        self._workers = Workers(
+            options.load, rooms([(row.setting.load, row.workload) for row in self._plan.rows])
+        )
+        self._probe = MachineProbe(self._subject.device)
+        self._gb_per_s = self._probe.best_gb_per_s()
         self._probes: list[Probe] = []
         self._num_scored = 0
 
     def report(self) -> Report:
         """Measure, and return what was found."""
         rows = self._plan.rows
-        with Workers(self._options.load, rooms([(r.setting.load, r.workload) for r in rows])) as found:
-            self._workers = found
+        with self._workers:
             self._warm_up(rows)
             kept = [row for row in rows if row in self._measured]
             if not kept:
@@ -105,7 +110,7 @@ class _Run:
             self._score(kept)
             self._rounds(kept)
             self._compare_texts(kept)
-            found.close_all()
+            self._workers.close_all()
             self._find_peaks(kept)
         return self._finished(kept)
 
@@ -129,7 +134,9 @@ class _Run:
         first = pilot(rows)
         for row in (first, *(row for row in rows if row != first)):
             timings = {
-                other: Timing(seconds=item.warm_up.seconds, first_token_s=item.warm_up.first_token_s)
+                other: Timing(
+                    seconds=item.warm_up.seconds, first_token_s=item.warm_up.first_token_s
+                )
                 for other, item in self._measured.items()
             }
             expected_s = estimate_s(row, timings)
@@ -165,10 +172,6 @@ class _Run:
                 peak_bytes=told["peak_bytes"],
             )
             self._token_bytes[load] = (told["token_bytes"], told["cache_token_bytes"])
-            if not self._probes:
-                self._probe = MachineProbe(told["device"])
-                self._gb_per_s = self._probe.best_gb_per_s()
-                self._probes.append(self._probe.measure())
         found = self._answer(row)
         return Measured(
             warm_up=_sample(found),
@@ -228,7 +231,6 @@ class _Run:
         asked = options.rounds
         if asked is None and options.budget_s is None:
             asked = MIN_ROUNDS + 2
-        self._probes.clear()
         longest, peaks_s = self._round_s(), self._peaks_s(rows)
         while has_time_for_a_round(done, longest + peaks_s, self._left_s(), asked):
             began = time.perf_counter()
@@ -238,7 +240,9 @@ class _Run:
                 in_round = longest * (len(rows) - number) / len(rows)
                 left = self._left_s()
                 if asked is None and left is not None:
-                    rest = max(0.0, min(left - peaks_s - in_round, (MAX_ROUNDS - done - 1) * longest))
+                    rest = max(
+                        0.0, min(left - peaks_s - in_round, (MAX_ROUNDS - done - 1) * longest)
+                    )
                 to_come = rest + in_round + peaks_s
                 self._show(f"round {done + 1}: {self._label(row)}", to_come)
                 found = self._answer(row)
@@ -276,8 +280,8 @@ class _Run:
     def _find_peaks(self, rows: Sequence[GridRow]) -> None:
         """Let each row answer once in a process of its own, as far as there is time.
 
-        What libraries keep of earlier rows would count against later ones otherwise: torch keeps code for
-        each shape it multiplies, 100 MB of it after a few hundred lengths.
+        What libraries keep of earlier rows would count against later ones otherwise: torch keeps code
+        for each shape it multiplies, 100 MB of it after a few hundred lengths.
         """
         whole, missing = self._peaks_s(rows), 0
         process = Process()
@@ -302,7 +306,9 @@ class _Run:
         finally:
             process.close()
         if missing:
-            self._note(f"there was no time to find {missing} of {len(rows)} peaks of memory (--budget)")
+            self._note(
+                f"there was no time to find {missing} of {len(rows)} peaks of memory (--budget)"
+            )
 
     def _finished(self, rows: Sequence[GridRow]) -> Report:
         best = Probe(
@@ -316,10 +322,7 @@ class _Run:
             self._label,
         )
         cores = [
-            sample.foreign
-            for row in made
-            for sample in row.samples
-            if sample.foreign is not None
+            sample.foreign for row in made for sample in row.samples if sample.foreign is not None
         ]
         if cores and sum(cores) / len(cores) > DISTURBED_CORES:
             self._note(

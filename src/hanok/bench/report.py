@@ -128,7 +128,7 @@ class Subject:
 class Report:
     """All rows of one run."""
 
-    format: Literal[1] = FORMAT
+    format: Literal[1] = 1
     checkpoint: Subject
     machine: dict[str, str]
     versions: dict[str, str]
@@ -200,7 +200,9 @@ def read_as(kind: Any, value: Any, where: str) -> Any:
 def _read_fields(kind: Any, value: Any, where: str) -> Any:
     names = {item.name for item in fields(kind)}
     if not isinstance(value, dict) or set(value) != names:
-        wrong = sorted(names.symmetric_difference(value)) if isinstance(value, dict) else "no object"
+        wrong = (
+            sorted(names.symmetric_difference(value)) if isinstance(value, dict) else "no object"
+        )
         raise OptionError(f"{where} does not have the fields of {kind.__name__}: {wrong}.")
     hints = get_type_hints(kind)
     return kind(**{name: read_as(hints[name], value[name], f"{where}.{name}") for name in names})

@@ -1,4 +1,4 @@
-"""What a benchmark varies: how a model runs (`Setting`), what it is asked for (`Workload`), the axes of both.
+"""What a benchmark varies: how a model runs (`Setting`), what it is asked for (`Workload`), and axes.
 
 A grid file is one table in TOML; each key is an axis, its value one setting or a list of them, and the
 rows are all combinations:
@@ -202,7 +202,7 @@ def _values(key: str, value: Any, where: str) -> tuple[Any, ...]:
     values = tuple(json.dumps(item) if isinstance(item, dict) else item for item in given)
     kind = get_args(get_type_hints(Axes)[key])[0]
     for item in values:
-        if type(item) is not kind or (kind is int and item < 1):
+        if type(item) is not kind or (type(item) is int and item < 1):
             wanted = {int: "a number from 1 on", bool: "true or false", str: "a text"}[kind]
             raise OptionError(f"{where}: {key} has {item!r}; it must be {wanted}.")
     _check_names(key, values, where)

@@ -1,5 +1,6 @@
-"""The one place where a benchmark meets speculation: whether it can be measured, and how it is asked for."""
+"""Where a benchmark meets speculation: whether it can be measured, and how it is asked for."""
 
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,11 @@ def arguments(method: str, draft: Any) -> dict[str, Any]:
     """Return what `Model.stream` takes for a method, with the loaded draft model where it needs one."""
     if method == "off":
         return {}
-    import hanok
+    return {"speculation": import_module(MODULE).Speculation(method=method, draft=draft)}
 
-    return {"speculation": hanok.Speculation(method=method, draft=draft)}  # type: ignore[attr-defined]
+
+def counts(method: str, stream: Any) -> dict[str, int | None]:
+    """Return how many tokens a stream guessed, and how many of them were right; None without."""
+    if method == "off":
+        return {"proposed": None, "accepted": None}
+    return {"proposed": stream.speculation.proposed, "accepted": stream.speculation.accepted}

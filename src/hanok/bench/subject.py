@@ -1,21 +1,18 @@
-"""What a benchmark must know of a checkpoint before it loads it: facts, tokens to score and to continue."""
+"""What a benchmark must know of a checkpoint before loading: facts, tokens to score and to continue."""
 
-import hashlib
-import json
 import random
 from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 
 import torch
 
 from hanok.attention.base import AttentionSpec, backends, choose, why_not_table
 from hanok.bench import speculation
+from hanok.bench.fingerprint import fingerprint
 from hanok.bench.grid import Facts
 from hanok.bench.report import Subject
 from hanok.bench.settings import Load, Setting, Workload
 from hanok.bench.workers import LoadOptions, Room
-from hanok.checkpoint.files import Checkpoint
 from hanok.checkpoint.tokenizer import open_tokenizer
 from hanok.engine.quality import text_windows
 from hanok.errors import OptionError
@@ -25,8 +22,6 @@ from hanok.memory.tensors import DTYPES
 from hanok.models.config import ModelConfig
 from hanok.registry import nearest_first
 
-SAMPLE_BYTES = 2**16
-SAMPLES = 3
 WINDOW = 512
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
@@ -40,12 +35,12 @@ class SubjectModel:
         self.checkpoint = described.checkpoint
         self.config: ModelConfig = described.config
         self._family = described.config.model_type
-        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.dtype = choose_dtype(
             described.config,
             described.checkpoint.tensors,
             "auto",
-            is_on_cpu=self._device.type == "cpu",
+            is_on_cpu=self.device.type == "cpu",
         )
         self._encode = self._encoder()
 
@@ -118,7 +113,7 @@ class SubjectModel:
         ]
 
     def _device_of(self, setting: Setting) -> torch.device:
-        return torch.device("cpu") if setting.device_map == "cpu" else self._device
+        return torch.device("cpu") if setting.device_map == "cpu" else self.device
 
     def _best_attention(self, setting: Setting) -> str:
         device, dtype = self._device_of(setting), DTYPES[STORED_NAMES[setting.dtype]]
@@ -128,11 +123,11 @@ class SubjectModel:
         known = backends()
         if setting.attention not in known:
             names = ", ".join(nearest_first(setting.attention, list(known)))
-            raise OptionError(f"attention {setting.attention!r} is unknown. Choose one of: {names}.")
+            raise OptionError(
+                f"attention {setting.attention!r} is unknown. Choose one of: {names}."
+            )
         device, dtype = self._device_of(setting), DTYPES[STORED_NAMES[setting.dtype]]
-        reasons = (
-            why_not_table(spec, device, dtype)[setting.attention] for spec in self._specs()
-        )
+        reasons = (why_not_table(spec, device, dtype)[setting.attention] for spec in self._specs())
         return next((reason for reason in reasons if reason is not None), None)
 
     def _why_not_load(self, setting: Setting, workload: Workload) -> str | None:
@@ -166,19 +161,3 @@ def rooms(rows: "list[tuple[Load, Workload]]") -> dict[Load, Room]:
             context=max(room.context, workload.context), batch=max(room.batch, workload.batch)
         )
     return found
-
-
-def fingerprint(checkpoint: Checkpoint) -> str:
-    """Return what tells checkpoints apart: of config, headers and samples of each file's bytes."""
-    tensors = [[ref.name, ref.dtype, list(ref.shape)] for ref in checkpoint.tensors.values()]
-    known = json.dumps([dict(checkpoint.config), tensors], sort_keys=True)
-    digest = hashlib.sha256(known.encode())
-    for path in checkpoint.files:
-        size = path.stat().st_size
-        digest.update(str(size).encode())
-        with path.open("rb") as file:
-            for index in range(SAMPLES):
-                file.seek(max(0, size - SAMPLE_BYTES) * index // (SAMPLES - 1))
-                digest.update(file.read(SAMPLE_BYTES))
-    return digest.hexdigest()[:32]
-

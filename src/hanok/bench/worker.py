@@ -59,16 +59,18 @@ class Worker:
         # Copied: what moves into memory behind the first answer would be measured with the next.
         self._model = hanok.load(path, weights="copied", **options)
         if draft is not None:
-            self._draft = hanok.load(draft, dtype=options["dtype"], weights="copied")
+            kinds = {name: options[name] for name in ("dtype", "quant")}
+            self._draft = hanok.load(draft, weights="copied", **kinds)
         seconds = time.perf_counter() - start
         decoder, config = self.model.decoder, self.model.config
         return {
             "load_s": seconds,
             "weight_bytes": weight_bytes(decoder),
             "token_bytes": bytes_per_token(decoder),
-            "cache_token_bytes": config.kv_cache_bytes(1, str(decoder.dtype).removeprefix("torch.")),
+            "cache_token_bytes": config.kv_cache_bytes(
+                1, str(decoder.dtype).removeprefix("torch.")
+            ),
             "peak_bytes": peak_bytes(),
-            "device": str(self.model.device),
         }
 
     def use(self, *, attention: str, cache_dtype: str) -> Answer:
@@ -85,7 +87,8 @@ class Worker:
         start, first_s = time.perf_counter(), 0.0
         token_ids: list[list[int]] = [[] for _ in prompts]
         missing = len(prompts)
-        for event in self._events(prompts, new_tokens, use_cache, method):
+        events = self._events(prompts, new_tokens, use_cache, method)
+        for event in events:
             mine = token_ids[event.sequence]
             mine.append(event.token_id)
             if len(mine) == 1:
@@ -98,8 +101,7 @@ class Worker:
             "first_token_s": first_s,
             "foreign": foreign.cores(),
             "token_ids": token_ids,
-            "proposed": None,
-            "accepted": None,
+            **speculation.counts(method, events),
         }
 
     def peak(self) -> Answer:

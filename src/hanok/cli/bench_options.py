@@ -28,9 +28,6 @@ def grid_options(command: Command) -> Command:
         click.option("--json", "json_file", type=file, help="Write the report to this file."),
         click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: all]"),
         click.option(
-            "--max-memory", metavar="DEVICE=SIZE,…", help="What may be used, as in `hanok plan`."
-        ),
-        click.option(
             "--quality-tokens",
             type=click.IntRange(min=0),
             default=1024,
@@ -40,7 +37,9 @@ def grid_options(command: Command) -> Command:
         click.option(
             "--text", type=file, help="Text to continue and to score.  [default: hanok's own]"
         ),
-        click.option("--draft", type=click.Path(path_type=Path), help="A draft model's checkpoint."),
+        click.option(
+            "--draft", type=click.Path(path_type=Path), help="A draft model's checkpoint."
+        ),
         click.option("--rounds", type=click.IntRange(min=1), help="[default: what fits the time]"),
         click.option(
             "--budget",
@@ -59,11 +58,15 @@ def grid_options(command: Command) -> Command:
 
 
 def measured(
-    path: Path | None, options: Mapping[str, Any], reference: "Setting | None" = None
+    path: Path | None,
+    options: Mapping[str, Any],
+    axes: "tuple[Axes, ...]",
+    *,
+    reference: "Setting | None" = None,
+    max_memory: str | None = None,
 ) -> "Report":
-    """Measure the grid that the options ask for, with a progress bar."""
+    """Measure the grid that the options ask for, else `axes`, with a progress bar."""
     from hanok.bench.measure import BenchOptions, run_bench
-    from hanok.bench.settings import default_axes
     from hanok.bench.workers import LoadOptions
 
     for name in ("json_file", "markdown", "html"):
@@ -81,9 +84,9 @@ def measured(
             path=path,
             draft=options["draft"],
             threads=options["threads"],
-            max_memory=options["max_memory"],
+            max_memory=max_memory,
         ),
-        axes=default_axes() if grid is None else (_axes(grid),),
+        axes=axes if grid is None else (_axes(grid),),
         text=_text(options["text"] or BUNDLED_TEXT),
         reference=reference,
         budget_s=budget_s,

@@ -103,7 +103,8 @@ def title(report: Report) -> str:
 def notes(report: Report) -> list[str]:
     """Return what stands under the table."""
     loads = "; ".join(
-        f"{item.label}: {seconds(item.load_s)} s, {size(item.weight_bytes)}" for item in report.loads
+        f"{item.label}: {seconds(item.load_s)} s, {size(item.weight_bytes)}"
+        for item in report.loads
     )
     warm_up = sum(row.warmup_s for row in report.rows)
     found = [

@@ -262,9 +262,7 @@ class TextScores:
     """Whether the likeliest token is the reference's, bool."""
 
 
-def compare_scores(
-    decoder: Decoder, windows: Sequence[Sequence[int]], kept: Tensor
-) -> TextScores:
+def compare_scores(decoder: Decoder, windows: Sequence[Sequence[int]], kept: Tensor) -> TextScores:
     """Score the tokens, against a reference's log-probabilities."""
     losses, divergences, same = [], [], []
     for place, target, log_probs in _scored(decoder, windows):

@@ -48,14 +48,15 @@ class Measurements(click.Group):
     help="What the others are compared with, for example attention=sdpa,cache=true.  [default: the "
     "first row of equal prompt and batch]",
 )
+@click.option("--max-memory", metavar="DEVICE=SIZE,…", help="What may be used, as in `hanok plan`.")
 @grid_options
-def grid(path: Path | None, reference: str | None, **options: Any) -> None:
+def grid(path: Path | None, reference: str | None, max_memory: str | None, **options: Any) -> None:
     """Measure the grid and print it."""
-    from hanok.bench.settings import read_setting
+    from hanok.bench.settings import default_axes, read_setting
     from hanok.cli.bench_table import print_report
 
     chosen = read_setting(reference) if reference is not None else None
-    report = measured(path, options, chosen)
+    report = measured(path, options, default_axes(), reference=chosen, max_memory=max_memory)
     written(report, options)
     print_report(report)
 

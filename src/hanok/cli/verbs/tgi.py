@@ -78,6 +78,7 @@ def load_options(launch: LaunchOptions) -> dict[str, Any]:
         "attention": "auto",
         "threads": None,
         "cache_packed": False,
+        "profile": None,
     }
 
 
