@@ -22,6 +22,7 @@ from hanok.engine.params import GENERATION_CONFIG_FIELDS, SamplingOptions, Sampl
 from hanok.errors import OptionError
 
 if TYPE_CHECKING:
+    from hanok.bench.profile import Profile
     from hanok.engine.model import Model, TokenStream
     from hanok.engine.speculate import Speculation
 
@@ -46,6 +47,13 @@ def field_texts(owner: type) -> dict[str, str]:
 def model_options(command: Command) -> Command:
     """Add the options of loading a model."""
     for option in (
+        click.option(
+            "--profile",
+            type=click.Path(path_type=Path, dir_okay=False),
+            is_eager=True,
+            callback=use_profile,
+            help="Options that `hanok tune` found; those given beside it go first.",
+        ),
         click.option(
             "--threads",
             type=click.IntRange(min=1),
@@ -237,6 +245,38 @@ def _read_bias(
     return found
 
 
+def use_profile(
+    context: click.Context, parameter: click.Parameter, file: Path | None
+) -> "Profile | None":
+    """Let the options of a profile be the defaults of a verb."""
+    if file is None:
+        return None
+    from hanok.bench.profile import read_profile
+
+    profile = read_profile(file)
+    names = {item.name for item in context.command.params}
+    unknown = sorted(set(profile.options) - names)
+    if unknown:
+        raise OptionError(
+            f"{file} asks for {', '.join(unknown)}, which `hanok {context.info_name}` has no option "
+            "for. Give its other options by hand."
+        )
+    context.default_map = {**(context.default_map or {}), **profile.options}
+    return profile
+
+
+def check_profile(profile: "Profile | None", path: Path) -> None:
+    """Refuse a profile of another checkpoint, and note one that was made on another machine."""
+    if profile is None:
+        return
+    from hanok.bench.machine import machine_facts
+    from hanok.bench.profile import check_checkpoint, machine_differences
+
+    check_checkpoint(profile, path)
+    for note in machine_differences(profile, machine_facts()):
+        click.echo(f"Note: {note}. Run `hanok tune` here to be sure.", err=True)
+
+
 def read_device_map(
     context: click.Context, parameter: click.Parameter, value: str
 ) -> str | dict[str, str | int]:
@@ -273,6 +313,7 @@ def open_model(path: Path | None, options: Mapping[str, Any]) -> "Model":
     if path is None:
         click.echo("No model given: using the small one that ships with hanok.", err=True)
         path = BUNDLED
+    check_profile(options["profile"], path)
     plan = plan_load(
         path,
         device_map=options["device_map"],

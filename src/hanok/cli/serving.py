@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from hanok.cli.options import open_speculation
+from hanok.cli.options import check_profile, open_speculation
 from hanok.cli.plan_table import plan_facts, print_plan
 from hanok.cli.units import size
 from hanok.errors import OptionError
@@ -57,6 +57,7 @@ def start(
             "or --host."
         ) from error
     port = listener.getsockname()[1]
+    check_profile(load["profile"], path)
     plan, users = plan_for(path, engine, load)
     print_plan(plan)
     context = plan.needs.context

@@ -81,6 +81,7 @@ def load_options(launch: LaunchOptions) -> dict[str, Any]:
         "speculate": "ngram" if launch.speculate else "off",
         "draft": None,
         "max_draft": launch.speculate or None,
+        "profile": None,
     }
 
 
