@@ -24,6 +24,7 @@ COUNTERS = {
     "tgi_batch_concat": {"reason": ["backpressure", "wait_exceeded", "chunking"]},
 }
 GAUGES = {
+    "hanok_most_tokens_after_abort": 1,
     "tgi_queue_size": 3,
     "tgi_batch_current_size": 2,
     "tgi_batch_current_max_tokens": 5 * 16,
@@ -80,6 +81,7 @@ class Stats:
     prefix_hit_tokens: int = 128
     prefix_query_tokens: int = 300
     cancelled: int = 7
+    most_tokens_after_abort: int = 1
 
 
 RECORD = RequestRecord(

@@ -64,6 +64,8 @@ class EngineStats:
     prefix_query_tokens: int
     """Prompt tokens of all that began."""
     cancelled: int
+    most_tokens_after_abort: int
+    """Of one request that was given up: those of the step that was under way."""
     generated_tokens: int
 
 
@@ -136,7 +138,7 @@ class Engine:
         self._thread: threading.Thread | None = None
         self._state: Literal["open", "draining", "closed"] = "open"
         self._numbers = count(1)
-        self._steps = self._cancelled = self._generated = 0
+        self._steps = self._cancelled = self._generated = self._most_after_abort = 0
         self._step_began: float | None = None
         self._longest_step_s = 0.0
 
@@ -224,6 +226,7 @@ class Engine:
             prefix_hit_tokens=scheduler.num_cached_tokens,
             prefix_query_tokens=scheduler.num_prompt_tokens,
             cancelled=self._cancelled,
+            most_tokens_after_abort=self._most_after_abort,
             generated_tokens=self._generated,
         )
 
@@ -292,8 +295,11 @@ class Engine:
                 self._entries[item.row.id] = item
                 self._scheduler.add(item.row)
             elif item in self._entries:
+                entry = self._entries[item]
                 self._cancelled += 1
-                self._end(self._entries[item], RequestAbortedError("the request was given up."))
+                late = entry.ticket.num_tokens_after_abort
+                self._most_after_abort = max(self._most_after_abort, late)
+                self._end(entry, RequestAbortedError("the request was given up."))
 
     def _drop_late(self) -> None:
         """End what is out of time, and compute again what was computed with other angles."""

@@ -100,6 +100,10 @@ class EngineStats(Protocol):
     def cancelled(self) -> int:
         """Requests that ended because their client left or their time was up."""
 
+    @property
+    def most_tokens_after_abort(self) -> int:
+        """The most new tokens of a request that came when it was already given up."""
+
 
 class Metrics:
     """The counters and histograms of one server; the engine's thread and the event loop may both call.
@@ -371,6 +375,10 @@ def _gauges(stats: EngineStats) -> Mapping[str, tuple[float, str]]:
         "hanok_cache_total_blocks": (stats.total_blocks, "Blocks of the cache."),
         "hanok_cache_block_size": (stats.block_size, "Tokens of a block."),
         "hanok_cache_occupancy": (occupancy, "Share of the blocks that running sequences hold."),
+        "hanok_most_tokens_after_abort": (
+            stats.most_tokens_after_abort,
+            "The most new tokens of a request that came when it was already given up.",
+        ),
     }
 
 
