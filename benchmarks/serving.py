@@ -3,8 +3,8 @@
     python benchmarks/serving.py [--parts throughput …] [--output FILE.md] [--llama-cpp BIN]
         [--transformers PROGRAM] [--trace FILE.csv]
 
-Parts: `throughput` (so many clients at a time, each with one request after the other; the engine without
-a server takes turns with them), `turns` (a conversation's second turn), `overload` (arrivals at one and
+Parts: `throughput` (so many clients at once, each with a request; the engine without a server takes
+turns with them), `turns` (a conversation's second turn), `overload` (arrivals at one and
 three times the capacity, whatever became of those before), `disconnects` (clients that go away at any
 moment), `soak` (memory under full load). Each part's rows go to a .json file beside the report, which is
 written anew from all parts that are there, so parts can be measured one by one. A server is a cold
@@ -132,8 +132,7 @@ def throughput_row(
     with start(Sizes(clients=clients, tokens=length + 128)) as running:
         warm(running, shape.vocab_size)
         prompts = Prompts(shape.vocab_size, as_text=not running.takes_ids)
-        count = max(clients, 2 * min(scale.clients))
-        asks = [prompts.ask(scale.prompt_tokens, scale.new_tokens) for _ in range(count)]
+        asks = [prompts.ask(scale.prompt_tokens, scale.new_tokens) for _ in range(clients)]
         before = os.times()
         began = time.perf_counter()
         answers = asyncio.run(closed(running.target, asks, clients))
@@ -171,7 +170,8 @@ def measure_throughput(options: argparse.Namespace, scale: Scale) -> list[measur
                 for who, start in contestants.items()
             }
             slow = actions.pop(TRANSFORMERS, None)
-            actions[BARE] = partial(bare_row, folder, clients, scale, options.threads)
+            if clients == max(scale.clients):
+                actions[BARE] = partial(bare_row, folder, clients, scale, options.threads)
             guard = measure.guard_of(options)
             rows = measure.interleave(actions, runs=options.runs, guard=guard, log=print)
             if slow is not None:
@@ -471,7 +471,7 @@ def throughput_report(rows: list[measure.Row]) -> Part:
 
         for who, limit in ((LLAMA_CPP, 1.5), (TRANSFORMERS, 5.0), (BARE, 0.93)):
             spread = against(ours, groups.get((shape, clients, who)), "tokens_per_s")
-            if spread is not None and (who != BARE or clients == max(CLIENTS)):
+            if spread is not None:
                 what = f"{place}: throughput of {who}'s"
                 demands.append(demand(what, spread, limit, at_least=True))
         spread = against(ours, groups.get((shape, clients, LLAMA_CPP)), "first_token_s")

@@ -194,7 +194,8 @@ class _VocabularyBytes:
         self._end_ids = sorted(end_ids) or [vocab_size]
         self.eos_token_id = self._end_ids[0]
         self.bos_token_id = None
-        self.special_token_ids = sorted(tokenizer.special_token_ids | set(self._end_ids))
+        self._special = tokenizer.special_token_ids | set(self._end_ids)
+        self.special_token_ids = sorted(self._special)
         self.tokens: list[bytes] = []
 
     def open(self) -> "LLTokenizer":
@@ -212,13 +213,15 @@ class _VocabularyBytes:
         """Ids that spell `text` in the middle of a text: how what a grammar leaves open but once is cut.
 
         A SentencePiece vocabulary begins a text with a space; behind a character that joins no other
-        it does not.
+        it does not. The spelling of a special token is text like any other: that token would not write
+        it, but end the text or begin a turn.
         """
         data = text.encode()
         for before in ("", "\x02"):
             skipped = len(self._tokenizer.encode(before, add_special_tokens=False))
             ids = self._tokenizer.encode(before + text, add_special_tokens=False)[skipped:]
-            if b"".join(self.tokens[token_id] for token_id in ids) == data:
+            spelled = b"".join(self.tokens[token_id] for token_id in ids)
+            if spelled == data and self._special.isdisjoint(ids):
                 return ids
         return self._longest_first(data)
 
