@@ -7,7 +7,7 @@ sockets, one connection for each request. Times are those of `time.perf_counter`
 import asyncio
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, Literal
@@ -124,7 +124,7 @@ async def send(target: Target, ask: Ask, due: float | None = None) -> Answer:
     return answer
 
 
-async def closed(target: Target, asks: Sequence[Ask], num_clients: int) -> list[Answer]:
+async def closed(target: Target, asks: Iterable[Ask], num_clients: int) -> list[Answer]:
     """Let so many clients send all requests, each its next one when its last one has ended."""
     answers: list[Answer] = []
     left = iter(asks)
