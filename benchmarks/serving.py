@@ -416,7 +416,7 @@ def report(found: dict[str, Any], threads: int) -> str:
         lines += [
             f"## {part.capitalize()}",
             "",
-            f"Measured {body['date']} at {body['versions']}.",
+            f"Measured {body['date']}, threads: {body['threads']}, at {body['versions']}.",
             "",
         ]
         table, asked = REPORTS[part](body["rows"])
@@ -610,7 +610,12 @@ def main() -> None:
     for part in options.parts:
         rows = MEASURES[part](options, scale)
         today = datetime.now().astimezone().date().isoformat()
-        found[part] = {"date": today, "versions": measure.versions_line(), "rows": rows}
+        found[part] = {
+            "date": today,
+            "versions": measure.versions_line(),
+            "threads": options.threads,
+            "rows": rows,
+        }
         if kept is not None:
             kept.write_text(json.dumps(found, indent=1) + "\n")
     measure.publish(
