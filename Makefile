@@ -10,6 +10,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constr
 
 demo: $(VENV)/.installed
 	$(BIN)/hanok generate "Once upon a time" --echo --temperature 0.5 --top-p 0.9 --seed 26
+	$(BIN)/hanok bench --budget 45
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest

@@ -372,7 +372,10 @@ def disconnects_row(
 
 
 def measure_soak(options: argparse.Namespace, scale: Scale) -> list[measure.Row]:
-    """Return the memory of a server that has as much to do as it may, as time goes by."""
+    """Return the memory of a server that has as much to do as it may, as time goes by.
+
+    Twice as many clients ask as there are slots, for answers that the cache does not hold all at once.
+    """
     shape = checkpoints.SHAPES[scale.overload_shape]
     folder = servers.served_checkpoint(shape, options.checkpoints)
     start = servers.hanok(folder, "int8", threads=options.threads)
@@ -386,7 +389,10 @@ def measure_soak(options: argparse.Namespace, scale: Scale) -> list[measure.Row]
         async def client() -> None:
             while time.monotonic() - began < scale.soak_s:
                 ask = prompts.ask(numbers.randrange(1, 400), numbers.randrange(1, 100))
-                statuses[(await send(running.target, ask)).status] += 1
+                answer = await send(running.target, ask)
+                statuses[answer.status] += 1
+                if answer.status == 429:
+                    await asyncio.sleep(float(answer.retry_after or 1))
 
         async def watch() -> None:
             while time.monotonic() - began < scale.soak_s:
@@ -394,7 +400,7 @@ def measure_soak(options: argparse.Namespace, scale: Scale) -> list[measure.Row]
                 await asyncio.sleep(scale.soak_s / 300)
 
         async def all_of_it() -> None:
-            await asyncio.gather(watch(), *(client() for _ in range(64)))
+            await asyncio.gather(watch(), *(client() for _ in range(16)))
 
         asyncio.run(all_of_it())
         preemptions = running.metric("hanok_preemptions_total")

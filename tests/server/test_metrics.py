@@ -82,6 +82,8 @@ class Stats:
     prefix_query_tokens: int = 300
     cancelled: int = 7
     most_tokens_after_abort: int = 1
+    drafted_tokens: int = 40
+    accepted_tokens: int = 25
 
 
 RECORD = RequestRecord(
@@ -171,6 +173,8 @@ def test_counts_of_the_engine_are_counters(metrics: Metrics) -> None:
         "hanok_prefix_hit_tokens": 128,
         "hanok_prefix_query_tokens": 300,
         "hanok_requests_cancelled": 7,
+        "hanok_drafted_tokens": 40,
+        "hanok_accepted_tokens": 25,
     }.items():
         assert families(metrics)[name].type == "counter"
         assert value(metrics, f"{name}_total") == expected

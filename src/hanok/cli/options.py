@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, fields
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import click
 
@@ -22,7 +22,9 @@ from hanok.engine.params import GENERATION_CONFIG_FIELDS, SamplingOptions, Sampl
 from hanok.errors import OptionError
 
 if TYPE_CHECKING:
-    from hanok.engine.model import Model
+    from hanok.bench.profile import Profile
+    from hanok.engine.model import Model, TokenStream
+    from hanok.engine.speculate import Speculation
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -45,6 +47,13 @@ def field_texts(owner: type) -> dict[str, str]:
 def model_options(command: Command) -> Command:
     """Add the options of loading a model."""
     for option in (
+        click.option(
+            "--profile",
+            type=click.Path(path_type=Path, dir_okay=False),
+            is_eager=True,
+            callback=use_profile,
+            help="Options that `hanok tune` found; those given beside it go first.",
+        ),
         click.option(
             "--threads",
             type=click.IntRange(min=1),
@@ -128,6 +137,71 @@ def model_options(command: Command) -> Command:
     return command
 
 
+def speculation_options(command: Command) -> Command:
+    """Add the options of guessing tokens ahead."""
+    for option in (
+        click.option(
+            "--max-draft",
+            type=click.IntRange(1, 255),
+            help="Tokens guessed for one pass at the most.  [default: 15 from the text, 7 by a model]",
+        ),
+        click.option(
+            "--draft",
+            type=click.Path(path_type=Path),
+            help="A smaller model with the same vocabulary that guesses; loaded with the same --quant "
+            "and --dtype.",
+        ),
+        click.option(
+            "--speculate",
+            type=click.Choice(["off", "ngram", "draft"]),
+            help="Guess tokens ahead and check several in one pass, where that is faster; the text is "
+            "the same. ngram: from the text so far; draft: by the model of --draft.  [default: draft "
+            "with --draft, else off]",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def open_speculation(options: Mapping[str, Any]) -> "Speculation | None":
+    """Return what was asked for by `speculation_options`, its draft model loaded."""
+    path: Path | None = options["draft"]
+    method: Literal["off", "ngram", "draft"]
+    method = options["speculate"] or ("draft" if path is not None else "off")
+    if method == "off" or (method == "ngram" and path is not None):
+        idle = [name for name in ("draft", "max_draft") if options[name] is not None]
+        idle = idle if method == "off" else ["draft"]
+        if idle:
+            names = ", ".join("--" + name.replace("_", "-") for name in idle)
+            raise OptionError(f"{names} given, but --speculate is {method}. Leave one of them out.")
+    if method == "off":
+        return None
+    if method == "draft" and path is None:
+        raise OptionError("--speculate draft needs a model that drafts: give --draft PATH.")
+    # Imported here: without speculation nothing is loaded before the plan is printed.
+    from hanok.engine.model import load
+    from hanok.engine.speculate import Speculation
+
+    model = None
+    if path is not None:
+        model = load(
+            path,
+            dtype=options["dtype"],
+            quant=options["quant"],
+            attn_implementation=options["attention"],
+        )
+        click.echo(f"Loaded {path.name} to draft in {model.report.seconds:.2f} s.", err=True)
+    return Speculation(method=method, draft=model, max_tokens=options["max_draft"])
+
+
+def speculation_line(stream: "TokenStream", speculation: "Speculation | None") -> str:
+    """Return what is said of guessed tokens at the end of an answer; nothing where none were."""
+    if speculation is None:
+        return ""
+    counts = stream.speculation
+    return f"; {counts.accepted} of {counts.proposed} guessed tokens right, {counts.passes} passes"
+
+
 def sampling_options(command: Command) -> Command:
     """Add one option for each field of `SamplingParams`."""
     texts = field_texts(SamplingParams)
@@ -171,6 +245,38 @@ def _read_bias(
     return found
 
 
+def use_profile(
+    context: click.Context, parameter: click.Parameter, file: Path | None
+) -> "Profile | None":
+    """Let the options of a profile be the defaults of a verb."""
+    if file is None:
+        return None
+    from hanok.bench.profile import read_profile
+
+    profile = read_profile(file)
+    names = {item.name for item in context.command.params}
+    unknown = sorted(set(profile.options) - names)
+    if unknown:
+        raise OptionError(
+            f"{file} asks for {', '.join(unknown)}, which `hanok {context.info_name}` has no option "
+            "for. Give its other options by hand."
+        )
+    context.default_map = {**(context.default_map or {}), **profile.options}
+    return profile
+
+
+def check_profile(profile: "Profile | None", path: Path) -> None:
+    """Refuse a profile of another checkpoint, and note one that was made on another machine."""
+    if profile is None:
+        return
+    from hanok.bench.machine import machine_facts
+    from hanok.bench.profile import check_checkpoint, machine_differences
+
+    check_checkpoint(profile, path)
+    for note in machine_differences(profile, machine_facts()):
+        click.echo(f"Note: {note}. Run `hanok tune` here to be sure.", err=True)
+
+
 def read_device_map(
     context: click.Context, parameter: click.Parameter, value: str
 ) -> str | dict[str, str | int]:
@@ -207,6 +313,7 @@ def open_model(path: Path | None, options: Mapping[str, Any]) -> "Model":
     if path is None:
         click.echo("No model given: using the small one that ships with hanok.", err=True)
         path = BUNDLED
+    check_profile(options["profile"], path)
     plan = plan_load(
         path,
         device_map=options["device_map"],

@@ -1,7 +1,7 @@
-"""A progress bar of bytes on standard error; silent where standard error is not a terminal."""
+"""Progress bars of bytes and of seconds on standard error; silent where it is not a terminal."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -51,3 +51,32 @@ def bytes_bar(title: str) -> Iterator[Bar]:
                 display.advance(task, count)
 
         yield Shown()
+
+
+@contextmanager
+def seconds_bar(title: str) -> Iterator[Callable[[str, float, float | None], None]]:
+    """Show what is done, how far that is and how long the rest takes; it disappears at the end.
+
+    Yields what is called with a text, the seconds done, and those of all as far as they are known.
+    """
+    if not sys.stderr.isatty():
+        yield lambda what, done_s, whole_s: None
+        return
+    from rich import progress
+    from rich.console import Console
+
+    columns = (
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(),
+        progress.TextColumn("{task.fields[left]}"),
+    )
+    with progress.Progress(*columns, console=Console(stderr=True), transient=True) as display:
+        task = display.add_task(title, total=None, left="")
+
+        def show(what: str, done_s: float, whole_s: float | None) -> None:
+            left = "" if whole_s is None else f"about {max(0.0, whole_s - done_s):.0f} s left"
+            display.update(
+                task, description=f"{title}, {what}", completed=done_s, total=whole_s, left=left
+            )
+
+        yield show

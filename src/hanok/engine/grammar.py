@@ -12,7 +12,7 @@ import json
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from time import monotonic
 from typing import TYPE_CHECKING
@@ -82,6 +82,12 @@ class Matcher:
         """Go on by one token. GrammarError if it may not come next; the matcher is then unusable."""
         self._matcher.consume_token(token_id)
         self._check()
+
+    def allowed_prefix(self, token_ids: Sequence[int]) -> int:
+        """Return how many of these tokens may come, one after another. Nothing is accepted."""
+        number = self._matcher.validate_tokens(list(token_ids))
+        self._check()
+        return number
 
     def rollback(self, num_tokens: int) -> None:
         """Take back the last `num_tokens` that were accepted."""

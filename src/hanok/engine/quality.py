@@ -106,7 +106,7 @@ def measure_quality(
     model = load(path, device_map=device_map, dtype=dtype, weights="copied")
     gb_per_s = read_gb_per_s(model.device)
     windows = _windows(model, text, window, max_tokens)
-    num_tokens = sum(len(item) - 1 for item in windows)
+    num_tokens = count_scored(windows)
     with tempfile.TemporaryDirectory(prefix="hanok-quality-") as folder:
         size = num_tokens * model.config.vocab_size * 4
         free = shutil.disk_usage(folder).free
@@ -115,18 +115,9 @@ def measure_quality(
                 f"the reference's log-probabilities are {size / 1e9:.1f} GB and {folder} has "
                 f"{free / 1e9:.1f} GB free. Score fewer tokens, or set TMPDIR to a larger place."
             )
-        kept = torch.from_file(
-            str(Path(folder, "log_probabilities")),
-            shared=True,
-            size=size // 4,
-            dtype=torch.float32,
-        ).view(num_tokens, -1)
+        kept = log_prob_file(Path(folder, "log_probabilities"), num_tokens, model.config.vocab_size)
         probe = _reference_probe(model.decoder, windows[0][:PROBE_TOKENS])
-        losses = []
-        for place, target, log_probs in _scored(model.decoder, windows):
-            kept[place : place + len(target)] = log_probs
-            losses.append(-log_probs.gather(1, target[:, None]))
-        rows = [_row("reference", model, torch.cat(losses), None, gb_per_s)]
+        rows = [_row("reference", model, keep_scores(model.decoder, windows, kept), None, gb_per_s)]
         for name in (*variants, *others):
             del model
             progress(name)
@@ -165,15 +156,21 @@ def _load_variant(path: str | Path, name: str, dtype: str, device_map: DeviceMap
 
 
 def _windows(model: Model, text: str, window: int, max_tokens: int) -> list[list[int]]:
-    """Cut the text's tokens; each window begins with the tokens that the tokenizer puts first."""
     if model.tokenizer is None:
         raise RequestError(
             f"{model.checkpoint.folder} has no tokenizer, so no text can be scored. Add the "
             "tokenizer.json or tokenizer.model that belongs to the model."
         )
-    tokens, first = model.tokenizer.encode(text), model.tokenizer.encode("")
-    rest = tokens[len(first) :] if tokens[: len(first)] == first else tokens
     window = min(window, model.config.max_context_tokens)
+    return text_windows(model.tokenizer.encode, text, window, max_tokens)
+
+
+def text_windows(
+    encode: Callable[[str], list[int]], text: str, window: int, max_tokens: int
+) -> list[list[int]]:
+    """Cut the text's tokens; each window begins with the tokens that the tokenizer puts first."""
+    tokens, first = encode(text), encode("")
+    rest = tokens[len(first) :] if tokens[: len(first)] == first else tokens
     step = window - len(first)
     if step < 1:
         raise OptionError(
@@ -195,17 +192,41 @@ def _windows(model: Model, text: str, window: int, max_tokens: int) -> list[list
     return found
 
 
+def count_scored(windows: Sequence[Sequence[int]]) -> int:
+    """Return how many tokens of some windows are scored: those with another before them."""
+    return sum(len(item) - 1 for item in windows)
+
+
+def log_prob_file(path: Path, num_tokens: int, vocab_size: int) -> Tensor:
+    """Return what a file holds of a reference, or will: (tokens, vocab) float32, shared by processes."""
+    size = num_tokens * vocab_size
+    return torch.from_file(str(path), shared=True, size=size, dtype=torch.float32).view(
+        num_tokens, vocab_size
+    )
+
+
+def keep_scores(decoder: Decoder, windows: Sequence[Sequence[int]], kept: Tensor) -> Tensor:
+    """Write the log-probabilities of a reference to `kept`; return each token's loss in nats."""
+    losses = []
+    for place, target, log_probs in _scored(decoder, windows):
+        kept[place : place + len(target)] = log_probs
+        losses.append(-log_probs.gather(1, target[:, None]))
+    return torch.cat(losses)
+
+
 @torch.inference_mode()
 def _scored(
     decoder: Decoder, windows: Sequence[Sequence[int]]
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Yield, for ROWS tokens at a time, their place, what follows them, and log-probabilities.
 
-    The last are (rows, vocab) float32.
+    The last are (rows, vocab) float32. Keys and values are kept where they are rounded by that, so that
+    what this costs is seen.
     """
     place = 0
     for tokens in windows:
-        hidden = decoder(ForwardBatch.of([list(tokens)], device=decoder.device))
+        cache = None if decoder.cache_dtype is None else decoder.new_cache(1, len(tokens))
+        hidden = decoder(ForwardBatch.of([list(tokens)], device=decoder.device), cache)
         targets = torch.tensor(tokens[1:], device=decoder.device)
         for start in range(0, len(targets), ROWS):
             target = targets[start : start + ROWS]
@@ -222,8 +243,29 @@ def _compare(
     probe: _Probe,
     gb_per_s: float,
 ) -> QualityRow:
+    scores = compare_scores(model.decoder, windows, kept)
+    errors = _layer_errors(model.decoder, windows[0][:PROBE_TOKENS], probe)
+    # NaN is worse than any number, and compares as neither more nor less.
+    worst = max(range(len(errors)), key=lambda i: (math.isnan(errors[i]), errors[i]))
+    against = (scores.divergence, scores.is_same_top, errors[worst], worst)
+    return _row(name, model, scores.losses, against, gb_per_s)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextScores:
+    """How a decoder scores some tokens, one number for each: losses and divergences in nats."""
+
+    losses: Tensor
+    divergence: Tensor
+    """KL divergence from the reference."""
+    is_same_top: Tensor
+    """Whether the likeliest token is the reference's, bool."""
+
+
+def compare_scores(decoder: Decoder, windows: Sequence[Sequence[int]], kept: Tensor) -> TextScores:
+    """Score the tokens, against a reference's log-probabilities."""
     losses, divergences, same = [], [], []
-    for place, target, log_probs in _scored(model.decoder, windows):
+    for place, target, log_probs in _scored(decoder, windows):
         reference = kept[place : place + len(target)]
         losses.append(-log_probs.gather(1, target[:, None]))
         # In float64: equal distributions differ by nothing, and close ones by little.
@@ -233,11 +275,9 @@ def _compare(
         terms = torch.where(chance == 0, 0.0, chance * (wanted - log_probs.double()))
         divergences.append(terms.sum(-1))
         same.append(reference.argmax(-1) == log_probs.argmax(-1))
-    errors = _layer_errors(model.decoder, windows[0][:PROBE_TOKENS], probe)
-    # NaN is worse than any number, and compares as neither more nor less.
-    worst = max(range(len(errors)), key=lambda i: (math.isnan(errors[i]), errors[i]))
-    against = (torch.cat(divergences), torch.cat(same), errors[worst], worst)
-    return _row(name, model, torch.cat(losses), against, gb_per_s)
+    return TextScores(
+        losses=torch.cat(losses), divergence=torch.cat(divergences), is_same_top=torch.cat(same)
+    )
 
 
 def _row(

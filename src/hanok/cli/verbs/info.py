@@ -1,14 +1,10 @@
 """`hanok info`: what this machine has, which implementations fit and why, what a checkpoint is."""
 
 import json
-import platform
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-
-from hanok import __version__
 
 if TYPE_CHECKING:
     from hanok.models.config import ModelConfig
@@ -45,44 +41,10 @@ def command(path: Path | None, as_json: bool) -> None:
         console.print()
 
 
-def _machine() -> dict[str, Any]:
-    import torch
+def _machine() -> dict[str, str]:
+    from hanok.bench.machine import machine_facts, versions
 
-    from hanok.kernels.native import native, why_not
-    from hanok.models.linear import has_bfloat16_instructions
-
-    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    has_bfloat16 = has_bfloat16_instructions()
-    kernels = native()
-    return {
-        "hanok": __version__,
-        "python": platform.python_version(),
-        "torch": version("torch"),
-        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
-        "cpu": f"{_cpu_name()}, {torch.get_num_threads()} threads",
-        "vector instructions": torch.backends.cpu.get_cpu_capability(),
-        "hanok's kernels": f"built, using {kernels.instruction_set}" if kernels else str(why_not()),
-        "bfloat16 instructions": "yes"
-        if has_bfloat16
-        else "no: many tokens are computed in float32, weights widened block by block",
-        "memory": f"{_memory_bytes() / 2**30:.1f} GiB",
-        "gpus": ", ".join(gpus) or "none",
-    }
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or "unknown"
-
-
-def _memory_bytes() -> int:
-    import os
-
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {**versions(), **machine_facts()}
 
 
 def _attention(config: "ModelConfig | None") -> dict[str, str]:

@@ -71,12 +71,19 @@ def usage_of(tickets: Sequence[Ticket], num_prompts: int) -> dict[str, Any]:
     firsts = tickets[::each]
     prompt = sum(len(ticket.request.sequence.prompt_ids) for ticket in firsts)
     generated = sum(len(ticket.request.sequence.generated_ids) for ticket in tickets)
+    guessed = [ticket.request.sequence.speculation for ticket in tickets]
     return {
         "prompt_tokens": prompt,
         "completion_tokens": generated,
         "total_tokens": prompt + generated,
         "prompt_tokens_details": {
             "cached_tokens": sum(ticket.num_cached_tokens for ticket in firsts)
+        },
+        "completion_tokens_details": {
+            "accepted_prediction_tokens": sum(counts.accepted for counts in guessed),
+            "rejected_prediction_tokens": sum(
+                counts.proposed - counts.accepted for counts in guessed
+            ),
         },
     }
 

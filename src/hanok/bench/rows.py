@@ -1,0 +1,119 @@
+"""From what was measured of each row to the figures of a report."""
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from hanok.bench.grid import GridRow
+from hanok.bench.intervals import Interval, level_of_each, paired_ratio, spread
+from hanok.bench.report import Difference, Probe, Quality, Row, Sample
+from hanok.bench.settings import Load
+from hanok.models.config import ModelConfig
+
+
+@dataclass(slots=True, kw_only=True)
+class Measured:
+    """What is known of one row so far."""
+
+    warm_up: Sample
+    token_ids: list[list[int]]
+    proposed: int | None
+    accepted: int | None
+    peak_bytes: int | None = None
+    peak_device_bytes: int | None = None
+    samples: list[Sample] = field(default_factory=list)
+    difference: Difference | None = None
+    quality: Quality | None = None
+
+
+def finished_rows(
+    rows: Sequence[tuple[GridRow, Measured]],
+    config: ModelConfig,
+    token_bytes: Mapping[Load, tuple[int, int]],
+    best: Probe,
+    label: Callable[[GridRow], str],
+) -> tuple[list[Row], float]:
+    """Return the rows of a report, and the certainty that each comparison was asked for.
+
+    `token_bytes`: of each load, the bytes of weights that a pass reads, and those of one token's keys
+    and values. The first row of a workload is what its others are compared with.
+    """
+    first: dict[object, Measured] = {}
+    for row, measured in rows:
+        first.setdefault(row.workload, measured)
+    level = level_of_each(len(rows) - len(first))
+    made = []
+    for row, measured in rows:
+        reference = first[row.workload]
+        seconds, low, high = spread([item.seconds for item in measured.samples])
+        first_s = statistics.median(item.first_token_s for item in measured.samples)
+        is_reference = measured is reference
+        ratio = Interval(value=1.0, low=1.0, high=1.0)
+        if not is_reference:
+            ratio = paired_ratio(
+                [item.seconds for item in reference.samples],
+                [item.seconds for item in measured.samples],
+                level,
+            )
+        rate = _tokens_per_s(row, measured.samples)
+        made.append(
+            Row(
+                setting=row.setting,
+                workload=row.workload,
+                label=label(row),
+                is_reference=is_reference,
+                samples=tuple(measured.samples),
+                warmup_s=measured.warm_up.seconds,
+                seconds=seconds,
+                seconds_min=low,
+                seconds_max=high,
+                s_per_token=seconds / (row.workload.new_tokens * row.workload.batch),
+                tokens_per_s=rate,
+                first_token_s=first_s,
+                ratio=ratio,
+                verdict=ratio.verdict,
+                peak_bytes=measured.peak_bytes,
+                peak_device_bytes=measured.peak_device_bytes,
+                bandwidth_share=bandwidth_share(row, rate, token_bytes[row.setting.load], best),
+                flop_share=prompt_flops(row, config) / first_s / (best.gflop_per_s * 1e9),
+                is_same_text=measured.difference is None,
+                difference=measured.difference,
+                quality=measured.quality,
+                proposed=measured.proposed,
+                accepted=measured.accepted,
+            )
+        )
+    return made, level
+
+
+def _tokens_per_s(row: GridRow, samples: Sequence[Sample]) -> float | None:
+    """Return the median rate behind the first token; None where there is none."""
+    count = (row.workload.new_tokens - 1) * row.workload.batch
+    if count == 0:
+        return None
+    return statistics.median(count / (item.seconds - item.first_token_s) for item in samples)
+
+
+def bandwidth_share(
+    row: GridRow, tokens_per_s: float | None, token_bytes: tuple[int, int], best: Probe
+) -> float | None:
+    """Return what decoding reads per second over what memory can give.
+
+    A pass over one token of each sequence reads the weights once, and the keys and values before it.
+    Not said of passes that take several tokens: with speculation, or without a cache.
+    """
+    if tokens_per_s is None or not row.setting.cache or row.setting.speculation != "off":
+        return None
+    weights, cached = token_bytes
+    workload = row.workload
+    seen = workload.prompt_tokens + workload.new_tokens / 2
+    if row.setting.cache_dtype != "auto":
+        cached //= 2  # one byte where two are usual
+    per_pass = weights + cached * seen * workload.batch
+    return per_pass * tokens_per_s / workload.batch / (best.gb_per_s * 1e9)
+
+
+def prompt_flops(row: GridRow, config: ModelConfig) -> float:
+    """Return what computing the prompts takes; a token sees half of its prompt on average."""
+    tokens = row.workload.prompt_tokens
+    return float(config.flops_per_token(max(1, tokens // 2))) * tokens * row.workload.batch

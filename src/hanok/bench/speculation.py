@@ -1,0 +1,28 @@
+"""Where a benchmark meets speculation: can it be measured, how is it asked for, what did it bring."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from hanok.engine.model import Model, TokenStream
+from hanok.engine.sequence import TokenEvent
+from hanok.engine.speculate import Speculation
+
+
+def why_not(method: str, draft: Path | None) -> str | None:
+    """Return why a method cannot be measured, or None."""
+    return "needs a draft model (--draft)" if method == "draft" and draft is None else None
+
+
+def asked(method: str, draft: Model | None) -> Speculation | None:
+    """Return what `Model.stream` takes for a method, with the draft model where it is that one's."""
+    if method == "draft":
+        return Speculation(method="draft", draft=draft)
+    return Speculation(method="ngram") if method == "ngram" else None
+
+
+def counts(method: str, events: Iterator[TokenEvent]) -> dict[str, int | None]:
+    """Return how many tokens a stream guessed, and how many of them were right; None without."""
+    if method == "off" or not isinstance(events, TokenStream):
+        return {"proposed": None, "accepted": None}
+    found = events.speculation
+    return {"proposed": found.proposed, "accepted": found.accepted}

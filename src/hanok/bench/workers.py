@@ -1,0 +1,181 @@
+"""The processes of a benchmark, one for each load: started when needed, ended when memory is short."""
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from hanok.bench.settings import Load
+from hanok.errors import GenerationError, RequestError
+from hanok.memory.planning import plan_load
+
+Request = dict[str, Any]
+LAST_LINES = 1500  # characters of what a process said before it ended
+GOODBYE_S = 10.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadOptions:
+    """What all loads of a run share."""
+
+    path: Path
+    draft: Path | None
+    threads: int | None
+    max_memory: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Room:
+    """What a load must have memory for."""
+
+    context: int
+    batch: int
+
+
+class Process:
+    """A process that answers requests (`bench.worker`)."""
+
+    def __init__(self) -> None:
+        self._said = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the process)
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "hanok.bench.worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._said,
+            text=True,
+            encoding="utf-8",
+        )
+
+    def ask(self, kind: str, **request: Any) -> dict[str, Any]:
+        """Return the answer to a request; RequestError with its reason where it was refused."""
+        process = self._process
+        if process.stdin is None or process.stdout is None:
+            raise RuntimeError("the process has no pipes")
+        try:
+            process.stdin.write(json.dumps({"do": kind, **request}) + "\n")
+            process.stdin.flush()
+            line = process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            status = process.wait()
+            self._said.seek(0)
+            said = self._said.read().decode(errors="replace")[-LAST_LINES:].strip()
+            how = f"was ended by signal {-status}" if status < 0 else f"ended with status {status}"
+            raise GenerationError(f"the process that measures {how}. {said}".strip())
+        answer: dict[str, Any] = json.loads(line)
+        if "error" in answer:
+            raise RequestError(str(answer["error"]))
+        return answer
+
+    def close(self) -> None:
+        """End the process."""
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None:
+                pipe.close()
+        try:
+            self._process.wait(GOODBYE_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._said.close()
+
+
+class LoadedProcess(Process):
+    """A process with a model, and what it told of loading it."""
+
+    def __init__(self, request: Request) -> None:
+        start = time.perf_counter()
+        super().__init__()
+        self._settings: tuple[str, str] | None = None
+        try:
+            self.told = self.ask("load", **request)
+        except BaseException:
+            self.close()
+            raise
+        self.seconds = time.perf_counter() - start
+
+    def use(self, attention: str, cache_dtype: str) -> None:
+        """Choose what is chosen without loading again."""
+        if self._settings != (attention, cache_dtype):
+            self.ask("use", attention=attention, cache_dtype=cache_dtype)
+            self._settings = (attention, cache_dtype)
+
+
+class Workers:
+    """The processes that are alive; those asked for least recently end when another needs memory."""
+
+    def __init__(self, options: LoadOptions, rooms: Mapping[Load, Room]) -> None:
+        self._options = options
+        self._rooms = rooms
+        self._alive: dict[Load, LoadedProcess] = {}
+
+    def __enter__(self) -> "Workers":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close_all()
+
+    def get(self, load: Load) -> LoadedProcess:
+        """Return the process of a load, started if it is not there."""
+        if load in self._alive:
+            worker = self._alive.pop(load)
+        else:
+            while self._alive and not self._fits(load):
+                self.close(next(iter(self._alive)))
+            worker = LoadedProcess(self.load_request(load))
+        self._alive[load] = worker  # the last of the dictionary is the one used most recently
+        return worker
+
+    def load_request(self, load: Load) -> Request:
+        """Return what a process is told to load."""
+        options, room = self._options, self._rooms[load]
+        return {
+            "path": str(options.path),
+            "draft": str(options.draft) if load.has_draft else None,
+            "threads": options.threads,
+            "dtype": load.dtype,
+            "quant": load.recipe,
+            "device_map": load.places,
+            "max_memory": options.max_memory,
+            "context": room.context,
+            "batch": room.batch,
+        }
+
+    def close(self, load: Load) -> None:
+        """End the process of a load, if it is there."""
+        worker = self._alive.pop(load, None)
+        if worker is not None:
+            worker.close()
+
+    def close_all(self) -> None:
+        """End all processes."""
+        for load in list(self._alive):
+            self.close(load)
+
+    def _fits(self, load: Load) -> bool:
+        """Return whether there is memory for one more beside those that are alive."""
+        plan = plan_load(
+            self._options.path,
+            device_map=load.places,
+            max_memory=self._options.max_memory,
+            context=self._rooms[load].context,
+            batch=self._rooms[load].batch,
+            quant=load.recipe,
+            dtype=load.dtype,
+            weights="copied",
+            may_measure=False,
+            is_running=False,
+        )
+        return plan.fits and not plan.uses_disk

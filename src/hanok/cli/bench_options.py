@@ -1,0 +1,136 @@
+"""Options of the verbs that measure a grid, and what becomes of them."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO, TypeVar
+
+import click
+
+from hanok import BUNDLED
+from hanok.cli.progress import seconds_bar
+from hanok.errors import OptionError
+
+if TYPE_CHECKING:
+    from hanok.bench.report import Report
+    from hanok.bench.settings import Axes, Setting
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+BUNDLED_TEXT = BUNDLED / "quality.txt"
+BUDGET_S = 90.0
+
+
+def grid_options(command: Command) -> Command:
+    """Add the options of measuring a grid."""
+    file = click.Path(path_type=Path, dir_okay=False)
+    for option in (
+        click.option("--html", type=file, help="Write a page with plots to this file."),
+        click.option("--markdown", type=file, help="Write the table to this file."),
+        click.option("--json", "json_file", type=file, help="Write the report to this file."),
+        click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: all]"),
+        click.option(
+            "--quality-tokens",
+            type=click.IntRange(min=0),
+            default=1024,
+            show_default=True,
+            help="Tokens to score at the most; 0: measure no quality.",
+        ),
+        click.option(
+            "--text", type=file, help="Text to continue and to score.  [default: hanok's own]"
+        ),
+        click.option(
+            "--draft", type=click.Path(path_type=Path), help="A draft model's checkpoint."
+        ),
+        click.option("--rounds", type=click.IntRange(min=1), help="[default: what fits the time]"),
+        click.option(
+            "--budget",
+            type=click.FloatRange(0, min_open=True),
+            help=f"Seconds that all of it may take; rows that take longer are left out.  [default: "
+            f"{BUDGET_S:g}, none with --grid]",
+        ),
+        click.option(
+            "--grid",
+            type=click.File("r", encoding="utf-8"),
+            help="A TOML table of axes (docs/bench.md); - is standard input.  [default: a short grid]",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def measured(
+    path: Path | None,
+    options: Mapping[str, Any],
+    axes: "tuple[Axes, ...]",
+    *,
+    reference: "Setting | None" = None,
+    max_memory: str | None = None,
+) -> "Report":
+    """Measure the grid that the options ask for, else `axes`, with a progress bar."""
+    from hanok.bench.measure import BenchOptions, run_bench
+    from hanok.bench.workers import LoadOptions
+
+    for name in ("json_file", "markdown", "html"):
+        check_folder(options[name])
+    if path is None:
+        click.echo("No model given: using the small one that ships with hanok.", err=True)
+        path = BUNDLED
+    elif not path.exists():
+        raise OptionError(f"{path}: no such file or folder. Check the path.")
+    grid, budget_s = options["grid"], options["budget"]
+    if grid is None and budget_s is None:
+        budget_s = BUDGET_S
+    wanted = BenchOptions(
+        load=LoadOptions(
+            path=path,
+            draft=options["draft"],
+            threads=options["threads"],
+            max_memory=max_memory,
+        ),
+        axes=axes if grid is None else (_axes(grid),),
+        text=_text(options["text"] or BUNDLED_TEXT),
+        reference=reference,
+        budget_s=budget_s,
+        rounds=options["rounds"],
+        quality_tokens=options["quality_tokens"],
+    )
+    with seconds_bar(f"Measuring {path.name}") as bar:
+        return run_bench(wanted, bar)
+
+
+def written(report: "Report", options: Mapping[str, Any]) -> None:
+    """Write the files that the options ask for."""
+    from hanok.bench.page import page_of
+    from hanok.bench.report import write_report
+    from hanok.checkpoint.writer import write_bytes
+    from hanok.cli.bench_table import markdown_of
+
+    if options["json_file"] is not None:
+        write_report(report, options["json_file"])
+    if options["markdown"] is not None:
+        write_bytes(options["markdown"], markdown_of(report).encode())
+    if options["html"] is not None:
+        write_bytes(options["html"], page_of(report).encode())
+
+
+def check_folder(file: Path | None) -> None:
+    """Refuse a file whose folder is not there: measuring takes minutes, so it is said before."""
+    if file is not None and not file.parent.is_dir():
+        raise OptionError(f"{file} cannot be written: there is no folder {file.parent}.")
+
+
+def _axes(grid: TextIO) -> "Axes":
+    from hanok.bench.settings import read_axes
+
+    return read_axes(grid.read(), getattr(grid, "name", "the grid"))
+
+
+def _text(file: Path) -> str:
+    try:
+        text = file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise OptionError(f"{file} cannot be read: {error.strerror}.") from None
+    except UnicodeDecodeError as error:
+        raise OptionError(f"{file} is not UTF-8 text, at byte {error.start}.") from None
+    if not text.strip():
+        raise OptionError(f"{file} has no text; give one to continue and to score.")
+    return text
