@@ -43,7 +43,12 @@ PARTS = ("throughput", "turns", "overload", "disconnects", "soak")
 SHAPES = ("llama-1.1b", "qwen-0.5b")
 CLIENTS = (8, 32)
 QUEUE_S = 5  # what the server under overload is told its requests may wait
-HANOK, BARE, LLAMA_CPP, TRANSFORMERS = "hanok", "hanok's engine alone", "llama.cpp", "transformers"
+HANOK, BARE, LLAMA_CPP = "hanok", "hanok's engine alone", "llama.cpp"
+TRANSFORMERS = (
+    "transformers"  # as it starts: one request after the other, so few clients tell it all
+)
+BATCHED = "transformers --continuous-batching"
+SERVERS = (HANOK, BARE, LLAMA_CPP, TRANSFORMERS, BATCHED)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,19 +172,23 @@ def measure_throughput(options: argparse.Namespace, scale: Scale) -> list[measur
             actions: dict[str, Callable[[], measure.Row]] = {
                 who: partial(throughput_row, start, shape, clients, scale)
                 for who, start in contestants.items()
+                if who != TRANSFORMERS or clients == min(scale.clients)
             }
-            slow = actions.pop(TRANSFORMERS, None)
             if clients == max(scale.clients):
                 actions[BARE] = partial(bare_row, folder, clients, scale, options.threads)
-            guard = measure.guard_of(options)
-            rows = measure.interleave(actions, runs=options.runs, guard=guard, log=print)
-            if slow is not None:
-                rows |= measure.interleave({TRANSFORMERS: slow}, runs=1, guard=guard, log=print)
-            found += [
-                {"shape": name, "clients": clients, "who": who, **row}
-                for who, mine in rows.items()
-                for row in mine
-            ]
+            for runs, whos in ((options.runs, SERVERS[:3]), (1, SERVERS[3:])):  # slow ones once
+                asked = {
+                    who: actions[who] for who in whos if who in actions and who in options.only
+                }
+                if not asked:
+                    continue
+                guard = measure.guard_of(options)
+                rows = measure.interleave(asked, runs=runs, guard=guard, log=print)
+                found += [
+                    {"shape": name, "clients": clients, "who": who, **row}
+                    for who, mine in rows.items()
+                    for row in mine
+                ]
     return found
 
 
@@ -192,7 +201,10 @@ def contestants_of(options: argparse.Namespace, folder: Path) -> dict[str, Start
         program = options.llama_cpp / "llama-server"
         found[LLAMA_CPP] = servers.llama_cpp(model, program, threads=threads)
     if options.transformers is not None:
-        found[TRANSFORMERS] = servers.transformers(folder, options.transformers, threads=threads)
+        for who, more in ((TRANSFORMERS, []), (BATCHED, ["--continuous-batching"])):
+            found[who] = servers.transformers(
+                folder, options.transformers, threads=threads, options=more
+            )
     return found
 
 
@@ -454,10 +466,10 @@ def throughput_report(rows: list[measure.Row]) -> Part:
         ours = groups[shape, clients, HANOK]
         place = f"{shape}, {clients} clients"
 
-        for who, limit in ((LLAMA_CPP, 1.5), (TRANSFORMERS, 5.0), (BARE, 0.93)):
+        for who, limit in ((LLAMA_CPP, 1.5), (TRANSFORMERS, 5.0), (BATCHED, 5.0), (BARE, 0.93)):
             spread = against(ours, groups.get((shape, clients, who)), "tokens_per_s")
             if spread is not None:
-                what = f"{place}: throughput of {who}'s"
+                what = f"{place}: throughput, of that of {who}"
                 demands.append(demand(what, spread, limit, at_least=True))
         spread = against(ours, groups.get((shape, clients, LLAMA_CPP)), "first_token_s")
         if spread is not None and clients == min(CLIENTS):
@@ -600,6 +612,13 @@ def main() -> None:
         help=servers.TRANSFORMERS_HELP,
     )
     parser.add_argument("--trace", type=Path, help="arrivals and lengths, see hanok.bench.arrivals")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=SERVERS,
+        default=SERVERS,
+        help="whose throughput to measure; the others' is kept as it is in the file",
+    )
     parser.add_argument("--quick", action="store_true", help="next to nothing of everything")
     options = parser.parse_args()
     scale = QUICK if options.quick else FULL
@@ -609,6 +628,9 @@ def main() -> None:
     found = json.loads(kept.read_text()) if kept is not None and kept.is_file() else {}
     for part in options.parts:
         rows = MEASURES[part](options, scale)
+        if part == "throughput":
+            known = found.get(part, {"rows": []})["rows"]
+            rows = [row for row in known if row["who"] not in options.only] + rows
         today = datetime.now().astimezone().date().isoformat()
         found[part] = {
             "date": today,
