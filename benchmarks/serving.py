@@ -182,6 +182,7 @@ def measure_throughput(options: argparse.Namespace, scale: Scale) -> list[measur
                 }
                 if not asked:
                     continue
+                asked = {who: partial(row_or_reason, who, action) for who, action in asked.items()}
                 guard = measure.guard_of(options)
                 rows = measure.interleave(asked, runs=runs, guard=guard, log=print)
                 found += [
@@ -190,6 +191,16 @@ def measure_throughput(options: argparse.Namespace, scale: Scale) -> list[measur
                     for row in mine
                 ]
     return found
+
+
+def row_or_reason(who: str, action: Callable[[], measure.Row]) -> measure.Row:
+    """Return a row, or why another's server gave none: the others are measured all the same."""
+    try:
+        return action()
+    except RuntimeError as error:
+        if who in (HANOK, BARE):
+            raise
+        return {"failed": str(error).strip().splitlines()[-1][:200]}
 
 
 def contestants_of(options: argparse.Namespace, folder: Path) -> dict[str, Start]:
@@ -454,7 +465,13 @@ def demand(
 def throughput_report(rows: list[measure.Row]) -> Part:
     groups: dict[tuple[str, int, str], list[measure.Row]] = {}
     for row in rows:
-        groups.setdefault((row["shape"], row["clients"], row["who"]), []).append(row)
+        if "failed" not in row:
+            groups.setdefault((row["shape"], row["clients"], row["who"]), []).append(row)
+    failures = [
+        f"{row['shape']}, {row['clients']} clients: {row['who']} gave none: {row['failed']}"
+        for row in rows
+        if "failed" in row
+    ]
     table, demands = [], []
     for (shape, clients, who), mine in groups.items():
         cells = [f"{shape}, {clients} clients: {who}"]
@@ -479,7 +496,7 @@ def throughput_report(rows: list[measure.Row]) -> Part:
         *("", "tokens/s", "first token p50, s", "between tokens p99, s"),
         *("client, cores", "disturbed"),
     )
-    return measure.table(header, table), demands
+    return "\n\n".join([measure.table(header, table), *failures]), demands
 
 
 def against(
