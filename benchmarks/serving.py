@@ -22,7 +22,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
 from itertools import cycle
@@ -636,9 +636,12 @@ def main() -> None:
         default=SERVERS,
         help="whose throughput to measure; the others' is kept as it is in the file",
     )
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, help="the same of shapes")
     parser.add_argument("--quick", action="store_true", help="next to nothing of everything")
     options = parser.parse_args()
     scale = QUICK if options.quick else FULL
+    if options.shapes:
+        scale = replace(scale, shapes=tuple(options.shapes))
     if options.quick:
         options.runs, options.patience, options.foreign = 1, 0.0, float(measure.num_cores())
     kept = options.output.with_suffix(".json") if options.output else None
@@ -646,8 +649,9 @@ def main() -> None:
     for part in options.parts:
         rows = MEASURES[part](options, scale)
         if part == "throughput":
+            asked = {(shape, who) for shape in scale.shapes for who in options.only}
             known = found.get(part, {"rows": []})["rows"]
-            rows = [row for row in known if row["who"] not in options.only] + rows
+            rows = [row for row in known if (row["shape"], row["who"]) not in asked] + rows
         today = datetime.now().astimezone().date().isoformat()
         found[part] = {
             "date": today,
