@@ -431,9 +431,22 @@ MEASURES = {
 }
 
 
+METHOD = (
+    "Weights are random and in int8 (hanok), Q8_0 (llama.cpp's server, a slot for each client) or "
+    "bfloat16 (transformers serve). Throughput: so many clients at once, each with one request of "
+    f"{FULL.prompt_tokens} prompt tokens and {FULL.new_tokens} new ones, streamed and greedy; tokens/s "
+    "are new tokens over the time from the first request to the last answer. Median "
+    "(smallest–largest) of cold processes that take turns; transformers' run once. Turns: a prompt of "
+    f"{FULL.history_tokens:,} tokens, then the same with its answer and 20 more. Overload: requests "
+    "of the trace, an eighth as long, at times with its pattern. Disconnects: most clients close "
+    "their connection at once, or behind 1 to 10 tokens. Soak: twice as many clients as slots, for "
+    f"{FULL.soak_s / 60:.0f} minutes. Client cores: what the measuring client took of the processors."
+)
+
+
 def report(found: dict[str, Any], threads: int) -> str:
     """Return the report of all parts that were measured."""
-    lines = [measure.heading("Servers on a CPU", threads), ""]
+    lines = [measure.heading("Servers on a CPU", threads), "", METHOD, ""]
     demands: list[Sequence[object]] = []
     for part, body in found.items():
         lines += [
