@@ -12,7 +12,7 @@ import argparse
 import struct
 import subprocess
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -41,7 +41,7 @@ SCALARS = {
     11: "<q",
 }
 SCALARS[12] = "<d"
-UINT32, FLOAT32 = 4, 6
+UINT32, INT32, FLOAT32, BOOL = 4, 5, 6, 7
 FILE_TYPES = {"F32": 0, "BF16": 32}
 
 NAMES = {
@@ -109,8 +109,11 @@ def heads_of(name: str, config: Mapping[str, Any]) -> int | None:
     return int(config.get("num_key_value_heads") or heads) if ".k_proj." in name else None
 
 
-def write_gguf(checkpoint_folder: Path, path: Path) -> Path:
-    """Write a checkpoint as BF16 or F32, whichever its own weights are, unless the file is there."""
+def write_gguf(checkpoint_folder: Path, path: Path, words: Sequence[str] = ()) -> Path:
+    """Write a checkpoint as BF16 or F32, whichever its own weights are, unless the file is there.
+
+    `words` are the texts of its tokens, for programs that cannot do without.
+    """
     if path.is_file():
         return path
     checkpoint = open_checkpoint(checkpoint_folder)
@@ -130,7 +133,7 @@ def write_gguf(checkpoint_folder: Path, path: Path) -> Path:
     unfinished = path.with_suffix(".part")
     path.parent.mkdir(parents=True, exist_ok=True)
     with unfinished.open("wb") as file:
-        write_header(file, metadata(config, "F32" if is_wide else "BF16"), table)
+        write_header(file, metadata(config, "F32" if is_wide else "BF16", words), table)
         for name in names:
             ref = checkpoint.tensors[name]
             values = torch.empty(tuple(ref.shape), dtype=dtype_of(ref))
@@ -145,7 +148,9 @@ def write_gguf(checkpoint_folder: Path, path: Path) -> Path:
     return path
 
 
-def metadata(config: Mapping[str, Any], file_type: str) -> dict[str, tuple[int, Any]]:
+def metadata(
+    config: Mapping[str, Any], file_type: str, words: Sequence[str] = ()
+) -> dict[str, tuple[int, Any]]:
     """Return the keys that llama.cpp needs, each with its type."""
     kind = config["model_type"]
     heads = config["num_attention_heads"]
@@ -164,7 +169,24 @@ def metadata(config: Mapping[str, Any], file_type: str) -> dict[str, tuple[int, 
         f"{kind}.rope.dimension_count": (UINT32, head_dim),
         f"{kind}.rope.freq_base": (FLOAT32, theta),
         f"{kind}.vocab_size": (UINT32, config["vocab_size"]),
-        "tokenizer.ggml.model": (STRING, "no_vocab"),
+        **vocabulary(words),
+    }
+
+
+def vocabulary(words: Sequence[str]) -> dict[str, tuple[int, Any]]:
+    """Return the keys of a vocabulary in which token 0 is unknown, 1 begins and 2 ends a text."""
+    if not words:
+        return {"tokenizer.ggml.model": (STRING, "no_vocab")}
+    kinds = [2, 3, 3, *[1] * (len(words) - 3)]
+    return {
+        "tokenizer.ggml.model": (STRING, "llama"),
+        "tokenizer.ggml.tokens": (ARRAY, (STRING, words)),
+        "tokenizer.ggml.scores": (ARRAY, (FLOAT32, [0.0] * len(words))),
+        "tokenizer.ggml.token_type": (ARRAY, (INT32, kinds)),
+        "tokenizer.ggml.unknown_token_id": (UINT32, 0),
+        "tokenizer.ggml.bos_token_id": (UINT32, 1),
+        "tokenizer.ggml.eos_token_id": (UINT32, 2),
+        "tokenizer.ggml.add_bos_token": (BOOL, False),
     }
 
 
@@ -175,12 +197,23 @@ def write_header(
     file.write(HEADER + struct.pack("<IQQ", 3, len(tensors), len(keys)))
     for key, (kind, value) in keys.items():
         file.write(string(key) + struct.pack("<I", kind))
-        file.write(string(value) if kind == STRING else struct.pack(SCALARS[kind], value))
+        file.write(packed(kind, value))
     for tensor in tensors:
         file.write(string(tensor.name) + struct.pack("<I", len(tensor.shape)))
         file.write(struct.pack(f"<{len(tensor.shape)}Q", *reversed(tensor.shape)))
         file.write(struct.pack("<IQ", tensor.kind, tensor.offset_bytes))
     file.write(bytes(-file.tell() % ALIGNMENT))
+
+
+def packed(kind: int, value: Any) -> bytes:
+    """Return a value of a key as it is written."""
+    if kind == STRING:
+        return string(value)
+    if kind == ARRAY:
+        item_kind, items = value
+        head = struct.pack("<IQ", item_kind, len(items))
+        return head + b"".join(packed(item_kind, item) for item in items)
+    return struct.pack(SCALARS[kind], value)
 
 
 def string(text: str) -> bytes:

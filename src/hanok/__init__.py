@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     from hanok.engine.model import Generation, Model, PrefixCache, Score, load
     from hanok.engine.params import SamplingParams
     from hanok.engine.quality import QualityReport, measure_quality
-    from hanok.engine.sequence import TokenEvent
+    from hanok.engine.sequence import SpeculationCounts, TokenEvent
+    from hanok.engine.speculate import Speculation
     from hanok.engine.ticket import Ticket
     from hanok.memory.plan import LoadPlan
     from hanok.memory.planning import plan_load
@@ -51,6 +52,8 @@ _LAZY = {
     "SamplingParams": "hanok.engine.params",
     "Score": "hanok.engine.model",
     "QualityReport": "hanok.engine.quality",
+    "Speculation": "hanok.engine.speculate",
+    "SpeculationCounts": "hanok.engine.sequence",
     "Ticket": "hanok.engine.ticket",
     "TokenEvent": "hanok.engine.sequence",
     "load": "hanok.engine.model",
@@ -78,6 +81,8 @@ __all__ = [
     "RequestError",
     "SamplingParams",
     "Score",
+    "Speculation",
+    "SpeculationCounts",
     "Ticket",
     "TokenEvent",
     "UnsupportedError",

@@ -229,27 +229,35 @@ def test_float32_agreement(programs: SimpleNamespace) -> None:
 
 def test_attention_contestants_agree(programs: SimpleNamespace, quick_guard: Any) -> None:
     attention = programs.attention
-    case = attention.Case(num_heads=8, num_kv_heads=2, head_dim=16, context=33, dtype="float32")
-    seconds, errors, disturbed = attention.measure_case(
-        case, total_bytes=3 * case.layer_bytes, runs=2, guard=quick_guard
+    case = attention.AttentionCase(
+        num_heads=8, num_kv_heads=2, head_dim=16, keys=33, dtype="float32"
     )
-    assert list(seconds) == ["usual call", "native", "sdpa", "eager"]
-    assert all(len(values) == 2 for values in seconds.values())
-    assert max(errors.values()) < TOLERANCE
-    assert disturbed == 0
-    assert len(attention.table_row(case, seconds, errors)) == 12
+    rounds = attention.Rounds(quick_guard)
+    report = attention.measured(
+        case, ring_bytes=3 * case.cache_bytes, runs=2, rounds=rounds, min_sample_s=0.0
+    )
+    (result,) = report.results
+    assert next(iter(result.measured)) == "usual call"
+    assert {"native", "sdpa", "eager"} <= set(result.measured)
+    assert all(len(row.samples) == 2 for row in result.measured.values())
+    assert max(row.max_error for row in result.measured.values()) < TOLERANCE
+    assert rounds.disturbed == 0
+    assert len(attention.table_row(result)) == 12
 
 
 def test_attention_marks_what_is_asked(programs: SimpleNamespace) -> None:
     attention = programs.attention
-    case = attention.Case(
-        num_heads=32, num_kv_heads=4, head_dim=64, context=16384, dtype="bfloat16"
-    )
-    seconds = {"usual call": [1e-3], "native": [6e-5], "sdpa": [1e-4], "eager": [5e-4]}
-    errors = dict.fromkeys(seconds, 0.0)
-    assert "≥ 10: yes, ≥ 2: no" in attention.table_row(case, seconds, errors)
-    seconds["sdpa"] = [2e-4]
-    assert "≥ 10: no, ≥ 2: yes" in attention.table_row(case, seconds, errors)
+    case = attention.AttentionCase(keys=16384)
+
+    def asked(**seconds: float) -> str:
+        rows = {
+            name: SimpleNamespace(samples=(value,), gb_per_s=1.0, max_error=0.0)
+            for name, value in {"usual call": 1e-3, "eager": 5e-4, **seconds}.items()
+        }
+        return str(attention.table_row(SimpleNamespace(case=case, measured=rows))[9])
+
+    assert asked(native=6e-5, sdpa=1e-4) == "≥ 10: yes, ≥ 2: no"
+    assert asked(native=6e-5, sdpa=2e-4) == "≥ 10: no, ≥ 2: yes"
 
 
 @pytest.mark.parametrize("num_tokens", [1, 3])

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -88,6 +89,26 @@ def test_generate_json_is_one_object() -> None:
     assert [len(row) for row in found["top_logprobs"]] == [2] * 4
 
 
+def test_guessed_tokens_change_no_text_and_are_counted() -> None:
+    options = ("--max-new-tokens", "60", "--ignore-eos", "--quant", "int8")
+    prompt = "The dog saw a cat. The cat saw a dog. The dog saw"
+    plain = run("generate", prompt, *options)
+    assert "guessed" not in plain.stderr
+    for words in (["--speculate", "ngram", "--max-draft", "4"], ["--draft", str(hanok.BUNDLED)]):
+        found = run("generate", prompt, *options, *words)
+        assert found.stdout == plain.stdout
+        counts = re.search(r"(\d+) of (\d+) guessed tokens right, (\d+) passes", found.stderr)
+        assert counts is not None
+        right, guessed, passes = map(int, counts.groups())
+        assert right <= guessed
+        assert passes + right in (60, 61)
+        as_json = json.loads(run("generate", prompt, *options, *words, "--json").stdout)
+        assert set(as_json["speculation"]) == {"proposed", "accepted", "passes"}
+    talk = run("chat", "--speculate", "ngram", "--max-new-tokens", "9", text="Hello.\nAgain.\n")
+    assert talk.stdout == run("chat", "--max-new-tokens", "9", text="Hello.\nAgain.\n").stdout
+    assert talk.stderr.count("guessed tokens right") == 2
+
+
 def test_sampling_options_reach_the_model() -> None:
     options = (
         "--temperature",
@@ -126,6 +147,19 @@ def test_a_wrong_bias_is_refused() -> None:
         (["generate", "hi", "--max-memory", "cpu=70Gb"], 2, "may mean bits"),
         (["generate", ""], 2, "there is no prompt"),
         (["generate", "hi", "--quant", "int5"], 2, "quantization 'int5' is unknown"),
+        (["generate", "hi", "--speculate", "draft"], 2, "give --draft PATH"),
+        (["generate", "hi", "--max-draft", "3"], 2, "--max-draft given, but --speculate is off"),
+        (
+            ["chat", "--speculate", "ngram", "--draft", "x"],
+            2,
+            "--draft given, but --speculate is ngram",
+        ),
+        (["serve", "--port", "0", "--draft", "nowhere"], 3, "nowhere"),
+        (
+            ["generate", "hi", "--speculate", "ngram", "--no-cache"],
+            2,
+            "speculation needs the cache",
+        ),
         (["quality", "--text", "nowhere"], 5, "nowhere cannot be read: No such file"),
         (["quality", "--quant", "int8,int8"], 2, "'int8' is there twice"),
         (["convert", "nowhere"], 3, "nowhere"),

@@ -4,6 +4,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -130,6 +131,27 @@ def test_what_is_given_up_ends_wherever_it_is(model: Model) -> None:
     for ticket in (running, waiting):
         with pytest.raises(hanok.RequestAbortedError):
             ticket.result()
+
+
+def test_a_request_given_up_while_a_step_computes_gets_that_steps_token_and_no_more(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Engine(model, cache_tokens=512)
+    ticket = engine.submit("Lily", max_new_tokens=400, ignore_eos=True)
+    engine.step()
+    assert engine.stats().most_tokens_after_abort == 0
+    run = engine._runner.run
+
+    def give_up_meanwhile(*arguments: Any) -> Any:
+        ticket.abort()
+        return run(*arguments)
+
+    monkeypatch.setattr(engine._runner, "run", give_up_meanwhile)
+    engine.step()
+    engine.step()
+    assert ticket.num_tokens_after_abort == 1
+    assert engine.stats().most_tokens_after_abort == 1
+    assert engine.stats().generated_tokens == 2
 
 
 def test_a_deadline_ends_a_request_in_the_queue_and_under_way(model: Model) -> None:

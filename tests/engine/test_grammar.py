@@ -376,6 +376,29 @@ def test_special_tokens_are_never_text(compiler: GrammarCompiler, tokenizer: Tok
     assert len(ids) > 500
 
 
+@pytest.mark.parametrize("around", [("", ""), ("so ", ""), ("", " it"), ("a", "b")], ids=repr)
+def test_the_spelling_of_a_special_token_is_written_with_others(
+    around: tuple[str, str], compiler: GrammarCompiler, tokenizer: Tokenizer, end_id: int
+) -> None:
+    for special in sorted(tokenizer.special_token_ids):
+        text = around[0] + tokenizer.token_text(special) + around[1]
+        for spec, expected in (
+            (GrammarSpec("regex", re.escape(text)), text),
+            (schema_spec({"const": text}), json.dumps(text)),
+            (schema_spec({"enum": [text, "x"]}), json.dumps(text)),
+        ):
+            matcher = compiler.compile(spec).matcher()
+            rest = expected.encode()
+            while rest:
+                found = allowed(matcher)
+                assert tokenizer.special_token_ids.isdisjoint(found)
+                spelled = {tokenizer.token_bytes(token_id): token_id for token_id in found}
+                longest = max(filter(rest.startswith, spelled), key=len)
+                matcher.accept(spelled[longest])
+                rest = rest.removeprefix(longest)
+            assert allowed(matcher) == {end_id}
+
+
 def test_rows_without_a_token_are_never_allowed(
     compiler: GrammarCompiler, tokenizer: Tokenizer
 ) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 import hanok
 from hanok.attention.base import ForwardBatch
 from hanok.attention.cache import KVCache
-from hanok.engine import generate as loop
+from hanok.engine import passes
 from hanok.engine.native_steps import NativeSteps, why_not
 from hanok.errors import RequestError
 from hanok.kernels.native import native
@@ -90,7 +90,7 @@ def compare(decoder: Decoder, steps: NativeSteps, expected: KVCache, rounds: int
         if number == rounds:
             del tokens[1], slots[1]
         wanted = plain_logits(decoder, expected, tokens, slots)
-        found = steps.logits(tokens, slots)
+        found = steps.logits([[token] for token in tokens], slots)
         assert torch.equal(found, wanted), number
         tokens = wanted.argmax(-1).tolist()
 
@@ -104,7 +104,7 @@ def test_recorded_passes_are_plain_passes(name: str, dtype: torch.dtype) -> None
     assert why_not(decoder, cache) is None
     steps = NativeSteps(decoder, cache)
     compare(decoder, steps, expected)
-    assert steps.recorded_sizes == [3, 2]
+    assert steps.recorded_kinds == [(1, 1, 1), (1, 1)]
     assert steps.obstacles == {}
     assert cache.lengths == expected.lengths
 
@@ -116,7 +116,7 @@ def test_generation_is_recorded_and_gives_the_same_tokens(
 ) -> None:
     model = hanok.load(hanok.BUNDLED, quant=quant, cache_dtype=cache_dtype, weights="copied")
     made: list[NativeSteps] = []
-    real = loop._recorded_steps
+    real = passes._recorded
 
     def kept(decoder: Decoder, cache: KVCache) -> Any:
         found = real(decoder, cache)
@@ -126,13 +126,13 @@ def test_generation_is_recorded_and_gives_the_same_tokens(
 
     prompts = ["Once upon a time", "The dog", "Lily and Tom went to the park and"]
     options: Any = {"max_new_tokens": 12, "temperature": 0.7, "seed": 3}
-    monkeypatch.setattr(loop, "_recorded_steps", kept)
+    monkeypatch.setattr(passes, "_recorded", kept)
     recorded = model.generate(prompts, **options)
-    monkeypatch.setattr(loop, "_recorded_steps", lambda *_: None)
+    monkeypatch.setattr(passes, "_recorded", lambda *_: None)
     plain = model.generate(prompts, **options)
     assert [item.token_ids for item in recorded] == [item.token_ids for item in plain]
     assert [item.logprobs for item in recorded] == [item.logprobs for item in plain]
-    assert made[0].recorded_sizes == [3]
+    assert made[0].recorded_kinds == [(1, 1, 1)]
 
 
 @pytest.mark.parametrize(("name", "function"), [("gpt2", "layer_norm"), ("mixtral", "float")])
@@ -141,9 +141,9 @@ def test_what_would_be_missing_is_computed_plainly(name: str, function: str) -> 
     decoder = random_decoder(name)
     steps = NativeSteps(decoder, cache := prefilled(decoder))
     compare(decoder, steps, prefilled(decoder), rounds=3)
-    assert steps.recorded_sizes == []
-    assert list(steps.obstacles) == [3, 2]
-    assert steps.obstacles[3] == function
+    assert steps.recorded_kinds == []
+    assert list(steps.obstacles) == [(1, 1, 1), (1, 1)]
+    assert steps.obstacles[1, 1, 1] == function
     assert cache.lengths[1] == 3
 
 
@@ -153,7 +153,7 @@ def test_angles_that_depend_on_the_length_are_written_into_place() -> None:
     decoder = random_decoder("dynamic")
     steps = NativeSteps(decoder, prefilled(decoder))
     compare(decoder, steps, prefilled(decoder), rounds=3)
-    assert steps.recorded_sizes == [3, 2]
+    assert steps.recorded_kinds == [(1, 1, 1), (1, 1)]
 
 
 @torch.inference_mode()
@@ -168,12 +168,57 @@ def test_weights_that_moved_are_found() -> None:
         parameter.data = parameter.data.clone()
     for weight in old:
         weight.fill_(float("nan"))
-    sizes = []
+    kinds = []
     for token in range(3):
-        found = steps.logits([token, token], [0, 2])
+        found = steps.logits([[token], [token]], [0, 2])
         assert torch.equal(found, plain_logits(decoder, expected, [token, token], [0, 2]))
-        sizes.append(steps.recorded_sizes)
-    assert sizes == [[3], [3, 2], [3, 2]]
+        kinds.append(steps.recorded_kinds)
+    assert kinds == [[], [(1, 1)], [(1, 1)]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@torch.inference_mode()
+def test_passes_over_several_tokens_are_those_over_one_after_another(dtype: torch.dtype) -> None:
+    """Bit for bit, recorded or not, whichever number of tokens each sequence has."""
+    decoder = random_decoder("qwen3", dtype)
+    cache, expected = prefilled(decoder), prefilled(decoder)
+    steps = NativeSteps(decoder, cache)
+    random = torch.Generator().manual_seed(4)
+    for counts in ((4, 1, 2), (1, 3, 1), (4, 1, 2), (1, 3, 1), (4, 1, 2), (1, 3, 1)):
+        tokens = [torch.randint(60, (n,), generator=random).tolist() for n in counts]
+        found = steps.logits(tokens, [0, 1, 2])
+        one_by_one = torch.cat(
+            [
+                plain_logits(decoder, expected, [token], [slot])
+                for slot, new in enumerate(tokens)
+                for token in new
+            ]
+        )
+        assert torch.equal(found, one_by_one)
+        for slot in range(3):  # as where all but the first were drafted wrong
+            for each in (cache, expected):
+                each.truncate(slot, each.lengths[slot] - counts[slot] + 1)
+    assert steps.recorded_kinds == [(4, 1, 2), (1, 3, 1)]
+
+
+@torch.inference_mode()
+def test_what_was_not_used_for_longest_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hanok.engine.native_steps.KEPT_TOKENS", 8)
+    decoder = random_decoder("llama")
+    cache = decoder.new_cache(1, 40)
+    steps = NativeSteps(decoder, cache)
+
+    def make(*counts: int) -> list[tuple[int, ...]]:
+        for count in counts:
+            steps.logits([[5] * count], [0])
+            cache.truncate(0, 0)
+        return steps.recorded_kinds
+
+    assert make(3, 3, 4, 4, 3) == [(4,), (3,)]
+    assert make(2, 2) == [(3,), (2,)]
+    assert make(9, 9, 9) == [(3,), (2,)]
+    assert make(4) == [(3,), (2,)]
+    assert make(4) == [(2,), (4,)]
 
 
 @torch.inference_mode()
@@ -182,9 +227,9 @@ def test_a_full_cache_is_refused_before_anything_is_written() -> None:
     cache = decoder.new_cache(1, 4)
     steps = NativeSteps(decoder, cache)
     for token in range(4):
-        steps.logits([token], [0])
+        steps.logits([[token]], [0])
     with pytest.raises(RequestError, match="sequence 0 holds 4 tokens"):
-        steps.logits([5], [0])
+        steps.logits([[5]], [0])
     assert cache.lengths == [4]
 
 

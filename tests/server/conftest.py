@@ -1,15 +1,27 @@
-"""A server with the bundled model in a process of its own, as its users have it."""
+"""A server with the bundled model: in a process of its own, as its users have it, or in this one."""
 
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import httpx
 import pytest
+import uvicorn
+
+import hanok
+from hanok.engine.engine import Engine
+from hanok.engine.model import Model
+from hanok.server.app import create_app
+from hanok.server.options import ServerOptions
+from hanok.server.run import listen
+from hanok.server.service import Service
 
 PATIENCE_S = 60.0
 
@@ -26,14 +38,19 @@ class Server:
 
 
 def start_server(*options: str) -> Server:
-    command = [sys.executable, "-m", "hanok", "serve", "--port", "0", "--dtype", "float32"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    command = ["-m", "hanok", "serve", "--port", "0", "--dtype", "float32"]
+    return start_python(*command, "--threads", "1", "--users", "8", *options)
+
+
+def start_python(*words: str) -> Server:
+    """Start a program that says where it listens."""
     process = subprocess.Popen(
-        [*command, "--threads", "1", "--users", "8", *options],
+        [sys.executable, *words],
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
-        env=environment,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
     )
     if process.stdout is None:
         raise AssertionError("its output is piped")
@@ -56,8 +73,9 @@ def stop(server: Server) -> int:
     finally:
         server.process.kill()
         server.process.wait()
-        if server.process.stdout is not None:
-            server.process.stdout.close()
+        for pipe in (server.process.stdin, server.process.stdout):
+            if pipe is not None:
+                pipe.close()
     return status
 
 
@@ -75,4 +93,56 @@ def server() -> Iterator[Server]:
 @pytest.fixture
 def client(server: Server) -> Iterator[httpx.Client]:
     with server.client() as found:
+        yield found
+
+
+@dataclass(frozen=True)
+class LocalServer:
+    """A server in a thread of this process, whose engine can be tampered with."""
+
+    url: str
+    service: Service
+    engine: Engine
+
+    def client(self) -> httpx.Client:
+        return httpx.Client(base_url=self.url, timeout=PATIENCE_S)
+
+
+@pytest.fixture(scope="session")
+def local_model() -> Model:
+    return hanok.load(hanok.BUNDLED, dtype="float32", context=1024, batch=8)
+
+
+@contextmanager
+def local_server(
+    model: Model, *, write_timeout_s: float = PATIENCE_S, send_buffer: int | None = None
+) -> Iterator[LocalServer]:
+    options = ServerOptions(model_id="bundled", port=0, write_timeout_s=write_timeout_s)
+    service, engine = Service(options=options), Engine(model)
+    listener = listen(options)
+    if send_buffer is not None:  # connections have that of their listener
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
+    config = uvicorn.Config(
+        create_app(service), lifespan="off", log_level="critical", timeout_graceful_shutdown=5
+    )
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    service.open(model, engine)
+    thread.start()
+    try:
+        yield LocalServer(
+            url=f"http://127.0.0.1:{listener.getsockname()[1]}", service=service, engine=engine
+        )
+    finally:
+        server.should_exit = True
+        engine.close()
+        thread.join(PATIENCE_S)
+        service.close()
+        listener.close()
+    assert not thread.is_alive()
+
+
+@pytest.fixture
+def local(local_model: Model) -> Iterator[LocalServer]:
+    with local_server(local_model) as found:
         yield found

@@ -24,6 +24,7 @@ COUNTERS = {
     "tgi_batch_concat": {"reason": ["backpressure", "wait_exceeded", "chunking"]},
 }
 GAUGES = {
+    "hanok_most_tokens_after_abort": 1,
     "tgi_queue_size": 3,
     "tgi_batch_current_size": 2,
     "tgi_batch_current_max_tokens": 5 * 16,
@@ -80,6 +81,9 @@ class Stats:
     prefix_hit_tokens: int = 128
     prefix_query_tokens: int = 300
     cancelled: int = 7
+    most_tokens_after_abort: int = 1
+    drafted_tokens: int = 40
+    accepted_tokens: int = 25
 
 
 RECORD = RequestRecord(
@@ -169,6 +173,8 @@ def test_counts_of_the_engine_are_counters(metrics: Metrics) -> None:
         "hanok_prefix_hit_tokens": 128,
         "hanok_prefix_query_tokens": 300,
         "hanok_requests_cancelled": 7,
+        "hanok_drafted_tokens": 40,
+        "hanok_accepted_tokens": 25,
     }.items():
         assert families(metrics)[name].type == "counter"
         assert value(metrics, f"{name}_total") == expected

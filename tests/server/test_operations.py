@@ -4,6 +4,7 @@ import json
 import re
 import signal
 import socket
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -26,6 +27,14 @@ def wait_for(client: httpx.Client, name: str, value: float) -> None:
     until = time.monotonic() + PATIENCE_S
     while metric(client, name) != value:
         assert time.monotonic() < until, name
+
+
+def send_stop(server: Server, client: httpx.Client) -> None:
+    """Tell a server to stop, and wait until it knows."""
+    server.process.send_signal(signal.SIGTERM)
+    until = time.monotonic() + PATIENCE_S
+    while client.get("/ready").status_code != 503:
+        assert time.monotonic() < until
 
 
 def test_a_client_that_leaves_frees_its_blocks(server: Server, client: httpx.Client) -> None:
@@ -132,13 +141,86 @@ def test_stopping_lets_requests_finish_and_takes_no_more() -> None:
             with client.stream("POST", "/v1/completions", json=LONG | {"stream": True}) as response:
                 lines = response.iter_lines()
                 next(lines)
-                server.process.send_signal(signal.SIGTERM)
                 with server.client() as other:
+                    send_stop(server, other)
                     refused = pool.submit(other.post, "/v1/completions", json=LONG).result()
                 assert refused.status_code == 503
                 rest = [line for line in lines if line]
             assert rest[-1] == "data: [DONE]"
             assert json.loads(rest[-2].removeprefix("data: "))["choices"][0]["finish_reason"]
+        assert server.process.wait(PATIENCE_S) == 0
+    finally:
+        stop(server)
+
+
+def test_stopping_under_load_cuts_nobody_off() -> None:
+    count, length = 24, 250
+    server = start_server()
+    begun = threading.Semaphore(0)
+
+    def stream(path: str) -> tuple[int, str | None]:
+        """Return how many tokens came, and why no more did."""
+        tokens, reason = 0, None
+        body = LONG | {"inputs": LONG["prompt"], "max_tokens": length, "stream": True}
+        body["parameters"] = {"max_new_tokens": length, "ignore_eos": True, "details": True}
+        with server.client() as client, client.stream("POST", path, json=body) as response:
+            lines = [line for line in response.iter_lines() if begun.release() or line]
+        if path.startswith("/v1/"):
+            assert lines.pop() == "data: [DONE]"
+        for line in lines:
+            event = json.loads(line.removeprefix("data: "))
+            details = event.get("details") or event.get("choices", [{}])[0]
+            reason = details.get("finish_reason")
+            tokens += 1
+        return tokens, reason
+
+    def whole(path: str) -> tuple[int, str | None]:
+        body = LONG | {"max_tokens": length}
+        with server.client() as client:
+            found = client.post(path, json=body).json()
+        return found["usage"]["completion_tokens"], found["choices"][0]["finish_reason"]
+
+    ways = [(stream, "/v1/completions"), (stream, "/generate_stream"), (whole, "/v1/completions")]
+    try:
+        wait_until_ready(server)
+        with server.client() as client, ThreadPoolExecutor(count) as pool:
+            asked = [pool.submit(*ways[number % len(ways)]) for number in range(count)]
+            for _ in range(2 * count // 3):
+                assert begun.acquire(timeout=PATIENCE_S)
+            until = time.monotonic() + PATIENCE_S
+            while (
+                sum(metric(client, f"hanok_requests_{s}") for s in ("running", "waiting")) < count
+            ):
+                assert time.monotonic() < until
+            send_stop(server, client)
+            refused = []
+            while not all(request.done() for request in asked):
+                try:
+                    refused.append(client.post("/v1/completions", json=LONG).status_code)
+                except httpx.TransportError:  # nothing listens any more
+                    break
+            assert set(refused) <= {503}
+            assert [request.result() for request in asked] == [(length, "length")] * count
+        assert server.process.wait(PATIENCE_S) == 0
+    finally:
+        stop(server)
+
+
+def test_what_is_not_finished_in_time_is_cut_off_with_an_error() -> None:
+    server = start_server("--termination-seconds", "0")
+    try:
+        wait_until_ready(server)
+        with (
+            server.client() as client,
+            client.stream("POST", "/v1/completions", json=LONG | {"stream": True}) as response,
+        ):
+            lines = response.iter_lines()
+            next(lines)
+            server.process.send_signal(signal.SIGTERM)
+            rest = [line.removeprefix("data: ") for line in lines if line]
+        assert rest[-1] == "[DONE]"
+        assert "was stopped before the request was finished" in rest[-2]
+        assert json.loads(rest[-2])["error"]["http_status_code"] == 503
         assert server.process.wait(PATIENCE_S) == 0
     finally:
         stop(server)

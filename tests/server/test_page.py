@@ -1,4 +1,5 @@
-"""The page at `/` in a real browser, before a stand-in that streams what each test wants.
+"""The page at `/` in a real browser, before a stand-in that streams what each test wants, and before
+the server itself.
 
 Needs Chromium with its driver and selenium: `apt-get install chromium chromium-driver`, `pip install
 selenium`. Without them these tests are skipped.
@@ -34,6 +35,7 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
+from tests.server.conftest import LocalServer, Server
 
 PAGE = Path(hanok.__file__).parent / "server" / "page.html"
 TIMEOUT_S = 20
@@ -464,9 +466,13 @@ def test_nothing_is_asked_of_anyone_else_and_nothing_is_complained_of(
     names = page.run("return performance.getEntriesByType('resource').map(entry => entry.name)")
     assert names
     assert [name for name in names if not name.startswith((stub.url, "data:"))] == []
+    assert complaints(page, stub.url) == []
+
+
+def complaints(page: Page, url: str) -> list[str]:
     log = page.browser.get_log("browser")  # type: ignore[no-untyped-call]
-    complaints = [entry for entry in log if entry["level"] != "DEBUG"]
-    assert [entry for entry in complaints if stub.url in entry["message"]] == []
+    found = [entry["message"] for entry in log if entry["level"] != "DEBUG"]
+    return [message for message in found if url in message]
 
 
 def test_every_control_has_a_name(page: Page) -> None:
@@ -525,3 +531,58 @@ def test_text_stands_out_from_its_ground(page: Page, name: str) -> None:
         ratios = page.run(CONTRASTS % json.dumps(PAIRS))
     assert grounds == {"light": "rgb(246, 243, 238)", "dark": "rgb(25, 23, 21)"}[name]
     assert [pair for pair, ratio in zip(PAIRS, ratios, strict=True) if ratio < 4.5] == []
+
+
+def test_a_real_server_answers_and_shows_its_plan(browser: Chrome, server: Server) -> None:
+    page = Page(browser, server.url)
+    page.fill("#temperature", "0")
+    page.fill("#max_tokens", "40")
+    answer = page.ask("Tell me of a dog.")
+    body = {
+        "messages": [{"role": "user", "content": "Tell me of a dog."}],
+        "max_tokens": 40,
+        "temperature": 0,
+    }
+    with server.client() as client:
+        expected = client.post("/v1/chat/completions", json=body).json()
+        info = client.get("/info").json()
+    assert answer == expected["choices"][0]["message"]["content"]
+    figures = page[".turn.assistant .figures"].text
+    assert f"{expected['usage']['completion_tokens']} tokens" in figures
+    assert "tokens/s" in figures
+    assert page["#model"].text == info["model_id"]
+    plan = page["#plan"].text
+    row = info["memory_plan"][0]
+    for shown in (row["tier"], row["holds"], f"{info['cache_tokens']:,}"):
+        assert shown in plan
+    for name, part in (("weights", "weights_bytes"), ("KV cache", "kv_bytes")):
+        assert f"{name} {row[part] / 2**20:.2f} MiB" in plan
+    # The next turn goes on with the conversation, which the server still has computed.
+    assert page.ask("And then?")
+    assert complaints(page, server.url) == []
+
+
+def test_a_real_servers_tokens_are_shown_as_they_come_and_can_be_stopped(
+    browser: Chrome, local: LocalServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After some passes the engine waits until the page shows what came of them."""
+    forward, passes, go_on = local.engine._runner._hidden_states, iter(range(8)), threading.Event()
+
+    def held(batch: Any) -> Any:
+        if next(passes, None) is None:
+            assert go_on.wait(TIMEOUT_S)
+        return forward(batch)
+
+    monkeypatch.setattr(local.engine._runner, "_hidden_states", held)
+    page = Page(browser, local.url)
+    try:
+        page.say("Tell me of a dog.")
+        page.wait(lambda page: [turn for turn in page.all(".turn.assistant .text") if turn.text])
+        assert page.answers() == []
+        page["#stop"].click()
+        page.wait(lambda page: page.answers())
+    finally:
+        go_on.set()
+    page.wait(lambda page: local.engine.stats().cancelled == 1)
+    assert "stopped by you" in page[".turn.assistant .figures"].text
+    assert page.ask("Go on.")

@@ -244,16 +244,22 @@ def visible(num_queries: int, num_keys: int, window: int | None, device: torch.d
     return seen if window is None else seen & (keys > queries - window)
 
 
-def reference(q: Tensor, keys: Tensor, values: Tensor, spec: AttentionSpec) -> Tensor:
-    """Attend for one sequence, plainly and in float32: the oracle of every backend.
+def reference(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    spec: AttentionSpec,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Attend for one sequence, plainly and in `dtype`: the oracle of every backend.
 
     q: (time, heads, head_dim)   keys, values: (kv_heads, keys, head_dim), the queries are the last
-    positions. returns: (time, heads, head_dim) float32. Memory: heads x time x keys.
+    positions. returns: (time, heads, head_dim) of `dtype`. Memory: heads x time x keys.
     """
     group = spec.num_heads // spec.num_kv_heads
-    keys = keys.float().repeat_interleave(group, 0)
-    values = values.float().repeat_interleave(group, 0)
-    scores = q.float().transpose(0, 1) @ keys.transpose(1, 2) * spec.scale
+    keys = keys.to(dtype).repeat_interleave(group, 0)
+    values = values.to(dtype).repeat_interleave(group, 0)
+    scores = q.to(dtype).transpose(0, 1) @ keys.transpose(1, 2) * spec.scale
     if spec.softcap is not None:
         scores = spec.softcap * torch.tanh(scores / spec.softcap)
     seen = visible(q.shape[0], keys.shape[1], spec.window, q.device)

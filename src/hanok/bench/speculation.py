@@ -1,33 +1,28 @@
-"""Where a benchmark meets speculation: whether it can be measured, and how it is asked for."""
+"""Where a benchmark meets speculation: can it be measured, how is it asked for, what did it bring."""
 
-from importlib import import_module
-from importlib.util import find_spec
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-MODULE = "hanok.engine.speculate"
+from hanok.engine.model import Model, TokenStream
+from hanok.engine.sequence import TokenEvent
+from hanok.engine.speculate import Speculation
 
 
 def why_not(method: str, draft: Path | None) -> str | None:
     """Return why a method cannot be measured, or None."""
-    if method == "off":
-        return None
-    if find_spec(MODULE) is None:
-        return "this version of hanok does not speculate"
-    if method == "draft" and draft is None:
-        return "needs a draft model (--draft)"
-    return None
+    return "needs a draft model (--draft)" if method == "draft" and draft is None else None
 
 
-def arguments(method: str, draft: Any) -> dict[str, Any]:
-    """Return what `Model.stream` takes for a method, with the loaded draft model where it needs one."""
-    if method == "off":
-        return {}
-    return {"speculation": import_module(MODULE).Speculation(method=method, draft=draft)}
+def asked(method: str, draft: Model | None) -> Speculation | None:
+    """Return what `Model.stream` takes for a method, with the draft model where it is that one's."""
+    if method == "draft":
+        return Speculation(method="draft", draft=draft)
+    return Speculation(method="ngram") if method == "ngram" else None
 
 
-def counts(method: str, stream: Any) -> dict[str, int | None]:
+def counts(method: str, events: Iterator[TokenEvent]) -> dict[str, int | None]:
     """Return how many tokens a stream guessed, and how many of them were right; None without."""
-    if method == "off":
+    if method == "off" or not isinstance(events, TokenStream):
         return {"proposed": None, "accepted": None}
-    return {"proposed": stream.speculation.proposed, "accepted": stream.speculation.accepted}
+    found = events.speculation
+    return {"proposed": found.proposed, "accepted": found.accepted}

@@ -118,8 +118,8 @@ class Worker:
     ) -> Iterator[TokenEvent]:
         options = SamplingOptions(max_new_tokens=new_tokens, ignore_eos=True, temperature=0.0)
         if len(prompts) == 1:
-            extra = speculation.arguments(method, self._draft)
-            return self.model.stream(prompts[0], use_cache=use_cache, **extra, **options)
+            how = speculation.asked(method, self._draft)
+            return self.model.stream(prompts[0], use_cache=use_cache, speculation=how, **options)
         sequences = [self.model.sequence(prompt, options) for prompt in prompts]
         return generate(self.model.decoder, sequences, use_cache=use_cache)
 

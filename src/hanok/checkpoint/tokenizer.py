@@ -152,6 +152,15 @@ class Tokenizer:
         """The id of the token that the vocabulary spells `text` (its own spelling), or None."""
         return self._ids.get(text)
 
+    def first_difference(self, other: "Tokenizer") -> int | None:
+        """The smallest id that is not the same token in both, or None where all are."""
+        differing = set(self._ids.items()) ^ set(other._ids.items())
+        return min((token_id for _, token_id in differing), default=None)
+
+    def spelling(self, token_id: int) -> str | None:
+        """The vocabulary's own spelling of a token, or None for an id without one."""
+        return next((text for text, found in self._ids.items() if found == token_id), None)
+
     @property
     def chat_template_names(self) -> tuple[str, ...]:
         """The names that `template` may be, in the order in which they were found."""

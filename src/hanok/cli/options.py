@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, fields
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import click
 
@@ -23,7 +23,8 @@ from hanok.errors import OptionError
 
 if TYPE_CHECKING:
     from hanok.bench.profile import Profile
-    from hanok.engine.model import Model
+    from hanok.engine.model import Model, TokenStream
+    from hanok.engine.speculate import Speculation
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -134,6 +135,71 @@ def model_options(command: Command) -> Command:
     ):
         command = option(command)
     return command
+
+
+def speculation_options(command: Command) -> Command:
+    """Add the options of guessing tokens ahead."""
+    for option in (
+        click.option(
+            "--max-draft",
+            type=click.IntRange(1, 255),
+            help="Tokens guessed for one pass at the most.  [default: 15 from the text, 7 by a model]",
+        ),
+        click.option(
+            "--draft",
+            type=click.Path(path_type=Path),
+            help="A smaller model with the same vocabulary that guesses; loaded with the same --quant "
+            "and --dtype.",
+        ),
+        click.option(
+            "--speculate",
+            type=click.Choice(["off", "ngram", "draft"]),
+            help="Guess tokens ahead and check several in one pass, where that is faster; the text is "
+            "the same. ngram: from the text so far; draft: by the model of --draft.  [default: draft "
+            "with --draft, else off]",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def open_speculation(options: Mapping[str, Any]) -> "Speculation | None":
+    """Return what was asked for by `speculation_options`, its draft model loaded."""
+    path: Path | None = options["draft"]
+    method: Literal["off", "ngram", "draft"]
+    method = options["speculate"] or ("draft" if path is not None else "off")
+    if method == "off" or (method == "ngram" and path is not None):
+        idle = [name for name in ("draft", "max_draft") if options[name] is not None]
+        idle = idle if method == "off" else ["draft"]
+        if idle:
+            names = ", ".join("--" + name.replace("_", "-") for name in idle)
+            raise OptionError(f"{names} given, but --speculate is {method}. Leave one of them out.")
+    if method == "off":
+        return None
+    if method == "draft" and path is None:
+        raise OptionError("--speculate draft needs a model that drafts: give --draft PATH.")
+    # Imported here: without speculation nothing is loaded before the plan is printed.
+    from hanok.engine.model import load
+    from hanok.engine.speculate import Speculation
+
+    model = None
+    if path is not None:
+        model = load(
+            path,
+            dtype=options["dtype"],
+            quant=options["quant"],
+            attn_implementation=options["attention"],
+        )
+        click.echo(f"Loaded {path.name} to draft in {model.report.seconds:.2f} s.", err=True)
+    return Speculation(method=method, draft=model, max_tokens=options["max_draft"])
+
+
+def speculation_line(stream: "TokenStream", speculation: "Speculation | None") -> str:
+    """Return what is said of guessed tokens at the end of an answer; nothing where none were."""
+    if speculation is None:
+        return ""
+    counts = stream.speculation
+    return f"; {counts.accepted} of {counts.proposed} guessed tokens right, {counts.passes} passes"
 
 
 def sampling_options(command: Command) -> Command:

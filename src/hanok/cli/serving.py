@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from hanok.cli.options import check_profile
+from hanok.cli.options import check_profile, open_speculation
 from hanok.cli.plan_table import plan_facts, print_plan
 from hanok.cli.units import size
 from hanok.errors import OptionError
@@ -18,6 +18,7 @@ from hanok.memory.plan import LoadPlan
 if TYPE_CHECKING:
     from hanok.engine.engine import Engine
     from hanok.engine.model import Model
+    from hanok.engine.speculate import Speculation
     from hanok.server.options import ServerOptions
     from hanok.server.service import Service
 
@@ -40,12 +41,14 @@ def start(
 ) -> int:
     """Plan, print, listen, load and serve; return the exit code.
 
-    `load` are the options of a verb that loads (`model_options`).
+    `load` are the options of a verb that loads (`model_options`) and guesses (`speculation_options`).
     """
     # Imported here: `hanok serve --help` starts without torch.
     from hanok.server.run import listen, serve
 
     _log_to_stderr(as_json=server.logs_json)
+    # A draft model is loaded before the plan is made, which counts with what is left.
+    speculation = open_speculation(load)
     try:
         listener = listen(server)
     except OSError as error:
@@ -64,7 +67,7 @@ def start(
     )
 
     def open_model(service: "Service") -> "tuple[Model, Engine]":
-        return _open(service, plan, engine, load)
+        return _open(service, plan, engine, load, speculation)
 
     host = f"[{server.host}]" if ":" in server.host else server.host
     click.echo(f"Listening on http://{host}:{port} as {server.model_id!r}; loading.")
@@ -113,7 +116,11 @@ def _planned(path: Path, users: int, load: Mapping[str, Any]) -> LoadPlan:
 
 
 def _open(
-    service: "Service", plan: LoadPlan, engine: EngineOptions, load: Mapping[str, Any]
+    service: "Service",
+    plan: LoadPlan,
+    engine: EngineOptions,
+    load: Mapping[str, Any],
+    speculation: "Speculation | None",
 ) -> "tuple[Model, Engine]":
     import torch
 
@@ -138,7 +145,12 @@ def _open(
     )
     for note in model.notes:
         logging.getLogger("hanok.server").warning("%s", note)
-    made = hanok.Engine(model, max_running=engine.max_running, max_step_s=engine.max_step_s)
+    made = hanok.Engine(
+        model,
+        max_running=engine.max_running,
+        max_step_s=engine.max_step_s,
+        speculation=speculation,
+    )
     peak = size(model.report.peak_bytes)
     logging.getLogger("hanok.server").info(
         "ready: loaded in %.2f s, at most %s of memory at once", model.report.seconds, peak

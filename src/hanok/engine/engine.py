@@ -8,11 +8,12 @@ A request's tokens depend on its own prompt, options and seed, not on what else 
 fails fails alone: when a pass over several raises, each is computed again by itself.
 """
 
+import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import count
 from types import TracebackType
 from typing import Literal, Protocol, Unpack
@@ -23,7 +24,8 @@ from hanok.engine.pace import Pace
 from hanok.engine.params import SamplingOptions
 from hanok.engine.runner import BLOCK_TOKENS, Runner, StepResult
 from hanok.engine.schedule import Chunk, Row, Scheduler, StepPlan
-from hanok.engine.sequence import GenerationSequence, choose
+from hanok.engine.sequence import GenerationSequence, Scores, Taken, num_right, take_next
+from hanok.engine.speculate import Speculation, Speculator
 from hanok.engine.ticket import Request, Ticket
 from hanok.errors import (
     ClosedError,
@@ -36,9 +38,11 @@ from hanok.errors import (
 )
 from hanok.memory.needs import PREFILL_TOKENS
 
+LOG = logging.getLogger("hanok.engine")
 MIXED_STEP_S = 0.25
 ALONE_STEP_S = 1.0
 MAX_RUNNING = 64
+DRAFTED_REQUESTS = 8  # whose keys and values a draft model has memory for
 # How long a step may take before it counts as stuck: the first one, which reads the weights from disk;
 # later ones; and how many times as long as the longest so far.
 FIRST_STALL_S, STALL_S, STALL_FACTOR = 600.0, 8.0, 10.0
@@ -64,7 +68,13 @@ class EngineStats:
     prefix_query_tokens: int
     """Prompt tokens of all that began."""
     cancelled: int
+    most_tokens_after_abort: int
+    """Of one request that was given up: those of the step that was under way."""
     generated_tokens: int
+    drafted_tokens: int
+    """Tokens that were guessed and checked."""
+    accepted_tokens: int
+    """Of these, those that were right."""
 
 
 class StepObserver(Protocol):
@@ -79,8 +89,12 @@ class StepObserver(Protocol):
         forward_s: float,
         total_s: float,
         succeeded: bool,
+        accepted: Sequence[int],
     ) -> None:
-        """Take note of a step; "prefill" where prompts were among it."""
+        """Take note of a step; "prefill" where prompts were among it.
+
+        `accepted` says for each request with guesses how many were right.
+        """
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -103,12 +117,15 @@ class Engine:
         cache_tokens: int | None = None,
         max_running: int = MAX_RUNNING,
         max_step_s: float = MIXED_STEP_S,
+        speculation: Speculation | None = None,
     ) -> None:
         """Claim the cache; `start`, or a `with` block, begins the work.
 
         `cache_tokens` are the tokens whose keys and values are kept, of all requests together; by
         default what the model's load plan counted on. `max_running` requests are computed at a time,
-        in steps that prompts do not make longer than about `max_step_s` seconds.
+        in steps that prompts do not make longer than about `max_step_s` seconds. `speculation` guesses
+        tokens ahead while no prompt is computed, as far as that is faster: the fewer requests run, the
+        more. A draft model guesses for DRAFTED_REQUESTS of them at a time.
         """
         if cache_tokens is None:
             needs = model.plan.needs if model.plan is not None else None
@@ -126,6 +143,15 @@ class Engine:
         self._shares_angles = model.config.shares_angles(1, self.max_tokens)
         self._scheduler = Scheduler(pool, max_running)
         self._runner = Runner(model.decoder, pool.num_blocks, pool.needed(self.max_tokens))
+        self._speculator: Speculator | None = None
+        if speculation is not None:
+            speculation.check(model)
+            self._speculator = Speculator(
+                speculation,
+                model.decoder,
+                num_sequences=min(max_running, DRAFTED_REQUESTS),
+                max_tokens=self.max_tokens,
+            )
         self._pace = Pace(mixed_s=max_step_s, alone_s=ALONE_STEP_S, most_tokens=PREFILL_TOKENS)
         self.observer: StepObserver | None = None
         """Hears of each step; to be set before the work begins."""
@@ -136,7 +162,8 @@ class Engine:
         self._thread: threading.Thread | None = None
         self._state: Literal["open", "draining", "closed"] = "open"
         self._numbers = count(1)
-        self._steps = self._cancelled = self._generated = 0
+        self._steps = self._cancelled = self._generated = self._most_after_abort = 0
+        self._drafted = self._accepted = 0
         self._step_began: float | None = None
         self._longest_step_s = 0.0
 
@@ -224,7 +251,10 @@ class Engine:
             prefix_hit_tokens=scheduler.num_cached_tokens,
             prefix_query_tokens=scheduler.num_prompt_tokens,
             cancelled=self._cancelled,
+            most_tokens_after_abort=self._most_after_abort,
             generated_tokens=self._generated,
+            drafted_tokens=self._drafted,
+            accepted_tokens=self._accepted,
         )
 
     @property
@@ -247,15 +277,18 @@ class Engine:
         self._drop_late()
         began = self._step_began = time.monotonic()
         decoding = sum(row.is_decoding for row in self._scheduler.running)
-        plan = self._scheduler.plan(self._pace.prompt_tokens(decoding))
+        plan = self._scheduler.plan(self._pace.prompt_tokens(decoding), self._drafts())
         if plan.chunks:
+            planned = time.monotonic()
             chunks, result, failures = self._compute(plan.chunks)
             computed = time.monotonic()
             for chunk, error in failures:
                 self._end(self._entries[chunk.row.id], error)
-            if result is not None:
-                self._commit(chunks, result)
-            self._record(plan, began, computed, succeeded=not failures)
+            if self._speculator is not None and not failures and not plan.num_prompt_tokens:
+                num_tokens = plan.num_decoding + plan.num_drafted_tokens
+                self._speculator.timed(num_tokens, computed - planned)
+            accepted = self._commit(chunks, result) if result is not None else []
+            self._record(plan, began, computed, succeeded=not failures, accepted=accepted)
         self._step_began = None
         return bool(plan.chunks)
 
@@ -292,8 +325,11 @@ class Engine:
                 self._entries[item.row.id] = item
                 self._scheduler.add(item.row)
             elif item in self._entries:
+                entry = self._entries[item]
                 self._cancelled += 1
-                self._end(self._entries[item], RequestAbortedError("the request was given up."))
+                late = entry.ticket.num_tokens_after_abort
+                self._most_after_abort = max(self._most_after_abort, late)
+                self._end(entry, RequestAbortedError("the request was given up."))
 
     def _drop_late(self) -> None:
         """End what is out of time, and compute again what was computed with other angles."""
@@ -316,49 +352,82 @@ class Engine:
             scored = [self._entries[chunk.row.id].ticket.request.scored for chunk in chunks]
             return list(chunks), self._runner.run(chunks, scored), []
         except Exception as error:  # whatever it is, only those that cause it may fail
-            if len(chunks) == 1:
+            if len(chunks) == 1 and not chunks[0].draft:
                 failure = GenerationError(f"computing the request failed: {error!r}")
                 return [], None, [(chunks[0], failure)]
         done: list[Chunk] = []
         results: list[StepResult] = []
         failures: list[tuple[Chunk, GenerationError]] = []
         for chunk in chunks:
-            computed, result, failed = self._compute([chunk])
+            computed, result, failed = self._compute([replace(chunk, draft=())])
             done += computed
             results += [result] if result is not None else []
             failures += failed
         return done, StepResult.joined(results) if results else None, failures
 
-    def _commit(self, chunks: Sequence[Chunk], result: StepResult) -> None:
-        """Count what was computed, choose tokens and hand them over."""
-        entries = [self._entries[chunk.row.id] for chunk in chunks]
-        for chunk, entry, scores in zip(chunks, entries, result.scores, strict=True):
-            self._scheduler.commit(chunk)
+    def _drafts(self) -> Mapping[int, Sequence[int]]:
+        """Return guesses by the numbers of requests: of all that run, unless a prompt is computed."""
+        scheduler = self._scheduler
+        is_decoding = all(row.is_decoding for row in scheduler.running)
+        if self._speculator is None or scheduler.waiting or not is_decoding:
+            return {}
+        try:
+            return self._speculator.drafts(
+                {row.id: self._entries[row.id].sequence for row in scheduler.running}
+            )
+        except Exception as error:  # a draft model's: requests do not depend on it
+            LOG.warning("speculation failed and is off from now on: %r", error)
+            self._speculator = None
+            return {}
+
+    def _commit(self, chunks: Sequence[Chunk], result: StepResult) -> list[int]:
+        """Count what was computed, choose tokens and hand them over.
+
+        Returns how many guesses were right, for each chunk that had any.
+        """
+        choices = Scores(result.logits) if result.logits is not None else None
+        row, accepted = 0, []
+        for chunk, scores in zip(chunks, result.scores, strict=True):
+            entry = self._entries[chunk.row.id]
             entry.ticket.prompt_scores += scores
             entry.ticket.num_cached_tokens = entry.row.num_cached
-        ready = [
-            entry for chunk, entry in zip(chunks, entries, strict=True) if not entry.row.num_missing
-        ]
-        if result.logits is None:
-            return
-        choices = choose([entry.sequence for entry in ready], result.logits)
-        for entry, choice in zip(ready, choices, strict=True):
-            try:
-                event = entry.sequence.take(0, choice)
-            except GenerationError as error:
-                self._end(entry, error)
+            if not chunk.is_last or choices is None:
+                self._scheduler.commit(chunk)
                 continue
-            except Exception as error:  # a grammar's, a decoder's: this request's alone
-                self._end(entry, GenerationError(f"taking a token failed: {error!r}"))
-                continue
-            self._generated += 1
-            times = entry.ticket.times
-            times.first_token = times.first_token or time.monotonic()
-            entry.ticket.add(event)
-            if event.finish_reason is not None:
-                self._end(entry, None)
+            taken = take_next(entry.sequence, 0, chunk.draft, choices, row)
+            row += 1 + len(chunk.draft)
+            self._scheduler.commit(chunk, num_accepted=max(0, len(taken.events) - 1))
+            if chunk.draft:
+                accepted.append(num_right(chunk.draft, taken.events))
+            if self._speculator is not None:
+                number = len(taken.events)
+                self._speculator.learn(entry.row.id, entry.sequence, len(chunk.draft), number)
+            self._hand_over(entry, taken)
+        self._drafted += sum(len(chunk.draft) for chunk in chunks)
+        self._accepted += sum(accepted)
+        return accepted
 
-    def _record(self, plan: StepPlan, began: float, computed: float, *, succeeded: bool) -> None:
+    def _hand_over(self, entry: _Entry, taken: Taken) -> None:
+        """Give a request its new tokens, and end it where they do."""
+        number = len(taken.events)
+        self._generated += number
+        times = entry.ticket.times
+        if number:
+            times.first_token = times.first_token or time.monotonic()
+        for event in taken.events:
+            entry.ticket.add(event)
+        if taken.error is not None or entry.sequence.finish_reason is not None:
+            self._end(entry, taken.error)
+
+    def _record(
+        self,
+        plan: StepPlan,
+        began: float,
+        computed: float,
+        *,
+        succeeded: bool,
+        accepted: Sequence[int],
+    ) -> None:
         for chunk in plan.chunks:
             entry = self._entries.get(chunk.row.id)
             if entry is not None and entry.ticket.times.begun is None:
@@ -372,15 +441,18 @@ class Engine:
             self.observer.step(
                 "prefill" if plan.num_prompt_tokens else "decode",
                 num_sequences=len(plan.chunks),
-                num_tokens=plan.num_prompt_tokens + plan.num_decoding,
+                num_tokens=plan.num_prompt_tokens + plan.num_decoding + plan.num_drafted_tokens,
                 forward_s=computed - began,
                 total_s=took,
                 succeeded=succeeded,
+                accepted=accepted,
             )
 
     def _end(self, entry: _Entry, error: HanokError | None) -> None:
         del self._entries[entry.row.id]
         self._scheduler.remove(entry.row)
+        if self._speculator is not None:
+            self._speculator.forget(entry.row.id)
         entry.ticket.finish(error)
 
     def _fail_all(self, error: HanokError) -> None:

@@ -1,21 +1,21 @@
 """The readable loop: some prompts, one cache, no scheduler.
 
 All prompts are prefilled in forward passes of at most PREFILL_TOKENS tokens, then every unfinished
-sequence gets one token for each pass. With `use_cache=False` each pass computes everything again; the
-tokens are the same, which is what it is for.
+sequence gets one token for each pass, or several where the next ones were drafted right. With
+`use_cache=False` each pass computes everything again; the tokens are the same, which is what it is for.
 """
 
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from hanok.attention.base import ForwardBatch
 from hanok.attention.cache import KVCache
-from hanok.engine import cuda_graph, native_steps
-from hanok.engine.cuda_graph import DecodeGraphs
-from hanok.engine.native_steps import NativeSteps
-from hanok.engine.sequence import GenerationSequence, TokenEvent, choose
+from hanok.engine.passes import ShortPasses
+from hanok.engine.sequence import GenerationSequence, Scores, TokenEvent, take_next
+from hanok.engine.speculate import Speculator
 from hanok.memory.heap import give_back
 from hanok.memory.needs import PREFILL_TOKENS
 from hanok.models.decoder import Decoder
@@ -30,30 +30,61 @@ def generate(
     *,
     cache: KVCache | None = None,
     use_cache: bool = True,
+    speculator: Speculator | None = None,
 ) -> Iterator[TokenEvent]:
     """Yield the tokens of all sequences as they come, those of one pass in the sequences' order.
 
     `cache` may hold the first tokens of each sequence already (see `KVCache.lengths`); it must have a
-    slot for each. Without one, a cache is made that fits.
+    slot for each. Without one, a cache is made that fits. A `speculator` drafts; it needs a cache.
     """
     if cache is None and use_cache:
         capacity = max(len(item.prompt_ids) + item.room for item in sequences)
         cache = decoder.new_cache(len(sequences), capacity)
-    recorded = _recorded_steps(decoder, cache) if cache is not None else None
+    passes = ShortPasses(decoder, cache) if cache is not None else None
     running = list(range(len(sequences)))
     while running:
-        rows = _forward(decoder, sequences, running, cache, recorded)
-        choices = choose([sequences[index] for index in running], rows)
-        for index, choice in zip(running, choices, strict=True):
-            yield sequences[index].take(index, choice)
+        drafts: dict[int, list[int]] = {}
+        is_decoding = cache is not None and _is_decoding(decoder, sequences, running, cache)
+        if speculator is not None and is_decoding:
+            drafts = speculator.drafts({index: sequences[index] for index in running})
+        began = time.perf_counter()
+        if passes is not None and is_decoding:
+            tokens = [[sequences[i].token_ids[-1], *drafts.get(i, ())] for i in running]
+            scores = Scores(passes.logits(tokens, running))
+        else:
+            scores = Scores(_forward(decoder, sequences, running, cache))
+        if speculator is not None and is_decoding:
+            num_tokens = len(running) + sum(map(len, drafts.values()))
+            speculator.timed(num_tokens, time.perf_counter() - began)
+        row = 0
+        for index in running:
+            sequence, draft = sequences[index], drafts.get(index, [])
+            taken = take_next(sequence, index, draft, scores, row)
+            row += 1 + len(draft)
+            if cache is not None:  # what was drafted wrong, or behind the end
+                cache.truncate(index, len(sequence.token_ids) - 1)
+            if speculator is not None:
+                speculator.learn(index, sequence, len(draft), len(taken.events))
+            yield from taken.events
+            if taken.error is not None:
+                raise taken.error
         running = [index for index in running if sequences[index].finish_reason is None]
 
 
-def _recorded_steps(decoder: Decoder, cache: KVCache) -> DecodeGraphs | NativeSteps | None:
-    """Return what makes the passes over single tokens again without Python, where something can."""
-    if cuda_graph.why_not(decoder, cache) is None:
-        return DecodeGraphs(decoder, cache)
-    return NativeSteps(decoder, cache) if native_steps.why_not(decoder, cache) is None else None
+def _is_decoding(
+    decoder: Decoder,
+    sequences: Sequence[GenerationSequence],
+    running: Sequence[int],
+    cache: KVCache,
+) -> bool:
+    """Return whether of each running sequence only the newest token is to be computed."""
+    for index in running:
+        length = len(sequences[index].token_ids)
+        if not decoder.config.shares_angles(cache.computed_for[index], length):
+            return False
+        if cache.lengths[index] != length - 1:
+            return False
+    return True
 
 
 def _forward(
@@ -61,11 +92,10 @@ def _forward(
     sequences: list[GenerationSequence],
     running: list[int],
     cache: KVCache | None,
-    recorded: "DecodeGraphs | NativeSteps | None",
 ) -> Tensor:
     """Return the logits that follow each running sequence, computing what is not in the cache.
 
-    (running, vocab) float32, valid until the next call
+    (running, vocab) float32
     """
     lengths = {index: len(sequences[index].token_ids) for index in running}
     past = dict.fromkeys(running, 0)
@@ -75,8 +105,6 @@ def _forward(
                 cache.truncate(index, 0)
             past[index] = cache.lengths[index]
     waiting = {index: sequences[index].token_ids[past[index] :] for index in running}
-    if recorded is not None and all(len(tokens) == 1 for tokens in waiting.values()):
-        return recorded.logits([tokens[0] for tokens in waiting.values()], running)
     found: dict[int, Tensor] = {}
     while waiting:
         # Without a cache a sequence is computed whole; with one, long prompts go in chunks.

@@ -12,7 +12,7 @@ import json
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from time import monotonic
 from typing import TYPE_CHECKING
@@ -82,6 +82,12 @@ class Matcher:
         """Go on by one token. GrammarError if it may not come next; the matcher is then unusable."""
         self._matcher.consume_token(token_id)
         self._check()
+
+    def allowed_prefix(self, token_ids: Sequence[int]) -> int:
+        """Return how many of these tokens may come, one after another. Nothing is accepted."""
+        number = self._matcher.validate_tokens(list(token_ids))
+        self._check()
+        return number
 
     def rollback(self, num_tokens: int) -> None:
         """Take back the last `num_tokens` that were accepted."""
@@ -194,7 +200,8 @@ class _VocabularyBytes:
         self._end_ids = sorted(end_ids) or [vocab_size]
         self.eos_token_id = self._end_ids[0]
         self.bos_token_id = None
-        self.special_token_ids = sorted(tokenizer.special_token_ids | set(self._end_ids))
+        self._special = tokenizer.special_token_ids | set(self._end_ids)
+        self.special_token_ids = sorted(self._special)
         self.tokens: list[bytes] = []
 
     def open(self) -> "LLTokenizer":
@@ -212,13 +219,15 @@ class _VocabularyBytes:
         """Ids that spell `text` in the middle of a text: how what a grammar leaves open but once is cut.
 
         A SentencePiece vocabulary begins a text with a space; behind a character that joins no other
-        it does not.
+        it does not. The spelling of a special token is text like any other: that token would not write
+        it, but end the text or begin a turn.
         """
         data = text.encode()
         for before in ("", "\x02"):
             skipped = len(self._tokenizer.encode(before, add_special_tokens=False))
             ids = self._tokenizer.encode(before + text, add_special_tokens=False)[skipped:]
-            if b"".join(self.tokens[token_id] for token_id in ids) == data:
+            spelled = b"".join(self.tokens[token_id] for token_id in ids)
+            if spelled == data and self._special.isdisjoint(ids):
                 return ids
         return self._longest_first(data)
 

@@ -11,7 +11,7 @@ as each alone.
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack, overload
@@ -31,7 +31,13 @@ from hanok.engine.params import (
     unsupported_defaults,
 )
 from hanok.engine.pipeline import Pipeline
-from hanok.engine.sequence import FinishReason, GenerationSequence, TokenEvent
+from hanok.engine.sequence import (
+    FinishReason,
+    GenerationSequence,
+    SpeculationCounts,
+    TokenEvent,
+)
+from hanok.engine.speculate import Speculation, Speculator
 from hanok.errors import (
     BudgetError,
     CheckpointError,
@@ -44,6 +50,7 @@ from hanok.memory.plan import CacheDtype, DeviceMap, LoadPlan, Weights
 from hanok.memory.planning import plan_load
 from hanok.memory.save import save_weights
 from hanok.models.config import ModelConfig
+from hanok.models.decoder import Decoder
 from hanok.quant.recipe import read_recipe
 
 if TYPE_CHECKING:
@@ -68,6 +75,8 @@ class Generation:
     top_logprobs: list[tuple[tuple[int, float], ...]]
     """For each token the likeliest ids with their log-probabilities (`top_logprobs` of them)."""
     finish_reason: FinishReason
+    speculation: SpeculationCounts
+    """What guessing tokens brought; nothing proposed where none were guessed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,6 +97,29 @@ class Score:
     def perplexity(self) -> float:
         """exp(nll)."""
         return math.exp(self.nll)
+
+
+class TokenStream(Iterator[TokenEvent]):
+    """The tokens of one prompt as they come."""
+
+    def __init__(
+        self, sequence: GenerationSequence, events: Generator[TokenEvent, None, None]
+    ) -> None:
+        self._sequence = sequence
+        self._events = events
+
+    def __next__(self) -> TokenEvent:
+        """Return the next token."""
+        return next(self._events)
+
+    def close(self) -> None:
+        """Generate no more."""
+        self._events.close()
+
+    @property
+    def speculation(self) -> SpeculationCounts:
+        """What guessing tokens brought so far."""
+        return self._sequence.speculation
 
 
 class Model:
@@ -145,6 +177,7 @@ class Model:
         prompt: str | Sequence[int] | Sequence[Message],
         *,
         use_cache: bool = ...,
+        speculation: Speculation | None = ...,
         **options: Unpack[SamplingOptions],
     ) -> Generation: ...
 
@@ -154,6 +187,7 @@ class Model:
         prompt: Sequence[str] | Sequence[Sequence[int]] | Sequence[Sequence[Message]],
         *,
         use_cache: bool = ...,
+        speculation: Speculation | None = ...,
         **options: Unpack[SamplingOptions],
     ) -> list[Generation]: ...
 
@@ -162,18 +196,29 @@ class Model:
         prompt: Prompt | Sequence[Prompt],
         *,
         use_cache: bool = True,
+        speculation: Speculation | None = None,
         **options: Unpack[SamplingOptions],
     ) -> Generation | list[Generation]:
         """Continue a prompt, or several (a list gives a list).
 
         The options are the fields of `SamplingParams`; what is not given comes from the checkpoint's
-        generation_config.json. Raises RequestError for a prompt that cannot be served and
-        OptionError for an option that cannot be.
+        generation_config.json. `speculation` guesses tokens ahead, which changes the speed and not the
+        text. Raises RequestError for a prompt that cannot be served and OptionError for an option that
+        cannot be.
         """
         prompts, is_several = _as_list(prompt)
         sequences = [self.sequence(item, options) for item in prompts]
+        speculator = None
+        if speculation is not None:
+            self._check_speculation(speculation, use_cache=use_cache)
+            speculator = Speculator(
+                speculation,
+                self.decoder,
+                num_sequences=len(sequences),
+                max_tokens=max(len(item.prompt_ids) + item.room for item in sequences),
+            )
         events: list[list[TokenEvent]] = [[] for _ in sequences]
-        for event in self._events(sequences, None, use_cache):
+        for event in self._events(sequences, None, use_cache, speculator):
             events[event.sequence].append(event)
         results = [
             _collected(sequence, found) for sequence, found in zip(sequences, events, strict=True)
@@ -186,26 +231,54 @@ class Model:
         *,
         use_cache: bool = True,
         cache: "PrefixCache | None" = None,
+        speculation: Speculation | None = None,
         **options: Unpack[SamplingOptions],
-    ) -> Iterator[TokenEvent]:
-        """Yield the tokens of one prompt as they come; their `text`s join to the whole text.
+    ) -> TokenStream:
+        """Return the tokens of one prompt as they come; their `text`s join to the whole text.
 
         `cache` keeps keys and values from call to call: what a prompt shares with the last one is not
-        computed again, as in a conversation.
+        computed again, as in a conversation. `speculation` as in `generate`.
         """
         sequence = self.sequence(prompt, options)
-        kept = cache.prepare(self.decoder.new_cache, sequence) if cache is not None else None
-        return self._events([sequence], kept, use_cache)
+        if speculation is not None:
+            self._check_speculation(speculation, use_cache=use_cache)
+        kept, speculator = None, None
+        if cache is not None:
+            kept = cache.prepare(self.decoder.new_cache, sequence)
+            if speculation is not None:
+                speculator = cache.speculator(speculation, self.decoder)
+        elif speculation is not None:
+            most = len(sequence.prompt_ids) + sequence.room
+            speculator = Speculator(speculation, self.decoder, num_sequences=1, max_tokens=most)
+        return TokenStream(sequence, self._events([sequence], kept, use_cache, speculator))
+
+    def _check_speculation(self, speculation: Speculation, *, use_cache: bool) -> None:
+        speculation.check(self)
+        if not use_cache:
+            raise OptionError(
+                "speculation needs the cache: a pass that checks guesses computes only them. Leave "
+                "out use_cache=False, or speculation."
+            )
 
     def _events(
-        self, sequences: list[GenerationSequence], cache: KVCache | None, use_cache: bool
-    ) -> Iterator[TokenEvent]:
-        """Generate; with the first token out, mapped weights may move into memory."""
-        if self.decoder.spread is not None and cache is None and use_cache:
+        self,
+        sequences: list[GenerationSequence],
+        cache: KVCache | None,
+        use_cache: bool,
+        speculator: Speculator | None,
+    ) -> Generator[TokenEvent, None, None]:
+        """Generate; with the first token out, mapped weights may move into memory.
+
+        Over several devices either groups of sequences keep them all at work, or guesses are checked.
+        """
+        is_pipelined = self.decoder.spread is not None and cache is None and use_cache
+        if is_pipelined and speculator is None:
             with Pipeline(self.decoder, self._pipeline_depth) as pipeline:
                 yield from pipeline.generate(sequences)
             return
-        for event in generate(self.decoder, sequences, cache=cache, use_cache=use_cache):
+        for event in generate(
+            self.decoder, sequences, cache=cache, use_cache=use_cache, speculator=speculator
+        ):
             yield event
             self.settle()
 
@@ -348,6 +421,7 @@ class PrefixCache:
     def __init__(self) -> None:
         self._cache: KVCache | None = None
         self._sequence: GenerationSequence | None = None
+        self._speculator: tuple[Speculation, int, Speculator] | None = None
 
     def prepare(
         self, new_cache: Callable[[int, int], KVCache], sequence: GenerationSequence
@@ -363,6 +437,15 @@ class PrefixCache:
             self._cache.truncate(0, min(shared, len(sequence.prompt_ids) - 1))
         self._sequence = sequence
         return self._cache
+
+    def speculator(self, speculation: Speculation, decoder: Decoder) -> Speculator:
+        """Return what drafts for the cache that was prepared; what it learned is kept as well."""
+        capacity = self._cache.capacity if self._cache is not None else 1
+        if self._speculator is None or self._speculator[:2] != (speculation, capacity):
+            found = Speculator(speculation, decoder, num_sequences=1, max_tokens=capacity)
+            self._speculator = speculation, capacity, found
+        self._speculator[2].forget(0)  # another text begins
+        return self._speculator[2]
 
 
 def load(  # noqa: PLR0913 (the options of a load are arguments of their own)
@@ -506,6 +589,7 @@ def _collected(sequence: GenerationSequence, events: list[TokenEvent]) -> Genera
         logprobs=[event.logprob for event in events],
         top_logprobs=[event.top_logprobs for event in events],
         finish_reason=sequence.finish_reason,
+        speculation=sequence.speculation,
     )
 
 

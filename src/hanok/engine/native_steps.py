@@ -1,16 +1,19 @@
 """Decoding on a CPU without Python in between: a pass's calls of our kernels are kept and made again.
 
 A pass over one token is hundreds of short calls; in Python, those of a small model take a fifth as long
-as what they compute. The second pass over so many sequences is recorded (`kernels.native.recording`),
-and from the third on the library makes all calls in turn: the same kernels on the same buffers, so the
-same result bit for bit. What changes is written into place first: the embedded tokens, their angles,
-the pages of each sequence's keys and how many there are.
+as what they compute. Passes are told apart by how many tokens each of their sequences has: one while a
+text is generated, a few where drafted ones are checked. The second pass of a kind is recorded
+(`kernels.native.recording`), and from the third on the library makes all calls in turn: the same kernels
+on the same buffers, so the same result bit for bit. What changes is written into place first: the
+embedded tokens, their angles, the pages of each sequence's keys and how many there are.
 
 While a pass is recorded every function of torch is watched. Views and new buffers need nothing, sums
 and copies become calls of our kernels, and any other function would be missing from the recording: then
-so many sequences go on being computed plainly.
+passes of that kind go on being computed plainly. A recording keeps its buffers, so what was not used for
+longest is dropped.
 """
 
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from ctypes import addressof, c_int64
 from typing import Any
@@ -34,6 +37,9 @@ VIEWS = frozenset(
     {"__getitem__", "chunk", "contiguous", "reshape", "split", "tensor_split", "to", "view"}
 )
 SUMS = frozenset({"add", "__add__"})
+KEPT_TOKENS = 128  # of all recorded passes together
+Lengths = tuple[int, ...]
+"""How many tokens each sequence of a pass has: what makes passes of a kind."""
 
 
 def why_not(decoder: Decoder, cache: KVCache) -> str | None:
@@ -53,61 +59,67 @@ def why_not(decoder: Decoder, cache: KVCache) -> str | None:
 
 
 class NativeSteps:
-    """One more token for each sequence of a cache, recorded once for each number of sequences."""
+    """A few more tokens for each sequence of a cache, recorded once for each kind of pass."""
 
     def __init__(self, decoder: Decoder, cache: KVCache, pages_per_sequence: int = 1) -> None:
         kernels = native()
         if kernels is None:
             raise ValueError("our kernels are not there; ask why_not first")
-        self.obstacles: dict[int, str] = {}
-        """The function that kept the pass over so many sequences from being recorded."""
+        self.obstacles: dict[Lengths, str] = {}
+        """The function that kept passes of a kind from being recorded."""
         self._decoder = decoder
         self._cache = cache
         self._kernels = kernels
         self._pages_per_sequence = pages_per_sequence
-        self._passes: dict[int, _Pass] = {}
-        self._addresses: dict[int, tuple[int, ...]] = {}
+        self._passes: OrderedDict[Lengths, _Pass] = OrderedDict()
+        self._seen: set[Lengths] = set()
+        self._addresses: tuple[int, ...] = ()
 
     @property
-    def recorded_sizes(self) -> list[int]:
-        """The numbers of sequences whose pass is recorded."""
+    def recorded_kinds(self) -> list[Lengths]:
+        """The kinds of passes that are recorded."""
         return list(self._passes)
 
-    def logits(self, tokens: Sequence[int], slots: Sequence[int]) -> Tensor:
-        """Return the logits that follow one more token of each sequence, (sequences, vocab) float32.
+    def logits(self, tokens: Sequence[Sequence[int]], slots: Sequence[int]) -> Tensor:
+        """Return the logits that follow each of some sequences' next tokens, (tokens, vocab) float32.
 
         Counts the tokens in the cache; raises as it does.
         """
         past = [self._cache.lengths[slot] for slot in slots]
-        batch = ForwardBatch.of([[token] for token in tokens], past=past, slots=list(slots))
+        batch = ForwardBatch.of([list(item) for item in tokens], past=past, slots=list(slots))
         self._cache.advance(batch.slots, batch.query_lengths, batch.sequence_lengths)
         return self._decoder.logits(self.hidden_states(batch))
 
     def hidden_states(self, batch: ForwardBatch) -> Tensor:
-        """Return the normed hidden states of a batch of one token for each sequence.
+        """Return the normed hidden states of a batch.
 
         They are valid until the next call. The cache counts the tokens already.
         """
-        size = len(batch.pages)
+        kind = batch.query_lengths
         # Weights may move while the model works (memory/promote.py); a recording has the old places.
         addresses = tuple(parameter.data_ptr() for parameter in self._decoder.parameters())
-        has_settled = self._addresses.get(size) == addresses
-        self._addresses[size] = addresses
-        if size in self.obstacles or not has_settled:
-            self._passes.pop(size, None)
+        if self._addresses != addresses:
+            self._addresses = addresses
+            self._passes.clear()
+            self._seen.clear()
+        if kind in self._passes:
+            self._passes.move_to_end(kind)
+            return self._passes[kind].run(batch)
+        if kind in self.obstacles or kind not in self._seen or sum(kind) > KEPT_TOKENS:
+            self._seen.add(kind)
             return self._decoder.hidden_states(batch, self._cache)
-        if size in self._passes:
-            return self._passes[size].run(batch)
         found = _Pass(self._decoder, self._cache, self._kernels, batch, self._pages_per_sequence)
-        if found.obstacle is None:
-            self._passes[size] = found
-        else:
-            self.obstacles[size] = found.obstacle
+        if found.obstacle is not None:
+            self.obstacles[kind] = found.obstacle
+            return found.hidden
+        self._passes[kind] = found
+        while sum(map(sum, self._passes)) > KEPT_TOKENS:
+            self._seen.discard(self._passes.popitem(last=False)[0])
         return found.hidden
 
 
 class _Pass:
-    """The calls of one pass over one token for each of some sequences."""
+    """The calls of one pass over a few tokens of some sequences."""
 
     def __init__(
         self,

@@ -7,7 +7,8 @@ are measured on the steps themselves. Imports no torch.
 SMOOTHING = 0.2  # weight of the newest step
 FIRST_GUESS_TOKENS = 256
 SMALLEST_TOKENS = 16  # below this a step is mostly reading weights
-DRAIN_MEMORY_S = 10.0  # over about so many seconds the queue's speed is measured
+DRAIN_MEMORY_S = 10.0  # over about so many seconds of waiting the queue's speed is measured
+DRAIN_SURE_S = 2.0  # the first steps, which read the weights from disk, say little about it
 
 
 class Pace:
@@ -33,14 +34,15 @@ class Pace:
 
     @property
     def drain_rate(self) -> float:
-        """Prompt tokens per second that were computed while prompts waited; 0: not known."""
-        return self._drained_tokens / self._drained_s if self._drained_s else 0.0
+        """Prompt tokens per second that were computed while others waited; 0: not known yet."""
+        is_known = self._drained_s >= DRAIN_SURE_S
+        return self._drained_tokens / self._drained_s if is_known else 0.0
 
     def record(
         self, num_prompt: int, num_decoding: int, seconds: float, *, is_waited: bool
     ) -> None:
         """Learn from a step; `is_waited` says whether more prompts were waiting."""
-        if num_prompt or is_waited:
+        if is_waited:
             kept = max(0.0, 1 - seconds / DRAIN_MEMORY_S)
             self._drained_tokens = kept * self._drained_tokens + num_prompt
             self._drained_s = kept * self._drained_s + seconds

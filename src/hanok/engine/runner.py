@@ -15,9 +15,8 @@ from hanok.memory.heap import give_back
 from hanok.models.decoder import Decoder
 
 BLOCK_TOKENS = 64  # what our attention kernel reads at a time
-RECORDED_SEQUENCES = (
-    8  # each number keeps its buffers; with more, Python between kernels is nothing
-)
+# Each kind of pass keeps its buffers; with more tokens, Python between kernels is nothing.
+RECORDED_SEQUENCES, RECORDED_TOKENS = 8, 16
 LONG_PASS_TOKENS = 256  # whose activations are worth giving back
 LOGIT_ROWS = 256  # of a prompt, scored at once
 
@@ -35,8 +34,9 @@ class PromptScore:
 class StepResult:
     """What came of some chunks.
 
-    `logits`: (chunks that are the last of their sequence, vocab) float32, in their order; `scores`: for
-    each chunk those of the prompt tokens behind its own.
+    `logits`: (rows, vocab) float32: for each chunk that is the last of its sequence a row behind its
+    last token and one behind each drafted one, in the chunks' order; `scores`: for each chunk those of
+    the prompt tokens behind its own.
     """
 
     logits: Tensor | None
@@ -68,15 +68,25 @@ class Runner:
         What was in the blocks before is not changed, so a chunk that failed can be computed again.
         """
         batch = ForwardBatch.of(
-            [chunk.row.tokens[chunk.start : chunk.start + chunk.count] for chunk in chunks],
+            [
+                [*chunk.row.tokens[chunk.start : chunk.start + chunk.count], *chunk.draft]
+                for chunk in chunks
+            ],
             past=[chunk.start for chunk in chunks],
             pages=[tuple(chunk.row.blocks) for chunk in chunks],
-            sequence_lengths=[len(chunk.row.tokens) for chunk in chunks],
+            sequence_lengths=[len(chunk.row.tokens) + len(chunk.draft) for chunk in chunks],
             device=self._decoder.device,
         )
         hidden = self._hidden_states(batch)
-        ends = batch.last_tokens()
-        last = [end for end, chunk in zip(ends, chunks, strict=True) if chunk.is_last]
+        ends = [
+            end - len(chunk.draft) for end, chunk in zip(batch.last_tokens(), chunks, strict=True)
+        ]
+        last = [
+            row
+            for end, chunk in zip(ends, chunks, strict=True)
+            if chunk.is_last
+            for row in range(end, end + 1 + len(chunk.draft))
+        ]
         logits = self._decoder.logits(hidden[last]) if last else None
         scores: list[tuple[PromptScore, ...]] = []
         for chunk, end, number in zip(chunks, ends, scored, strict=True):
@@ -88,8 +98,11 @@ class Runner:
         return StepResult(logits=logits, scores=scores)
 
     def _hidden_states(self, batch: ForwardBatch) -> Tensor:
-        is_short = len(batch.pages) == len(batch.token_ids) <= RECORDED_SEQUENCES
-        if self._recorded is not None and is_short:
+        num_sequences, num_tokens = len(batch.pages), len(batch.token_ids)
+        is_decoding = num_sequences == num_tokens <= RECORDED_SEQUENCES
+        # Of several sequences with drafts hardly two passes are of a kind.
+        is_checking = num_sequences == 1 and num_tokens <= RECORDED_TOKENS
+        if self._recorded is not None and (is_decoding or is_checking):
             return self._recorded.hidden_states(batch)
         return self._decoder.hidden_states(batch, self._cache)
 

@@ -1,17 +1,18 @@
 """Who computes how many tokens in the next step. Pure: no torch, no clock, no input or output.
 
 Every sequence has tokens that are computed and tokens that are not; a step computes some of the latter.
-Sequences that wait for their next token come first, one each. What is left of the budget goes to
-prompts in the order of arrival within their priority, cut where the budget ends. A sequence gets the
-blocks of all it has when it begins, and one more whenever it outgrows them; when none is left, the
-youngest of the lowest priority gives its blocks up and is computed again later, so the oldest always
-comes forward.
+Sequences that wait for their next token come first, one each and what is drafted behind it. What is
+left of the budget goes to prompts in the order of arrival within their priority, cut where the budget
+ends. A sequence gets the blocks of all it has when it begins, and one more whenever it outgrows them;
+when none is left, the youngest of the lowest priority gives its blocks up and is computed again later,
+so the oldest always comes forward.
 """
 
 from bisect import insort
-from collections.abc import Hashable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import count
+from types import MappingProxyType
 
 from hanok.engine.blocks import BlockPool
 
@@ -58,6 +59,8 @@ class Chunk:
     row: Row
     start: int
     count: int
+    draft: tuple[int, ...] = ()
+    """Tokens that may follow, to be checked in the same step; its row's blocks have room for them."""
 
     @property
     def is_last(self) -> bool:
@@ -77,6 +80,11 @@ class StepPlan:
     def num_prompt_tokens(self) -> int:
         """Tokens of the other chunks."""
         return sum(chunk.count for chunk in self.chunks[self.num_decoding :])
+
+    @property
+    def num_drafted_tokens(self) -> int:
+        """Tokens to be checked beside all others."""
+        return sum(len(chunk.draft) for chunk in self.chunks)
 
 
 class Scheduler:
@@ -105,14 +113,25 @@ class Scheduler:
                 queue.remove(row)
         self._release(row)
 
-    def plan(self, prompt_tokens: int) -> StepPlan:
-        """Return what to compute, with at most `prompt_tokens` beside the next tokens."""
+    def plan(
+        self, prompt_tokens: int, drafts: Mapping[int, Sequence[int]] = MappingProxyType({})
+    ) -> StepPlan:
+        """Return what to compute, with at most `prompt_tokens` beside the next tokens.
+
+        `drafts` are tokens that may follow, by the id of their row. They count among these tokens, and
+        are cut where blocks are short: nobody gives way to a guess.
+        """
         chunks: dict[Row, Chunk] = {}
         for row in list(self.running):
             if row.is_decoding and row in self.running and self._grow(row, chunks):
                 chunks[row] = Chunk(row=row, start=row.num_computed, count=1)
         num_decoding = len(chunks)
         left = prompt_tokens
+        for row in chunks:
+            draft = self._with_room(row, drafts.get(row.id, ())[: max(0, left)])
+            if draft:
+                chunks[row] = replace(chunks[row], draft=draft)
+                left -= len(draft)
         for row in self._prompts():
             if left <= 0:
                 break
@@ -121,13 +140,20 @@ class Scheduler:
             left -= count
         return StepPlan(chunks=tuple(chunks.values()), num_decoding=num_decoding)
 
-    def commit(self, chunk: Chunk) -> None:
-        """Count a computed chunk and let others share the blocks it filled."""
+    def commit(self, chunk: Chunk, num_accepted: int = 0) -> None:
+        """Count a computed chunk and let others share the blocks it filled.
+
+        Of its draft `num_accepted` tokens are the row's by now. Blocks that only refused ones needed
+        are given back; in others, what is computed next takes their place.
+        """
         row, size = chunk.row, self.pool.block_size
         first = row.num_computed // size
-        row.num_computed += chunk.count
+        row.num_computed += chunk.count + num_accepted
         for index in range(first, row.num_computed // size):
             row.blocks[index] = self.pool.keep(row.root, row.tokens, row.blocks[: index + 1])
+        needed = self.pool.needed(len(row.tokens))
+        self.pool.release(row.blocks[needed:])
+        del row.blocks[needed:]
 
     def restart(self, row: Row) -> None:
         """Let a running sequence be computed again from its first token."""
@@ -169,7 +195,7 @@ class Scheduler:
 
     def _grow(self, row: Row, chunks: dict[Row, Chunk]) -> bool:
         """Give a decoding sequence its next block, if it needs one, even at another's cost."""
-        if self.pool.needed(len(row.tokens)) == len(row.blocks):
+        if self.pool.needed(len(row.tokens)) <= len(row.blocks):
             return True
         while not self.pool.num_available:
             youngest = self.running[-1]
@@ -180,6 +206,14 @@ class Scheduler:
                 return False
         row.blocks += self.pool.take(1)
         return True
+
+    def _with_room(self, row: Row, draft: Sequence[int]) -> tuple[int, ...]:
+        """Return what of a draft there are blocks for, and claim them."""
+        length, size = len(row.tokens), self.pool.block_size
+        missing = self.pool.needed(length + len(draft)) - len(row.blocks)
+        if draft and missing > 0:
+            row.blocks += self.pool.take(min(missing, self.pool.num_available))
+        return tuple(draft[: len(row.blocks) * size - length])
 
     def _release(self, row: Row) -> None:
         self.pool.release(row.blocks)

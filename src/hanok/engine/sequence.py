@@ -47,6 +47,9 @@ class Mask(Protocol):
     def accept(self, token_id: int) -> None:
         """Go on behind a token."""
 
+    def allowed_prefix(self, token_ids: Sequence[int]) -> int:
+        """Return how many of these tokens may follow, one after another; nothing changes."""
+
 
 class StopTexts:
     """Cuts a text where the first stop text begins, or ends, and holds back what may become one."""
@@ -93,6 +96,18 @@ class Choice:
 
 
 @dataclass(slots=True, kw_only=True)
+class SpeculationCounts:
+    """What guessing tokens brought a sequence (engine/speculate.py)."""
+
+    proposed: int = 0
+    """Tokens that were guessed and checked."""
+    accepted: int = 0
+    """Of these, those that were right."""
+    passes: int = 0
+    """Passes that gave it tokens: one for each token but the accepted ones."""
+
+
+@dataclass(slots=True, kw_only=True)
 class GenerationSequence:
     """One prompt and what has been generated for it."""
 
@@ -108,6 +123,7 @@ class GenerationSequence:
     """What the answer has to be, if not any text."""
     generated_ids: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
+    speculation: SpeculationCounts = field(default_factory=SpeculationCounts)
     token_ids: list[int] = field(init=False)
     """Prompt and generated tokens."""
     stops: StopTexts = field(init=False)
@@ -149,6 +165,16 @@ class GenerationSequence:
             logits, self.params, self.prompt_ids, self.generated_ids, banned=self._banned_ids
         )
 
+    def guess(self, logits: Tensor, drafted: Sequence[int], generator: torch.Generator) -> int:
+        """Return what these logits would give behind some drafted tokens, a grammar left aside.
+
+        Nothing of the sequence changes: `generator` is a copy of its own.
+        """
+        generated = [*self.generated_ids, *drafted]
+        banned = self.end_ids if len(generated) < self.params.min_new_tokens else ()
+        scores = processed(logits, self.params, self.prompt_ids, generated, banned=banned)
+        return draw(scores, self.params, generator)
+
     def take(self, index: int, choice: Choice | GenerationError) -> TokenEvent:
         """Append a token and say what came of it; raise what choosing it failed with."""
         if isinstance(choice, GenerationError):
@@ -186,45 +212,92 @@ class GenerationSequence:
         return text + rest + self.stops.finish()
 
 
-def choose(
-    sequences: Sequence[GenerationSequence], logits: Tensor
-) -> list[Choice | GenerationError]:
-    """Return the next token of each sequence from its row of logits, (sequences, vocab) float32.
+class Scores:
+    """Rows of logits, from each of which the next token of a sequence is chosen.
 
-    A row's choice depends on that row alone, and so does what goes wrong with it.
+    A choice depends on its row and its sequence alone, and so does what goes wrong with it. What takes
+    the whole vocabulary of every row is computed for all rows at once.
     """
-    totals = logits.logsumexp(-1)
-    tokens: list[int] = logits.argmax(-1).tolist()
-    drawn: dict[int, Tensor] = {}
-    errors: dict[int, GenerationError] = {}
-    for index, (sequence, total) in enumerate(zip(sequences, totals.tolist(), strict=True)):
-        if not isfinite(total):
-            errors[index] = GenerationError(
+
+    def __init__(self, logits: Tensor) -> None:
+        self._logits = logits
+        self._totals = logits.logsumexp(-1)
+        likeliest = logits.argmax(-1)
+        self._numbers: list[float] = self._totals.tolist()
+        self._likeliest: list[int] = likeliest.tolist()
+        logprobs = logits.gather(1, likeliest[:, None])[:, 0] - self._totals
+        self._logprobs: list[float] = logprobs.tolist()
+
+    def choose(self, row: int, sequence: GenerationSequence) -> Choice | GenerationError:
+        """Return the next token of a sequence; its generator draws, nothing else changes."""
+        if not isfinite(self._numbers[row]):
+            return GenerationError(
                 f"the scores of token {len(sequence.token_ids)} are not finite numbers; the weights "
                 "may be damaged, or too large for the dtype that is computed in."
             )
-        elif not sequence.takes_likeliest:
+        logits, total, params = self._logits[row], self._totals[row], sequence.params
+        token, logprob = self._likeliest[row], self._logprobs[row]
+        if not sequence.takes_likeliest:
             try:
-                drawn[index] = sequence.scores(logits[index])
-                tokens[index] = draw(drawn[index], sequence.params, sequence.generator)
+                scores = sequence.scores(logits)
+                token = draw(scores, params, sequence.generator)
             except (HanokError, RuntimeError, ValueError) as error:
-                errors[index] = GenerationError(f"choosing a token failed: {error}")
-    places = torch.tensor(tokens, device=logits.device)[:, None]
-    logprobs = (logits.gather(1, places)[:, 0] - totals).tolist()
-    choices: list[Choice | GenerationError] = []
-    for index, sequence in enumerate(sequences):
-        if index in errors:
-            choices.append(errors[index])
-            continue
-        row, total, logprob = logits[index], totals[index], logprobs[index]
-        if not sequence.params.model_logprobs and index in drawn:
-            row = drawn[index]
-            total = row.logsumexp(-1)
-            logprob = float(row[tokens[index]] - total)
-        number = sequence.params.top_logprobs
-        top = ranked(row - total, number) if number else ()
-        choices.append(Choice(token_id=tokens[index], logprob=logprob, top_logprobs=top))
-    return choices
+                return GenerationError(f"choosing a token failed: {error}")
+            if not params.model_logprobs:
+                logits, total = scores, scores.logsumexp(-1)
+            logprob = float(logits[token] - total)
+        top = ranked(logits - total, params.top_logprobs) if params.top_logprobs else ()
+        return Choice(token_id=token, logprob=logprob, top_logprobs=top)
+
+
+def choose(
+    sequences: Sequence[GenerationSequence], logits: Tensor
+) -> list[Choice | GenerationError]:
+    """Return the next token of each sequence from its row of logits, (sequences, vocab) float32."""
+    scores = Scores(logits)
+    return [scores.choose(row, sequence) for row, sequence in enumerate(sequences)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Taken:
+    """What a pass gave a sequence: its next tokens, and what went wrong behind them, if anything."""
+
+    events: list[TokenEvent]
+    error: GenerationError | None = None
+
+
+def take_next(
+    sequence: GenerationSequence, index: int, draft: Sequence[int], scores: Scores, row: int
+) -> Taken:
+    """Append the next token, and as many behind it as were drafted right.
+
+    The rows of the sequence begin at `row`, one behind its last token and one behind each drafted one.
+    Each token is chosen as if none had been drafted; the first that is another one ends it, for the
+    rows behind follow a token that never came.
+    """
+    events: list[TokenEvent] = []
+    error: GenerationError | None = None
+    for place in range(len(draft) + 1):
+        try:
+            events.append(sequence.take(index, scores.choose(row + place, sequence)))
+        except GenerationError as found:
+            error = found
+        except Exception as found:  # a grammar's, a decoder's: this sequence's alone
+            error = GenerationError(f"taking a token failed: {found!r}")
+            error.__cause__ = found
+        if error is not None or sequence.finish_reason is not None or place == len(draft):
+            break
+        if events[-1].token_id != draft[place]:
+            break
+    sequence.speculation.proposed += len(draft)
+    sequence.speculation.accepted += num_right(draft, events)
+    sequence.speculation.passes += 1
+    return Taken(events=events, error=error)
+
+
+def num_right(draft: Sequence[int], events: Sequence[TokenEvent]) -> int:
+    """Return how many of the drafted tokens came."""
+    return sum(event.token_id == token for event, token in zip(events, draft, strict=False))
 
 
 def ranked(logprobs: Tensor, number: int) -> Ranked:

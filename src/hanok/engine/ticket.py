@@ -45,6 +45,8 @@ class Times:
     begun: float | None = None
     """Its first step was planned."""
     first_token: float | None = None
+    aborted: float | None = None
+    """It was given up."""
     finished: float | None = None
 
 
@@ -54,8 +56,7 @@ class Ticket:
 
     id: int
     request: Request
-    abort: Callable[[], None]
-    """Give it up: it is gone with the next step."""
+    _give_up: Callable[[], None]
     times: Times = field(default_factory=lambda: Times(submitted=time.monotonic()))
     prompt_scores: list["PromptScore"] = field(default_factory=list)
     """Of the prompt's tokens but the first; there before the first token is."""
@@ -72,6 +73,17 @@ class Ticket:
     def is_finished(self) -> bool:
         """Whether nothing more will come."""
         return self.times.finished is not None
+
+    def abort(self) -> None:
+        """Give it up: it is gone with the next step."""
+        self.times.aborted = self.times.aborted or time.monotonic()
+        self._give_up()
+
+    @property
+    def num_tokens_after_abort(self) -> int:
+        """Tokens that came all the same: those of the step that was under way."""
+        aborted = self.times.aborted
+        return sum(at > aborted for at in list(self._moments)) if aborted is not None else 0
 
     def __iter__(self) -> Iterator[TokenEvent]:
         """Yield the tokens, waiting for each. Raises what the request failed with."""

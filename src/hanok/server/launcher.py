@@ -84,7 +84,8 @@ FLAGS: tuple[Flag, ...] = (
     Flag(
         name="speculate",
         kind="integer",
-        ignored="hanok does not speculate yet; the text would be the same",
+        text="Tokens to guess ahead from the text so far, at the most; 0: none.",
+        default="0",
     ),
     Flag(
         name="dtype",
@@ -282,6 +283,7 @@ class LaunchOptions:
     """As `hanok.load(quant=…)`."""
     dtype: str = "auto"
     cache_dtype: str = "auto"
+    speculate: int = 0
     max_concurrent_requests: int = 128
     max_best_of: int = 2
     max_stop_sequences: int = 4

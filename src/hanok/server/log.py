@@ -35,6 +35,8 @@ def described(exchange: Exchange) -> dict[str, Any]:
             "prompt_tokens": sum(len(item.prompt_ids) for item in sequences),
             "generated_tokens": sum(len(item.generated_ids) for item in sequences),
             "cached_tokens": sum(ticket.num_cached_tokens for ticket in tickets),
+            "drafted_tokens": sum(item.speculation.proposed for item in sequences),
+            "accepted_tokens": sum(item.speculation.accepted for item in sequences),
             "finish_reason": ",".join(str(item.finish_reason) for item in sequences),
         }
         if first:

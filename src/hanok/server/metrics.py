@@ -54,7 +54,7 @@ class RequestRecord:
 
 
 class EngineStats(Protocol):
-    """What the engine knows of itself at one moment. Counts since the start: the last four."""
+    """What the engine knows of itself at one moment. Counts since the start: the last six."""
 
     @property
     def num_waiting(self) -> int:
@@ -100,6 +100,18 @@ class EngineStats(Protocol):
     def cancelled(self) -> int:
         """Requests that ended because their client left or their time was up."""
 
+    @property
+    def most_tokens_after_abort(self) -> int:
+        """The most new tokens of a request that came when it was already given up."""
+
+    @property
+    def drafted_tokens(self) -> int:
+        """Tokens that were guessed and checked."""
+
+    @property
+    def accepted_tokens(self) -> int:
+        """Of these, those that were right."""
+
 
 class Metrics:
     """The counters and histograms of one server; the engine's thread and the event loop may both call.
@@ -136,11 +148,15 @@ class Metrics:
         forward_s: float,
         total_s: float,
         succeeded: bool,
+        accepted: Sequence[int] = (),
     ) -> None:
         """Count a step of the engine: a decode computes one token of each sequence, a prefill more.
 
-        A step that failed is counted and not timed.
+        A step that failed is counted and not timed. `accepted` says for each sequence with guesses how
+        many were right.
         """
+        for number in accepted:
+            self._requests.skipped.observe(number)
         self._tgi.inference_count.labels(method=kind).inc()
         if not succeeded:
             self._tgi.inference_failure.labels(method=kind).inc()
@@ -235,7 +251,7 @@ class _RequestHistograms:
         )
         self.skipped = Histogram(
             "tgi_request_skipped_tokens",
-            "Tokens of a step that were speculated and accepted.",
+            "Guessed tokens of a sequence's step that were right.",
             buckets=SKIPPED_BOUNDS,
             registry=registry,
         )
@@ -371,6 +387,10 @@ def _gauges(stats: EngineStats) -> Mapping[str, tuple[float, str]]:
         "hanok_cache_total_blocks": (stats.total_blocks, "Blocks of the cache."),
         "hanok_cache_block_size": (stats.block_size, "Tokens of a block."),
         "hanok_cache_occupancy": (occupancy, "Share of the blocks that running sequences hold."),
+        "hanok_most_tokens_after_abort": (
+            stats.most_tokens_after_abort,
+            "The most new tokens of a request that came when it was already given up.",
+        ),
     }
 
 
@@ -391,6 +411,14 @@ def _engine_counters(stats: EngineStats) -> Mapping[str, tuple[float, str]]:
         "hanok_requests_cancelled": (
             stats.cancelled,
             "Requests that ended because their client left or their time was up.",
+        ),
+        "hanok_drafted_tokens": (
+            stats.drafted_tokens,
+            "Tokens that were guessed ahead and checked.",
+        ),
+        "hanok_accepted_tokens": (
+            stats.accepted_tokens,
+            "Of these, tokens that were right: as many passes were saved.",
         ),
     }
 

@@ -30,7 +30,12 @@ Opener = Callable[[Service], "tuple[Model, Engine]"]
 def listen(options: ServerOptions) -> socket.socket:
     """Return a socket that listens; port 0 takes a free one. OSError where it cannot be had."""
     family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
-    return socket.create_server((options.host, options.port), family=family, backlog=2048)
+    found = socket.create_server((options.host, options.port), family=family, backlog=2048)
+    # Closing a connection waits until its client has read what was written: one that never reads would
+    # keep it for ever. Connections have the option of their listener.
+    timeout_ms = int(1000 * options.write_timeout_s)
+    found.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, timeout_ms)
+    return found
 
 
 def serve(options: ServerOptions, open_model: Opener, listener: socket.socket) -> int:

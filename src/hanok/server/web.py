@@ -9,7 +9,7 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -163,7 +163,7 @@ class EventStream(Response):
 
     def __init__(
         self,
-        events: AsyncIterator[str],
+        events: AsyncGenerator[str, None],
         give_up: Callable[[], None],
         *,
         keep_alive_s: float,
@@ -209,8 +209,13 @@ class EventStream(Response):
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-async def with_keep_alive(events: AsyncIterator[str], seconds: float) -> AsyncGenerator[str, None]:
-    """Yield events as they are written, and a comment whenever none came for some seconds."""
+async def with_keep_alive(
+    events: AsyncGenerator[str, None], seconds: float
+) -> AsyncGenerator[str, None]:
+    """Yield events as they are written, and a comment whenever none came for some seconds.
+
+    `events` is closed when this is.
+    """
     waiting: asyncio.Future[str] | None = None
     try:
         while True:
@@ -229,6 +234,8 @@ async def with_keep_alive(events: AsyncIterator[str], seconds: float) -> AsyncGe
     finally:
         if waiting is not None:
             waiting.cancel()
+            await asyncio.gather(waiting, return_exceptions=True)
+        await events.aclose()
 
 
 async def until_gone(receive: Receive) -> None:

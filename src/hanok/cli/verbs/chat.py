@@ -7,12 +7,21 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from hanok.cli.options import given, model_options, open_model, sampling_options
+from hanok.cli.options import (
+    given,
+    model_options,
+    open_model,
+    open_speculation,
+    sampling_options,
+    speculation_line,
+    speculation_options,
+)
 from hanok.errors import RequestError
 
 if TYPE_CHECKING:
     from hanok.engine.model import Model, PrefixCache
     from hanok.engine.params import SamplingOptions
+    from hanok.engine.speculate import Speculation
 
 HELP = "/reset starts over, /undo takes the last turn back, /exit or Ctrl-D ends."
 
@@ -20,6 +29,7 @@ HELP = "/reset starts over, /undo takes the last turn back, /exit or Ctrl-D ends
 @click.command("chat", short_help="Talk with a model, turn by turn.")
 @click.argument("path", required=False, type=click.Path(path_type=Path))
 @click.option("--system", help="A system message to begin with.")
+@speculation_options
 @sampling_options
 @model_options
 def command(path: Path | None, system: str | None, **options: Any) -> None:
@@ -30,6 +40,7 @@ def command(path: Path | None, system: str | None, **options: Any) -> None:
     """
     from hanok.engine.model import PrefixCache
 
+    speculation = open_speculation(options)
     model = open_model(path, options)
     is_terminal = sys.stdin.isatty()
     if is_terminal:
@@ -52,7 +63,7 @@ def command(path: Path | None, system: str | None, **options: Any) -> None:
         elif text:
             messages.append({"role": "user", "content": text})
             try:
-                answer = _answer(model, messages, cache, given(options))
+                answer = _answer(model, messages, cache, speculation, given(options))
             except RequestError as error:
                 # The turn cannot be served (too long, refused by the template); the talk goes on.
                 click.echo(f"hanok: {error}", err=True)
@@ -78,13 +89,15 @@ def _answer(
     model: "Model",
     messages: list[dict[str, str]],
     cache: "PrefixCache",
+    speculation: "Speculation | None",
     options: "SamplingOptions",
 ) -> str:
     """Print an answer as it comes and return it; Ctrl-C ends it early."""
     pieces: list[str] = []
     started, first = time.perf_counter(), 0.0
+    stream = model.stream(messages, cache=cache, speculation=speculation, **options)
     try:
-        for event in model.stream(messages, cache=cache, **options):
+        for event in stream:
             first = first or time.perf_counter() - started
             pieces.append(event.text)
             click.echo(event.text, nl=False)
@@ -95,7 +108,9 @@ def _answer(
     seconds = time.perf_counter() - started
     speed = (len(pieces) - 1) / (seconds - first) if len(pieces) > 1 else 0.0
     click.echo(
-        f"{len(pieces)} tokens; first after {first:.3f} s, then {speed:.1f} tokens/s", err=True
+        f"{len(pieces)} tokens; first after {first:.3f} s, then {speed:.1f} tokens/s"
+        + speculation_line(stream, speculation),
+        err=True,
     )
     return "".join(pieces).strip()
 

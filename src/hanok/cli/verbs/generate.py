@@ -3,12 +3,21 @@
 import json
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import click
 
-from hanok.cli.options import given, model_options, open_model, sampling_options
+from hanok.cli.options import (
+    given,
+    model_options,
+    open_model,
+    open_speculation,
+    sampling_options,
+    speculation_line,
+    speculation_options,
+)
 from hanok.errors import OptionError
 
 
@@ -23,6 +32,7 @@ from hanok.errors import OptionError
 @click.option("--echo", is_flag=True, help="Print the prompt before its continuation.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the text.")
 @click.option("--no-cache", is_flag=True, help="Compute everything again for each token (slow).")
+@speculation_options
 @sampling_options
 @model_options
 def command(
@@ -50,11 +60,13 @@ def command(
                 "--file, or pipe a text in."
             )
         prompt = sys.stdin.read()
+    speculation = open_speculation(options)
     model = open_model(path, options)
     if echo and not as_json:
         click.echo(prompt, nl=False)
     started, first, events = time.perf_counter(), 0.0, []
-    for event in model.stream(prompt, use_cache=not no_cache, **given(options)):
+    stream = model.stream(prompt, use_cache=not no_cache, speculation=speculation, **given(options))
+    for event in stream:
         first = first or time.perf_counter() - started
         events.append(event)
         if not as_json:
@@ -74,6 +86,7 @@ def command(
                     "num_prompt_tokens": len(model.encode(prompt)),
                     "first_token_s": first,
                     "tokens_per_s": tokens_per_s,
+                    "speculation": asdict(stream.speculation) if speculation else None,
                 },
                 ensure_ascii=False,
             )
@@ -82,7 +95,7 @@ def command(
         click.echo()
     click.echo(
         f"{len(events)} tokens, ended by {events[-1].finish_reason}; first after {first:.3f} s, "
-        f"then {tokens_per_s:.1f} tokens/s",
+        f"then {tokens_per_s:.1f} tokens/s" + speculation_line(stream, speculation),
         err=True,
     )
 

@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from hanok import BUNDLED
-from hanok.cli.options import model_options
+from hanok.cli.options import model_options, speculation_options
 from hanok.errors import OptionError
 
 
@@ -71,6 +71,7 @@ from hanok.errors import OptionError
 )
 @click.option("--cors-allow-origin", multiple=True, help="Repeatable.  [default: any origin]")
 @click.option("--json-log", is_flag=True, help="Write the log as JSON lines.")
+@speculation_options
 @model_options
 def command(path: Path | None, **options: Any) -> None:
     """Serve a model: hanok serve [PATH].

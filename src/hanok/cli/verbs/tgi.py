@@ -78,6 +78,9 @@ def load_options(launch: LaunchOptions) -> dict[str, Any]:
         "attention": "auto",
         "threads": None,
         "cache_packed": False,
+        "speculate": "ngram" if launch.speculate else "off",
+        "draft": None,
+        "max_draft": launch.speculate or None,
         "profile": None,
     }
 

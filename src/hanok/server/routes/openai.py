@@ -71,12 +71,19 @@ def usage_of(tickets: Sequence[Ticket], num_prompts: int) -> dict[str, Any]:
     firsts = tickets[::each]
     prompt = sum(len(ticket.request.sequence.prompt_ids) for ticket in firsts)
     generated = sum(len(ticket.request.sequence.generated_ids) for ticket in tickets)
+    guessed = [ticket.request.sequence.speculation for ticket in tickets]
     return {
         "prompt_tokens": prompt,
         "completion_tokens": generated,
         "total_tokens": prompt + generated,
         "prompt_tokens_details": {
             "cached_tokens": sum(ticket.num_cached_tokens for ticket in firsts)
+        },
+        "completion_tokens_details": {
+            "accepted_prediction_tokens": sum(counts.accepted for counts in guessed),
+            "rejected_prediction_tokens": sum(
+                counts.proposed - counts.accepted for counts in guessed
+            ),
         },
     }
 
@@ -376,7 +383,8 @@ class ChatWriter:
                     reason = REASONS[event.finish_reason]
                     if deltas.has_calls and reason == "stop":
                         reason = "tool_calls"
-                    yield self._chunk(index, {}, None, reason)
+                    end = {} if deltas.has_calls else {"content": ""}
+                    yield self._chunk(index, end, None, reason)
 
     def _chunk(
         self,
@@ -411,18 +419,25 @@ def stream(
     tickets: Sequence[Ticket],
     num_prompts: int,
 ) -> Response:
-    """Answer with the chunks of all choices as they come, usage if asked for, and [DONE]."""
-    exchange, options = exchange_of(request), service.options
-    wants_usage = body.stream_options is not None and body.stream_options.include_usage
+    """Answer with the chunks of all choices as they come, usage if asked for, and [DONE].
 
-    async def events() -> AsyncIterator[str]:
+    Completions whose request says nothing of usage have each choice's in its last chunk, as TGI's do.
+    """
+    exchange, options = exchange_of(request), service.options
+    asked = body.stream_options
+    tells_each = asked is None and isinstance(body, CompletionRequest)
+
+    async def events() -> AsyncGenerator[str, None]:
         common = head.fields()
-        beside: dict[str, Any] = {"usage": None} if wants_usage else {}
         try:
             async with aclosing(merged(parts)) as chunks:
                 async for choice in chunks:
-                    yield dumps(common | {"choices": [choice]} | beside)
-            if wants_usage:
+                    is_last = choice["finish_reason"] is not None
+                    usage = None
+                    if tells_each and is_last:
+                        usage = usage_of([tickets[choice["index"]]], 1)
+                    yield dumps(common | {"choices": [choice], "usage": usage})
+            if asked is not None and asked.include_usage:
                 usage = usage_of(tickets, num_prompts)
                 yield dumps(common | {"choices": [], "usage": usage})
         except Exception as error:

@@ -1,6 +1,7 @@
 """TGI's own routes: /generate and its kin, in its words and shapes."""
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -219,10 +220,11 @@ async def streamed(service: Service, request: Request, asked: Asked) -> Response
     tickets = await service.submit(request, [asked.prepared])
     exchange = exchange_of(request)
 
-    async def events() -> AsyncIterator[str]:
+    async def events() -> AsyncGenerator[str, None]:
         try:
-            async for text in _events(service.needed_tokenizer, asked, tickets[0]):
-                yield text
+            async with aclosing(_events(service.needed_tokenizer, asked, tickets[0])) as texts:
+                async for text in texts:
+                    yield text
         except Exception as error:
             exchange.error = as_server_error(error)
             yield dumps(flat_body(exchange.error))
@@ -237,7 +239,7 @@ async def streamed(service: Service, request: Request, asked: Asked) -> Response
     )
 
 
-async def _events(tokenizer: Tokenizer, asked: Asked, ticket: Ticket) -> AsyncIterator[str]:
+async def _events(tokenizer: Tokenizer, asked: Asked, ticket: Ticket) -> AsyncGenerator[str, None]:
     text, index, reason = "", 0, None
     async for event in ticket:
         text, index, reason = text + event.text, index + 1, event.finish_reason

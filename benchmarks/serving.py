@@ -1,0 +1,623 @@
+"""hanok's server on a CPU, beside llama.cpp's and transformers' in one run, under load and left alone.
+
+    python benchmarks/serving.py [--parts throughput …] [--output FILE.md] [--llama-cpp BIN]
+        [--transformers PROGRAM] [--trace FILE.csv]
+
+Parts: `throughput` (so many clients at once, each with a request; the engine without a server takes
+turns with them), `turns` (a conversation's second turn), `overload` (arrivals at one and
+three times the capacity, whatever became of those before), `disconnects` (clients that go away at any
+moment), `soak` (memory under full load). Each part's rows go to a .json file beside the report, which is
+written anew from all parts that are there, so parts can be measured one by one. A server is a cold
+process; everything is asked over loopback by one client process (`hanok.bench.load`) that shares the two
+cores with it, for every server alike. `--quick` shows in a minute whether everything is there.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import statistics
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from functools import partial
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import checkpoints
+import measure
+import serving_servers as servers
+from serving_servers import Running, Sizes, Start
+
+from hanok.bench.arrivals import Arrival, poisson, read_trace
+from hanok.bench.load import Answer, Ask, closed, opened, send
+from hanok.bench.serving import Percentiles
+
+HERE = Path(__file__).parent
+PARTS = ("throughput", "turns", "overload", "disconnects", "soak")
+SHAPES = ("llama-1.1b", "qwen-0.5b")
+CLIENTS = (8, 32)
+QUEUE_S = 5  # what the server under overload is told its requests may wait
+HANOK, BARE, LLAMA_CPP, TRANSFORMERS = "hanok", "hanok's engine alone", "llama.cpp", "transformers"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scale:
+    """How much is asked: what the report is about, or a quick look."""
+
+    shapes: tuple[str, ...] = SHAPES
+    clients: tuple[int, ...] = CLIENTS
+    prompt_tokens: int = 256
+    new_tokens: int = 128
+    history_tokens: int = 1000
+    conversations: int = 5
+    overload_shape: str = "qwen-0.5b"
+    overload_s: float = 60.0
+    capacity_requests: int = 160
+    disconnects: int = 10_000
+    slow_disconnects: int = 200
+    soak_s: float = 600.0
+    soak_after_s: float = 60.0
+
+
+FULL = Scale()
+QUICK = Scale(
+    shapes=("tiny",),
+    clients=(2,),
+    prompt_tokens=16,
+    new_tokens=8,
+    history_tokens=200,
+    conversations=2,
+    overload_shape="tiny",
+    overload_s=1.0,
+    capacity_requests=32,
+    disconnects=60,
+    soak_s=2.0,
+    soak_after_s=0.5,
+)
+
+
+class Prompts:
+    """Random prompts, the same in every run, no two with the same beginning."""
+
+    def __init__(self, vocab_size: int, *, as_text: bool = False, seed: int = 0) -> None:
+        self._numbers = random.Random(seed)
+        self._vocab_size = vocab_size
+        self._as_text = as_text
+
+    def ids(self, count: int) -> list[int]:
+        """Return so many token ids."""
+        return [self._numbers.randrange(3, self._vocab_size) for _ in range(count)]
+
+    def ask(self, prompt_tokens: int, new_tokens: int) -> Ask:
+        """Return a request."""
+        ids = self.ids(prompt_tokens)
+        return Ask(prompt=servers.words(ids) if self._as_text else ids, new_tokens=new_tokens)
+
+
+def percentiles(values: Sequence[float]) -> Percentiles:
+    """Return the percentiles of some values; of none, zeros."""
+    return Percentiles.of(values) or Percentiles(p50=0.0, p90=0.0, p99=0.0)
+
+
+def demand_complete(answers: Sequence[Answer], running: Running) -> None:
+    """Raise RuntimeError unless every request was answered in full."""
+    broken = [answer for answer in answers if not answer.is_complete]
+    if broken:
+        log = "".join(running.log[-5:])
+        raise RuntimeError(f"{len(broken)} of {len(answers)} failed: {broken[0]}\n{log}")
+
+
+def warm(running: Running, vocab_size: int) -> None:
+    """Let the server compute each kind of step once, unmeasured."""
+    prompts = Prompts(vocab_size, as_text=not running.takes_ids, seed=99)
+    answers = asyncio.run(closed(running.target, [prompts.ask(64, 4) for _ in range(4)], 2))
+    demand_complete(answers, running)
+
+
+# Throughput
+
+
+def throughput_row(
+    start: Start, shape: checkpoints.Shape, clients: int, scale: Scale
+) -> measure.Row:
+    """Return what one cold server does for so many clients at a time."""
+    length = scale.prompt_tokens + scale.new_tokens
+    with start(Sizes(clients=clients, tokens=length + 128)) as running:
+        warm(running, shape.vocab_size)
+        prompts = Prompts(shape.vocab_size, as_text=not running.takes_ids)
+        asks = [prompts.ask(scale.prompt_tokens, scale.new_tokens) for _ in range(clients)]
+        before = os.times()
+        began = time.perf_counter()
+        answers = asyncio.run(closed(running.target, asks, clients))
+        took = time.perf_counter() - began
+        after = os.times()
+        demand_complete(answers, running)
+    first = [answer.first_token_s for answer in answers if answer.first_token_s is not None]
+    between = [gap for answer in answers for gap in answer.between_s]
+    return {
+        "tokens_per_s": sum(answer.num_tokens for answer in answers) / took,
+        "first_token_s": statistics.median(first),
+        "between_p99_s": percentiles(between).p99,
+        "client_cores": (after.user + after.system - before.user - before.system) / took,
+    }
+
+
+def bare_row(folder: Path, clients: int, scale: Scale, threads: int) -> measure.Row:
+    """Return what the engine does for so many sequences without a server."""
+    command = [sys.executable, str(HERE / "serving_engine.py"), str(folder)]
+    command += ["--sequences", str(clients), "--prompt-tokens", str(scale.prompt_tokens)]
+    command += ["--new-tokens", str(scale.new_tokens)]
+    return measure.run_cold(command, threads=threads)
+
+
+def measure_throughput(options: argparse.Namespace, scale: Scale) -> list[measure.Row]:
+    """Return a row for each server, shape, number of clients and round."""
+    found: list[measure.Row] = []
+    for name in scale.shapes:
+        shape = checkpoints.SHAPES[name]
+        folder = servers.served_checkpoint(shape, options.checkpoints)
+        contestants = contestants_of(options, folder)
+        for clients in scale.clients:
+            actions: dict[str, Callable[[], measure.Row]] = {
+                who: partial(throughput_row, start, shape, clients, scale)
+                for who, start in contestants.items()
+            }
+            slow = actions.pop(TRANSFORMERS, None)
+            if clients == max(scale.clients):
+                actions[BARE] = partial(bare_row, folder, clients, scale, options.threads)
+            guard = measure.guard_of(options)
+            rows = measure.interleave(actions, runs=options.runs, guard=guard, log=print)
+            if slow is not None:
+                rows |= measure.interleave({TRANSFORMERS: slow}, runs=1, guard=guard, log=print)
+            found += [
+                {"shape": name, "clients": clients, "who": who, **row}
+                for who, mine in rows.items()
+                for row in mine
+            ]
+    return found
+
+
+def contestants_of(options: argparse.Namespace, folder: Path) -> dict[str, Start]:
+    """Return how to start each server that is there."""
+    threads = options.threads
+    found = {HANOK: servers.hanok(folder, "int8", threads=threads)}
+    if options.llama_cpp is not None:
+        model = servers.gguf(folder, "Q8_0", options.llama_cpp, threads)
+        program = options.llama_cpp / "llama-server"
+        found[LLAMA_CPP] = servers.llama_cpp(model, program, threads=threads)
+    if options.transformers is not None:
+        found[TRANSFORMERS] = servers.transformers(folder, options.transformers, threads=threads)
+    return found
+
+
+# The second turn
+
+
+def measure_turns(options: argparse.Namespace, scale: Scale) -> list[measure.Row]:
+    """Return the times to the first token of conversations' first and second turns."""
+    rows = []
+    for name in scale.shapes:
+        shape = checkpoints.SHAPES[name]
+        folder = servers.served_checkpoint(shape, options.checkpoints)
+        start = servers.hanok(folder, "int8", threads=options.threads)
+        run = measure.guard_of(options).run(partial(turns_row, start, shape, scale))
+        rows.append({"shape": name, **run.result, "is_disturbed": run.is_disturbed})
+        print(rows[-1])
+    return rows
+
+
+def turns_row(start: Start, shape: checkpoints.Shape, scale: Scale) -> measure.Row:
+    """Return both turns' times to the first token, one conversation after the other."""
+    firsts, seconds = [], []
+    with start(Sizes(clients=4, tokens=scale.history_tokens + 256)) as running:
+        warm(running, shape.vocab_size)
+        prompts = Prompts(shape.vocab_size)
+        for _ in range(scale.conversations):
+            history = prompts.ids(scale.history_tokens)
+            first = asyncio.run(send(running.target, Ask(prompt=history, new_tokens=32)))
+            # Its words are its tokens.
+            answer = [int(word.removeprefix("w")) for word in first.text.split()]
+            second_prompt = [*history, *answer, *prompts.ids(20)]
+            second = asyncio.run(send(running.target, Ask(prompt=second_prompt, new_tokens=32)))
+            demand_complete([first, second], running)
+            firsts.append(first.first_token_s)
+            seconds.append(second.first_token_s)
+    return {"first_s": firsts, "second_s": seconds}
+
+
+# More than can be served
+
+
+def requests_of(trace: Path | None) -> list[Arrival]:
+    """Return the requests of a trace, an eighth as long; without one, random arrivals of one length."""
+    if trace is None:
+        return poisson(1.0, 1000.0, prompt_tokens=128, new_tokens=24, seed=0)
+    return read_trace(trace, length_scale=1 / 8)
+
+
+def times_at(traced: Sequence[Arrival], rate: float, seconds: float) -> list[float]:
+    """Return arrival times with the trace's pattern, at this mean rate."""
+    count = max(2, int(rate * seconds))
+    repeats = -(-count // len(traced))
+    length = traced[-1].at_s
+    times = [length * turn + item.at_s for turn in range(repeats) for item in traced][:count]
+    return [at * seconds / times[-1] for at in times]
+
+
+def measure_overload(options: argparse.Namespace, scale: Scale) -> list[measure.Row]:
+    """Return what came of requests at the capacity and at three times of it."""
+    shape = checkpoints.SHAPES[scale.overload_shape]
+    folder = servers.served_checkpoint(shape, options.checkpoints)
+    longest = 512
+    traced = requests_of(options.trace)
+    prompts = Prompts(shape.vocab_size)
+    lengths = cycle(traced)
+
+    def ask() -> Ask:
+        wanted = next(lengths)
+        return prompts.ask(min(wanted.prompt_tokens, longest - 64), min(wanted.new_tokens, 64))
+
+    rows: list[measure.Row] = []
+    sizes = Sizes(clients=32, tokens=longest)
+    with servers.hanok(folder, "int8", threads=options.threads)(sizes) as running:
+        warm(running, shape.vocab_size)
+        asks = [ask() for _ in range(scale.capacity_requests)]
+        began = time.perf_counter()
+        demand_complete(asyncio.run(closed(running.target, asks, 32)), running)
+        capacity = len(asks) / (time.perf_counter() - began)
+    bound = ["--max-queue-seconds", str(QUEUE_S)]
+    start = servers.hanok(folder, "int8", threads=options.threads, options=bound)
+    with start(sizes) as running:
+        warm(running, shape.vocab_size)
+        for factor in (1, 3):
+            times = times_at(traced, factor * capacity, scale.overload_s)
+            answers = asyncio.run(opened(running.target, [(at, ask()) for at in times]))
+            rows.append({"factor": factor, "capacity": capacity, **outcome(answers)})
+            print(rows[-1])
+    return rows
+
+
+def outcome(answers: Sequence[Answer]) -> measure.Row:
+    """Return the statuses of some requests, and how long the accepted ones waited."""
+    served = [answer for answer in answers if answer.is_complete]
+    first = [answer.first_token_s for answer in served if answer.first_token_s is not None]
+    return {
+        "statuses": dict(Counter(str(answer.status) for answer in answers)),
+        "broken": sum(answer.status == 200 and not answer.is_complete for answer in answers),
+        "without_retry_after": sum(
+            answer.status == 429 and not answer.retry_after for answer in answers
+        ),
+        "first_token_p50_s": percentiles(first).p50,
+        "first_token_p99_s": percentiles(first).p99,
+        "late_p99_s": percentiles([answer.sent - answer.due for answer in answers]).p99,
+    }
+
+
+# Clients that go away
+
+
+def measure_disconnects(options: argparse.Namespace, scale: Scale) -> list[measure.Row]:
+    """Return what is left of requests whose clients went away at any moment."""
+    small = checkpoints.SHAPES["tiny"]
+    large = checkpoints.SHAPES[scale.shapes[0]]
+    rows = [disconnects_row(options, small, scale.disconnects, clients=64)]
+    if large is not small:
+        rows.append(disconnects_row(options, large, scale.slow_disconnects, clients=16))
+    return rows
+
+
+def disconnects_row(
+    options: argparse.Namespace, shape: checkpoints.Shape, count: int, *, clients: int
+) -> measure.Row:
+    folder = servers.served_checkpoint(shape, options.checkpoints)
+    start = servers.hanok(folder, "int8", threads=options.threads)
+    numbers = random.Random(1)
+    prompts = Prompts(shape.vocab_size)
+    asks = []
+    for _ in range(count):
+        ask = prompts.ask(numbers.randrange(1, 200), numbers.randrange(1, 32))
+        leave = numbers.choice((None, 0, 0, 1, 2, 5, 10))
+        asks.append(Ask(prompt=ask.prompt, new_tokens=ask.new_tokens, leave_after=leave))
+    with start(Sizes(clients=clients, tokens=256)) as running:
+        answers = asyncio.run(closed(running.target, asks, clients))
+        end = time.monotonic() + 60
+        while running.metric("tgi_batch_current_size") + running.metric("tgi_queue_size"):
+            if time.monotonic() > end:
+                break
+            time.sleep(0.1)
+        used = running.metric("hanok_cache_used_blocks")
+        given_up = running.metric("hanok_requests_cancelled_total")
+        most_after = running.metric("hanok_most_tokens_after_abort")
+    row = {
+        "shape": shape.name,
+        "requests": count,
+        "left": sum(answer.has_left for answer in answers),
+        "statuses": dict(Counter(str(answer.status) for answer in answers)),
+        "blocks_left": used,
+        "given_up": given_up,
+        "most_tokens_after": most_after,
+    }
+    print(row)
+    return row
+
+
+# Memory
+
+
+def measure_soak(options: argparse.Namespace, scale: Scale) -> list[measure.Row]:
+    """Return the memory of a server that has as much to do as it may, as time goes by.
+
+    Twice as many clients ask as there are slots, for answers that the cache does not hold all at once.
+    """
+    shape = checkpoints.SHAPES[scale.overload_shape]
+    folder = servers.served_checkpoint(shape, options.checkpoints)
+    start = servers.hanok(folder, "int8", threads=options.threads)
+    samples: list[tuple[float, int]] = []
+    statuses: Counter[int] = Counter()
+    with start(Sizes(clients=8, tokens=512)) as running:
+        warm(running, shape.vocab_size)
+        prompts, numbers = Prompts(shape.vocab_size), random.Random(2)
+        began = time.monotonic()
+
+        async def client() -> None:
+            while time.monotonic() - began < scale.soak_s:
+                ask = prompts.ask(numbers.randrange(1, 400), numbers.randrange(1, 100))
+                answer = await send(running.target, ask)
+                statuses[answer.status] += 1
+                if answer.status == 429:
+                    await asyncio.sleep(float(answer.retry_after or 1))
+
+        async def watch() -> None:
+            while time.monotonic() - began < scale.soak_s:
+                samples.append((time.monotonic() - began, running.resident_bytes()))
+                await asyncio.sleep(scale.soak_s / 300)
+
+        async def all_of_it() -> None:
+            await asyncio.gather(watch(), *(client() for _ in range(16)))
+
+        asyncio.run(all_of_it())
+        preemptions = running.metric("hanok_preemptions_total")
+    settled = [size for at, size in samples if at >= scale.soak_after_s]
+    row = {
+        "requests": sum(statuses.values()),
+        "statuses": {str(status): count for status, count in statuses.items()},
+        "preemptions": preemptions,
+        "after_first_minute_bytes": settled[0],
+        "largest_bytes": max(settled),
+        "last_bytes": settled[-1],
+        "growth": max(settled) / settled[0] - 1,
+    }
+    print(row)
+    return [row]
+
+
+# The report
+
+MEASURES = {
+    "throughput": measure_throughput,
+    "turns": measure_turns,
+    "overload": measure_overload,
+    "disconnects": measure_disconnects,
+    "soak": measure_soak,
+}
+
+
+def report(found: dict[str, Any], threads: int) -> str:
+    """Return the report of all parts that were measured."""
+    lines = [measure.heading("Servers on a CPU", threads), ""]
+    demands: list[Sequence[object]] = []
+    for part, body in found.items():
+        lines += [
+            f"## {part.capitalize()}",
+            "",
+            f"Measured {body['date']} at {body['versions']}.",
+            "",
+        ]
+        table, asked = REPORTS[part](body["rows"])
+        lines += [table, ""]
+        demands += asked
+    header = ("", "measured", "asked", "met")
+    return "\n".join([*lines, "## Asked", "", measure.table(header, demands), ""])
+
+
+Part = tuple[str, list[Sequence[object]]]
+
+
+def demand(
+    what: str, spread: measure.Spread | float, limit: float, *, at_least: bool
+) -> list[object]:
+    """Return a row of what was asked for."""
+    value = spread.median if isinstance(spread, measure.Spread) else spread
+    is_met = value >= limit if at_least else value <= limit
+    text = str(spread) if isinstance(spread, measure.Spread) else measure.rounded(spread)
+    return [what, text, f"{'≥' if at_least else '≤'} {limit:g}", "yes" if is_met else "no"]
+
+
+def throughput_report(rows: list[measure.Row]) -> Part:
+    groups: dict[tuple[str, int, str], list[measure.Row]] = {}
+    for row in rows:
+        groups.setdefault((row["shape"], row["clients"], row["who"]), []).append(row)
+    table, demands = [], []
+    for (shape, clients, who), mine in groups.items():
+        cells = [f"{shape}, {clients} clients: {who}"]
+        for key in ("tokens_per_s", "first_token_s", "between_p99_s", "client_cores"):
+            values = [row[key] for row in mine if key in row]
+            cells.append(str(measure.Spread.of(values)) if values else "")
+        table.append([*cells, sum(row["is_disturbed"] for row in mine)])
+    for shape, clients in dict.fromkeys((shape, clients) for shape, clients, _ in groups):
+        ours = groups[shape, clients, HANOK]
+        place = f"{shape}, {clients} clients"
+
+        for who, limit in ((LLAMA_CPP, 1.5), (TRANSFORMERS, 5.0), (BARE, 0.93)):
+            spread = against(ours, groups.get((shape, clients, who)), "tokens_per_s")
+            if spread is not None:
+                what = f"{place}: throughput of {who}'s"
+                demands.append(demand(what, spread, limit, at_least=True))
+        spread = against(ours, groups.get((shape, clients, LLAMA_CPP)), "first_token_s")
+        if spread is not None and clients == min(CLIENTS):
+            what = f"{place}: time to first token of llama.cpp's"
+            demands.append(demand(what, spread, 0.7, at_least=False))
+    header = (
+        *("", "tokens/s", "first token p50, s", "between tokens p99, s"),
+        *("client, cores", "disturbed"),
+    )
+    return measure.table(header, table), demands
+
+
+def against(
+    ours: list[measure.Row], theirs: list[measure.Row] | None, key: str
+) -> measure.Spread | None:
+    """Return the ratio to another's rounds, or to its only one; None where it was not there."""
+    if theirs is None:
+        return None
+    several = [row[key] for row in theirs] * (len(ours) if len(theirs) == 1 else 1)
+    return measure.ratio([row[key] for row in ours], several)
+
+
+def turns_report(rows: list[measure.Row]) -> Part:
+    table, demands = [], []
+    for row in rows:
+        first, second = (measure.Spread.of(row[key]) for key in ("first_s", "second_s"))
+        table.append([row["shape"], first, second, row["is_disturbed"]])
+        spread = measure.ratio(row["second_s"], row["first_s"])
+        what = f"{row['shape']}: first token of a second turn, of the first's"
+        demands.append(demand(what, spread, 0.15, at_least=False))
+    return measure.table(("", "first turn, s", "second turn, s", "disturbed"), table), demands
+
+
+def overload_report(rows: list[measure.Row]) -> Part:
+    keys = ("first_token_p50_s", "first_token_p99_s", "late_p99_s")
+    table = [
+        [
+            f"{row['factor']} x {row['capacity']:.2f} requests/s",
+            ", ".join(f"{count} x {status}" for status, count in sorted(row["statuses"].items())),
+            row["broken"],
+            row["without_retry_after"],
+            *(measure.rounded(row[key]) for key in keys),
+        ]
+        for row in rows
+    ]
+    others = sum(
+        count
+        for row in rows
+        for status, count in row["statuses"].items()
+        if status not in ("200", "429")
+    )
+    broken = sum(row["broken"] + row["without_retry_after"] for row in rows)
+    slower = rows[-1]["first_token_p99_s"] / rows[0]["first_token_p99_s"]
+    demands = [
+        demand(
+            "overload: answers that are neither 200, whole, nor 429",
+            others + broken,
+            0,
+            at_least=False,
+        ),
+        demand(
+            "overload: p99 to the first token, of its value at capacity", slower, 2, at_least=False
+        ),
+    ]
+    note = (
+        f"\n\n`--max-queue-seconds {QUEUE_S}`; capacity: 32 clients, one request after the other."
+    )
+    header = (
+        *("arrivals", "answers", "200 but not whole", "429 without Retry-After"),
+        *("first token p50, s", "p99, s", "sent late p99, s"),
+    )
+    return measure.table(header, table) + note, demands
+
+
+def disconnects_report(rows: list[measure.Row]) -> Part:
+    table, demands = [], []
+    for row in rows:
+        table.append(
+            [
+                row["shape"],
+                row["requests"],
+                row["left"],
+                row["given_up"],
+                row["blocks_left"],
+                row["most_tokens_after"],
+            ]
+        )
+        place = f"{row['shape']}, {row['requests']:,} requests"
+        demands += [
+            demand(f"{place}: blocks that leaked", row["blocks_left"], 0, at_least=False),
+            demand(
+                f"{place}: tokens after it was noticed", row["most_tokens_after"], 1, at_least=False
+            ),
+        ]
+    header = ("", "requests", "clients left", "given up", "blocks in use", "most tokens after")
+    return measure.table(header, table), demands
+
+
+def soak_report(rows: list[measure.Row]) -> Part:
+    table = [
+        [
+            row["requests"],
+            row["preemptions"],
+            *(
+                f"{row[key] / 2**20:.1f}"
+                for key in ("after_first_minute_bytes", "largest_bytes", "last_bytes")
+            ),
+        ]
+        for row in rows
+    ]
+    header = ("requests", "preemptions", "MiB after a minute", "at the most", "at the end")
+    growth = 100 * rows[0]["growth"]
+    return measure.table(header, table), [
+        demand("soak: growth of memory after the first minute, %", growth, 1, at_least=False)
+    ]
+
+
+REPORTS: dict[str, Callable[[list[measure.Row]], Part]] = {
+    "throughput": throughput_report,
+    "turns": turns_report,
+    "overload": overload_report,
+    "disconnects": disconnects_report,
+    "soak": soak_report,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Measure hanok's server beside others.")
+    measure.add_common_options(parser, runs=2)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--checkpoints", type=Path, default=checkpoints.DEFAULT_FOLDER)
+    llama_cpp = os.environ.get("HANOK_LLAMA_CPP")
+    parser.add_argument(
+        "--llama-cpp", type=Path, default=llama_cpp, help="its build/bin, llama-server among it"
+    )
+    parser.add_argument(
+        "--transformers",
+        type=Path,
+        default=os.environ.get("HANOK_TRANSFORMERS"),
+        help=servers.TRANSFORMERS_HELP,
+    )
+    parser.add_argument("--trace", type=Path, help="arrivals and lengths, see hanok.bench.arrivals")
+    parser.add_argument("--quick", action="store_true", help="next to nothing of everything")
+    options = parser.parse_args()
+    scale = QUICK if options.quick else FULL
+    if options.quick:
+        options.runs, options.patience, options.foreign = 1, 0.0, float(measure.num_cores())
+    kept = options.output.with_suffix(".json") if options.output else None
+    found = json.loads(kept.read_text()) if kept is not None and kept.is_file() else {}
+    for part in options.parts:
+        rows = MEASURES[part](options, scale)
+        today = datetime.now().astimezone().date().isoformat()
+        found[part] = {"date": today, "versions": measure.versions_line(), "rows": rows}
+        if kept is not None:
+            kept.write_text(json.dumps(found, indent=1) + "\n")
+    measure.publish(
+        report({part: found[part] for part in PARTS if part in found}, options.threads),
+        options.output,
+    )
+
+
+if __name__ == "__main__":
+    main()

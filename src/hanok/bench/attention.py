@@ -1,0 +1,402 @@
+"""Attention backends side by side: time, memory and error of each, on shapes that the caller names.
+
+Every backend appends the new tokens to the same caches through `Backend.attend` and is compared with
+`reference` in float64 over the keys and values before they were rounded to the cache's dtype. Caches
+come from memory as in a model: calls go round a ring of layers whose caches are larger than those of
+processors. Backends take turns (`turns.py`); what a first call costs is left out.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from itertools import cycle, product
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hanok.attention.base import AttentionSpec, Backend, ForwardBatch, backends, reference
+from hanok.attention.cache import KVCache, LayerState, StateSpec
+from hanok.bench.growth import peak_growth_bytes
+from hanok.bench.turns import (
+    MIN_SAMPLE_S,
+    RunRound,
+    Spread,
+    Timer,
+    run_plainly,
+    take_turns,
+)
+from hanok.engine.bandwidth import gflop_per_s, read_gb_per_s
+from hanok.errors import OptionError
+
+RING_BYTES = 2**29
+REFERENCE_ROWS = 128  # queries of one KV head scored at a time: at 16,384 keys 16 MiB for each head
+DTYPES = ("float32", "bfloat16", "float16")
+CACHE_DTYPES = ("auto", "int8")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionCase:
+    """What is computed: `queries` new tokens of each sequence, the last of its `keys`."""
+
+    batch: int = 1
+    num_heads: int = 32
+    num_kv_heads: int = 4
+    head_dim: int = 64
+    queries: int = 1
+    keys: int = 4096
+    dtype: str = "bfloat16"
+    cache_dtype: str = "auto"
+    """auto: as `dtype`; int8: with a scale for each token and head."""
+    window: int | None = None
+    softcap: float | None = None
+
+    def __post_init__(self) -> None:
+        sizes = ("batch", "num_heads", "num_kv_heads", "head_dim", "queries", "keys")
+        for name in sizes:
+            if getattr(self, name) < 1:
+                raise OptionError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        if self.num_heads % self.num_kv_heads:
+            raise OptionError(
+                f"{self.num_heads} heads cannot share {self.num_kv_heads} KV heads evenly. Choose a "
+                "number of KV heads that divides the number of heads."
+            )
+        if self.queries > self.keys:
+            raise OptionError(
+                f"{self.queries} queries are more than {self.keys} keys: the queries are the last "
+                "of the keys' tokens. Ask for more keys or fewer queries."
+            )
+        if self.window is not None and self.window < 1:
+            raise OptionError(f"window is {self.window}; it must be at least 1.")
+        if self.softcap is not None and self.softcap <= 0:
+            raise OptionError(f"softcap is {self.softcap:g}; it must be greater than 0.")
+        for name, known in (("dtype", DTYPES), ("cache_dtype", CACHE_DTYPES)):
+            if getattr(self, name) not in known:
+                raise OptionError(
+                    f"{name} {getattr(self, name)!r} is unknown. Choose one of: {', '.join(known)}."
+                )
+
+    @property
+    def spec(self) -> AttentionSpec:
+        """The layer."""
+        return AttentionSpec(
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            scale=self.head_dim**-0.5,
+            window=self.window,
+            softcap=self.softcap,
+        )
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """What queries, keys and values are computed in."""
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        return dtype
+
+    @property
+    def kept_dtype(self) -> torch.dtype:
+        """What the cache holds."""
+        return torch.int8 if self.cache_dtype == "int8" else self.torch_dtype
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of one layer's keys and values."""
+        return self._kept_bytes(self.keys)
+
+    @property
+    def moved_bytes(self) -> int:
+        """What has to be moved at least: keys and values that are seen, queries and results."""
+        window = self.window or self.keys
+        seen = min(self.keys, window + self.queries - 1)
+        heads = 2 * self.batch * self.queries * self.num_heads * self.head_dim
+        return self._kept_bytes(seen) + heads * self.torch_dtype.itemsize
+
+    @property
+    def flop(self) -> int:
+        """Two products over the keys that each query sees; a masked score counts nothing."""
+        window, past = self.window or self.keys, self.keys - self.queries
+        pairs = sum(min(window, past + index + 1) for index in range(self.queries))
+        return 4 * self.batch * self.num_heads * self.head_dim * pairs
+
+    def _kept_bytes(self, keys: int) -> int:
+        scale_bytes = 4 if self.cache_dtype == "int8" else 0
+        row = self.head_dim * self.kept_dtype.itemsize + scale_bytes
+        return 2 * self.batch * keys * self.num_kv_heads * row
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """What one backend did. Shares are of the machine's measured limits."""
+
+    samples: tuple[float, ...]
+    """Seconds of a call, one for each round."""
+    seconds: Spread
+    ratio: Spread
+    """Time of the first backend over this one's: above 1 it is faster."""
+    gb_per_s: float
+    bandwidth_share: float
+    gflop_per_s: float
+    flop_share: float
+    extra_bytes: int | None
+    """The most that the process grew by during a call; None where the system does not tell."""
+    max_error: float
+    relative_error: float
+    """Root mean square of the error over that of the result."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CaseResult:
+    """One case: what was measured, and why other backends were not."""
+
+    case: AttentionCase
+    measured: Mapping[str, Measured]
+    not_measured: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionReport:
+    """All cases, and the limits that shares refer to."""
+
+    device: str
+    threads: int
+    rounds: int
+    ring_bytes: int
+    gb_per_s: float
+    gflop_per_s: float
+    results: tuple[CaseResult, ...]
+
+    def as_object(self) -> dict[str, Any]:
+        """Return the report as JSON has it."""
+        found = {name: getattr(self, name) for name in self.__slots__ if name != "results"}
+        found["results"] = [
+            {
+                "case": asdict(result.case),
+                "measured": {name: asdict(row) for name, row in result.measured.items()},
+                "not_measured": dict(result.not_measured),
+            }
+            for result in self.results
+        ]
+        return found
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Conditions:
+    """How it is measured."""
+
+    device: torch.device
+    rounds: int = 7
+    ring_bytes: int = RING_BYTES
+    """Caches that calls go round, so that they come from memory."""
+    min_sample_s: float = MIN_SAMPLE_S
+    run_round: RunRound = run_plainly
+    others: Mapping[str, Backend] = field(default_factory=lambda: MappingProxyType({}))
+    """Contestants beside the registered backends; they come first."""
+    gb_per_s: float | None = None
+    """The memory's speed, for shares; None: measured."""
+    gflop_per_s: float | None = None
+    """The rate of products in the dtype; None: measured."""
+
+    def __post_init__(self) -> None:
+        if self.rounds < 1:
+            raise OptionError(f"rounds is {self.rounds}; it must be at least 1.")
+
+
+def grid(
+    queries: Sequence[int], keys: Sequence[int], shape: AttentionCase
+) -> tuple[list[AttentionCase], list[str]]:
+    """Return the cases of all lengths, and which combinations are left out and why.
+
+    Raises OptionError when there are no others.
+    """
+    pairs = list(product(queries, keys))
+    left_out = [f"{new} queries over {all_keys} keys" for new, all_keys in pairs if new > all_keys]
+    if len(left_out) == len(pairs):
+        raise OptionError(
+            f"there is nothing to measure: {', '.join(left_out)}. Queries are the last of the "
+            "keys' tokens; ask for more keys or fewer queries."
+        )
+    cases = [
+        replace(shape, queries=new, keys=all_keys) for new, all_keys in pairs if new <= all_keys
+    ]
+    return cases, [f"{text}: the queries are the last of the keys' tokens" for text in left_out]
+
+
+@torch.inference_mode()
+def measure_attention(
+    cases: Sequence[AttentionCase],
+    conditions: Conditions,
+    *,
+    progress: Callable[[AttentionCase], None] = lambda case: None,
+) -> AttentionReport:
+    """Measure every backend that fits on every case."""
+    limit_gb = conditions.gb_per_s or read_gb_per_s(conditions.device)
+    limit_gflop = conditions.gflop_per_s or gflop_per_s(conditions.device, cases[0].torch_dtype)
+    results = []
+    for case in cases:
+        progress(case)
+        results.append(_measure_case(case, conditions, limit_gb, limit_gflop))
+    return AttentionReport(
+        device=str(conditions.device),
+        threads=torch.get_num_threads(),
+        rounds=conditions.rounds,
+        ring_bytes=conditions.ring_bytes,
+        gb_per_s=limit_gb,
+        gflop_per_s=limit_gflop,
+        results=tuple(results),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tensors:
+    """The inputs of one case: exact keys and values, and a ring of layers that hold them.
+
+    q, k, v: (tokens, heads, head_dim), packed. keys, values: (batch, kv_heads, keys, head_dim).
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    keys: Tensor
+    values: Tensor
+    batch: ForwardBatch
+    states: Sequence[LayerState]
+
+    @classmethod
+    def of(cls, case: AttentionCase, conditions: Conditions) -> "Tensors":
+        """Draw them; the same case has the same."""
+        device, dtype = conditions.device, case.torch_dtype
+        generator = torch.Generator(device).manual_seed(0)
+
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator, device=device).to(dtype)
+
+        q = draw(case.batch * case.queries, case.num_heads, case.head_dim)
+        keys, values = (
+            draw(case.batch, case.num_kv_heads, case.keys, case.head_dim) for _ in range(2)
+        )
+        num_layers = max(2, -(-conditions.ring_bytes // case.cache_bytes))
+        cache = KVCache(
+            [StateSpec(num_kv_heads=case.num_kv_heads, head_dim=case.head_dim)] * num_layers,
+            num_sequences=case.batch,
+            capacity=case.keys,
+            dtype=case.kept_dtype,
+            devices=[device] * num_layers,
+        )
+        for slot in range(case.batch):
+            cache.states[0].extend((slot,), 0, keys[slot], values[slot])
+        for state in cache.states[1:]:
+            _copy(cache.states[0], state)
+        past = case.keys - case.queries
+        new_k, new_v = (
+            whole[:, :, past:].transpose(1, 2).reshape(-1, case.num_kv_heads, case.head_dim)
+            for whole in (keys, values)
+        )
+        batch = ForwardBatch.of(
+            [[0] * case.queries] * case.batch, past=[past] * case.batch, device=device
+        )
+        return cls(
+            q=q, k=new_k, v=new_v, keys=keys, values=values, batch=batch, states=cache.states
+        )
+
+    def expected(self, spec: AttentionSpec) -> Tensor:
+        """Return the exact result in float64, a few queries of one KV head at a time."""
+        group = spec.num_heads // spec.num_kv_heads
+        part = AttentionSpec(
+            num_heads=group,
+            num_kv_heads=1,
+            head_dim=spec.head_dim,
+            scale=spec.scale,
+            window=spec.window,
+            softcap=spec.softcap,
+        )
+        num_sequences, _, num_keys, _ = self.keys.shape
+        queries = self.q.view(num_sequences, -1, spec.num_heads, spec.head_dim)
+        result = torch.empty_like(queries, dtype=torch.float64)
+        time = queries.shape[1]
+        parts = product(range(num_sequences), range(spec.num_kv_heads), _rows(time))
+        for slot, head, (start, end) in parts:
+            heads, last = slice(head * group, (head + 1) * group), num_keys - (time - end)
+            result[slot, start:end, heads] = reference(
+                queries[slot, start:end, heads],
+                self.keys[slot, head : head + 1, :last],
+                self.values[slot, head : head + 1, :last],
+                part,
+                torch.float64,
+            )
+        return result.view(self.q.shape)
+
+
+def _copy(source: LayerState, target: LayerState) -> None:
+    target.keys.copy_(source.keys)
+    target.values.copy_(source.values)
+    if source.key_scale is not None and target.key_scale is not None:
+        target.key_scale.copy_(source.key_scale)
+    if source.value_scale is not None and target.value_scale is not None:
+        target.value_scale.copy_(source.value_scale)
+
+
+def _rows(time: int) -> Iterator[tuple[int, int]]:
+    for start in range(0, time, REFERENCE_ROWS):
+        yield start, min(start + REFERENCE_ROWS, time)
+
+
+def _measure_case(
+    case: AttentionCase, conditions: Conditions, limit_gb: float, limit_gflop: float
+) -> CaseResult:
+    tensors = Tensors.of(case, conditions)
+    expected = tensors.expected(case.spec)
+    timers: dict[str, Timer] = {}
+    extra: dict[str, int | None] = {}
+    errors: dict[str, tuple[float, float]] = {}
+    not_measured: dict[str, str] = {}
+    for name, backend in {**conditions.others, **backends()}.items():
+        reason = backend.why_not(case.spec, conditions.device, case.torch_dtype)
+        if reason is not None:
+            not_measured[name] = reason
+            continue
+        attend = around_the_ring(backend, case.spec, tensors)
+        try:
+            errors[name] = _errors(attend(), expected)
+            extra[name] = peak_growth_bytes(attend, conditions.device)
+        except RuntimeError as error:
+            not_measured[name] = f"failed: {str(error).strip().splitlines()[0]}"
+            continue
+        timers[name] = Timer(
+            action=attend, device=conditions.device, min_sample_s=conditions.min_sample_s
+        )
+        timers[name].warm_up()
+    seconds = take_turns(timers, conditions.rounds, conditions.run_round)
+    first = next(iter(seconds))
+    measured = {}
+    for name, found in seconds.items():
+        spread = Spread.of(found)
+        gb, gflop = case.moved_bytes / spread.median / 1e9, case.flop / spread.median / 1e9
+        measured[name] = Measured(
+            samples=tuple(found),
+            seconds=spread,
+            ratio=Spread.of_ratio(seconds[first], found),
+            gb_per_s=gb,
+            bandwidth_share=gb / limit_gb,
+            gflop_per_s=gflop,
+            flop_share=gflop / limit_gflop,
+            extra_bytes=extra[name],
+            max_error=errors[name][0],
+            relative_error=errors[name][1],
+        )
+    return CaseResult(case=case, measured=measured, not_measured=not_measured)
+
+
+def around_the_ring(
+    backend: Backend, spec: AttentionSpec, tensors: Tensors
+) -> Callable[[], Tensor]:
+    """Return what attends in one layer after another. The new tokens are in the caches already."""
+    states = cycle(tensors.states)
+    q, k, v, batch = tensors.q, tensors.k, tensors.v, tensors.batch
+    return lambda: backend.attend(q, k, v, spec, batch, next(states))
+
+
+def _errors(output: Tensor, expected: Tensor) -> tuple[float, float]:
+    """Return the largest error, and the root mean square of it over that of the result."""
+    difference = output.double() - expected
+    return float(difference.abs().max()), float(difference.norm() / expected.norm())

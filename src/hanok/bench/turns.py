@@ -1,0 +1,95 @@
+"""Times that may be compared: contestants take turns, and a figure comes with its spread.
+
+What a machine does beside a measurement changes slowly, so contestants that are measured one after
+another share it within a round. Each round begins one contestant further on; a ratio is that of the
+medians, and its spread that of the rounds.
+"""
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+MIN_SAMPLE_S = 0.02
+"""Shorter calls are made several times for one measurement: a clock and a loop cost a microsecond."""
+
+RunRound = Callable[[Callable[[], dict[str, float]]], dict[str, float]]
+"""Makes one round; a caller may wait before it, or repeat a round that was disturbed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """Median, smallest and largest of some values."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Iterable[float]) -> "Spread":
+        """Return the spread of at least one value."""
+        found = list(values)
+        return cls(statistics.median(found), min(found), max(found))
+
+    @classmethod
+    def of_ratio(cls, numerators: Sequence[float], denominators: Sequence[float]) -> "Spread":
+        """Return the ratio of the medians, with the smallest and the largest within one round."""
+        pairs = [first / second for first, second in zip(numerators, denominators, strict=True)]
+        middle = statistics.median(numerators) / statistics.median(denominators)
+        return cls(middle, min(middle, *pairs), max(middle, *pairs))
+
+
+def run_plainly(one_round: Callable[[], dict[str, float]]) -> dict[str, float]:
+    """Make a round once, whatever else the machine does."""
+    return one_round()
+
+
+def take_turns(
+    contestants: Mapping[str, Callable[[], float]],
+    rounds: int,
+    run_round: RunRound = run_plainly,
+) -> dict[str, list[float]]:
+    """Return the seconds that each contestant reports, one value for each round."""
+    names = list(contestants)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for index in range(rounds):
+        first = index % len(names)
+        order = names[first:] + names[:first]
+
+        def one_round(order: Sequence[str] = order) -> dict[str, float]:
+            return {name: contestants[name]() for name in order}
+
+        for name, value in run_round(one_round).items():
+            seconds[name].append(value)
+    return seconds
+
+
+@dataclass(slots=True, kw_only=True)
+class Timer:
+    """Times one action, so often in a row that a measurement lasts `min_sample_s`."""
+
+    action: Callable[[], object]
+    device: torch.device
+    min_sample_s: float = MIN_SAMPLE_S
+    calls: int = 1
+
+    def warm_up(self) -> None:
+        """Make the action once for what only a first call costs, and once to see how long it takes."""
+        self()
+        self.calls = max(1, math.ceil(self.min_sample_s / max(self(), 1e-9)))
+
+    def __call__(self) -> float:
+        """Return the seconds of one action."""
+        self._wait()
+        start = time.perf_counter()
+        for _ in range(self.calls):
+            self.action()
+        self._wait()
+        return (time.perf_counter() - start) / self.calls
+
+    def _wait(self) -> None:
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
