@@ -179,9 +179,13 @@ def test_what_is_kept_fits_the_time(times: list[float], budget: float, start: fl
 @given(st.integers(0, 30), st.floats(0.01, 10), st.floats(-5, 100))
 def test_rounds_end_with_the_time(done: int, round_s: float, left_s: float) -> None:
     more = has_time_for_a_round(done, round_s, left_s, None)
-    assert more or done >= MIN_ROUNDS
-    if done >= MIN_ROUNDS:
+    if done == 0:
+        assert more
+    elif done < MIN_ROUNDS:
+        assert more == (left_s >= 0)
+    else:
         assert more == (done < MAX_ROUNDS and round_s <= left_s)
+    assert has_time_for_a_round(done, round_s, None, None) == (done < MIN_ROUNDS)
     assert has_time_for_a_round(done, round_s, left_s, 7) == (done < 7)
 
 

@@ -22,6 +22,7 @@ LOAD = LoadOptions(path=hanok.BUNDLED, draft=None, threads=1, max_memory=None)
 AXES = (
     Axes(prompt_tokens=(24,), new_tokens=(20,), attention=("eager",), cache=(False, True)),
     Axes(prompt_tokens=(24,), new_tokens=(20,), quant=("none", "int4"), cache_dtype=("int8",)),
+    Axes(prompt_tokens=(24,), new_tokens=(20,), speculation=("ngram",)),
     Axes(prompt_tokens=(24,), new_tokens=(20,), batch=(3,), quant=("none", "int4")),
     Axes(prompt_tokens=(24,), new_tokens=(20,), device_map=("cuda:7",)),
     Axes(prompt_tokens=(24, 2000), new_tokens=(20,), attention=("triton", "eager")),
@@ -58,10 +59,13 @@ def test_rows_and_what_is_left_out(measured: Report) -> None:
         ("eager", 1),
         ("native, int8 cache", 1),
         ("native, int4, int8 cache", 1),
+        ("native, ngram speculation", 1),
         ("native", 3),
         ("native, int4", 3),
     ]
-    assert [row.is_reference for row in measured.rows] == [True, False, False, False, True, False]
+    assert [row.is_reference for row in measured.rows] == [
+        row.label in ("eager, no cache", "native") for row in measured.rows
+    ]
     reasons = [item.reason for item in measured.skipped]
     assert len(reasons) == 4
     assert reasons.count("needs a CUDA device (found: cpu)") == 1
@@ -73,7 +77,7 @@ def test_rows_and_what_is_left_out(measured: Report) -> None:
 
 def test_figures_are_those_of_the_samples(measured: Report) -> None:
     assert measured.rounds == len(measured.probes) == 2
-    assert measured.level == pytest.approx(1 - 0.05 / 4)
+    assert measured.level == pytest.approx(1 - 0.05 / 5)
     for row in measured.rows:
         seconds = [sample.seconds for sample in row.samples]
         assert len(seconds) == 2
@@ -87,6 +91,17 @@ def test_figures_are_those_of_the_samples(measured: Report) -> None:
         assert row.ratio.value == pytest.approx(math.sqrt(math.prod(ratios)))
         assert row.peak_bytes is not None
         assert row.peak_bytes > measured.loads[0].weight_bytes
+
+
+def test_speculation_is_counted_and_keeps_the_text(measured: Report) -> None:
+    for row in measured.rows:
+        assert (row.proposed is None) == (row.setting.speculation == "off")
+    row = measured.rows[4]
+    assert row.is_same_text
+    assert row.bandwidth_share is None
+    assert row.proposed is not None
+    assert row.accepted is not None
+    assert 0 <= row.accepted <= row.proposed
 
 
 def test_texts_are_compared_token_by_token(measured: Report) -> None:
@@ -105,7 +120,7 @@ def test_texts_are_compared_token_by_token(measured: Report) -> None:
         other.generate(prompt, max_new_tokens=20, ignore_eos=True, temperature=0.0).token_ids
         for prompt in prompts
     ]
-    row = measured.rows[5]
+    row = measured.rows[6]
     place = first_difference(own, theirs)
     assert place is not None
     assert row.difference is not None

@@ -156,7 +156,7 @@ def test_the_table_has_every_row_and_says_what_it_may(page: Opened, report: Repo
         assert row.label in line
     verdicts = page.texts("td.ratio")
     assert [text == "reference" for text in verdicts] == [row.is_reference for row in report.rows]
-    assert "to token 19, by 0.063" in lines[4]
+    assert "token 19, by 0.063" in lines[4]
     assert page.texts("tbody tr.group") == [
         "128 + 32 tokens",
         "512 + 32 tokens",

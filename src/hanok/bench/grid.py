@@ -189,12 +189,16 @@ def quality_tokens(most: int, s_per_token: float, variants: int, budget_s: float
 def has_time_for_a_round(
     done: int, round_s: float, left_s: float | None, asked: int | None
 ) -> bool:
-    """Return whether another round is made, `done` being complete."""
+    """Return whether another round is made, `done` being complete.
+
+    The least number may take longer than was expected of it, but no round begins when time is up.
+    """
     if asked is not None:
         return done < asked
-    if done < MIN_ROUNDS:
-        return True
-    return left_s is not None and done < MAX_ROUNDS and round_s <= left_s
+    if left_s is None or done == 0:
+        return done < MIN_ROUNDS
+    needed = round_s if done >= MIN_ROUNDS else 0.0
+    return done < MAX_ROUNDS and needed <= left_s
 
 
 def rotated(rows: Sequence[GridRow], round_number: int) -> list[GridRow]:

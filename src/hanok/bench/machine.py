@@ -10,7 +10,7 @@ import torch
 
 from hanok import __version__
 from hanok.bench.report import Probe
-from hanok.engine.bandwidth import read_gb_per_s
+from hanok.engine.bandwidth import gflop_per_s, read_gb_per_s
 from hanok.kernels.native import native, why_not
 from hanok.models.linear import has_bfloat16_instructions
 
@@ -66,14 +66,12 @@ class MachineProbe:
         self._values = torch.ones(READ_BYTES // 4, device=self._device)
         self._matrices = [torch.ones(size, size, dtype=kind, device=self._device) for kind in kinds]
 
-    @property
-    def is_gpu(self) -> bool:
-        """Whether it measures a GPU."""
-        return self._device.type == "cuda"
-
-    def best_gb_per_s(self) -> float:
-        """Return how fast it reads much more than caches hold; takes longer than a round may wait."""
-        return read_gb_per_s(self._device)
+    def best(self) -> Probe:
+        """Return what it can do at the best, with more than caches hold; a round may not wait for it."""
+        return Probe(
+            gb_per_s=read_gb_per_s(self._device),
+            gflop_per_s=gflop_per_s(self._device, torch.bfloat16),
+        )
 
     def measure(self) -> Probe:
         """Return the best of a few tries."""

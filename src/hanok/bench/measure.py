@@ -94,7 +94,7 @@ class _Run:
             options.load, rooms([(row.setting.load, row.workload) for row in self._plan.rows])
         )
         self._probe = MachineProbe(self._subject.device)
-        self._gb_per_s = self._probe.best_gb_per_s()
+        self._best = self._probe.best()
         self._probes: list[Probe] = []
         self._num_scored = 0
 
@@ -311,14 +311,11 @@ class _Run:
             )
 
     def _finished(self, rows: Sequence[GridRow]) -> Report:
-        best = Probe(
-            gb_per_s=self._gb_per_s, gflop_per_s=max(item.gflop_per_s for item in self._probes)
-        )
         made, level = finished_rows(
             [(row, self._measured[row]) for row in rows],
             self._subject.config,
             self._token_bytes,
-            best,
+            self._best,
             self._label,
         )
         cores = [
@@ -339,8 +336,8 @@ class _Run:
             rounds=len(self._probes),
             level=level,
             quality_tokens=self._num_scored,
-            gb_per_s=best.gb_per_s,
-            gflop_per_s=best.gflop_per_s,
+            gb_per_s=self._best.gb_per_s,
+            gflop_per_s=self._best.gflop_per_s,
             probes=tuple(self._probes),
             loads=tuple(self._loads.values()),
             rows=tuple(made),
