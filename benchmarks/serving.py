@@ -14,7 +14,6 @@ cores with it, for every server alike. `--quick` shows in a minute whether every
 
 import argparse
 import asyncio
-import csv
 import json
 import os
 import random
@@ -23,10 +22,10 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
-from itertools import pairwise
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +34,21 @@ import measure
 import serving_servers as servers
 from serving_servers import Running, Sizes, Start
 
+from hanok.bench.arrivals import Arrival, poisson, read_trace
 from hanok.bench.load import Answer, Ask, closed, opened, send
+from hanok.bench.serving import Percentiles
 
 HERE = Path(__file__).parent
 PARTS = ("throughput", "turns", "overload", "disconnects", "soak")
 SHAPES = ("llama-1.1b", "qwen-0.5b")
 CLIENTS = (8, 32)
 QUEUE_S = 5  # what the server under overload is told its requests may wait
-HANOK, BARE, LLAMA_CPP, TRANSFORMERS = "hanok", "hanok's engine alone", "llama.cpp", "transformers"
+HANOK, BARE, LLAMA_CPP = "hanok", "hanok's engine alone", "llama.cpp"
+TRANSFORMERS = (
+    "transformers"  # as it starts: one request after the other, so few clients tell it all
+)
+BATCHED = "transformers --continuous-batching"
+SERVERS = (HANOK, BARE, LLAMA_CPP, TRANSFORMERS, BATCHED)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,12 +79,11 @@ QUICK = Scale(
     history_tokens=200,
     conversations=2,
     overload_shape="tiny",
-    overload_s=2.0,
+    overload_s=1.0,
     capacity_requests=32,
     disconnects=60,
-    slow_disconnects=10,
-    soak_s=3.0,
-    soak_after_s=1.0,
+    soak_s=2.0,
+    soak_after_s=0.5,
 )
 
 
@@ -100,10 +105,9 @@ class Prompts:
         return Ask(prompt=servers.words(ids) if self._as_text else ids, new_tokens=new_tokens)
 
 
-def percentile(values: Sequence[float], share: float) -> float:
-    """Return the smallest value that at least this share of the values does not exceed."""
-    ordered = sorted(values)
-    return ordered[max(0, -(-int(share * 100) * len(ordered) // 100) - 1)]
+def percentiles(values: Sequence[float]) -> Percentiles:
+    """Return the percentiles of some values; of none, zeros."""
+    return Percentiles.of(values) or Percentiles(p50=0.0, p90=0.0, p99=0.0)
 
 
 def demand_complete(answers: Sequence[Answer], running: Running) -> None:
@@ -144,7 +148,7 @@ def throughput_row(
     return {
         "tokens_per_s": sum(answer.num_tokens for answer in answers) / took,
         "first_token_s": statistics.median(first),
-        "between_p99_s": percentile(between, 0.99) if between else 0.0,
+        "between_p99_s": percentiles(between).p99,
         "client_cores": (after.user + after.system - before.user - before.system) / took,
     }
 
@@ -168,20 +172,35 @@ def measure_throughput(options: argparse.Namespace, scale: Scale) -> list[measur
             actions: dict[str, Callable[[], measure.Row]] = {
                 who: partial(throughput_row, start, shape, clients, scale)
                 for who, start in contestants.items()
+                if who != TRANSFORMERS or clients == min(scale.clients)
             }
-            slow = actions.pop(TRANSFORMERS, None)
             if clients == max(scale.clients):
                 actions[BARE] = partial(bare_row, folder, clients, scale, options.threads)
-            guard = measure.guard_of(options)
-            rows = measure.interleave(actions, runs=options.runs, guard=guard, log=print)
-            if slow is not None:
-                rows |= measure.interleave({TRANSFORMERS: slow}, runs=1, guard=guard, log=print)
-            found += [
-                {"shape": name, "clients": clients, "who": who, **row}
-                for who, mine in rows.items()
-                for row in mine
-            ]
+            for runs, whos in ((options.runs, SERVERS[:3]), (1, SERVERS[3:])):  # slow ones once
+                asked = {
+                    who: actions[who] for who in whos if who in actions and who in options.only
+                }
+                if not asked:
+                    continue
+                asked = {who: partial(row_or_reason, who, action) for who, action in asked.items()}
+                guard = measure.guard_of(options)
+                rows = measure.interleave(asked, runs=runs, guard=guard, log=print)
+                found += [
+                    {"shape": name, "clients": clients, "who": who, **row}
+                    for who, mine in rows.items()
+                    for row in mine
+                ]
     return found
+
+
+def row_or_reason(who: str, action: Callable[[], measure.Row]) -> measure.Row:
+    """Return a row, or why another's server gave none: the others are measured all the same."""
+    try:
+        return action()
+    except RuntimeError as error:
+        if who in (HANOK, BARE):
+            raise
+        return {"failed": str(error).strip().splitlines()[-1][:200]}
 
 
 def contestants_of(options: argparse.Namespace, folder: Path) -> dict[str, Start]:
@@ -193,7 +212,10 @@ def contestants_of(options: argparse.Namespace, folder: Path) -> dict[str, Start
         program = options.llama_cpp / "llama-server"
         found[LLAMA_CPP] = servers.llama_cpp(model, program, threads=threads)
     if options.transformers is not None:
-        found[TRANSFORMERS] = servers.transformers(folder, options.transformers, threads=threads)
+        for who, more in ((TRANSFORMERS, []), (BATCHED, ["--continuous-batching"])):
+            found[who] = servers.transformers(
+                folder, options.transformers, threads=threads, options=more
+            )
     return found
 
 
@@ -235,40 +257,20 @@ def turns_row(start: Start, shape: checkpoints.Shape, scale: Scale) -> measure.R
 # More than can be served
 
 
-def lengths_and_gaps(trace: Path | None, longest: int) -> tuple[list[tuple[int, int]], list[float]]:
-    """Return prompt and answer lengths, and the seconds between arrivals, of a trace.
-
-    Lengths are an eighth of the trace's, at most `longest` in all. Without a trace: both at random.
-    """
+def requests_of(trace: Path | None) -> list[Arrival]:
+    """Return the requests of a trace, an eighth as long; without one, random arrivals of one length."""
     if trace is None:
-        numbers = random.Random(0)
-        pairs = [
-            (int(numbers.lognormvariate(4.6, 0.8)), int(numbers.lognormvariate(3, 0.6)))
-            for _ in range(4096)
-        ]
-        gaps = [numbers.expovariate(1.0) for _ in pairs]
-    else:
-        with trace.open(encoding="utf-8", newline="") as file:
-            lines = list(csv.DictReader(file))
-        pairs = [(int(x["ContextTokens"]) // 8, int(x["GeneratedTokens"]) // 8) for x in lines]
-        times = [datetime.fromisoformat(x["TIMESTAMP"][:26]).timestamp() for x in lines]
-        gaps = [later - earlier for earlier, later in pairwise(times)]
-    clipped = [
-        (max(1, min(prompt, longest - 64)), max(1, min(answer, 64))) for prompt, answer in pairs
-    ]
-    return clipped, gaps
+        return poisson(1.0, 1000.0, prompt_tokens=128, new_tokens=24, seed=0)
+    return read_trace(trace, length_scale=1 / 8)
 
 
-def arrivals(gaps: Sequence[float], rate: float, seconds: float) -> list[float]:
-    """Return arrival times with the trace's pattern at this mean rate."""
-    count = int(rate * seconds)
-    chosen = [gaps[index % len(gaps)] for index in range(count)]
-    factor = seconds / sum(chosen)
-    times, now = [], 0.0
-    for gap in chosen:
-        now += gap * factor
-        times.append(now)
-    return times
+def times_at(traced: Sequence[Arrival], rate: float, seconds: float) -> list[float]:
+    """Return arrival times with the trace's pattern, at this mean rate."""
+    count = max(2, int(rate * seconds))
+    repeats = -(-count // len(traced))
+    length = traced[-1].at_s
+    times = [length * turn + item.at_s for turn in range(repeats) for item in traced][:count]
+    return [at * seconds / times[-1] for at in times]
 
 
 def measure_overload(options: argparse.Namespace, scale: Scale) -> list[measure.Row]:
@@ -276,13 +278,13 @@ def measure_overload(options: argparse.Namespace, scale: Scale) -> list[measure.
     shape = checkpoints.SHAPES[scale.overload_shape]
     folder = servers.served_checkpoint(shape, options.checkpoints)
     longest = 512
-    lengths, gaps = lengths_and_gaps(options.trace, longest)
+    traced = requests_of(options.trace)
     prompts = Prompts(shape.vocab_size)
-    pairs = iter(lengths * 50)
+    lengths = cycle(traced)
 
     def ask() -> Ask:
-        prompt, answer = next(pairs)
-        return prompts.ask(prompt, answer)
+        wanted = next(lengths)
+        return prompts.ask(min(wanted.prompt_tokens, longest - 64), min(wanted.new_tokens, 64))
 
     rows: list[measure.Row] = []
     sizes = Sizes(clients=32, tokens=longest)
@@ -297,7 +299,7 @@ def measure_overload(options: argparse.Namespace, scale: Scale) -> list[measure.
     with start(sizes) as running:
         warm(running, shape.vocab_size)
         for factor in (1, 3):
-            times = arrivals(gaps, factor * capacity, scale.overload_s)
+            times = times_at(traced, factor * capacity, scale.overload_s)
             answers = asyncio.run(opened(running.target, [(at, ask()) for at in times]))
             rows.append({"factor": factor, "capacity": capacity, **outcome(answers)})
             print(rows[-1])
@@ -314,9 +316,9 @@ def outcome(answers: Sequence[Answer]) -> measure.Row:
         "without_retry_after": sum(
             answer.status == 429 and not answer.retry_after for answer in answers
         ),
-        "first_token_p50_s": percentile(first, 0.5),
-        "first_token_p99_s": percentile(first, 0.99),
-        "late_p99_s": percentile([answer.sent - answer.due for answer in answers], 0.99),
+        "first_token_p50_s": percentiles(first).p50,
+        "first_token_p99_s": percentiles(first).p99,
+        "late_p99_s": percentiles([answer.sent - answer.due for answer in answers]).p99,
     }
 
 
@@ -327,10 +329,10 @@ def measure_disconnects(options: argparse.Namespace, scale: Scale) -> list[measu
     """Return what is left of requests whose clients went away at any moment."""
     small = checkpoints.SHAPES["tiny"]
     large = checkpoints.SHAPES[scale.shapes[0]]
-    return [
-        disconnects_row(options, small, scale.disconnects, clients=64),
-        disconnects_row(options, large, scale.slow_disconnects, clients=16),
-    ]
+    rows = [disconnects_row(options, small, scale.disconnects, clients=64)]
+    if large is not small:
+        rows.append(disconnects_row(options, large, scale.slow_disconnects, clients=16))
+    return rows
 
 
 def disconnects_row(
@@ -437,7 +439,7 @@ def report(found: dict[str, Any], threads: int) -> str:
         lines += [
             f"## {part.capitalize()}",
             "",
-            f"Measured {body['date']} at {body['versions']}.",
+            f"Measured {body['date']}, threads: {body['threads']}, at {body['versions']}.",
             "",
         ]
         table, asked = REPORTS[part](body["rows"])
@@ -463,7 +465,13 @@ def demand(
 def throughput_report(rows: list[measure.Row]) -> Part:
     groups: dict[tuple[str, int, str], list[measure.Row]] = {}
     for row in rows:
-        groups.setdefault((row["shape"], row["clients"], row["who"]), []).append(row)
+        if "failed" not in row:
+            groups.setdefault((row["shape"], row["clients"], row["who"]), []).append(row)
+    failures = [
+        f"{row['shape']}, {row['clients']} clients: {row['who']} gave none: {row['failed']}"
+        for row in rows
+        if "failed" in row
+    ]
     table, demands = [], []
     for (shape, clients, who), mine in groups.items():
         cells = [f"{shape}, {clients} clients: {who}"]
@@ -475,10 +483,10 @@ def throughput_report(rows: list[measure.Row]) -> Part:
         ours = groups[shape, clients, HANOK]
         place = f"{shape}, {clients} clients"
 
-        for who, limit in ((LLAMA_CPP, 1.5), (TRANSFORMERS, 5.0), (BARE, 0.93)):
+        for who, limit in ((LLAMA_CPP, 1.5), (TRANSFORMERS, 5.0), (BATCHED, 5.0), (BARE, 0.93)):
             spread = against(ours, groups.get((shape, clients, who)), "tokens_per_s")
             if spread is not None:
-                what = f"{place}: throughput of {who}'s"
+                what = f"{place}: throughput, of that of {who}"
                 demands.append(demand(what, spread, limit, at_least=True))
         spread = against(ours, groups.get((shape, clients, LLAMA_CPP)), "first_token_s")
         if spread is not None and clients == min(CLIENTS):
@@ -488,7 +496,7 @@ def throughput_report(rows: list[measure.Row]) -> Part:
         *("", "tokens/s", "first token p50, s", "between tokens p99, s"),
         *("client, cores", "disturbed"),
     )
-    return measure.table(header, table), demands
+    return "\n\n".join([measure.table(header, table), *failures]), demands
 
 
 def against(
@@ -620,18 +628,37 @@ def main() -> None:
         default=os.environ.get("HANOK_TRANSFORMERS"),
         help=servers.TRANSFORMERS_HELP,
     )
+    parser.add_argument("--trace", type=Path, help="arrivals and lengths, see hanok.bench.arrivals")
     parser.add_argument(
-        "--trace", type=Path, help="CSV of TIMESTAMP, ContextTokens, GeneratedTokens"
+        "--only",
+        nargs="+",
+        choices=SERVERS,
+        default=SERVERS,
+        help="whose throughput to measure; the others' is kept as it is in the file",
     )
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, help="the same of shapes")
     parser.add_argument("--quick", action="store_true", help="next to nothing of everything")
     options = parser.parse_args()
     scale = QUICK if options.quick else FULL
+    if options.shapes:
+        scale = replace(scale, shapes=tuple(options.shapes))
+    if options.quick:
+        options.runs, options.patience, options.foreign = 1, 0.0, float(measure.num_cores())
     kept = options.output.with_suffix(".json") if options.output else None
     found = json.loads(kept.read_text()) if kept is not None and kept.is_file() else {}
     for part in options.parts:
         rows = MEASURES[part](options, scale)
+        if part == "throughput":
+            asked = {(shape, who) for shape in scale.shapes for who in options.only}
+            known = found.get(part, {"rows": []})["rows"]
+            rows = [row for row in known if (row["shape"], row["who"]) not in asked] + rows
         today = datetime.now().astimezone().date().isoformat()
-        found[part] = {"date": today, "versions": measure.versions_line(), "rows": rows}
+        found[part] = {
+            "date": today,
+            "versions": measure.versions_line(),
+            "threads": options.threads,
+            "rows": rows,
+        }
         if kept is not None:
             kept.write_text(json.dumps(found, indent=1) + "\n")
     measure.publish(

@@ -28,6 +28,7 @@ from hanok.bench.load import Target
 
 START_PATIENCE_S = 300.0
 STOP_PATIENCE_S = 60.0
+SPECIAL = ("<unk>", "<s>", "</s>")
 TRANSFORMERS_HELP = (
     "pip install torch, then 'transformers[serving]' into an environment, and give its bin/transformers "
     "as --transformers or as $HANOK_TRANSFORMERS"
@@ -79,6 +80,11 @@ class Sizes:
 Start = Callable[[Sizes], contextlib.AbstractContextManager[Running]]
 
 
+def texts_of(vocab_size: int) -> list[str]:
+    """Return the text of each token. No special one is the beginning of a word."""
+    return [*SPECIAL, *(f"w{token}" for token in range(len(SPECIAL), vocab_size))]
+
+
 def words(token_ids: Sequence[int]) -> str:
     """Return the text that is these tokens."""
     return " ".join(f"w{token}" for token in token_ids)
@@ -92,7 +98,7 @@ def served_checkpoint(shape: checkpoints.Shape, folder: Path) -> Path:
     for file in made.iterdir():
         if not (served / file.name).exists():
             (served / file.name).symlink_to(file)
-    vocabulary = {f"w{token}": token for token in range(shape.vocab_size)}
+    vocabulary = {text: token for token, text in enumerate(texts_of(shape.vocab_size))}
     tokenizer = {
         "version": "1.0",
         "added_tokens": [],
@@ -100,10 +106,13 @@ def served_checkpoint(shape: checkpoints.Shape, folder: Path) -> Path:
         "pre_tokenizer": {"type": "WhitespaceSplit"},
         "post_processor": None,
         "decoder": None,
-        "model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": "w0"},
+        "model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": SPECIAL[0]},
     }
     (served / "tokenizer.json").write_text(json.dumps(tokenizer))
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "w2", "bos_token": "w1"}
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        **dict(zip(("unk_token", "bos_token", "eos_token"), SPECIAL, strict=True)),
+    }
     (served / "tokenizer_config.json").write_text(json.dumps(settings))
     return served
 
@@ -145,16 +154,15 @@ def llama_cpp(model: Path, binary: Path, *, threads: int) -> Start:
     return start
 
 
-def transformers(checkpoint: Path, program: Path, *, threads: int) -> Start:
-    """Return what starts `transformers serve`, in the faster of its modes; it takes texts alone."""
+def transformers(checkpoint: Path, program: Path, *, threads: int, options: Sequence[str]) -> Start:
+    """Return what starts `transformers serve`; it takes texts alone."""
 
     @contextlib.contextmanager
     def start(sizes: Sizes) -> Iterator[Running]:
         port = _free_port()
         command = [str(program), "serve", str(checkpoint), "--host", "127.0.0.1"]
         command += ["--port", str(port), "--device", "cpu", "--dtype", "bfloat16"]
-        command += ["--continuous-batching"]
-        with _process(command, threads) as running:
+        with _process([*command, *options], threads) as running:
             running.takes_ids = False
             running.target = Target(url=f"http://127.0.0.1:{port}", model=str(checkpoint))
             _wait_until_ok(running, "/health")
@@ -167,7 +175,7 @@ def gguf(checkpoint: Path, kind: str, programs: Path, threads: int) -> Path:
     """Return the checkpoint as a GGUF file of llama.cpp's own making."""
     size = json.loads((checkpoint / "config.json").read_text())["vocab_size"]
     path = checkpoint.with_name(f"{checkpoint.name}.gguf")
-    names = [f"\u2581w{token}" for token in range(size)]
+    names = [*SPECIAL, *(f"\u2581{text}" for text in texts_of(size)[len(SPECIAL) :])]
     plain = gguf_files.write_gguf(checkpoint, path, names)
     return gguf_files.quantized(plain, kind, programs, threads)
 

@@ -478,9 +478,10 @@ def method(scale: Scale, runs: int, tokenizer: Path, found: Materials) -> str:
         "are easier to guess. Text: recited tokens, and tokens that the model "
         "chose itself with the same settings. Stories: a model of the shape that says what the bundled "
         f"model says, with its vocabulary of {open_tokenizer(hanok.BUNDLED).vocab_size:,} tokens, and "
-        "the bundled model as its draft, so guesses are as good as its quantization. transformers: bfloat16; it was given "
-        f"{scale.slow_pairs} of the texts and {scale.slow_stories} of the stories, and gains are "
-        "within those; where it guesses, its first tokens are those of the first round. Its quantization needs other packages and was not run. How often `hanok bench "
+        "the bundled model as its draft, so guesses are as good as its quantization. transformers: "
+        f"bfloat16; it was given {scale.slow_pairs} of the texts and {scale.slow_stories} of the "
+        "stories, and gains are within those; where it guesses, its first tokens are those of the "
+        "first round. Its quantization needs other packages and was not run. How often `hanok bench "
         "compare` reports a false change is measured by itself."
     )
 

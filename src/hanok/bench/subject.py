@@ -17,9 +17,11 @@ from hanok.checkpoint.tokenizer import open_tokenizer
 from hanok.engine.quality import text_windows
 from hanok.errors import OptionError
 from hanok.memory.needs import STORED_NAMES, choose_dtype
+from hanok.memory.plan import LoadPlan
 from hanok.memory.planning import describe, plan_load
 from hanok.memory.tensors import DTYPES
 from hanok.models.config import ModelConfig
+from hanok.quant.recipe import read_recipe
 from hanok.registry import nearest_first
 
 WINDOW = 512
@@ -131,7 +133,21 @@ class SubjectModel:
         return next((reason for reason in reasons if reason is not None), None)
 
     def _why_not_load(self, setting: Setting, workload: Workload) -> str | None:
-        plan = plan_load(
+        if setting.load.recipe is not None:
+            read_recipe(setting.load.recipe)
+        try:
+            plan = self._planned(setting, workload)
+        except OptionError as error:  # a device that is not there, say: other rows may do without
+            return str(error)
+        if plan.fits:
+            return None
+        lacks = [tier for tier in plan.tiers if tier.missing_bytes]
+        return "does not fit: " + ", ".join(
+            f"{tier.place.title} lacks {tier.missing_bytes / 2**30:.2f} GiB" for tier in lacks
+        )
+
+    def _planned(self, setting: Setting, workload: Workload) -> LoadPlan:
+        return plan_load(
             self.options.path,
             device_map=setting.load.places,
             max_memory=self.options.max_memory,
@@ -143,12 +159,6 @@ class SubjectModel:
             weights="copied",
             may_measure=False,
             is_running=False,
-        )
-        if plan.fits:
-            return None
-        lacks = [tier for tier in plan.tiers if tier.missing_bytes]
-        return "does not fit: " + ", ".join(
-            f"{tier.place.title} lacks {tier.missing_bytes / 2**30:.2f} GiB" for tier in lacks
         )
 
 

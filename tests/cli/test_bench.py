@@ -1,0 +1,179 @@
+"""`hanok bench`, `bench compare` and `tune` on the command line, and what a profile does elsewhere."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from hanok.bench.report import Report, read_report
+from hanok.cli.bench_table import HEADER, cells, markdown_of, ratio
+from hanok.cli.main import cli
+
+GRID = """
+attention = ["eager", "native"]
+prompt_tokens = 16
+new_tokens = 6
+"""
+
+
+def run(*args: str, text: str | None = None) -> Result:
+    return CliRunner().invoke(cli, list(args), input=text)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where one run has written all of its files."""
+    found = tmp_path_factory.mktemp("bench")
+    files = [f"--{kind}={found / kind}" for kind in ("json", "markdown", "html")]
+    options = ["--rounds", "2", "--quality-tokens", "100", "--threads", "1", "--grid", "-", *files]
+    result = run("bench", *options, text=GRID)
+    assert result.exit_code == 0, result.output
+    (found / "stdout").write_text(result.stdout)
+    return found
+
+
+@pytest.fixture(scope="module")
+def report(folder: Path) -> Report:
+    return read_report(folder / "json")
+
+
+def test_the_table_is_printed_and_written(folder: Path, report: Report) -> None:
+    shown = (folder / "stdout").read_text()
+    written = (folder / "markdown").read_text()
+    assert [row.label for row in report.rows] == ["eager", "native"]
+    for row in report.rows:
+        for cell in cells(row):
+            assert cell in shown
+        assert f"| {' | '.join(cells(row))} |" in written
+    assert f"| {' | '.join(HEADER)} |" in written
+    assert written == markdown_of(report)
+    assert "medians of 2 rounds" in shown
+    assert "Loading, apart from the rows: bfloat16: " in shown
+    page = (folder / "html").read_text()
+    assert json.dumps(report.command) in page
+
+
+def test_the_grid_needs_no_name_and_commands_have_theirs() -> None:
+    shown = run("bench", "--help").stdout
+    assert "--grid" in shown
+    assert "\n  compare " in shown
+    result = run("bench", "nowhere/model")
+    assert result.exit_code != 0
+    assert "nowhere/model: no such file or folder" in str(result.exception)
+
+
+@pytest.mark.parametrize(
+    ("args", "text", "message"),
+    [
+        (["--grid", "-"], "atention = 'sdpa'", "there is no axis 'atention'"),
+        (["--grid", "-"], "attention = 'sdpaa'", "attention 'sdpaa' is unknown"),
+        (["--reference", "sdpa"], None, "'sdpa' is not AXIS=VALUE"),
+        (["--json", "nowhere/report.json"], None, "there is no folder nowhere"),
+        (["--text", "nowhere"], None, "nowhere cannot be read"),
+    ],
+)
+def test_what_is_wrong_is_said_before_anything_is_measured(
+    args: list[str], text: str | None, message: str
+) -> None:
+    result = run("bench", *args, text=text)
+    assert result.exit_code != 0
+    assert message in str(result.exception)
+
+
+def test_compare_prints_changes_alone(folder: Path, tmp_path: Path) -> None:
+    same = run("bench", "compare", str(folder / "json"), str(folder / "json"))
+    assert same.exit_code == 0, same.output
+    assert "0 of 2 rows changed" in same.stdout
+    assert "ran 1 to 1 times as fast" in same.stdout
+    for name, took in (("before", 8.0), ("after", 4.0)):
+        values = json.loads((folder / "json").read_text())
+        for sample in values["rows"][1]["samples"]:
+            sample["seconds"] = took
+        (tmp_path / name).write_text(json.dumps(values))
+    changed = run("bench", "compare", str(tmp_path / "before"), str(tmp_path / "after"))
+    assert "1 of 2 rows changed" in changed.stdout
+    assert "faster" in changed.stdout
+
+
+def test_ratios_in_words(report: Report) -> None:
+    row = report.rows[1]
+    assert cells(replace(row, is_reference=True))[6] == "1"
+    known = replace(row.ratio, value=2.0, low=1.5, high=2.5)
+    assert ratio(known) == "2 (1.5–2.5)"
+    assert ratio(replace(known, low=0.9)) == "same (0.9–2.5)"
+    assert ratio(replace(known, high=None)) == "not known"
+
+
+@pytest.fixture(scope="module")
+def profile(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A profile that asks for int8."""
+    file = tmp_path_factory.mktemp("tune") / "profile.json"
+    grid = 'quant = "int4"\nprompt_tokens = 16\nnew_tokens = 4\n'
+    bounds = ("--max-kl", "0.001", "--min-same-top1", "0.9", "--max-memory", "4GiB")
+    options = ("--rounds", "2", "--quality-tokens", "300", "--threads", "1", "--grid", "-")
+    result = run("tune", *options, *bounds, "--output", str(file), text=grid)
+    assert result.exit_code == 0, result.output
+    assert "KL divergence" in result.stdout
+    assert "Chosen: native" in result.stdout
+    values = json.loads(file.read_text())
+    assert [item["reason"][:13] for item in values["excluded"] if "int4" in item["label"]] == [
+        "KL divergence"
+    ]
+    values["options"]["quant"] = "int8"
+    file.write_text(json.dumps(values))
+    return file
+
+
+def loaded_with(monkeypatch: pytest.MonkeyPatch, *args: str) -> tuple[dict[str, Any], Result]:
+    """Return what `hanok generate` plans a load with."""
+    from hanok.memory import planning
+
+    seen: dict[str, Any] = {}
+    original = planning.plan_load
+
+    def plan_load(*given: Any, **options: Any) -> Any:
+        seen.update(options)
+        return original(*given, **options)
+
+    monkeypatch.setattr(planning, "plan_load", plan_load)
+    return seen, run("generate", "Once", "--max-new-tokens", "2", *args)
+
+
+def test_a_profile_gives_the_options_that_are_not_given(
+    profile: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen, result = loaded_with(monkeypatch, "--profile", str(profile))
+    assert result.exit_code == 0, result.output
+    assert (seen["quant"], seen["dtype"]) == ("int8", "bfloat16")
+    assert "another machine" not in result.stderr
+    for order in (("--profile", str(profile), "--quant", "int4"), ("--quant", "int4")):
+        rest = ("--profile", str(profile)) if order[0] != "--profile" else ()
+        seen, result = loaded_with(monkeypatch, *order, *rest)
+        assert seen["quant"] == "int4"
+
+
+def test_a_profile_of_another_checkpoint_or_machine_is_told(
+    profile: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = json.loads(profile.read_text())
+    values["machine"]["cpu"] = "Some CPU"
+    (tmp_path / "machine").write_text(json.dumps(values))
+    _, result = loaded_with(monkeypatch, "--profile", str(tmp_path / "machine"))
+    assert result.exit_code == 0
+    assert "made on another machine: cpu was 'Some CPU'" in result.stderr
+    values["checkpoint"]["fingerprint"] = "0" * 32
+    (tmp_path / "checkpoint").write_text(json.dumps(values))
+    _, result = loaded_with(monkeypatch, "--profile", str(tmp_path / "checkpoint"))
+    assert "made for another checkpoint" in str(result.exception)
+    values["options"]["colour"] = "red"
+    (tmp_path / "option").write_text(json.dumps(values))
+    _, result = loaded_with(monkeypatch, "--profile", str(tmp_path / "option"))
+    assert "asks for colour, which `hanok generate` has no option for" in str(result.exception)
+
+
+def test_every_verb_that_generates_takes_a_profile() -> None:
+    for verb in ("generate", "chat", "serve"):
+        assert "--profile" in run(verb, "--help").stdout
