@@ -228,7 +228,9 @@ def quantized(source: Path, kind: str, llama_cpp: Path, threads: int) -> Path:
     if not path.is_file():
         unfinished = path.with_suffix(".part")
         command = [llama_cpp / "llama-quantize", source, unfinished, kind, str(threads)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", check=False
+        )
         if done.returncode:
             raise RuntimeError(f"llama-quantize failed on {source}:\n{done.stderr[-1500:]}")
         unfinished.replace(path)

@@ -22,7 +22,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
 from itertools import cycle
@@ -43,7 +43,12 @@ PARTS = ("throughput", "turns", "overload", "disconnects", "soak")
 SHAPES = ("llama-1.1b", "qwen-0.5b")
 CLIENTS = (8, 32)
 QUEUE_S = 5  # what the server under overload is told its requests may wait
-HANOK, BARE, LLAMA_CPP, TRANSFORMERS = "hanok", "hanok's engine alone", "llama.cpp", "transformers"
+HANOK, BARE, LLAMA_CPP = "hanok", "hanok's engine alone", "llama.cpp"
+TRANSFORMERS = (
+    "transformers"  # as it starts: one request after the other, so few clients tell it all
+)
+BATCHED = "transformers --continuous-batching"
+SERVERS = (HANOK, BARE, LLAMA_CPP, TRANSFORMERS, BATCHED)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,20 +172,35 @@ def measure_throughput(options: argparse.Namespace, scale: Scale) -> list[measur
             actions: dict[str, Callable[[], measure.Row]] = {
                 who: partial(throughput_row, start, shape, clients, scale)
                 for who, start in contestants.items()
+                if who != TRANSFORMERS or clients == min(scale.clients)
             }
-            slow = actions.pop(TRANSFORMERS, None)
             if clients == max(scale.clients):
                 actions[BARE] = partial(bare_row, folder, clients, scale, options.threads)
-            guard = measure.guard_of(options)
-            rows = measure.interleave(actions, runs=options.runs, guard=guard, log=print)
-            if slow is not None:
-                rows |= measure.interleave({TRANSFORMERS: slow}, runs=1, guard=guard, log=print)
-            found += [
-                {"shape": name, "clients": clients, "who": who, **row}
-                for who, mine in rows.items()
-                for row in mine
-            ]
+            for runs, whos in ((options.runs, SERVERS[:3]), (1, SERVERS[3:])):  # slow ones once
+                asked = {
+                    who: actions[who] for who in whos if who in actions and who in options.only
+                }
+                if not asked:
+                    continue
+                asked = {who: partial(row_or_reason, who, action) for who, action in asked.items()}
+                guard = measure.guard_of(options)
+                rows = measure.interleave(asked, runs=runs, guard=guard, log=print)
+                found += [
+                    {"shape": name, "clients": clients, "who": who, **row}
+                    for who, mine in rows.items()
+                    for row in mine
+                ]
     return found
+
+
+def row_or_reason(who: str, action: Callable[[], measure.Row]) -> measure.Row:
+    """Return a row, or why another's server gave none: the others are measured all the same."""
+    try:
+        return action()
+    except RuntimeError as error:
+        if who in (HANOK, BARE):
+            raise
+        return {"failed": str(error).strip().splitlines()[-1][:200]}
 
 
 def contestants_of(options: argparse.Namespace, folder: Path) -> dict[str, Start]:
@@ -192,7 +212,10 @@ def contestants_of(options: argparse.Namespace, folder: Path) -> dict[str, Start
         program = options.llama_cpp / "llama-server"
         found[LLAMA_CPP] = servers.llama_cpp(model, program, threads=threads)
     if options.transformers is not None:
-        found[TRANSFORMERS] = servers.transformers(folder, options.transformers, threads=threads)
+        for who, more in ((TRANSFORMERS, []), (BATCHED, ["--continuous-batching"])):
+            found[who] = servers.transformers(
+                folder, options.transformers, threads=threads, options=more
+            )
     return found
 
 
@@ -408,15 +431,28 @@ MEASURES = {
 }
 
 
+METHOD = (
+    "Weights are random and in int8 (hanok), Q8_0 (llama.cpp's server, a slot for each client) or "
+    "bfloat16 (transformers serve). Throughput: so many clients at once, each with one request of "
+    f"{FULL.prompt_tokens} prompt tokens and {FULL.new_tokens} new ones, streamed and greedy; tokens/s "
+    "are new tokens over the time from the first request to the last answer. Median "
+    "(smallest–largest) of cold processes that take turns; transformers' run once. Turns: a prompt of "
+    f"{FULL.history_tokens:,} tokens, then the same with its answer and 20 more. Overload: requests "
+    "of the trace, an eighth as long, at times with its pattern. Disconnects: most clients close "
+    "their connection at once, or behind 1 to 10 tokens. Soak: twice as many clients as slots, for "
+    f"{FULL.soak_s / 60:.0f} minutes. Client cores: what the measuring client took of the processors."
+)
+
+
 def report(found: dict[str, Any], threads: int) -> str:
     """Return the report of all parts that were measured."""
-    lines = [measure.heading("Servers on a CPU", threads), ""]
+    lines = [measure.heading("Servers on a CPU", threads), "", METHOD, ""]
     demands: list[Sequence[object]] = []
     for part, body in found.items():
         lines += [
             f"## {part.capitalize()}",
             "",
-            f"Measured {body['date']} at {body['versions']}.",
+            f"Measured {body['date']}, threads: {body['threads']}, at {body['versions']}.",
             "",
         ]
         table, asked = REPORTS[part](body["rows"])
@@ -442,7 +478,13 @@ def demand(
 def throughput_report(rows: list[measure.Row]) -> Part:
     groups: dict[tuple[str, int, str], list[measure.Row]] = {}
     for row in rows:
-        groups.setdefault((row["shape"], row["clients"], row["who"]), []).append(row)
+        if "failed" not in row:
+            groups.setdefault((row["shape"], row["clients"], row["who"]), []).append(row)
+    failures = [
+        f"{row['shape']}, {row['clients']} clients: {row['who']} gave none: {row['failed']}"
+        for row in rows
+        if "failed" in row
+    ]
     table, demands = [], []
     for (shape, clients, who), mine in groups.items():
         cells = [f"{shape}, {clients} clients: {who}"]
@@ -454,10 +496,10 @@ def throughput_report(rows: list[measure.Row]) -> Part:
         ours = groups[shape, clients, HANOK]
         place = f"{shape}, {clients} clients"
 
-        for who, limit in ((LLAMA_CPP, 1.5), (TRANSFORMERS, 5.0), (BARE, 0.93)):
+        for who, limit in ((LLAMA_CPP, 1.5), (TRANSFORMERS, 5.0), (BATCHED, 5.0), (BARE, 0.93)):
             spread = against(ours, groups.get((shape, clients, who)), "tokens_per_s")
             if spread is not None:
-                what = f"{place}: throughput of {who}'s"
+                what = f"{place}: throughput, of that of {who}"
                 demands.append(demand(what, spread, limit, at_least=True))
         spread = against(ours, groups.get((shape, clients, LLAMA_CPP)), "first_token_s")
         if spread is not None and clients == min(CLIENTS):
@@ -467,7 +509,7 @@ def throughput_report(rows: list[measure.Row]) -> Part:
         *("", "tokens/s", "first token p50, s", "between tokens p99, s"),
         *("client, cores", "disturbed"),
     )
-    return measure.table(header, table), demands
+    return "\n\n".join([measure.table(header, table), *failures]), demands
 
 
 def against(
@@ -600,17 +642,36 @@ def main() -> None:
         help=servers.TRANSFORMERS_HELP,
     )
     parser.add_argument("--trace", type=Path, help="arrivals and lengths, see hanok.bench.arrivals")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=SERVERS,
+        default=SERVERS,
+        help="whose throughput to measure; the others' is kept as it is in the file",
+    )
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, help="the same of shapes")
     parser.add_argument("--quick", action="store_true", help="next to nothing of everything")
     options = parser.parse_args()
     scale = QUICK if options.quick else FULL
+    if options.shapes:
+        scale = replace(scale, shapes=tuple(options.shapes))
     if options.quick:
         options.runs, options.patience, options.foreign = 1, 0.0, float(measure.num_cores())
     kept = options.output.with_suffix(".json") if options.output else None
     found = json.loads(kept.read_text()) if kept is not None and kept.is_file() else {}
     for part in options.parts:
         rows = MEASURES[part](options, scale)
+        if part == "throughput":
+            asked = {(shape, who) for shape in scale.shapes for who in options.only}
+            known = found.get(part, {"rows": []})["rows"]
+            rows = [row for row in known if (row["shape"], row["who"]) not in asked] + rows
         today = datetime.now().astimezone().date().isoformat()
-        found[part] = {"date": today, "versions": measure.versions_line(), "rows": rows}
+        found[part] = {
+            "date": today,
+            "versions": measure.versions_line(),
+            "threads": options.threads,
+            "rows": rows,
+        }
         if kept is not None:
             kept.write_text(json.dumps(found, indent=1) + "\n")
     measure.publish(

@@ -154,16 +154,15 @@ def llama_cpp(model: Path, binary: Path, *, threads: int) -> Start:
     return start
 
 
-def transformers(checkpoint: Path, program: Path, *, threads: int) -> Start:
-    """Return what starts `transformers serve`, in the faster of its modes; it takes texts alone."""
+def transformers(checkpoint: Path, program: Path, *, threads: int, options: Sequence[str]) -> Start:
+    """Return what starts `transformers serve`; it takes texts alone."""
 
     @contextlib.contextmanager
     def start(sizes: Sizes) -> Iterator[Running]:
         port = _free_port()
         command = [str(program), "serve", str(checkpoint), "--host", "127.0.0.1"]
         command += ["--port", str(port), "--device", "cpu", "--dtype", "bfloat16"]
-        command += ["--continuous-batching"]
-        with _process(command, threads) as running:
+        with _process([*command, *options], threads) as running:
             running.takes_ids = False
             running.target = Target(url=f"http://127.0.0.1:{port}", model=str(checkpoint))
             _wait_until_ok(running, "/health")

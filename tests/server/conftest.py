@@ -10,9 +10,11 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import httpx
 import pytest
+import torch
 import uvicorn
 
 import hanok
@@ -115,9 +117,9 @@ def local_model() -> Model:
 
 @contextmanager
 def local_server(
-    model: Model, *, write_timeout_s: float = PATIENCE_S, send_buffer: int | None = None
+    model: Model, *, send_buffer: int | None = None, **given: Any
 ) -> Iterator[LocalServer]:
-    options = ServerOptions(model_id="bundled", port=0, write_timeout_s=write_timeout_s)
+    options = ServerOptions(model_id="bundled", port=0, **given)
     service, engine = Service(options=options), Engine(model)
     listener = listen(options)
     if send_buffer is not None:  # connections have that of their listener
@@ -127,6 +129,9 @@ def local_server(
     )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    # As the server of its own: several threads wait for one another where others use the processors.
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     service.open(model, engine)
     thread.start()
     try:
@@ -139,6 +144,7 @@ def local_server(
         thread.join(PATIENCE_S)
         service.close()
         listener.close()
+        torch.set_num_threads(num_threads)
     assert not thread.is_alive()
 
 

@@ -144,6 +144,10 @@ def test_stopping_while_it_loads(loading: Server) -> None:
     assert stop(loading) == 0
 
 
+def test_a_signal_is_obeyed_from_when_the_port_is_told(loading: Server) -> None:
+    assert stop(loading) == 0
+
+
 def test_a_port_that_is_taken_is_told() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

@@ -1,15 +1,17 @@
 """TGI's contract, against a live server: shapes, messages, streams byte by byte."""
 
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import httpx
 import pytest
 from huggingface_hub import InferenceClient
 from huggingface_hub.errors import HfHubHTTPError, ValidationError
-from tests.server.conftest import Server
+from tests.server.conftest import Server, local_server
 
 import hanok
+from hanok.engine.model import Model
 
 PROMPT = "Once upon a time"
 
@@ -137,6 +139,68 @@ def test_a_stream_is_refused_before_it_begins(
     assert found.json()["error"] == f"Input validation error: {message}"
 
 
+@pytest.fixture(scope="module")
+def narrow(local_model: Model) -> Iterator[httpx.Client]:
+    """A server that allows little."""
+    limits = {
+        "max_best_of": 1,
+        "max_top_n_tokens": 0,
+        "max_input_tokens": 8,
+        "max_total_tokens": 12,
+        "max_stop_sequences": 0,
+        "has_grammars": False,
+        "has_prompt_logprobs": False,
+        "cors_allow_origins": ("https://here.example",),
+    }
+    with local_server(local_model, **limits) as server, server.client() as client:
+        yield client
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"best_of": 2}, "`best_of` != 1 is not allowed for this endpoint"),
+        ({"top_n_tokens": 1}, "`top_n_tokens` != 0 is not allowed for this endpoint"),
+        ({"stop": ["a"]}, "`stop` supports up to 0 stop sequences. Given: 1"),
+        ({"truncate": 9}, "`truncate` must be strictly positive and less than 8. Given: 9"),
+        ({"grammar": {"type": "regex", "value": "a"}}, "grammar is not supported"),
+        (
+            {"max_new_tokens": 8},
+            "`inputs` tokens + `max_new_tokens` must be <= 12. Given: 5 `inputs` tokens and 8 "
+            "`max_new_tokens`",
+        ),
+    ],
+)
+def test_what_a_server_does_not_allow_is_told_in_tgis_words(
+    narrow: httpx.Client, parameters: dict[str, Any], message: str
+) -> None:
+    found = generate(narrow, **parameters)
+    assert found.status_code == 422
+    assert found.json()["error"] == f"Input validation error: {message}"
+
+
+def test_the_limits_of_a_server_end_an_answer(narrow: httpx.Client) -> None:
+    """Without `max_new_tokens` an answer goes as far as there is room."""
+    long = narrow.post("/generate", json={"inputs": PROMPT * 3})
+    message = "`inputs` must have less than 8 tokens. Given: "
+    assert long.json()["error"].startswith(f"Input validation error: {message}")
+    details = generate(narrow, decoder_input_details=True, ignore_eos=True).json()["details"]
+    assert (details["generated_tokens"], details["finish_reason"]) == (7, "length")
+    assert details["prefill"] == []  # this server does not tell
+
+
+def test_browsers_of_other_sites(client: httpx.Client, narrow: httpx.Client) -> None:
+    for origin, asked in (("https://here.example", narrow), ("https://there.example", client)):
+        headers = {"origin": origin, "access-control-request-method": "POST"}
+        allowed = asked.options("/generate", headers=headers)
+        assert allowed.status_code == 200
+        assert allowed.headers["access-control-allow-origin"] in (origin, "*")
+        answer = asked.post("/tokenize", json={"inputs": "a"}, headers={"origin": origin})
+        assert answer.headers["access-control-allow-origin"] in (origin, "*")
+    other = narrow.get("/health", headers={"origin": "https://there.example"})
+    assert "access-control-allow-origin" not in other.headers
+
+
 def test_inputs_too_long_and_empty(client: httpx.Client) -> None:
     empty = client.post("/generate", json={"inputs": ""})
     assert empty.json()["error"] == "Input validation error: `inputs` cannot be empty"
@@ -215,7 +279,8 @@ def test_grammars_of_each_kind(client: httpx.Client) -> None:
         "required": ["n"],
         "additionalProperties": False,
     }
-    for value in (schema, json.dumps(schema)):
+    untyped = {key: value for key, value in schema.items() if key != "type"}
+    for value in (schema, json.dumps(schema), untyped, json.dumps(untyped)):
         found = generate(client, max_new_tokens=60, grammar={"type": "json", "value": value})
         assert json.loads(found.json()["generated_text"])["n"] in (1, 2)
     wrong = {"type": "json", "value": {"properties": {"a": {"type": "lalala"}}}}
@@ -248,6 +313,36 @@ def test_what_the_server_says_of_itself(client: httpx.Client) -> None:
     assert client.get("/generate").status_code == 405
     named = client.get("/health", headers={"x-request-id": "mine-1"})
     assert named.headers["x-request-id"] == "mine-1"
+
+
+def test_what_a_browser_gets_and_what_others_do(client: httpx.Client) -> None:
+    """TGI's health checks ask for `/`, with whatever they accept."""
+    browsers = "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8"
+    page = client.get("/", headers={"accept": browsers})
+    assert page.headers["content-type"].startswith("text/html")
+    assert "<title" in page.text
+    for accepted in ("*/*", "application/json", ""):
+        found = client.get("/", headers={"accept": accepted})
+        assert (found.status_code, found.content) == (200, b"")
+    for path in ("/", "/health", "/ping", "/info"):
+        found = client.head(path)
+        assert (found.status_code, found.content) == (200, b"")
+
+
+def test_the_routes_are_listed(client: httpx.Client) -> None:
+    document = client.get("/openapi.json").json()
+    assert client.get("/api-doc/openapi.json").json() == document
+    listing = client.get("/docs")
+    assert listing.headers["content-type"].startswith("text/html")
+    for path, operations in document["paths"].items():
+        assert f"<code>{path}</code>" in listing.text
+        for operation in operations.values():
+            assert operation["summary"].replace("'", "&#x27;") in listing.text
+    tgis = (
+        "/ /generate /generate_stream /tokenize /chat_tokenize /invocations /vertex /info /health"
+    )
+    openais = "/metrics /v1/models /v1/completions /v1/chat/completions"
+    assert set(tgis.split()) | set(openais.split()) < set(document["paths"])
 
 
 def test_the_hubs_client(server: Server) -> None:

@@ -1,6 +1,7 @@
 """Tools: what is asked of the model, and its text as calls, in pieces as in one."""
 
 import json
+import re
 from itertools import pairwise
 from typing import Any
 
@@ -49,6 +50,17 @@ def test_any_pieces_give_the_same_calls_and_lose_no_character(name: str, cuts: l
     assert (found[0].strip(), len(found[1])) == (content.strip(), count)
     if name in ("hermes", "two", "mistral", "tagged"):
         assert all(json.loads(arguments) == CALL["arguments"] for _, arguments in found[1])
+
+
+def test_every_call_has_an_id_of_its_own() -> None:
+    """Of nine letters or digits: the templates of some models refuse a conversation with others."""
+    ids = []
+    for _ in range(2):
+        reader = ToolReader(use=tool_use(TOOLS, "auto"))
+        calls = [*reader.push(WRITTEN["two"][0])[1], *reader.finish()[1]]
+        ids += [call.body()["id"] for call in calls]
+    assert len(set(ids)) == len(ids) == 4
+    assert all(re.fullmatch("[0-9a-zA-Z]{9}", item) for item in ids)
 
 
 def test_without_tools_nothing_is_read() -> None:

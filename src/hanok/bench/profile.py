@@ -1,12 +1,11 @@
 """A profile: options that `hanok tune` found for one checkpoint on one machine, with their evidence."""
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
 from hanok.bench.fingerprint import fingerprint
-from hanok.bench.report import Report, Row, Subject, read_as
+from hanok.bench.report import FileKind, Report, Row, Subject, read_file
 from hanok.bench.tune import Bounds, Choice, options_of
 from hanok.checkpoint.files import open_checkpoint
 from hanok.checkpoint.writer import write_json
@@ -77,18 +76,8 @@ def write_profile(profile: Profile, path: Path) -> None:
 
 def read_profile(path: Path) -> Profile:
     """Read a profile; OptionError when it is none."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise OptionError(f"{path} cannot be read: {error.strerror}.") from None
-    except ValueError:
-        raise OptionError(f"{path} is not JSON; give a file that `hanok tune` wrote.") from None
-    if not isinstance(values, dict) or values.get("profile") != FORMAT:
-        raise OptionError(
-            f"{path} is not a profile in format {FORMAT}; give a file that `hanok tune` wrote."
-        )
-    found: Profile = read_as(Profile, values, str(path))
-    return found
+    kind = FileKind(key="profile", number=FORMAT, what="a profile", writer="`hanok tune`")
+    return read_file(Profile, path, kind)
 
 
 def check_checkpoint(profile: Profile, path: Path) -> None:

@@ -4,7 +4,7 @@ import json
 import types
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from hanok.bench.grid import Skipped
 from hanok.bench.intervals import Interval, Verdict
@@ -13,6 +13,7 @@ from hanok.checkpoint.writer import write_json
 from hanok.errors import OptionError
 
 FORMAT = 1
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,19 +159,37 @@ def write_report(report: Report, path: Path) -> None:
 
 def read_report(path: Path) -> Report:
     """Read a report; OptionError when it is none, or one of another format."""
+    kind = FileKind(
+        key="format", number=FORMAT, what="a report of `hanok bench`", writer="its --json"
+    )
+    return read_file(Report, path, kind)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileKind:
+    """What a JSON file has to be."""
+
+    key: str
+    """The field that holds the format's number."""
+    number: int
+    what: str
+    writer: str
+
+
+def read_file(data: type[T], path: Path, kind: FileKind) -> T:
+    """Read a JSON file as plain data; OptionError when it is not of its kind."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise OptionError(f"{path} cannot be read: {error.strerror}.") from None
     except ValueError:
-        raise OptionError(f"{path} is not JSON; give a file that --json wrote.") from None
-    if not isinstance(values, dict) or values.get("format") != FORMAT:
+        raise OptionError(f"{path} is not JSON; give a file that {kind.writer} wrote.") from None
+    if not isinstance(values, dict) or values.get(kind.key) != kind.number:
         raise OptionError(
-            f"{path} is not a report of `hanok bench` in format {FORMAT}; give a file that its "
-            "--json wrote."
+            f"{path} is not {kind.what} in format {kind.number}; give a file that {kind.writer} wrote."
         )
-    report: Report = read_as(Report, values, str(path))
-    return report
+    found: T = read_as(data, values, str(path))
+    return found
 
 
 def read_as(kind: Any, value: Any, where: str) -> Any:

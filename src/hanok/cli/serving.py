@@ -70,9 +70,12 @@ def start(
         return _open(service, plan, engine, load, speculation)
 
     host = f"[{server.host}]" if ":" in server.host else server.host
-    click.echo(f"Listening on http://{host}:{port} as {server.model_id!r}; loading.")
-    sys.stdout.flush()
-    return serve(server, open_model, listener)
+
+    def announce() -> None:
+        click.echo(f"Listening on http://{host}:{port} as {server.model_id!r}; loading.")
+        sys.stdout.flush()
+
+    return serve(server, open_model, listener, announce)
 
 
 def plan_for(path: Path, engine: EngineOptions, load: Mapping[str, Any]) -> tuple[LoadPlan, int]:

@@ -36,7 +36,7 @@ class Conversation:
         message: dict[str, Any] = {"role": "assistant", "content": content}
         if reader.calls:
             message["content"] = content.strip() or None
-            message["tool_calls"] = [call.body(i) for i, call in enumerate(reader.calls)]
+            message["tool_calls"] = [call.body() for call in reader.calls]
         return message, bool(reader.calls)
 
     def deltas(self) -> "Deltas":
@@ -68,7 +68,7 @@ class Deltas:
         found: list[dict[str, Any]] = [{"content": content}] if content else []
         for call in calls:
             index, self._num_calls = self._num_calls, self._num_calls + 1
-            found.append({"tool_calls": [{"index": index, **call.body(index)}]})
+            found.append({"tool_calls": [{"index": index, **call.body()}]})
         return found
 
 

@@ -38,23 +38,36 @@ def listen(options: ServerOptions) -> socket.socket:
     return found
 
 
-def serve(options: ServerOptions, open_model: Opener, listener: socket.socket) -> int:
+def serve(
+    options: ServerOptions,
+    open_model: Opener,
+    listener: socket.socket,
+    announce: Callable[[], None],
+) -> int:
     """Serve until SIGTERM or SIGINT; return the exit code.
 
     `open_model` loads, in a thread, and returns an engine that was not started. Until then /health
-    answers 503 with the progress that it writes into the service.
+    answers 503 with the progress that it writes into the service. `announce` is called when signals are
+    obeyed and before anything is loaded.
     """
     service = Service(options=options)
-    return asyncio.run(_Life(service, open_model, listener).run())
+    return asyncio.run(_Life(service, open_model, listener, announce).run())
 
 
 class _Life:
     """One server from its start to its end, in one event loop."""
 
-    def __init__(self, service: Service, open_model: Opener, listener: socket.socket) -> None:
+    def __init__(
+        self,
+        service: Service,
+        open_model: Opener,
+        listener: socket.socket,
+        announce: Callable[[], None],
+    ) -> None:
         self._service = service
         self._open_model = open_model
         self._listener = listener
+        self._announce = announce
         self._exit_code = 0
         self._stopping: asyncio.Task[None] | None = None
         config = uvicorn.Config(
@@ -72,6 +85,7 @@ class _Life:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop)
+        self._announce()
         threading.Thread(target=self._load, args=(loop,), name="hanok-loading", daemon=True).start()
         try:
             await self._server.serve(sockets=[self._listener])

@@ -208,5 +208,20 @@ def grammar_of(grammar: Grammar | None) -> GrammarSpec | None:
         value = value["schema"]
     if grammar.type == "json_object" and value is None:
         return GrammarSpec("json_object", "{}")
-    text = value if isinstance(value, str) else json.dumps(value)
-    return GrammarSpec("json_schema", text)
+    return GrammarSpec("json_schema", _schema_text(value))
+
+
+def _schema_text(value: Any) -> str:
+    """Return a schema's JSON text. One with properties and no type is of an object, as in TGI.
+
+    JSON Schema itself would let any text or number pass it.
+    """
+    schema = value
+    if isinstance(value, str):
+        try:
+            schema = json.loads(value)
+        except (ValueError, RecursionError):
+            return value  # the compiler says what is wrong with it
+    if isinstance(schema, dict) and "properties" in schema and "type" not in schema:
+        return json.dumps({**schema, "type": "object"})
+    return value if isinstance(value, str) else json.dumps(value)

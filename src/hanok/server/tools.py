@@ -6,6 +6,7 @@ Hermes' and Qwen's <tool_call>, Mistral's [TOOL_CALLS], and Llama's JSON object 
 """
 
 import json
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +16,7 @@ from hanok.server.errors import ServerError, invalid
 
 OPENINGS = ("<tool_call>", "[TOOL_CALLS]", "<|python_tag|>")
 CLOSING = "</tool_call>"
-CHOICES = ("auto", "none", "required")
+ID_LENGTH = 9  # Mistral's templates refuse conversations with any other
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,11 +40,13 @@ class ToolCall:
 
     name: str
     arguments: str
+    id: str = field(default_factory=lambda: uuid.uuid4().hex[:ID_LENGTH])
+    """Its answer names it: no other call of the conversation may have the same."""
 
-    def body(self, index: int) -> dict[str, Any]:
+    def body(self) -> dict[str, Any]:
         """Return it in OpenAI's shape."""
         function = {"name": self.name, "arguments": self.arguments}
-        return {"id": f"call_{index}", "type": "function", "function": function}
+        return {"id": self.id, "type": "function", "function": function}
 
 
 def tool_use(

@@ -1,0 +1,541 @@
+"""The rows of a user's own table, measured: attention, cache, quantization, speculation on a CPU.
+
+    python benchmarks/wiki_table.py [--parts attention …] [--engines hanok transformers] [--runs 3]
+        [--tokenizer FOLDER] [--output FILE.md]
+
+Parts: `attention` (eager and fused, with a cache and without, short and long prompt), `loop`
+(generate() and a loop by hand), `quant` (int8 and int4, one sequence and eight), `ngram` (guesses from
+the text, on texts that repeat their prompt and on texts that do not) and `draft` (guesses of a small
+model). Each row is a cold process, rows of a part take turns (`measure.py`). Models have the 1.1B shape:
+random weights, which recite texts where these matter (`recital.py`), and for drafts one that says what
+the bundled model says (`grown.py`). Without a cache each token computes everything again; a few are
+measured, and what 64 would take is computed from them. `--quick` shows in a few minutes, on a tiny
+shape, whether everything is there; no figure of it counts.
+"""
+
+import argparse
+import dataclasses
+import json
+import random
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import checkpoints
+import measure
+from grown import make_grown
+from recital import Piece, pieces
+from wiki_worker import Job
+
+import hanok
+from hanok.checkpoint.tokenizer import open_tokenizer
+
+HERE = Path(__file__).parent
+HANOK, TRANSFORMERS = "hanok", "transformers"
+NEW_TOKENS = 64  # the figure for cache against no cache is asked for so many
+OPENINGS = (
+    "Once upon a time",
+    "One day, a little dog",
+    "Lily and Ben were",
+    "Tom had a red ball",
+    "There was a big tree",
+    "The old man sat",
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scale:
+    """How much is asked: what the report is about, or a quick look."""
+
+    shape: checkpoints.Shape
+    long_prompt: int = 2794
+    short_prompt: int = 76
+    new_tokens: int = NEW_TOKENS
+    uncached_tokens: int = 2
+    loop_tokens: int = 146
+    batch: int = 8
+    pairs: int = 12
+    slow_pairs: int = 3
+    """Of the engine that is several times slower."""
+    stories: int = 6
+    slow_stories: int = 2
+    story_tokens: int = 160
+
+
+FULL = Scale(shape=checkpoints.SHAPES["llama-1.1b"])
+QUICK = Scale(
+    shape=dataclasses.replace(
+        FULL.shape,
+        name="wiki-tiny",
+        hidden_size=256,
+        num_layers=6,
+        num_heads=4,
+        num_kv_heads=2,
+        intermediate_size=768,
+        vocab_size=2048,
+    ),
+    long_prompt=60,
+    short_prompt=9,
+    new_tokens=6,
+    loop_tokens=8,
+    batch=2,
+    pairs=1,
+    slow_pairs=1,
+    stories=1,
+    slow_stories=1,
+    story_tokens=12,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One line of the table."""
+
+    name: str
+    job: Job
+    against: str | None = None
+    """The row that its gain refers to."""
+
+    @property
+    def has_cache(self) -> bool:
+        """Whether tokens after the first are computed alone."""
+        return self.job.use_cache
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Materials:
+    """What rows are made of."""
+
+    scale: Scale
+    model: Path
+    grown: Path
+    repeating: list[Piece]
+    new: list[Piece]
+    stories: list[list[int]]
+    threads: int
+
+    def random_prompt(self, length: int, seed: int = 0) -> list[int]:
+        """Return random token ids."""
+        numbers = random.Random(seed)
+        return [numbers.randrange(3, self.scale.shape.vocab_size) for _ in range(length)]
+
+
+def materials_of(scale: Scale, folder: Path, tokenizer: Path, threads: int) -> Materials:
+    """Make the checkpoints that are not there and read the texts."""
+    bundled = open_tokenizer(hanok.BUNDLED)
+    found = Materials(
+        scale=scale,
+        model=checkpoints.make_checkpoint(scale.shape, folder),
+        grown=make_grown(scale.shape, folder),
+        repeating=pieces("repeating", tokenizer)[: scale.pairs],
+        new=pieces("new", tokenizer)[: scale.pairs],
+        stories=[bundled.encode(text) for text in OPENINGS[: scale.stories]],
+        threads=threads,
+    )
+    highest = max(max(piece.prompt + piece.answer) for piece in found.repeating + found.new)
+    if highest >= scale.shape.vocab_size:
+        raise SystemExit(
+            f"{tokenizer} has token {highest}, the shape's vocabulary {scale.shape.vocab_size} tokens"
+        )
+    return found
+
+
+def job_of(
+    found: Materials, prompts: list[list[int]], new_tokens: int | list[int], **more: Any
+) -> Job:
+    """Return a job of the random model with hanok, unless said otherwise."""
+    lengths = [new_tokens] * len(prompts) if isinstance(new_tokens, int) else new_tokens
+    base: dict[str, Any] = {"engine": HANOK, "model": str(found.model), "threads": found.threads}
+    return Job(**{**base, "prompts": prompts, "new_tokens": lengths, **more})
+
+
+def attention_rows(found: Materials) -> list[Row]:
+    """Eager and fused attention, with a cache and without, on both prompts."""
+    scale, rows = found.scale, []
+    for engine, kernels in (
+        (HANOK, ("eager", "sdpa", "native")),
+        (TRANSFORMERS, ("eager", "sdpa")),
+    ):
+        for length in (scale.long_prompt, scale.short_prompt):
+            for use_cache in (False, True):
+                for kernel in kernels:
+                    count = scale.new_tokens if use_cache else scale.uncached_tokens
+                    cached = "cache" if use_cache else "no cache"
+                    where = f"{cached}, {length} tokens"
+                    job = job_of(
+                        found,
+                        [found.random_prompt(length)],
+                        count,
+                        engine=engine,
+                        attention=kernel,
+                        use_cache=use_cache,
+                    )
+                    against = f"{engine}, eager, {where}"
+                    rows.append(Row(name=f"{engine}, {kernel}, {where}", job=job, against=against))
+    return rows
+
+
+def loop_rows(found: Materials) -> list[Row]:
+    """generate() and loops by hand."""
+    prompt, count = [found.random_prompt(found.scale.short_prompt)], found.scale.loop_tokens
+    theirs = partial(job_of, found, prompt, count, engine=TRANSFORMERS, attention="sdpa")
+    first = "transformers, generate()"
+    return [
+        Row(name=first, job=theirs(), against=first),
+        Row(name="transformers, a loop by hand", job=theirs(by_hand=True), against=first),
+        Row(name="hanok", job=job_of(found, prompt, count), against=first),
+    ]
+
+
+def quant_rows(found: Materials) -> list[Row]:
+    """Fewer bits, for one sequence and for several."""
+    scale, rows = found.scale, []
+    for size in (1, scale.batch):
+        prompts = [found.random_prompt(scale.short_prompt, seed) for seed in range(size)]
+        where = f"{size} sequences" if size > 1 else "1 sequence"
+        first = f"hanok bf16, {where}"
+        for bits in ("bf16", "int8", "int4"):
+            job = job_of(found, prompts, scale.new_tokens, precision=bits, together=True)
+            rows.append(Row(name=f"hanok {bits}, {where}", job=job, against=first))
+        job = job_of(
+            found,
+            prompts,
+            scale.new_tokens,
+            engine=TRANSFORMERS,
+            attention="sdpa",
+            together=True,
+            by_hand=True,
+        )
+        rows.append(Row(name=f"transformers bf16, {where}", job=job, against=first))
+    return rows
+
+
+def ngram_rows(found: Materials) -> list[Row]:
+    """Guesses from the text, on both kinds of texts."""
+    rows = []
+    for kind, texts in (("repeating", found.repeating), ("new", found.new)):
+        for engine in (HANOK, TRANSFORMERS):
+            some = texts if engine == HANOK else texts[: found.scale.slow_pairs]
+            how = {"precision": "int8"} if engine == HANOK else {"attention": "sdpa"}
+            label = f"{engine} {'int8' if engine == HANOK else 'bf16'}"
+            for speculation in (None, "ngram"):
+                job = job_of(
+                    found,
+                    [piece.prompt for piece in some],
+                    [len(piece.answer) for piece in some],
+                    recited=[piece.answer for piece in some],
+                    engine=engine,
+                    speculation=speculation,
+                    **how,
+                )
+                name = f"{label}, {kind} text, {speculation or 'off'}"
+                rows.append(Row(name=name, job=job, against=f"{label}, {kind} text, off"))
+    return rows
+
+
+def draft_rows(found: Materials) -> list[Row]:
+    """Guesses of the bundled model for the one that was grown from it."""
+    scale, rows = found.scale, []
+    label = "hanok int8, stories"
+    drafts: tuple[tuple[str, dict[str, Any]], ...] = (
+        ("off", {}),
+        *(
+            (
+                f"draft in {bits}",
+                {"speculation": "draft", "draft": str(hanok.BUNDLED), "draft_precision": bits},
+            )
+            for bits in ("int8", "int4")
+        ),
+    )
+    for name, how in drafts:
+        job = job_of(
+            found,
+            found.stories,
+            scale.story_tokens,
+            model=str(found.grown),
+            precision="int8",
+            **how,
+        )
+        rows.append(Row(name=f"{label}, {name}", job=job, against=f"{label}, off"))
+    label = "transformers bf16, stories"
+    for name, how in (("off", {}), ("draft in bf16", {"draft": str(hanok.BUNDLED)})):
+        job = job_of(
+            found,
+            found.stories[: scale.slow_stories],
+            scale.story_tokens,
+            model=str(found.grown),
+            engine=TRANSFORMERS,
+            attention="sdpa",
+            **how,
+        )
+        rows.append(Row(name=f"{label}, {name}", job=job, against=f"{label}, off"))
+    return rows
+
+
+PARTS: dict[str, Callable[[Materials], list[Row]]] = {
+    "attention": attention_rows,
+    "loop": loop_rows,
+    "quant": quant_rows,
+    "ngram": ngram_rows,
+    "draft": draft_rows,
+}
+Results = Mapping[str, Sequence[measure.Row]]
+
+
+def run_row(job: Job) -> measure.Row:
+    """Run a job in a process of its own."""
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+        json.dump(dataclasses.asdict(job), file)
+        file.flush()
+        command = [sys.executable, str(HERE / "wiki_worker.py"), file.name]
+        return measure.run_cold(command, threads=job.threads)
+
+
+# What a row's numbers say
+
+
+def num_tokens(result: measure.Row) -> int:
+    """Return how many tokens were generated in all."""
+    return sum(map(len, result["token_ids"]))
+
+
+def seconds(result: measure.Row) -> float:
+    """Return how long all prompts took, one after another or together."""
+    return float(sum(result["whole_s"]))
+
+
+def first_seconds(result: measure.Row) -> float:
+    """Return how long it took to the first token, on average over the calls."""
+    return float(sum(result["first_s"])) / len(result["first_s"])
+
+
+def next_seconds(result: measure.Row) -> float:
+    """Return the seconds of a token after the first ones; together, each counts."""
+    after = num_tokens(result) - len(result["token_ids"])
+    return (seconds(result) - float(sum(result["first_s"]))) / max(1, after)
+
+
+def seconds_of(count: int, result: measure.Row) -> float:
+    """Return what `count` tokens of one prompt take, from those that were measured."""
+    return first_seconds(result) + (count - 1) * next_seconds(result)
+
+
+def spread_of(
+    found: Sequence[measure.Row], figure: Callable[[measure.Row], float]
+) -> measure.Spread:
+    return measure.Spread.of(map(figure, found))
+
+
+def ratio_of(
+    better: Sequence[measure.Row],
+    worse: Sequence[measure.Row],
+    figure: Callable[[measure.Row], float],
+) -> measure.Spread:
+    """Return how many times as long `worse` takes."""
+    return measure.ratio([figure(row) for row in worse], [figure(row) for row in better])
+
+
+def acceptance(result: measure.Row) -> float | None:
+    """Return the share of guesses that were right; None where none were made."""
+    return result["accepted"] / result["proposed"] if result["proposed"] else None
+
+
+def same_text(found: Sequence[measure.Row], against: Sequence[measure.Row]) -> str:
+    """Say whether two rows chose the same tokens, those that both have."""
+    pairs = list(zip(found[0]["token_ids"], against[0]["token_ids"], strict=False))
+    pairs.append((found[0]["free_ids"], against[0]["free_ids"]))
+    places = [
+        place
+        for ours, theirs in pairs
+        for place, (a, b) in enumerate(zip(ours, theirs, strict=False))
+        if a != b
+    ]
+    return f"differs at token {min(places)}" if places else "identical"
+
+
+def part_table(rows: Sequence[Row], results: Results, scale: Scale) -> str:
+    """Return a part's table."""
+    lines: list[tuple[object, ...]] = []
+    for row in rows:
+        if row.name not in results:
+            continue
+        found = results[row.name]
+        base = results.get(row.against or "")
+        count = scale.new_tokens
+
+        def whole(result: measure.Row, row: Row = row, count: int = count) -> float:
+            return seconds(result) if row.has_cache else seconds_of(count, result)
+
+        shares = [share for item in found if (share := acceptance(item)) is not None]
+        lines.append(
+            (
+                row.name,
+                sum(map(len, row.job.prompts)),
+                num_tokens(found[0]) if row.has_cache else f"{count} (computed)",
+                spread_of(found, whole),
+                spread_of(found, first_seconds),
+                spread_of(found, next_seconds),
+                ratio_of(found, base, whole) if base else "–",
+                measure.Spread.of(shares) if shares else "–",
+                same_text(found, base) if base else "–",
+                spread_of(found, lambda result: result["peak_gib"]),
+            )
+        )
+    header = ("row", "prompt", "new", "s", "s to first", "s/token after it", "gain")
+    return measure.table((*header, "accepted", "text", "peak GiB"), lines)
+
+
+# What is asked
+
+
+def demands(results: Results, scale: Scale) -> list[tuple[object, ...]]:
+    """Return what was asked, what was measured, and whether that is enough."""
+    where = f"cache, {scale.long_prompt} tokens"
+    total = partial(seconds_of, NEW_TOKENS)
+    lines: list[tuple[object, ...]] = []
+
+    def line(
+        what: str,
+        limit: str,
+        names: tuple[str, str],
+        figure: Callable[[measure.Row], float],
+        is_met: Callable[[float], bool],
+        *,
+        needs_text: bool = False,
+        least_accepted: float | None = None,
+    ) -> None:
+        better, worse = (results.get(name) for name in names)
+        if not better or not worse:
+            lines.append((what, limit, "not measured", "–"))
+            return
+        found = measure.ratio([figure(row) for row in worse], [figure(row) for row in better])
+        said, good = str(found), is_met(found.median)
+        if least_accepted is not None:
+            share = measure.Spread.of(acceptance(row) or 0.0 for row in better)
+            said, good = f"{said}, accepted {share}", good and share.median >= least_accepted
+        if needs_text:
+            text = same_text(better, worse)
+            said, good = f"{said}, {text}", good and text == "identical"
+        lines.append((what, limit, said, "yes" if good else "no"))
+
+    # Named so that the ratio is what is asked: the second over the first.
+    line(
+        f"sdpa / eager, prefill of {scale.long_prompt} tokens",
+        "≤ 0.6",
+        (f"hanok, eager, {where}", f"hanok, sdpa, {where}"),
+        first_seconds,
+        lambda value: value <= 0.6,
+    )
+    line(
+        f"no cache / cache, {scale.long_prompt} tokens and {NEW_TOKENS} new ones",
+        "≥ 15",
+        (f"hanok, sdpa, {where}", f"hanok, sdpa, no {where}"),
+        total,
+        lambda value: value >= 15,
+    )
+    for kind, limit in (("repeating", 1.6), ("new", 0.97)):
+        line(
+            f"off / n-gram, {kind} text, int8",
+            f"≥ {limit:g}, identical",
+            (f"hanok int8, {kind} text, ngram", f"hanok int8, {kind} text, off"),
+            seconds,
+            lambda value, limit=limit: value >= limit,
+            needs_text=True,
+        )
+    for bits in ("int8", "int4"):
+        line(
+            f"off / draft in {bits}, int8",
+            "≥ 1.3, identical, accepted ≥ 0.6",
+            (f"hanok int8, stories, draft in {bits}", "hanok int8, stories, off"),
+            seconds,
+            lambda value: value >= 1.3,
+            needs_text=True,
+            least_accepted=0.6,
+        )
+    return lines
+
+
+def method(scale: Scale, runs: int, tokenizer: Path, found: Materials) -> str:
+    """Say how to read the tables."""
+    shape = scale.shape
+    name = "the bundled model's" if tokenizer == hanok.BUNDLED else tokenizer.name
+    lengths = [len(piece.answer) for piece in found.repeating]
+    prompts = [len(piece.prompt) for piece in found.repeating]
+    return (
+        f"Median (smallest–largest) of {runs} interleaved cold processes, each warm; loading is apart. "
+        f"Shape {shape.name}: {shape.num_layers} layers of {shape.hidden_size}, {shape.num_heads} "
+        f"heads, {shape.num_kv_heads} KV heads, random weights. Gain: seconds of the "
+        "first row of its kind over its own. "
+        f"Without a cache {scale.uncached_tokens} tokens were computed, and {scale.new_tokens} are what "
+        "the time of those gives, longer texts not counted. Recited texts are our own "
+        f"(benchmarks/corpus) in {name} tokens: {len(prompts)} prompts of {min(prompts)} to "
+        f"{max(prompts)} tokens whose answers of {min(lengths)} to {max(lengths)} repeat them, and "
+        f"{len(found.new)} whose answers do not; a small vocabulary cuts words into more tokens, which "
+        "are easier to guess. Text: recited tokens, and tokens that the model "
+        "chose itself with the same settings. Stories: a model of the shape that says what the bundled "
+        f"model says, with its vocabulary of {open_tokenizer(hanok.BUNDLED).vocab_size:,} tokens, and "
+        "the bundled model as its draft, so guesses are as good as its quantization. "
+        "transformers: bfloat16; it was given "
+        f"{scale.slow_pairs} of the texts and {scale.slow_stories} of the stories, and gains are "
+        "within those; where it guesses, its first tokens are those of the first round. Its "
+        "quantization needs other packages and was not run. How often `hanok bench "
+        "compare` reports a false change is measured by benchmarks/bench_repeats.py."
+    )
+
+
+def parse_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Measure the rows of a user's own table.")
+    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
+    parser.add_argument(
+        "--engines", nargs="+", choices=[HANOK, TRANSFORMERS], default=[HANOK, TRANSFORMERS]
+    )
+    parser.add_argument("--folder", type=Path, default=checkpoints.DEFAULT_FOLDER)
+    parser.add_argument(
+        "--tokenizer",
+        type=Path,
+        default=hanok.BUNDLED,
+        help="folder (default: the bundled model's)",
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="a tiny shape and few tokens; no figure counts"
+    )
+    measure.add_common_options(parser, runs=3)
+    if "--quick" in sys.argv[1:]:
+        parser.set_defaults(runs=1, patience=0.0, foreign=float(measure.num_cores()))
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parse_options()
+    scale = QUICK if options.quick else FULL
+    log = measure.log_of(options)
+    found = materials_of(scale, options.folder, options.tokenizer, options.threads)
+    parts = [
+        measure.heading("A user's own table", options.threads),
+        method(scale, options.runs, options.tokenizer, found),
+    ]
+    results: dict[str, list[measure.Row]] = {}
+    for part in options.parts:
+        rows = [row for row in PARTS[part](found) if row.job.engine in options.engines]
+        results |= measure.interleave(
+            {row.name: partial(run_row, row.job) for row in rows},
+            runs=options.runs,
+            guard=measure.guard_of(options),
+            log=log,
+        )
+        parts += [f"## {part}", part_table(rows, results, scale)]
+    asked = measure.table(("", "asked", "measured", "met"), demands(results, scale))
+    disturbed = measure.count_disturbed(results)
+    parts += ["## What was asked", asked]
+    parts.append(
+        f"{disturbed} of {sum(map(len, results.values()))} runs were disturbed by other programs."
+    )
+    measure.publish("\n\n".join(parts), options.output)
+
+
+if __name__ == "__main__":
+    main()
