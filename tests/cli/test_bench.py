@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from hanok.bench.report import Report, read_report
-from hanok.cli.bench_table import HEADER, cells, markdown_of, ratio
+from hanok.cli.bench_table import HEADER, cells, markdown_of, notes, print_report, ratio
 from hanok.cli.main import cli
 
 GRID = """
@@ -177,3 +177,26 @@ def test_a_profile_of_another_checkpoint_or_machine_is_told(
 def test_every_verb_that_generates_takes_a_profile() -> None:
     for verb in ("generate", "chat", "serve"):
         assert "--profile" in run(verb, "--help").stdout
+
+
+def test_a_narrow_terminal_gets_two_tables(
+    report: Report, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from rich.console import Console
+
+    monkeypatch.setattr(Console, "is_terminal", True)
+    for width, tables in ((300, 1), (130, 2)):
+        monkeypatch.setenv("COLUMNS", str(width))
+        print_report(report)
+        shown = capsys.readouterr().out
+        assert ("Text and quality" in shown) == (tables == 2)
+        assert len([line for line in shown.splitlines() if "native " in line]) >= tables
+        for row in report.rows:
+            assert all(cell in shown for cell in cells(row))
+
+
+def test_guessed_tokens_are_told(report: Report) -> None:
+    row = replace(report.rows[0], proposed=20, accepted=15)
+    found = notes(replace(report, rows=(row, *report.rows[1:])))
+    assert "eager at 16 + 6 tokens: 15 of 20 guessed tokens were right." in found
+    assert "guessed" not in "".join(notes(report))

@@ -1,6 +1,7 @@
 """A benchmark's report as people read it: one table, what it stands on, and what was left out."""
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import click
 
@@ -8,7 +9,10 @@ from hanok.bench.intervals import Interval
 from hanok.bench.report import Report, Row
 from hanok.cli.units import rate, size
 
-PIPED_WIDTH = 210
+if TYPE_CHECKING:
+    from rich.table import Table
+
+UNLIMITED = 10_000  # characters of a line
 NUM_SPEED = 11  # columns of HEADER that say how fast; the others say how well
 NOTHING = "–"
 HEADER = (
@@ -34,11 +38,8 @@ def cells(row: Row) -> tuple[str, ...]:
     """Return one row of the table as text, in the order of HEADER."""
     workload, quality = row.workload, row.quality
     batch = f"{workload.batch} × " if workload.batch > 1 else ""
-    drafted = ""
-    if row.proposed:
-        drafted = f" ({(row.accepted or 0) / row.proposed:.0%} accepted)"
     return (
-        row.label + drafted,
+        row.label,
         f"{batch}{workload.prompt_tokens:,}",
         f"{batch}{workload.new_tokens:,}",
         f"{seconds(row.seconds)} ({seconds(row.seconds_min)}–{seconds(row.seconds_max)})",
@@ -118,6 +119,12 @@ def notes(report: Report) -> list[str]:
             f"KL (nats a token), same top token and perplexity over {report.quality_tokens:,} tokens, "
             "against the first row."
         )
+    for row in report.rows:
+        if row.proposed is not None:
+            found.append(
+                f"{row.label} at {row.workload.label}: {row.accepted} of {row.proposed} guessed tokens "
+                "were right."
+            )
     found += [f"Note: {note}." for note in report.notes]
     return found + left_out(report)
 
@@ -149,9 +156,8 @@ def markdown_of(report: Report) -> str:
 Line = tuple[str, ...]
 
 
-def print_table(header: Line, groups: Iterable[Iterable[Line]], caption: str) -> None:
-    """Print a table in the terminal, a space between groups of rows."""
-    from rich.console import Console
+def table_of(header: Line, groups: Iterable[Iterable[Line]], caption: str) -> "Table":
+    """Return a table for the terminal, a space between groups of rows."""
     from rich.table import Table
 
     table = Table(title=caption, title_justify="left", box=None, padding=(0, 1))
@@ -162,20 +168,31 @@ def print_table(header: Line, groups: Iterable[Iterable[Line]], caption: str) ->
             table.add_row()
         for row in group:
             table.add_row(*row)
+    return table
+
+
+def print_table(header: Line, groups: Iterable[Iterable[Line]], caption: str) -> None:
+    """Print a table in the terminal, or as wide as it is where there is none."""
+    from rich.console import Console
+
     console = Console()
     # A file or a pipe has no width to fit into.
-    (console if console.is_terminal else Console(width=PIPED_WIDTH)).print(table)
+    console = console if console.is_terminal else Console(width=UNLIMITED)
+    console.print(table_of(header, groups, caption))
 
 
 def print_report(report: Report) -> None:
     """Print the table, in two where the terminal is narrow, and what stands under it."""
     from rich.console import Console
+    from rich.measure import Measurement
 
     groups: dict[object, list[Line]] = {}
     for row in report.rows:
         groups.setdefault(row.workload, []).append(cells(row))
-    console = Console()
-    if not console.is_terminal or console.width >= PIPED_WIDTH:
+    console, wide = Console(), Console(width=UNLIMITED)
+    table = table_of(HEADER, groups.values(), title(report))
+    width = Measurement.get(wide, wide.options, table).maximum
+    if not console.is_terminal or console.width >= width:
         print_table(HEADER, groups.values(), title(report))
     else:
         speed = [[line[:NUM_SPEED] for line in group] for group in groups.values()]
