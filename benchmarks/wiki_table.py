@@ -466,7 +466,8 @@ def method(scale: Scale, runs: int, tokenizer: Path, found: Materials) -> str:
     lengths = [len(piece.answer) for piece in found.repeating]
     prompts = [len(piece.prompt) for piece in found.repeating]
     return (
-        f"Median (smallest–largest) of {runs} interleaved cold processes, each warm; loading is apart. "
+        f"Median (smallest–largest) of up to {runs} interleaved cold processes, each warm; a figure "
+        "without a spread is of one. Loading is apart. "
         f"Shape {shape.name}: {shape.num_layers} layers of {shape.hidden_size}, {shape.num_heads} "
         f"heads, {shape.num_kv_heads} KV heads, random weights. Gain: seconds of the "
         "first row of its kind over its own. "

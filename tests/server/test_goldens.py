@@ -125,7 +125,10 @@ USAGE = {
     "total_tokens": int,
     # Those of TGI's answers that OpenAI's client recorded have its empty fields.
     "prompt_tokens_details": Differs(tgi=MAYBE, hanok={"cached_tokens": int}),
-    "completion_tokens_details": Differs(tgi=MAYBE, hanok=ABSENT),
+    "completion_tokens_details": Differs(
+        tgi=MAYBE,
+        hanok={"accepted_prediction_tokens": int, "rejected_prediction_tokens": int},
+    ),
 }
 FINAL_REASON = Differs(tgi=("stop", "length", "stop_sequence"), hanok=("stop", "length"))
 TOOL_REASON = Differs(tgi="stop", hanok="tool_calls")

@@ -47,8 +47,13 @@ def open_model(service):
 
 options = ServerOptions(model_id="bundled", port=0)
 listener = listen(options)
-print(f"Listening on http://127.0.0.1:{listener.getsockname()[1]}", flush=True)
-sys.exit(serve(options, open_model, listener))
+
+
+def announce():
+    print(f"Listening on http://127.0.0.1:{listener.getsockname()[1]}", flush=True)
+
+
+sys.exit(serve(options, open_model, listener, announce))
 """
 
 
