@@ -57,10 +57,14 @@ def made_report(
     rounds: int = 8,
     sigma: float = 0.03,
     machine: float = 1.0,
+    unseen: float = 1.0,
     changed: dict[Setting, float] | None = None,
     only: Workload | None = None,
 ) -> Report:
-    """A report of a machine that is `machine` times as slow, with `changed` times as long answers."""
+    """A report of a machine that is `machine` times as slow, with `changed` times as long answers.
+
+    By `unseen` everything takes longer but the probes.
+    """
     draws = random.Random(seed)
     slow = [machine * math.exp(draws.gauss(0, 0.05)) for _ in range(rounds)]
     speeds = {key: value for key, value in SPEEDS.items() if only in (None, key[1])}
@@ -68,7 +72,7 @@ def made_report(
     firsts: dict[Workload, list[float]] = {}
     rows = []
     for (setting, workload), middle in speeds.items():
-        seconds = times(draws, middle * (changed or {}).get(setting, 1.0), slow, sigma)
+        seconds = times(draws, unseen * middle * (changed or {}).get(setting, 1.0), slow, sigma)
         is_reference = workload not in firsts
         first = firsts.setdefault(workload, seconds)
         median, low, high = spread(seconds)

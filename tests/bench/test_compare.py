@@ -8,7 +8,7 @@ from hanok.bench.compare import MIN_EFFECT, compare
 from hanok.bench.report import Report
 from hanok.bench.settings import Setting
 
-from .conftest import SPEEDS, made_report
+from .conftest import LONG, SPEEDS, made_report
 
 INT8 = Setting(attention="native", quant="int8")
 
@@ -34,6 +34,30 @@ def test_two_runs_of_one_program_do_not_differ(rounds: int, machine: float) -> N
         for seed in range(60)
     )
     assert alarms <= 6
+
+
+@pytest.mark.parametrize("unseen", [0.75, 1.3])
+def test_what_all_rows_share_is_told_of_none_alone(unseen: float) -> None:
+    """A machine may change by what its probes do not see."""
+    alarms = 0
+    for seed in range(60):
+        before, after = made_report(2 * seed), made_report(2 * seed + 1, unseen=unseen)
+        found = compare(before, after)
+        assert found.shared == pytest.approx(1 / unseen, rel=0.15)
+        alarms += any(item.verdict != "same" for item in found.changes)
+    assert alarms <= 6
+    # What changed by itself beside that is still found.
+    after = made_report(1, unseen=unseen, sigma=0.01, changed={INT8: 2.0})
+    assert set(changed_rows(made_report(0, sigma=0.01), after)) <= {INT8.label("auto")}
+    after = made_report(1, unseen=1.0, sigma=0.01, changed={INT8: 2.0})
+    assert set(changed_rows(made_report(0, sigma=0.01), after)) == {INT8.label("auto")}
+
+
+def test_few_rows_share_nothing() -> None:
+    before, after = made_report(0, only=LONG), made_report(1, only=LONG, unseen=2.0)
+    found = compare(before, after)
+    assert found.shared is None
+    assert {item.verdict for item in found.changes} == {"slower"}
 
 
 @pytest.mark.parametrize(("factor", "verdict"), [(0.7, "faster"), (1.5, "slower")])

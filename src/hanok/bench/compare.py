@@ -1,8 +1,10 @@
 """Two reports of one grid: what changed between them, and what is noise. Pure.
 
-A change must be larger than three things: what the rounds of both runs allow to be said (an interval, as
-sure as a whole table asks for), `MIN_EFFECT`, by which the same program differs from start to start, and
-what the machine itself changed by, as its probes say, which run no code of ours.
+A change must be larger than four things: what the rounds of both runs allow to be said (an interval, as
+sure as a whole table asks for); `MIN_EFFECT`, by which one program differs from start to start; what the
+machine changed by, as its probes say, which run no code of ours; and what all rows changed by together.
+Probes do not see all that a machine does: once everything was 1.25 times as fast in the second of two
+runs, and the probes 0.8 to 1.08 times. What all rows share is told of all, and of none alone.
 """
 
 import statistics
@@ -13,6 +15,7 @@ from hanok.bench.intervals import Interval, Verdict, level_of_each, unpaired_rat
 from hanok.bench.report import Report, Row
 
 MIN_EFFECT = 1.05
+MIN_ROWS = 5  # of which the median is what they share, and not one of them
 MIN_PEAK_BYTES = 8 * 2**20  # by which peaks of the same program differ
 SAME_QUALITY = 1e-6  # of a perplexity, for it is computed alike each time
 
@@ -40,6 +43,8 @@ class Comparison:
     level: float
     machine: tuple[float, float]
     """How many times as fast the machine's probes became, the least and the most, 1 among them."""
+    shared: float | None
+    """How many times as fast the rows became together; None: too few to say."""
     notes: tuple[str, ...]
 
 
@@ -49,12 +54,15 @@ def compare(before: Report, after: Report) -> Comparison:
     theirs = {(row.setting, row.workload): row for row in after.rows}
     shared = [key for key in ours if key in theirs]
     level, machine = level_of_each(len(shared)), machine_change(before, after)
+    together = shared_change([(ours[key], theirs[key]) for key in shared])
+    noise = (min(machine[0], together or 1.0), max(machine[1], together or 1.0))
     return Comparison(
-        changes=tuple(_change(ours[key], theirs[key], level, machine) for key in shared),
+        changes=tuple(_change(ours[key], theirs[key], level, noise) for key in shared),
         only_before=tuple(row for key, row in ours.items() if key not in theirs),
         only_after=tuple(row for key, row in theirs.items() if key not in ours),
         level=level,
         machine=machine,
+        shared=together,
         notes=tuple(_notes(before, after)),
     )
 
@@ -68,22 +76,29 @@ def machine_change(before: Report, after: Report) -> tuple[float, float]:
     return min(ratios), max(ratios)
 
 
-def verdict_of(ratio: Interval, machine: tuple[float, float]) -> Verdict:
-    """Return what a change of speed is called."""
-    if ratio.low > MIN_EFFECT * machine[1]:
+def shared_change(pairs: Sequence[tuple[Row, Row]]) -> float | None:
+    """Return how many times as fast the middle one of some rows became; None where they are few."""
+    if len(pairs) < MIN_ROWS:
+        return None
+    return statistics.median(before.seconds / after.seconds for before, after in pairs)
+
+
+def verdict_of(ratio: Interval, noise: tuple[float, float]) -> Verdict:
+    """Return what a change of speed is called, where ratios within `noise` say nothing."""
+    if ratio.low > MIN_EFFECT * noise[1]:
         return "faster"
-    if ratio.high is not None and ratio.high < machine[0] / MIN_EFFECT:
+    if ratio.high is not None and ratio.high < noise[0] / MIN_EFFECT:
         return "slower"
     return "same"
 
 
-def _change(before: Row, after: Row, level: float, machine: tuple[float, float]) -> Change:
+def _change(before: Row, after: Row, level: float, noise: tuple[float, float]) -> Change:
     ratio = unpaired_ratio(_seconds(before), _seconds(after), level)
     return Change(
         before=before,
         after=after,
         ratio=ratio,
-        verdict=verdict_of(ratio, machine),
+        verdict=verdict_of(ratio, noise),
         differences=tuple(_differences(before, after)),
     )
 

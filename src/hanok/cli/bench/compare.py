@@ -20,7 +20,8 @@ def command(before: Path, after: Path) -> None:
     """Compare two files that `hanok bench --json` wrote, row by row.
 
     A row changed where the interval of its ratio, at the certainty that all rows together ask for, lies
-    beyond 5 % and beyond what the machine's own probes changed by. All else is noise.
+    beyond 5 %, beyond what the machine's own probes changed by, and beyond what all rows changed by
+    together. All else is noise.
     """
     from hanok.bench.compare import compare
     from hanok.bench.report import read_report
@@ -42,6 +43,11 @@ def print_comparison(found: "Comparison") -> None:
     click.echo()
     least, most = found.machine
     click.echo(f"The machine's probes ran {least:.3g} to {most:.3g} times as fast after as before.")
+    if found.shared is not None:
+        click.echo(
+            f"All rows together became {found.shared:.3g} times as fast. Whether that is the machine or "
+            "what they share cannot be told apart here, so no row is called changed by it."
+        )
     for title, rows in (("before", found.only_before), ("after", found.only_after)):
         for row in rows:
             click.echo(f"Only {title}: {row.label} at {row.workload.label}.")
