@@ -200,7 +200,8 @@ def row_or_reason(who: str, action: Callable[[], measure.Row]) -> measure.Row:
     except RuntimeError as error:
         if who in (HANOK, BARE):
             raise
-        return {"failed": str(error).strip().splitlines()[-1][:200]}
+        lines = str(error).strip().splitlines()
+        return {"failed": next((line for line in lines[1:] if "Error" in line), lines[-1])[:200]}
 
 
 def contestants_of(options: argparse.Namespace, folder: Path) -> dict[str, Start]:

@@ -487,6 +487,19 @@ def method(scale: Scale, runs: int, tokenizer: Path, found: Materials) -> str:
     )
 
 
+def logged(output: Path | None) -> dict[str, list[measure.Row]]:
+    """Return the rows of the log beside a report."""
+    file = output.with_suffix(".jsonl") if output is not None else None
+    if file is None or not file.is_file():
+        return {}
+    rows: dict[str, list[measure.Row]] = {}
+    for line in file.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        name, _ = row.pop("name"), row.pop("round")
+        rows.setdefault(name, []).append(row)
+    return rows
+
+
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Measure the rows of a user's own table.")
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
@@ -503,6 +516,11 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument(
         "--quick", action="store_true", help="a tiny shape and few tokens; no figure counts"
     )
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="keep the rows that the log beside the report has; with --runs 0 measure no others",
+    )
     measure.add_common_options(parser, runs=3)
     if "--quick" in sys.argv[1:]:
         parser.set_defaults(runs=1, patience=0.0, foreign=float(measure.num_cores()))
@@ -512,22 +530,27 @@ def parse_options() -> argparse.Namespace:
 def main() -> None:
     options = parse_options()
     scale = QUICK if options.quick else FULL
+    kept = logged(options.output) if options.resume else {}
     log = measure.log_of(options)
+    for name, known in kept.items():
+        for number, row in enumerate(known):
+            log({"name": name, "round": number, **row})
     found = materials_of(scale, options.folder, options.tokenizer, options.threads)
     parts = [
         measure.heading("A user's own table", options.threads),
-        method(scale, options.runs, options.tokenizer, found),
+        "",
     ]
     results: dict[str, list[measure.Row]] = {}
     for part in options.parts:
         rows = [row for row in PARTS[part](found) if row.job.engine in options.engines]
-        results |= measure.interleave(
-            {row.name: partial(run_row, row.job) for row in rows},
-            runs=options.runs,
-            guard=measure.guard_of(options),
-            log=log,
-        )
+        results |= {row.name: kept[row.name] for row in rows if row.name in kept}
+        missing = {row.name: partial(run_row, row.job) for row in rows if row.name not in kept}
+        if missing and options.runs:
+            guard = measure.guard_of(options)
+            results |= measure.interleave(missing, runs=options.runs, guard=guard, log=log)
         parts += [f"## {part}", part_table(rows, results, scale)]
+    rounds = max(map(len, results.values()), default=0)
+    parts[1] = method(scale, rounds, options.tokenizer, found)
     asked = measure.table(("", "asked", "measured", "met"), demands(results, scale))
     disturbed = measure.count_disturbed(results)
     parts += ["## What was asked", asked]

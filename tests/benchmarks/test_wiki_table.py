@@ -295,6 +295,10 @@ def test_the_program_writes_its_report(quick: Any, tmp_path: Path) -> None:
         "hanok int8, stories, draft in int8",
         "hanok int8, stories, off",
     ]
+    again = [*command, "--resume", "--runs", "0"]
+    subprocess.run(again, check=True, capture_output=True)
+    tables = [part[part.index("\n## ") :] for part in (text, report.read_text())]
+    assert tables[0] == tables[1]
 
 
 def test_transformers_recites_too(programs: SimpleNamespace, quick: Any) -> None:
