@@ -203,3 +203,20 @@ def test_reports_with_holes_are_shown(browser: Chrome, report: Report, tmp_path:
     assert page.texts("#latency svg text") == ["No row has one sequence."]
     assert len(page.texts("tbody tr.row")) == 2
     assert [item for item in page.browser.get_log("browser") if item["level"] == "SEVERE"] == []
+
+
+def test_no_name_is_crossed_by_another_or_by_a_line_to_one(page: Opened) -> None:
+    crossed = page.run(
+        """
+        const box = (item) => item.getBoundingClientRect();
+        const meet = (one, other) => one.left < other.right - 2 && other.left < one.right - 2
+          && one.top < other.bottom - 3 && other.top < one.bottom - 3;
+        const names = [...document.querySelectorAll('#quality .name')];
+        const lines = [...document.querySelectorAll('#quality .lead')];
+        return names.flatMap((name) => [...names, ...lines]
+          .filter((other) => other !== name && other.parentNode !== name.parentNode)
+          .filter((other) => meet(box(name), box(other))).map(() => name.textContent));
+        """
+    )
+    assert crossed == []
+    assert len(page.texts("#quality .name")) >= 4
