@@ -99,6 +99,8 @@ class Row:
     job: Job
     against: str | None = None
     """The row that its gain refers to."""
+    peer: str | None = None
+    """The row of transformers that does the same."""
 
     @property
     def has_cache(self) -> bool:
@@ -174,8 +176,15 @@ def attention_rows(found: Materials) -> list[Row]:
                         attention=kernel,
                         use_cache=use_cache,
                     )
-                    against = f"{engine}, eager, {where}"
-                    rows.append(Row(name=f"{engine}, {kernel}, {where}", job=job, against=against))
+                    fused = "eager" if kernel == "eager" else "sdpa"
+                    rows.append(
+                        Row(
+                            name=f"{engine}, {kernel}, {where}",
+                            job=job,
+                            against=f"{engine}, eager, {where}",
+                            peer=f"{TRANSFORMERS}, {fused}, {where}" if engine == HANOK else None,
+                        )
+                    )
     return rows
 
 
@@ -187,7 +196,7 @@ def loop_rows(found: Materials) -> list[Row]:
     return [
         Row(name=first, job=theirs(), against=first),
         Row(name="transformers, a loop by hand", job=theirs(by_hand=True), against=first),
-        Row(name="hanok", job=job_of(found, prompt, count), against=first),
+        Row(name="hanok", job=job_of(found, prompt, count), against=first, peer=first),
     ]
 
 
@@ -197,10 +206,10 @@ def quant_rows(found: Materials) -> list[Row]:
     for size in (1, scale.batch):
         prompts = [found.random_prompt(scale.short_prompt, seed) for seed in range(size)]
         where = f"{size} sequences" if size > 1 else "1 sequence"
-        first = f"hanok bf16, {where}"
+        first, peer = f"hanok bf16, {where}", f"transformers bf16, {where}"
         for bits in ("bf16", "int8", "int4"):
             job = job_of(found, prompts, scale.new_tokens, precision=bits, together=True)
-            rows.append(Row(name=f"hanok {bits}, {where}", job=job, against=first))
+            rows.append(Row(name=f"hanok {bits}, {where}", job=job, against=first, peer=peer))
         job = job_of(
             found,
             prompts,
@@ -210,7 +219,7 @@ def quant_rows(found: Materials) -> list[Row]:
             together=True,
             by_hand=True,
         )
-        rows.append(Row(name=f"transformers bf16, {where}", job=job, against=first))
+        rows.append(Row(name=peer, job=job, against=first))
     return rows
 
 
@@ -232,8 +241,15 @@ def ngram_rows(found: Materials) -> list[Row]:
                     speculation=speculation,
                     **how,
                 )
-                name = f"{label}, {kind} text, {speculation or 'off'}"
-                rows.append(Row(name=name, job=job, against=f"{label}, {kind} text, off"))
+                what = f"{kind} text, {speculation or 'off'}"
+                rows.append(
+                    Row(
+                        name=f"{label}, {what}",
+                        job=job,
+                        against=f"{label}, {kind} text, off",
+                        peer=f"transformers bf16, {what}" if engine == HANOK else None,
+                    )
+                )
     return rows
 
 
@@ -260,7 +276,15 @@ def draft_rows(found: Materials) -> list[Row]:
             precision="int8",
             **how,
         )
-        rows.append(Row(name=f"{label}, {name}", job=job, against=f"{label}, off"))
+        theirs = "draft in bf16" if how else "off"
+        rows.append(
+            Row(
+                name=f"{label}, {name}",
+                job=job,
+                against=f"{label}, off",
+                peer=f"transformers bf16, stories, {theirs}",
+            )
+        )
     label = "transformers bf16, stories"
     for name, how in (("off", {}), ("draft in bf16", {"draft": str(hanok.BUNDLED)})):
         job = job_of(
@@ -324,6 +348,11 @@ def seconds_of(count: int, result: measure.Row) -> float:
     return first_seconds(result) + (count - 1) * next_seconds(result)
 
 
+def seconds_of_calls(count: int, result: measure.Row) -> float:
+    """Return how long the first `count` calls took."""
+    return float(sum(result["whole_s"][:count]))
+
+
 def spread_of(
     found: Sequence[measure.Row], figure: Callable[[measure.Row], float]
 ) -> measure.Spread:
@@ -361,7 +390,7 @@ def part_table(rows: Sequence[Row], results: Results, scale: Scale) -> str:
     """Return a part's table."""
     lines: list[tuple[object, ...]] = []
     for row in rows:
-        if row.name not in results:
+        if not results.get(row.name):
             continue
         found = results[row.name]
         base = results.get(row.against or "")
@@ -370,6 +399,11 @@ def part_table(rows: Sequence[Row], results: Results, scale: Scale) -> str:
         def whole(result: measure.Row, row: Row = row, count: int = count) -> float:
             return seconds(result) if row.has_cache else seconds_of(count, result)
 
+        against_peer: object = "–"
+        if peer := results.get(row.peer or ""):
+            # An engine that is slower was given fewer of the texts: those that both have count.
+            calls = partial(seconds_of_calls, len(peer[0]["whole_s"]))
+            against_peer = ratio_of(found, peer, calls if row.has_cache else whole)
         shares = [share for item in found if (share := acceptance(item)) is not None]
         lines.append(
             (
@@ -380,13 +414,15 @@ def part_table(rows: Sequence[Row], results: Results, scale: Scale) -> str:
                 spread_of(found, first_seconds),
                 spread_of(found, next_seconds),
                 ratio_of(found, base, whole) if base else "–",
+                against_peer,
                 measure.Spread.of(shares) if shares else "–",
                 same_text(found, base) if base else "–",
                 spread_of(found, lambda result: result["peak_gib"]),
             )
         )
-    header = ("row", "prompt", "new", "s", "s to first", "s/token after it", "gain")
-    return measure.table((*header, "accepted", "text", "peak GiB"), lines)
+    header = ("row", "prompt", "new", "s", "s to first", "s/token after it")
+    gains = ("gain", "over transformers")
+    return measure.table((*header, *gains, "accepted", "text", "peak GiB"), lines)
 
 
 # What is asked
@@ -462,26 +498,29 @@ def demands(results: Results, scale: Scale) -> list[tuple[object, ...]]:
 def method(scale: Scale, runs: int, tokenizer: Path, found: Materials) -> str:
     """Say how to read the tables."""
     shape = scale.shape
-    name = "the bundled model's" if tokenizer == hanok.BUNDLED else tokenizer.name
+    name = "the bundled model's" if tokenizer == hanok.BUNDLED else f"{tokenizer.name}'s"
+    vocabulary = open_tokenizer(tokenizer).vocab_size
     lengths = [len(piece.answer) for piece in found.repeating]
     prompts = [len(piece.prompt) for piece in found.repeating]
     return (
         f"Median (smallest–largest) of up to {runs} interleaved cold processes, each warm; a figure "
-        "without a spread is of one. Loading is apart. "
+        "without a spread is of one. Loading is not in it. "
         f"Shape {shape.name}: {shape.num_layers} layers of {shape.hidden_size}, {shape.num_heads} "
         f"heads, {shape.num_kv_heads} KV heads, random weights. Gain: seconds of the "
-        "first row of its kind over its own. "
-        f"Without a cache {scale.uncached_tokens} tokens were computed, and {scale.new_tokens} are what "
-        "the time of those gives, longer texts not counted. Recited texts are our own "
-        f"(benchmarks/corpus) in {name} tokens: {len(prompts)} prompts of {min(prompts)} to "
-        f"{max(prompts)} tokens whose answers of {min(lengths)} to {max(lengths)} repeat them, and "
-        f"{len(found.new)} whose answers do not; a small vocabulary cuts words into more tokens, which "
-        "are easier to guess. Text: recited tokens, and tokens that the model "
-        "chose itself with the same settings. Stories: a model of the shape that says what the bundled "
-        f"model says, with its vocabulary of {open_tokenizer(hanok.BUNDLED).vocab_size:,} tokens, and "
-        "the bundled model as its draft, so guesses are as good as its quantization. "
-        "transformers: bfloat16; it was given "
-        f"{scale.slow_pairs} of the texts and {scale.slow_stories} of the stories, and gains are "
+        "first row of its kind over its own. Over transformers: the same of the row of "
+        "transformers that does the same in bfloat16. "
+        f"Without a cache {scale.uncached_tokens} tokens were computed, and {scale.new_tokens} are "
+        "what the time of those gives, longer texts not counted. Recited texts are our own "
+        f"(benchmarks/corpus) in {name} {vocabulary:,} tokens: {len(prompts)} prompts of "
+        f"{min(prompts)} to {max(prompts)} tokens whose answers of {min(lengths)} to {max(lengths)} "
+        f"repeat them, and {len(found.new)} whose answers do not (a small vocabulary cuts words into "
+        "more tokens, which are easier to guess). Text: recited tokens, and tokens that the model "
+        "chose itself with the same settings; with random weights the best two tokens are nearly "
+        "equal, so another order of sums soon chooses another. Stories: a model of the shape that "
+        "says what the bundled model says, with its vocabulary of "
+        f"{open_tokenizer(hanok.BUNDLED).vocab_size:,} tokens, and the bundled model as its draft, "
+        "so guesses are as good as its quantization. transformers was given "
+        f"{scale.slow_pairs} of the texts and {scale.slow_stories} of the stories, and its gains are "
         "within those; where it guesses, its first tokens are those of the first round. Its "
         "quantization needs other packages and was not run. How often `hanok bench "
         "compare` reports a false change is measured by benchmarks/bench_repeats.py."
@@ -520,7 +559,8 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument(
         "--resume",
         action="store_true",
-        help="keep the rows that the log beside the report has; with --runs 0 measure no others",
+        help="keep the rows that the log beside the report has, of all parts, and measure what lacks "
+        "to --runs",
     )
     measure.add_common_options(parser, runs=3)
     if "--quick" in sys.argv[1:]:
@@ -542,14 +582,26 @@ def main() -> None:
         "",
     ]
     results: dict[str, list[measure.Row]] = {}
-    for part in options.parts:
-        rows = [row for row in PARTS[part](found) if row.job.engine in options.engines]
-        results |= {row.name: kept[row.name] for row in rows if row.name in kept}
-        missing = {row.name: partial(run_row, row.job) for row in rows if row.name not in kept}
-        if missing and options.runs:
-            guard = measure.guard_of(options)
-            results |= measure.interleave(missing, runs=options.runs, guard=guard, log=log)
-        parts += [f"## {part}", part_table(rows, results, scale)]
+    for part, rows_of in PARTS.items():
+        rows = [row for row in rows_of(found) if row.job.engine in options.engines]
+        results |= {row.name: list(kept.get(row.name, [])) for row in rows}
+        for number in range(options.runs if part in options.parts else 0):
+            first = number % len(rows)  # a round begins one further on
+            lacking = [
+                row for row in rows[first:] + rows[:first] if len(results[row.name]) <= number
+            ]
+            if not lacking:
+                continue
+            new = measure.interleave(
+                {row.name: partial(run_row, row.job) for row in lacking},
+                runs=1,
+                guard=measure.guard_of(options),
+                log=lambda row, number=number: log(row | {"round": number}),
+            )
+            for name, found_rows in new.items():
+                results[name] += found_rows
+        if any(results[row.name] for row in rows):
+            parts += [f"## {part}", part_table(rows, results, scale)]
     rounds = max(map(len, results.values()), default=0)
     parts[1] = method(scale, rounds, options.tokenizer, found)
     asked = measure.table(("", "asked", "measured", "met"), demands(results, scale))
