@@ -66,3 +66,11 @@ class Recital:
     def allowed_prefix(self, token_ids: Sequence[int]) -> int:
         """Return that all guesses may be checked: a wrong one has to cost what it costs."""
         return len(token_ids)
+
+    def forced(self) -> list[int]:
+        """Return nothing: what comes next has to be guessed."""
+        return []
+
+    def rollback(self, num_tokens: int) -> None:
+        """Go back before the last tokens."""
+        self._place -= num_tokens

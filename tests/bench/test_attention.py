@@ -162,6 +162,53 @@ class Wrong:
         return backends()["eager"].attend(q, k, v, spec, batch, state) + self.by
 
 
+class Greedy(Wrong):
+    """A backend that claims a MiB for each query."""
+
+    def __init__(self) -> None:
+        super().__init__(by=0.0)
+        self.most_queries = 0
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, spec: Any, batch: ForwardBatch, state: LayerState
+    ) -> Tensor:
+        self.most_queries = max(self.most_queries, len(q))
+        claimed = torch.ones(len(q), 2**18)
+        return super().attend(q, k, v, spec, batch, state) + 0 * claimed[0, 0]
+
+
+@pytest.mark.skipif(not RESET.exists(), reason="no /proc/self/clear_refs")
+def test_what_would_not_fit_is_tried_with_few_queries_only() -> None:
+    item = case(queries=256, keys=300)
+    for free, fits in ((2**28 + 2**26, True), (2**28 - 2**26, False)):
+        greedy = Greedy()
+        (result,) = measure([item], others={"greedy": greedy}, free_bytes=free).results
+        assert ("greedy" in result.measured) == fits
+        assert (greedy.most_queries == 256) == fits
+        assert "eager" in result.measured
+    assert "would claim about 0.2" in result.not_measured["greedy"]
+    assert result.not_measured["greedy"].endswith("and 0.19 GiB are free")
+
+
+def test_caches_that_would_not_fit_are_refused() -> None:
+    item = case(keys=4096)
+    with pytest.raises(OptionError, match=r"1 x 4096 keys take .* Ask for fewer keys"):
+        measure([item], free_bytes=item.cache_bytes)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_the_last_queries_have_the_last_results(batch: int) -> None:
+    item = case(queries=7, keys=12, batch=batch)
+    tensors = Tensors.of(item, quick())
+    whole = tensors.expected(item.spec).view(batch, 7, *tensors.q.shape[1:])
+    last = tensors.last(2)
+    found = backends()["eager"].attend(
+        last.q, last.k, last.v, item.spec, last.batch, last.states[0]
+    )
+    assert torch.allclose(found.double(), whole[:, -2:].flatten(0, 1), atol=FLOAT32_TOLERANCE)
+    assert torch.allclose(last.expected(item.spec), whole[:, -2:].flatten(0, 1))
+
+
 def test_errors_are_absolute_and_relative() -> None:
     (result,) = measure([SMALL], others={"wrong": Wrong(0.5), "broken": Wrong(None)}).results
     assert next(iter(result.measured)) == "wrong"

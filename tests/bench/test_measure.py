@@ -18,12 +18,13 @@ from hanok.engine.quality import measure_quality
 from hanok.errors import GenerationError, OptionError, RequestError
 
 TEXT = (hanok.BUNDLED / "quality.txt").read_text(encoding="utf-8")
-LOAD = LoadOptions(path=hanok.BUNDLED, draft=None, threads=1, max_memory=None)
+LOAD = LoadOptions(path=hanok.BUNDLED, draft=hanok.BUNDLED, threads=1, max_memory=None)
 AXES = (
     Axes(prompt_tokens=(24,), new_tokens=(20,), attention=("eager",), cache=(False, True)),
     Axes(prompt_tokens=(24,), new_tokens=(20,), quant=("none", "int4"), cache_dtype=("int8",)),
     Axes(prompt_tokens=(24,), new_tokens=(20,), speculation=("ngram",)),
     Axes(prompt_tokens=(24,), new_tokens=(20,), batch=(3,), quant=("none", "int4")),
+    Axes(prompt_tokens=(24,), new_tokens=(20,), batch=(3,), speculation=("ngram", "draft")),
     Axes(prompt_tokens=(24,), new_tokens=(20,), device_map=("cuda:7",)),
     Axes(prompt_tokens=(24, 2000), new_tokens=(20,), attention=("triton", "eager")),
 )
@@ -62,6 +63,8 @@ def test_rows_and_what_is_left_out(measured: Report) -> None:
         ("native, ngram speculation", 1),
         ("native", 3),
         ("native, int4", 3),
+        ("native, ngram speculation", 3),
+        ("native, draft speculation", 3),
     ]
     assert [row.is_reference for row in measured.rows] == [
         row.label in ("eager, no cache", "native") for row in measured.rows
@@ -71,13 +74,17 @@ def test_rows_and_what_is_left_out(measured: Report) -> None:
     assert reasons.count("needs a CUDA device (found: cpu)") == 1
     assert sum("more than the model's context of 1,024" in item for item in reasons) == 2
     assert sum("'cuda:7', which is not there" in item for item in reasons) == 1
-    assert [load.label for load in measured.loads] == ["bfloat16", "bfloat16, int4"]
+    assert [load.label for load in measured.loads] == [
+        "bfloat16",
+        "bfloat16, int4",
+        "bfloat16, with a draft model",
+    ]
     assert measured.loads[1].weight_bytes < measured.loads[0].weight_bytes
 
 
 def test_figures_are_those_of_the_samples(measured: Report) -> None:
     assert measured.rounds == len(measured.probes) == 2
-    assert measured.level == pytest.approx(1 - 0.05 / 5)
+    assert measured.level == pytest.approx(1 - 0.05 / 7)
     for row in measured.rows:
         seconds = [sample.seconds for sample in row.samples]
         assert len(seconds) == 2
@@ -96,12 +103,14 @@ def test_figures_are_those_of_the_samples(measured: Report) -> None:
 def test_speculation_is_counted_and_keeps_the_text(measured: Report) -> None:
     for row in measured.rows:
         assert (row.proposed is None) == (row.setting.speculation == "off")
-    row = measured.rows[4]
-    assert row.is_same_text
-    assert row.bandwidth_share is None
-    assert row.proposed is not None
-    assert row.accepted is not None
-    assert 0 <= row.accepted <= row.proposed
+    for row in (measured.rows[4], *measured.rows[7:]):
+        assert row.is_same_text
+        assert row.bandwidth_share is None
+        assert row.proposed is not None
+        assert row.accepted is not None
+        assert 0 <= row.accepted <= row.proposed
+    drafted = measured.rows[8]
+    assert drafted.accepted == drafted.proposed  # it drafts for itself
 
 
 def test_texts_are_compared_token_by_token(measured: Report) -> None:

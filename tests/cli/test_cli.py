@@ -156,6 +156,11 @@ def test_a_wrong_bias_is_refused() -> None:
         ),
         (["serve", "--port", "0", "--draft", "nowhere"], 3, "nowhere"),
         (
+            ["generate", "hi", "--draft", str(hanok.BUNDLED), "--max-memory", "cpu=9MiB"],
+            6,
+            "the model that drafts, does not fit into memory",
+        ),
+        (
             ["generate", "hi", "--speculate", "ngram", "--no-cache"],
             2,
             "speculation needs the cache",

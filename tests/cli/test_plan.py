@@ -67,6 +67,14 @@ def test_what_does_not_fit_says_by_how_much_and_ends_with_6(rates: Path) -> None
     assert re.search(r"It does not fit: cpu lacks [\d.]+ MiB\.", found.stdout)
 
 
+def test_a_draft_model_is_planned_too(rates: Path) -> None:
+    alone = json.loads(run("--json", cache=rates).stdout)["places"][0]
+    found = run("--draft", str(hanok.BUNDLED), cache=rates)
+    assert re.search(r"The model that drafts holds [\d.]+ MiB of cpu's peak\.", found.stdout)
+    both = json.loads(run("--draft", str(hanok.BUNDLED), "--json", cache=rates).stdout)["places"][0]
+    assert both["peak_bytes"] - alone["peak_bytes"] == both["draft_bytes"] > 0
+
+
 def test_the_json_is_what_the_documentation_says(rates: Path) -> None:
     found = run("--max-memory", "cpu=2GiB", "--json", cache=rates)
     assert found.returncode == 0, found.stderr

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import hanok
+from hanok.attention.cache import KVCache
 from hanok.engine.engine import Engine
 from hanok.engine.grammar import GrammarCompiler
 from hanok.engine.grammar_spec import GrammarSpec
@@ -17,6 +18,7 @@ from hanok.engine.schedule import Chunk
 from hanok.engine.sequence import TokenEvent
 from hanok.engine.speculate import Speculation
 from hanok.engine.ticket import Request, Ticket
+from hanok.models.decoder import Decoder
 
 pytestmark = pytest.mark.usefixtures("any_length")
 STORY = "The dog saw a cat. The cat saw the dog. The dog saw a bird. " * 3
@@ -79,6 +81,28 @@ def test_eight_requests_at_once_give_the_tokens_of_each_alone(model: Model, meth
     assert stats.steps < stats.generated_tokens
     counts = [ticket.request.sequence.speculation for ticket in tickets]
     assert 0 < sum(item.proposed for item in counts) < stats.drafted_tokens
+
+
+def test_a_draft_model_claims_what_the_plan_counts(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A load for 4 requests of 512 tokens: no more are drafted for, and none beyond those."""
+    claimed: list[tuple[int, int]] = []
+
+    def new_cache(decoder: Decoder, num_sequences: int, capacity: int) -> KVCache:
+        claimed.append((num_sequences, capacity))
+        return plainly_made(decoder, num_sequences, capacity)
+
+    plainly_made = Decoder.new_cache
+    with monkeypatch.context() as patch:
+        patch.setattr(Decoder, "new_cache", new_cache)
+        engine = Engine(model, speculation=speculation_by("draft", model))
+    assert (4, 512) in claimed
+    assert engine.max_tokens == 1024  # the model's context: one request may have the cache of two
+    with engine:
+        ticket = engine.submit([5] * 500, max_new_tokens=40, ignore_eos=True)
+        expected = plainly(model, [5] * 500, max_new_tokens=40, ignore_eos=True)
+        assert same(ticket.result(), expected)
 
 
 @pytest.mark.parametrize("method", ["ngram", "draft"])

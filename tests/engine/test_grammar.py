@@ -451,14 +451,26 @@ def test_taking_tokens_back_restores(seed: int, compiler: GrammarCompiler, end_i
     assert allowed(matcher) == masks[0]
 
 
-def test_an_end_is_taken_back_too(compiler: GrammarCompiler, end_id: int) -> None:
-    matcher = compiler.compile(GrammarSpec("regex", "a?")).matcher()
-    before = allowed(matcher)
-    matcher.accept(end_id)
+@pytest.mark.parametrize("regex", ["a", "aa", "a?", "aa?", "(a|b){1,3}"])
+def test_an_end_is_taken_back_too(
+    regex: str, tokenizer: Tokenizer, compiler: GrammarCompiler, end_id: int
+) -> None:
+    """Whether the text may go on where it ends, or is over without an end token."""
+    matcher = compiler.compile(GrammarSpec("regex", regex)).matcher()
+    (a_id,) = tokenizer.encode("a", add_special_tokens=False)
+    masks, finished = [], []
+    for token_id in (a_id, a_id, a_id, end_id):
+        masks.append(allowed(matcher))
+        finished.append(matcher.is_finished)
+        if token_id in masks[-1]:
+            matcher.accept(token_id)
+        else:
+            masks.pop()
+            finished.pop()
     assert matcher.is_finished
-    matcher.rollback(1)
-    assert allowed(matcher) == before
-    assert not matcher.is_finished
+    while masks:
+        matcher.rollback(1)
+        assert (allowed(matcher), matcher.is_finished) == (masks.pop(), finished.pop())
 
 
 def test_a_token_that_may_not_come_is_an_error(compiler: GrammarCompiler, end_id: int) -> None:
@@ -686,3 +698,18 @@ def test_properties_called_like_keywords_are_no_keywords() -> None:
 
 def test_true_is_any_value() -> None:
     assert read_schema("true") == {}
+
+
+def test_what_is_forced_is_the_text_without_a_choice(
+    tokenizer: Tokenizer, compiler: GrammarCompiler
+) -> None:
+    matcher = compiler.compile(GrammarSpec("regex", "The dog saw (a|the) cat")).matcher()
+    forced = matcher.forced()
+    assert b"".join(map(tokenizer.token_bytes, forced)) == b"The dog saw"
+    before = allowed(matcher)
+    assert forced[0] in before
+    for token_id in forced:
+        matcher.accept(token_id)
+    assert matcher.forced() == []
+    matcher.rollback(len(forced))
+    assert allowed(matcher) == before

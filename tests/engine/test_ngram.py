@@ -3,7 +3,7 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hanok.engine.ngram import MATCHES, PRIORS, NgramIndex, kind_of
+from hanok.engine.ngram import FORCED, MATCHES, PRIORS, NgramIndex, kind_of
 
 
 def searched(tokens: list[int], count: int) -> tuple[list[int], int]:
@@ -55,4 +55,5 @@ def test_large_ids_are_told_apart() -> None:
 def test_kinds_grow_with_the_agreement() -> None:
     kinds = [kind_of(agreeing) for agreeing in range(2, 40)]
     assert kinds == sorted(kinds)
-    assert set(kinds) == set(range(len(PRIORS)))
+    assert set(kinds) == set(range(FORCED))
+    assert len(PRIORS) == FORCED + 1

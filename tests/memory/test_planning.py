@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 import hanok
-from hanok.errors import CheckpointError, OptionError
+from hanok.errors import BudgetError, CheckpointError, OptionError
+from hanok.memory.needs import DRAFTED_SEQUENCES
 from hanok.memory.plan import LoadPlan
-from hanok.memory.planning import plan_load
+from hanok.memory.planning import plan_draft, plan_load
 
 LLAMA_70B: dict[str, Any] = {
     "model_type": "llama",
@@ -163,3 +164,39 @@ def test_a_large_model_is_planned_without_torch(tmp_path: Path) -> None:
     )
     assert done.stdout.splitlines()[-1] in ("None False", "0 False")
     assert "disk" in done.stdout
+
+
+def test_a_draft_models_bytes_are_not_there_for_the_other(rates: Path) -> None:
+    options: dict[str, Any] = {"context": 256, "batch": 3, "quant": "int8"}
+    alone = plan(hanok.BUNDLED, rates, **options)
+    draft = plan_draft(hanok.BUNDLED, **options)
+    both = plan(hanok.BUNDLED, rates, draft=draft, **options)
+    host, mine, held = both.tiers[0], alone.tiers[0], draft.tiers[0]
+    assert host.place.draft_bytes == held.weight_bytes + held.cache_bytes
+    assert held.cache_bytes > 0
+    assert host.steady_bytes - mine.steady_bytes == host.place.draft_bytes
+    assert host.peak_bytes - mine.peak_bytes == host.place.draft_bytes
+    limit = {"cpu": host.peak_bytes - 1}
+    assert plan(hanok.BUNDLED, rates, max_memory=limit, **options).fits
+    crowded = plan(hanok.BUNDLED, rates, max_memory=limit, draft=draft, **options)
+    assert crowded.uses_disk or not crowded.fits
+    enough = {"cpu": host.peak_bytes}
+    assert plan(hanok.BUNDLED, rates, max_memory=enough, draft=draft, **options).units == both.units
+
+
+def test_a_larger_draft_model_decides_what_computing_takes(tmp_path: Path, rates: Path) -> None:
+    """The two compute in turn, so the larger activations count once."""
+    large = folder_of(tmp_path, LLAMA_70B | {"num_hidden_layers": 2})
+    draft = plan_draft(large, context=64)
+    both = plan(hanok.BUNDLED, rates, context=64, draft=draft)
+    assert both.tiers[0].place.activation_bytes == draft.tiers[0].place.activation_bytes
+
+
+def test_a_draft_model_guesses_for_few_at_a_time(rates: Path) -> None:
+    few, many = (plan_draft(hanok.BUNDLED, context=64, batch=size) for size in (8, 50))
+    assert many.needs.batch == few.needs.batch == DRAFTED_SEQUENCES
+
+
+def test_a_draft_model_has_to_be_in_memory(tmp_path: Path, rates: Path) -> None:
+    with pytest.raises(BudgetError, match=r"model, the model that drafts, does not fit.*context"):
+        plan_draft(folder_of(tmp_path, LLAMA_70B), max_memory="cpu=20GiB")

@@ -73,6 +73,7 @@ INFO: dict[str, Any] = {
             "weights_bytes": 7 * GIB,
             "kv_bytes": 3 * GIB,
             "reserve_bytes": GIB // 2,
+            "draft_bytes": 3 * GIB // 4,
             "budget_bytes": 28 * GIB,
             "free_bytes": 35 * GIB // 2,
         },
@@ -451,7 +452,8 @@ def test_facts_and_the_memory_plan_are_shown(page: Page) -> None:
     plan = page["#plan"].text
     for shown in ("98,304", "24", "GPU 0", "of 22.00 GiB", "layers 20–31, norm, lm_head"):
         assert shown in plan
-    for shown in ("weights 12.00 GiB", "KV cache 3.00 GiB", "reserve 512.00 MiB", "free 17.50 GiB"):
+    sizes = ("weights 12.00 GiB", "KV cache 3.00 GiB", "reserve 512.00 MiB")
+    for shown in (*sizes, "draft model 768.00 MiB", "free 17.50 GiB"):
         assert shown in plan
     widths = page.run(
         "return [...document.querySelector('.bar').children].map(part => part.style.width)"

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hanok.attention.base import AttentionSpec, Backend, ForwardBatch, backends, reference
 from hanok.attention.cache import KVCache, LayerState, StateSpec
-from hanok.bench.growth import peak_growth_bytes
+from hanok.bench.growth import free_bytes, peak_growth_bytes
 from hanok.bench.turns import (
     MIN_SAMPLE_S,
     RunRound,
@@ -30,6 +30,8 @@ from hanok.engine.bandwidth import gflop_per_s, read_gb_per_s
 from hanok.errors import OptionError
 
 RING_BYTES = 2**29
+FLOAT_BYTES = 4
+TRIED_QUERIES = 16  # of each sequence, to learn what a backend claims before all are computed
 REFERENCE_ROWS = 128  # queries of one KV head scored at a time: at 16,384 keys 16 MiB for each head
 DTYPES = ("float32", "bfloat16", "float16")
 CACHE_DTYPES = ("auto", "int8")
@@ -196,6 +198,8 @@ class Conditions:
     """The memory's speed, for shares; None: measured."""
     gflop_per_s: float | None = None
     """The rate of products in the dtype; None: measured."""
+    free_bytes: int | None = None
+    """What a call may claim; None: what the system has left when it is made."""
 
     def __post_init__(self) -> None:
         if self.rounds < 1:
@@ -275,7 +279,7 @@ class Tensors:
         keys, values = (
             draw(case.batch, case.num_kv_heads, case.keys, case.head_dim) for _ in range(2)
         )
-        num_layers = max(2, -(-conditions.ring_bytes // case.cache_bytes))
+        num_layers = _num_layers(case, conditions)
         cache = KVCache(
             [StateSpec(num_kv_heads=case.num_kv_heads, head_dim=case.head_dim)] * num_layers,
             num_sequences=case.batch,
@@ -298,6 +302,20 @@ class Tensors:
         return cls(
             q=q, k=new_k, v=new_v, keys=keys, values=values, batch=batch, states=cache.states
         )
+
+    def last(self, queries: int) -> "Tensors":
+        """Return the same with the last so many queries of each sequence."""
+        num_sequences, _, num_keys, head_dim = self.keys.shape
+        q, k, v = (
+            whole.view(num_sequences, -1, whole.shape[1], head_dim)[:, -queries:].flatten(0, 1)
+            for whole in (self.q, self.k, self.v)
+        )
+        batch = ForwardBatch.of(
+            [[0] * queries] * num_sequences,
+            past=[num_keys - queries] * num_sequences,
+            device=self.q.device,
+        )
+        return replace(self, q=q, k=k, v=v, batch=batch)
 
     def expected(self, spec: AttentionSpec) -> Tensor:
         """Return the exact result in float64, a few queries of one KV head at a time."""
@@ -327,6 +345,21 @@ class Tensors:
         return result.view(self.q.shape)
 
 
+def _num_layers(case: AttentionCase, conditions: Conditions) -> int:
+    return max(2, -(-conditions.ring_bytes // case.cache_bytes))
+
+
+def _check_fits(case: AttentionCase, conditions: Conditions, free: int) -> None:
+    """Raise OptionError where the inputs alone would not fit: the ring, and what it is drawn from."""
+    drawn = case.batch * case.num_kv_heads * case.keys * case.head_dim
+    needed = _num_layers(case, conditions) * case.cache_bytes + 4 * drawn * FLOAT_BYTES
+    if needed > free:
+        raise OptionError(
+            f"{case.batch} x {case.keys} keys take {needed / 2**30:.2f} GiB, and "
+            f"{free / 2**30:.2f} GiB are free. Ask for fewer keys, fewer sequences or a smaller ring."
+        )
+
+
 def _copy(source: LayerState, target: LayerState) -> None:
     target.keys.copy_(source.keys)
     target.values.copy_(source.values)
@@ -344,6 +377,10 @@ def _rows(time: int) -> Iterator[tuple[int, int]]:
 def _measure_case(
     case: AttentionCase, conditions: Conditions, limit_gb: float, limit_gflop: float
 ) -> CaseResult:
+    free = conditions.free_bytes
+    if free is None:
+        free = free_bytes(conditions.device)
+    _check_fits(case, conditions, free)
     tensors = Tensors.of(case, conditions)
     expected = tensors.expected(case.spec)
     timers: dict[str, Timer] = {}
@@ -357,6 +394,10 @@ def _measure_case(
             continue
         attend = around_the_ring(backend, case.spec, tensors)
         try:
+            reason = _why_too_large(backend, case, tensors, conditions)
+            if reason is not None:
+                not_measured[name] = reason
+                continue
             errors[name] = _errors(attend(), expected)
             extra[name] = peak_growth_bytes(attend, conditions.device)
         except RuntimeError as error:
@@ -385,6 +426,28 @@ def _measure_case(
             relative_error=errors[name][1],
         )
     return CaseResult(case=case, measured=measured, not_measured=not_measured)
+
+
+def _why_too_large(
+    backend: Backend, case: AttentionCase, tensors: Tensors, conditions: Conditions
+) -> str | None:
+    """Return why a call would not fit into memory, by what it claims for a few queries; else None.
+
+    Nothing that a backend claims grows faster than with the number of queries.
+    """
+    tried = min(TRIED_QUERIES, case.queries)
+    few = around_the_ring(backend, case.spec, tensors.last(tried))
+    few()
+    claimed = peak_growth_bytes(few, conditions.device)
+    if claimed is None:
+        return None
+    needed = claimed * case.queries // tried
+    free = conditions.free_bytes
+    if free is None:
+        free = free_bytes(conditions.device)
+    if needed <= free:
+        return None
+    return f"would claim about {needed / 2**30:.2f} GiB, and {free / 2**30:.2f} GiB are free"
 
 
 def around_the_ring(

@@ -103,8 +103,6 @@ def why_not(row: GridRow, facts: Facts) -> str | None:
         return "without a cache there is none to keep in " + setting.cache_dtype
     if not setting.cache and setting.speculation != "off":
         return "speculation needs a cache"
-    if workload.batch > 1 and setting.speculation != "off":
-        return "speculation is measured for one sequence (`hanok bench serve` measures several)"
     return (
         facts.why_not_attention(setting)
         or facts.why_not_speculation(setting.speculation)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from hanok.memory.budget import host_budget
 from hanok.memory.heap import give_back
 
 STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -35,6 +36,13 @@ def peak_growth_bytes(call: Callable[[], object], device: torch.device) -> int |
         return None
     call()
     return max(0, _kib("VmHWM") - before) * 2**10
+
+
+def free_bytes(device: torch.device) -> int:
+    """Return what may still be claimed: of a GPU what its driver says, else the least of all limits."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return host_budget().num_bytes
 
 
 def _kib(key: str) -> int:

@@ -1,10 +1,8 @@
 """Where a benchmark meets speculation: can it be measured, how is it asked for, what did it bring."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 from hanok.engine.model import Model, TokenStream
-from hanok.engine.sequence import TokenEvent
 from hanok.engine.speculate import Speculation
 
 
@@ -20,9 +18,9 @@ def asked(method: str, draft: Model | None) -> Speculation | None:
     return Speculation(method="ngram") if method == "ngram" else None
 
 
-def counts(method: str, events: Iterator[TokenEvent]) -> dict[str, int | None]:
+def counts(method: str, stream: TokenStream) -> dict[str, int | None]:
     """Return how many tokens a stream guessed, and how many of them were right; None without."""
-    if method == "off" or not isinstance(events, TokenStream):
+    if method == "off":
         return {"proposed": None, "accepted": None}
-    found = events.speculation
+    found = stream.speculation
     return {"proposed": found.proposed, "accepted": found.accepted}

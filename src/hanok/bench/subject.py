@@ -12,13 +12,13 @@ from hanok.bench.fingerprint import fingerprint
 from hanok.bench.grid import Facts
 from hanok.bench.report import Subject
 from hanok.bench.settings import Load, Setting, Workload
-from hanok.bench.workers import LoadOptions, Room
+from hanok.bench.workers import LoadOptions, Room, planned
 from hanok.checkpoint.tokenizer import open_tokenizer
 from hanok.engine.quality import text_windows
-from hanok.errors import OptionError
+from hanok.errors import BudgetError, OptionError
 from hanok.memory.needs import STORED_NAMES, choose_dtype
 from hanok.memory.plan import LoadPlan
-from hanok.memory.planning import describe, plan_load
+from hanok.memory.planning import describe
 from hanok.memory.tensors import DTYPES
 from hanok.models.config import ModelConfig
 from hanok.quant.recipe import read_recipe
@@ -137,8 +137,8 @@ class SubjectModel:
             read_recipe(setting.load.recipe)
         try:
             plan = self._planned(setting, workload)
-        except OptionError as error:  # a device that is not there, say: other rows may do without
-            return str(error)
+        except (OptionError, BudgetError) as error:
+            return str(error)  # a device that is not there, say: other rows may do without
         if plan.fits:
             return None
         lacks = [tier for tier in plan.tiers if tier.missing_bytes]
@@ -147,18 +147,11 @@ class SubjectModel:
         )
 
     def _planned(self, setting: Setting, workload: Workload) -> LoadPlan:
-        return plan_load(
-            self.options.path,
-            device_map=setting.load.places,
-            max_memory=self.options.max_memory,
-            context=workload.context,
-            batch=workload.batch,
-            quant=setting.load.recipe,
-            dtype=setting.dtype,
-            cache_dtype="int8" if setting.cache_dtype == "int8" else "auto",
-            weights="copied",
-            may_measure=False,
-            is_running=False,
+        return planned(
+            self.options,
+            setting.load,
+            Room(context=workload.context, batch=workload.batch),
+            "int8" if setting.cache_dtype == "int8" else "auto",
         )
 
 

@@ -11,7 +11,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -20,8 +20,7 @@ import torch
 import hanok
 from hanok.bench import speculation
 from hanok.bench.machine import ForeignLoad, peak_bytes
-from hanok.engine.generate import generate
-from hanok.engine.model import Model
+from hanok.engine.model import Model, TokenStream
 from hanok.engine.params import SamplingOptions
 from hanok.engine.quality import (
     bytes_per_token,
@@ -31,8 +30,8 @@ from hanok.engine.quality import (
     log_prob_file,
     weight_bytes,
 )
-from hanok.engine.sequence import TokenEvent
 from hanok.errors import HanokError
+from hanok.memory.planning import plan_draft
 
 Answer = dict[str, Any]
 
@@ -57,10 +56,16 @@ class Worker:
             torch.set_num_threads(threads)
         start = time.perf_counter()
         # Copied: what moves into memory behind the first answer would be measured with the next.
-        self._model = hanok.load(path, weights="copied", **options)
+        draft_plan = None
         if draft is not None:
-            kinds = {name: options[name] for name in ("dtype", "quant")}
-            self._draft = hanok.load(draft, weights="copied", **kinds)
+            shared = {name: value for name, value in options.items() if name != "device_map"}
+            draft_plan = plan_draft(draft, weights="copied", **shared)
+        plan = hanok.plan_load(
+            path, weights="copied", may_measure=False, draft=draft_plan, **options
+        )
+        if draft_plan is not None:
+            self._draft = hanok.load(plan=draft_plan)
+        self._model = hanok.load(plan=plan)
         seconds = time.perf_counter() - start
         decoder, config = self.model.decoder, self.model.config
         return {
@@ -115,13 +120,10 @@ class Worker:
 
     def _events(
         self, prompts: Sequence[list[int]], new_tokens: int, use_cache: bool, method: str
-    ) -> Iterator[TokenEvent]:
+    ) -> TokenStream:
         options = SamplingOptions(max_new_tokens=new_tokens, ignore_eos=True, temperature=0.0)
-        if len(prompts) == 1:
-            how = speculation.asked(method, self._draft)
-            return self.model.stream(prompts[0], use_cache=use_cache, speculation=how, **options)
-        sequences = [self.model.sequence(prompt, options) for prompt in prompts]
-        return generate(self.model.decoder, sequences, use_cache=use_cache)
+        how = speculation.asked(method, self._draft)
+        return self.model.stream(prompts, use_cache=use_cache, speculation=how, **options)
 
     def keep(self, *, windows: list[list[int]], file: str) -> Answer:
         """Score tokens as the reference, and keep the log-probabilities in a file."""

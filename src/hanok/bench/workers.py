@@ -12,8 +12,9 @@ from types import TracebackType
 from typing import Any
 
 from hanok.bench.settings import Load
-from hanok.errors import GenerationError, RequestError
-from hanok.memory.planning import plan_load
+from hanok.errors import BudgetError, GenerationError, RequestError
+from hanok.memory.plan import CacheDtype, LoadPlan
+from hanok.memory.planning import plan_draft, plan_load
 
 Request = dict[str, Any]
 LAST_LINES = 1500  # characters of what a process said before it ended
@@ -166,16 +167,41 @@ class Workers:
 
     def _fits(self, load: Load) -> bool:
         """Return whether there is memory for one more beside those that are alive."""
-        plan = plan_load(
-            self._options.path,
-            device_map=load.places,
-            max_memory=self._options.max_memory,
-            context=self._rooms[load].context,
-            batch=self._rooms[load].batch,
+        room = self._rooms[load]
+        try:
+            plan = planned(self._options, load, room)
+        except BudgetError:  # of a draft model
+            return False
+        return plan.fits and not plan.uses_disk
+
+
+def planned(
+    options: LoadOptions, load: Load, room: Room, cache_dtype: CacheDtype = "auto"
+) -> LoadPlan:
+    """Return the plan of a load in a process of its own, beside its draft model where it has one."""
+    draft_plan = None
+    if load.has_draft and options.draft is not None:
+        draft_plan = plan_draft(
+            options.draft,
+            max_memory=options.max_memory,
+            context=room.context,
+            batch=room.batch,
             quant=load.recipe,
             dtype=load.dtype,
             weights="copied",
-            may_measure=False,
             is_running=False,
         )
-        return plan.fits and not plan.uses_disk
+    return plan_load(
+        options.path,
+        device_map=load.places,
+        max_memory=options.max_memory,
+        context=room.context,
+        batch=room.batch,
+        quant=load.recipe,
+        dtype=load.dtype,
+        cache_dtype=cache_dtype,
+        weights="copied",
+        may_measure=False,
+        is_running=False,
+        draft=draft_plan,
+    )

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from hanok.bench.profile import Profile
     from hanok.engine.model import Model, TokenStream
     from hanok.engine.speculate import Speculation
+    from hanok.memory.plan import LoadPlan
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -163,34 +164,55 @@ def speculation_options(command: Command) -> Command:
     return command
 
 
-def open_speculation(options: Mapping[str, Any]) -> "Speculation | None":
-    """Return what was asked for by `speculation_options`, its draft model loaded."""
+SpeculateOption = Literal["off", "ngram", "draft"]
+
+
+def read_speculate(options: Mapping[str, Any]) -> SpeculateOption:
+    """Return how `speculation_options` ask to guess; options that contradict it are refused."""
     path: Path | None = options["draft"]
-    method: Literal["off", "ngram", "draft"]
-    method = options["speculate"] or ("draft" if path is not None else "off")
+    method: SpeculateOption = options["speculate"] or ("draft" if path is not None else "off")
     if method == "off" or (method == "ngram" and path is not None):
         idle = [name for name in ("draft", "max_draft") if options[name] is not None]
         idle = idle if method == "off" else ["draft"]
         if idle:
             names = ", ".join("--" + name.replace("_", "-") for name in idle)
             raise OptionError(f"{names} given, but --speculate is {method}. Leave one of them out.")
-    if method == "off":
-        return None
     if method == "draft" and path is None:
         raise OptionError("--speculate draft needs a model that drafts: give --draft PATH.")
-    # Imported here: without speculation nothing is loaded before the plan is printed.
+    return method
+
+
+def plan_drafting(options: Mapping[str, Any], *, batch: int = 1) -> "LoadPlan | None":
+    """Return the plan of the model that drafts for up to `batch` sequences; None without one."""
+    if read_speculate(options) != "draft":
+        return None
+    from hanok.memory.planning import plan_draft
+
+    return plan_draft(
+        options["draft"],
+        max_memory=options["max_memory"],
+        context=options["context"],
+        batch=batch,
+        quant=options["quant"],
+        dtype=options["dtype"],
+    )
+
+
+def open_speculation(
+    options: Mapping[str, Any], draft_plan: "LoadPlan | None"
+) -> "Speculation | None":
+    """Return what `speculation_options` ask for, its draft model loaded."""
+    method = read_speculate(options)
+    if method == "off":
+        return None
     from hanok.engine.model import load
     from hanok.engine.speculate import Speculation
 
     model = None
-    if path is not None:
-        model = load(
-            path,
-            dtype=options["dtype"],
-            quant=options["quant"],
-            attn_implementation=options["attention"],
-        )
-        click.echo(f"Loaded {path.name} to draft in {model.report.seconds:.2f} s.", err=True)
+    if draft_plan is not None:
+        model = load(plan=draft_plan, attn_implementation=options["attention"])
+        name = model.checkpoint.folder.name
+        click.echo(f"Loaded {name} to draft in {model.report.seconds:.2f} s.", err=True)
     return Speculation(method=method, draft=model, max_tokens=options["max_draft"])
 
 
@@ -301,8 +323,12 @@ def given(options: Mapping[str, Any]) -> SamplingOptions:
     return SamplingOptions(**chosen)  # type: ignore[typeddict-item]
 
 
-def open_model(path: Path | None, options: Mapping[str, Any]) -> "Model":
-    """Load the model of a verb with a progress bar; without a path the bundled one, and say so."""
+def open_model(path: Path | None, options: Mapping[str, Any]) -> "tuple[Model, Speculation | None]":
+    """Load the model of a verb with a progress bar; without a path the bundled one, and say so.
+
+    `options` are those of `model_options` and of `speculation_options`: both models are planned before
+    one is loaded.
+    """
     import torch
 
     from hanok.engine.model import load
@@ -314,6 +340,7 @@ def open_model(path: Path | None, options: Mapping[str, Any]) -> "Model":
         click.echo("No model given: using the small one that ships with hanok.", err=True)
         path = BUNDLED
     check_profile(options["profile"], path)
+    draft_plan = plan_drafting(options)
     plan = plan_load(
         path,
         device_map=options["device_map"],
@@ -324,7 +351,9 @@ def open_model(path: Path | None, options: Mapping[str, Any]) -> "Model":
         cache_dtype=options["cache_dtype"],
         weights=options["weights"],
         may_measure=False,
+        draft=draft_plan,
     )
+    speculation = open_speculation(options, draft_plan)
     with bytes_bar(f"Loading {path.name}") as bar:
         bar.start(sum(tier.weight_bytes for tier in plan.tiers if tier.place.kind != "disk"))
         model = load(
@@ -343,4 +372,4 @@ def open_model(path: Path | None, options: Mapping[str, Any]) -> "Model":
     )
     for note in model.notes:
         click.echo(note, err=True)
-    return model
+    return model, speculation

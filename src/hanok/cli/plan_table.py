@@ -88,6 +88,11 @@ def print_plan(plan: LoadPlan) -> None:
     for tier in plan.tiers:
         if tier.missing_bytes:
             click.echo(f"It does not fit: {tier.place.name} lacks {size(tier.missing_bytes)}.")
+    for place in (tier.place for tier in plan.tiers):
+        if place.draft_bytes:
+            click.echo(
+                f"The model that drafts holds {size(place.draft_bytes)} of {place.title}'s peak."
+            )
     mapped = sum(tier.mapped_bytes for tier in plan.tiers)
     if mapped:
         click.echo(f"{size(mapped)} of the weights stay in their files, shared between processes.")
@@ -112,6 +117,7 @@ def plan_facts(plan: LoadPlan) -> list[dict[str, Any]]:
                 "weights_bytes": tier.weight_bytes,
                 "kv_bytes": tier.cache_bytes,
                 "reserve_bytes": tier.work_bytes + tier.stream_bytes,
+                "draft_bytes": tier.place.draft_bytes,
                 "budget_bytes": budget,
                 "free_bytes": None if budget is None else budget - tier.peak_bytes,
             }

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from hanok.cli.options import check_profile, open_speculation
+from hanok.cli.options import check_profile, open_speculation, plan_drafting
 from hanok.cli.plan_table import plan_facts, print_plan
 from hanok.cli.units import size
 from hanok.errors import OptionError
@@ -18,7 +18,6 @@ from hanok.memory.plan import LoadPlan
 if TYPE_CHECKING:
     from hanok.engine.engine import Engine
     from hanok.engine.model import Model
-    from hanok.engine.speculate import Speculation
     from hanok.server.options import ServerOptions
     from hanok.server.service import Service
 
@@ -47,8 +46,8 @@ def start(
     from hanok.server.run import listen, serve
 
     _log_to_stderr(as_json=server.logs_json)
-    # A draft model is loaded before the plan is made, which counts with what is left.
-    speculation = open_speculation(load)
+    check_profile(load["profile"], path)
+    plans, users = plan_for(path, engine, load)
     try:
         listener = listen(server)
     except OSError as error:
@@ -57,17 +56,15 @@ def start(
             "or --host."
         ) from error
     port = listener.getsockname()[1]
-    check_profile(load["profile"], path)
-    plan, users = plan_for(path, engine, load)
-    print_plan(plan)
-    context = plan.needs.context
+    print_plan(plans.model)
+    context = plans.model.needs.context
     click.echo(
         f"Memory for {users * context:,} tokens of keys and values: {users} requests of {context:,} "
         "tokens at a time, more where they are shorter."
     )
 
     def open_model(service: "Service") -> "tuple[Model, Engine]":
-        return _open(service, plan, engine, load, speculation)
+        return _open(service, plans, engine, load)
 
     host = f"[{server.host}]" if ":" in server.host else server.host
 
@@ -78,17 +75,29 @@ def start(
     return serve(server, open_model, listener, announce)
 
 
-def plan_for(path: Path, engine: EngineOptions, load: Mapping[str, Any]) -> tuple[LoadPlan, int]:
-    """Return the plan of a load, and how many requests of the full context it has memory for."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plans:
+    """Of the model, and of one that drafts beside it."""
+
+    model: LoadPlan
+    draft: LoadPlan | None
+
+
+def plan_for(path: Path, engine: EngineOptions, load: Mapping[str, Any]) -> tuple[Plans, int]:
+    """Return the plans of a load, and how many requests of the full context they have memory for."""
     users = engine.users or 1
-    plan = _planned(path, users, load)
-    if engine.users is None and plan.fits and not plan.uses_disk:
-        users = min(MOST_USERS, 1 + _more_users(plan))
-        plan = _planned(path, users, load)
-        while users > 1 and (not plan.fits or plan.uses_disk):
+    plans = _planned(path, users, engine, load)
+    if engine.users is None and _is_in_memory(plans.model):
+        users = min(MOST_USERS, 1 + _more_users(plans.model))
+        plans = _planned(path, users, engine, load)
+        while users > 1 and not _is_in_memory(plans.model):
             users //= 2
-            plan = _planned(path, users, load)
-    return plan, users
+            plans = _planned(path, users, engine, load)
+    return plans, users
+
+
+def _is_in_memory(plan: LoadPlan) -> bool:
+    return plan.fits and not plan.uses_disk
 
 
 def _more_users(plan: LoadPlan) -> int:
@@ -101,10 +110,11 @@ def _more_users(plan: LoadPlan) -> int:
     return min(counts, default=0)
 
 
-def _planned(path: Path, users: int, load: Mapping[str, Any]) -> LoadPlan:
+def _planned(path: Path, users: int, engine: EngineOptions, load: Mapping[str, Any]) -> Plans:
     from hanok.memory.planning import plan_load
 
-    return plan_load(
+    draft = plan_drafting(load, batch=min(users, engine.max_running))
+    model = plan_load(
         path,
         device_map=load["device_map"],
         max_memory=load["max_memory"],
@@ -115,20 +125,19 @@ def _planned(path: Path, users: int, load: Mapping[str, Any]) -> LoadPlan:
         cache_dtype=load["cache_dtype"],
         weights=load["weights"],
         may_measure=False,
+        draft=draft,
     )
+    return Plans(model=model, draft=draft)
 
 
 def _open(
-    service: "Service",
-    plan: LoadPlan,
-    engine: EngineOptions,
-    load: Mapping[str, Any],
-    speculation: "Speculation | None",
+    service: "Service", plans: Plans, engine: EngineOptions, load: Mapping[str, Any]
 ) -> "tuple[Model, Engine]":
     import torch
 
     import hanok
 
+    plan = plans.model
     if load["threads"]:
         torch.set_num_threads(load["threads"])
     total = sum(tier.weight_bytes for tier in plan.tiers if tier.place.kind != "disk")
@@ -140,6 +149,7 @@ def _open(
         service.progress = min(1.0, done / max(1, total))
 
     service.facts["memory_plan"] = plan_facts(plan)
+    speculation = open_speculation(load, plans.draft)
     model = hanok.load(
         plan=plan,
         attn_implementation=load["attention"],

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from hanok.attention.base import ForwardBatch
 from hanok.engine.passes import ShortPasses
-from hanok.engine.sequence import GenerationSequence
+from hanok.engine.sequence import GenerationSequence, LookAhead
 from hanok.errors import OptionError
 from hanok.memory.needs import PREFILL_TOKENS
 from hanok.models.decoder import Decoder
@@ -137,35 +137,49 @@ class DraftModel:
     def propose(
         self, sequences: Mapping[int, GenerationSequence], counts: Mapping[int, int]
     ) -> dict[int, list[int]]:
-        """Return the next tokens of each sequence as this model sees them, `counts` of each.
+        """Return the next tokens of each sequence as this model sees them, up to `counts` of each.
 
         Where tokens are drawn it draws with the numbers that the sequence will draw with: the same
-        number gives the same token wherever the two models agree about the distribution.
+        number gives the same token wherever the two models agree about the distribution. What a grammar
+        refuses is not drawn.
         """
-        slots = {key: self._slot(key, sequence) for key, sequence in sequences.items()}
-        generators = {
-            key: sequence.generator.clone_state()
+        ahead = {
+            key: LookAhead(sequence)
             for key, sequence in sequences.items()
             if not sequence.takes_likeliest
         }
+        try:
+            return self._ahead(sequences, counts, ahead)
+        finally:
+            for item in ahead.values():
+                item.close()
+
+    def _ahead(
+        self,
+        sequences: Mapping[int, GenerationSequence],
+        counts: Mapping[int, int],
+        ahead: Mapping[int, LookAhead],
+    ) -> dict[int, list[int]]:
+        slots = {key: self._slot(key, sequence) for key, sequence in sequences.items()}
         missing = {
             key: sequence.token_ids[len(slots[key].held) :] for key, sequence in sequences.items()
         }
         drafts: dict[int, list[int]] = {key: [] for key in sequences}
-        while missing := {
-            key: new for key, new in missing.items() if len(drafts[key]) < counts[key]
-        }:
+        while missing:
             tokens = list(missing.values())
             logits = self._passes.logits(tokens, [slots[key].number for key in missing])
             rows = self._last_rows(logits, tokens)
             likeliest: list[int] = rows.argmax(-1).tolist()
+            following: dict[int, list[int]] = {}
             for row, (key, new) in enumerate(missing.items()):
                 slots[key].held += new
-                token = likeliest[row]
-                if key in generators:
-                    token = sequences[key].guess(rows[row], drafts[key], generators[key])
+                token = ahead[key].choose(rows[row]) if key in ahead else likeliest[row]
+                if token is None:
+                    continue
                 drafts[key].append(token)
-                missing[key] = [token]
+                if len(drafts[key]) < counts[key] and token not in sequences[key].end_ids:
+                    following[key] = [token]
+            missing = following
         return drafts
 
     def _last_rows(self, logits: Tensor, tokens: list[list[int]]) -> Tensor:

@@ -36,13 +36,12 @@ from hanok.errors import (
     RequestAbortedError,
     RequestError,
 )
-from hanok.memory.needs import PREFILL_TOKENS
+from hanok.memory.needs import DRAFTED_SEQUENCES, PREFILL_TOKENS
 
 LOG = logging.getLogger("hanok.engine")
 MIXED_STEP_S = 0.25
 ALONE_STEP_S = 1.0
 MAX_RUNNING = 64
-DRAFTED_REQUESTS = 8  # whose keys and values a draft model has memory for
 # How long a step may take before it counts as stuck: the first one, which reads the weights from disk;
 # later ones; and how many times as long as the longest so far.
 FIRST_STALL_S, STALL_S, STALL_FACTOR = 600.0, 8.0, 10.0
@@ -125,10 +124,11 @@ class Engine:
         default what the model's load plan counted on. `max_running` requests are computed at a time,
         in steps that prompts do not make longer than about `max_step_s` seconds. `speculation` guesses
         tokens ahead while no prompt is computed, as far as that is faster: the fewer requests run, the
-        more. A draft model guesses for DRAFTED_REQUESTS of them at a time.
+        more. A draft model guesses for DRAFTED_SEQUENCES of them at a time, fewer where the cache is for
+        fewer, and as far as the context reaches that the load plan counted on.
         """
+        needs = model.plan.needs if model.plan is not None else None
         if cache_tokens is None:
-            needs = model.plan.needs if model.plan is not None else None
             cache_tokens = needs.context * needs.batch if needs else model.config.max_context_tokens
         if cache_tokens < BLOCK_TOKENS or max_running < 1:
             raise OptionError(
@@ -146,11 +146,14 @@ class Engine:
         self._speculator: Speculator | None = None
         if speculation is not None:
             speculation.check(model)
+            drafted_tokens = min(self.max_tokens, needs.context if needs else self.max_tokens)
             self._speculator = Speculator(
                 speculation,
                 model.decoder,
-                num_sequences=min(max_running, DRAFTED_REQUESTS),
-                max_tokens=self.max_tokens,
+                num_sequences=min(
+                    max_running, DRAFTED_SEQUENCES, self.cache_tokens // drafted_tokens
+                ),
+                max_tokens=drafted_tokens,
             )
         self._pace = Pace(mixed_s=max_step_s, alone_s=ALONE_STEP_S, most_tokens=PREFILL_TOKENS)
         self.observer: StepObserver | None = None

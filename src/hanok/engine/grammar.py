@@ -65,6 +65,8 @@ class Matcher:
 
     def __init__(self, matcher: "LLMatcher") -> None:
         self._matcher = matcher
+        self._num_behind = 0
+        """End tokens behind a text that was over without them, which llguidance does not count."""
 
     def mask(self, scores: Tensor) -> Tensor:
         """Return the scores, (vocab,), with -inf for every token that may not come next.
@@ -80,8 +82,10 @@ class Matcher:
 
     def accept(self, token_id: int) -> None:
         """Go on by one token. GrammarError if it may not come next; the matcher is then unusable."""
+        was_over = self._matcher.is_stopped()
         self._matcher.consume_token(token_id)
         self._check()
+        self._num_behind += was_over
 
     def allowed_prefix(self, token_ids: Sequence[int]) -> int:
         """Return how many of these tokens may come, one after another. Nothing is accepted."""
@@ -89,9 +93,20 @@ class Matcher:
         self._check()
         return number
 
+    def forced(self) -> list[int]:
+        """Return the tokens of what has to follow, as the tokenizer cuts it; none where it is open.
+
+        Nothing is accepted, and a text may be cut into other tokens.
+        """
+        tokens = self._matcher.compute_ff_tokens()
+        self._check()
+        return tokens
+
     def rollback(self, num_tokens: int) -> None:
         """Take back the last `num_tokens` that were accepted."""
-        self._matcher.rollback(num_tokens)
+        behind = min(num_tokens, self._num_behind)
+        self._num_behind -= behind
+        self._matcher.rollback(num_tokens - behind)
         self._check()
 
     @property

@@ -100,12 +100,12 @@ class Score:
 
 
 class TokenStream(Iterator[TokenEvent]):
-    """The tokens of one prompt as they come."""
+    """The tokens of one prompt, or of several, as they come."""
 
     def __init__(
-        self, sequence: GenerationSequence, events: Generator[TokenEvent, None, None]
+        self, sequences: list[GenerationSequence], events: Generator[TokenEvent, None, None]
     ) -> None:
-        self._sequence = sequence
+        self._sequences = sequences
         self._events = events
 
     def __next__(self) -> TokenEvent:
@@ -118,8 +118,13 @@ class TokenStream(Iterator[TokenEvent]):
 
     @property
     def speculation(self) -> SpeculationCounts:
-        """What guessing tokens brought so far."""
-        return self._sequence.speculation
+        """What guessing tokens brought so far, of all prompts together."""
+        counts = [sequence.speculation for sequence in self._sequences]
+        return SpeculationCounts(
+            proposed=sum(item.proposed for item in counts),
+            accepted=sum(item.accepted for item in counts),
+            passes=sum(item.passes for item in counts),
+        )
 
 
 class Model:
@@ -208,17 +213,8 @@ class Model:
         """
         prompts, is_several = _as_list(prompt)
         sequences = [self.sequence(item, options) for item in prompts]
-        speculator = None
-        if speculation is not None:
-            self._check_speculation(speculation, use_cache=use_cache)
-            speculator = Speculator(
-                speculation,
-                self.decoder,
-                num_sequences=len(sequences),
-                max_tokens=max(len(item.prompt_ids) + item.room for item in sequences),
-            )
         events: list[list[TokenEvent]] = [[] for _ in sequences]
-        for event in self._events(sequences, None, use_cache, speculator):
+        for event in self._stream(sequences, None, use_cache, speculation):
             events[event.sequence].append(event)
         results = [
             _collected(sequence, found) for sequence, found in zip(sequences, events, strict=True)
@@ -227,30 +223,50 @@ class Model:
 
     def stream(
         self,
-        prompt: Prompt,
+        prompt: Prompt | Sequence[Prompt],
         *,
         use_cache: bool = True,
         cache: "PrefixCache | None" = None,
         speculation: Speculation | None = None,
         **options: Unpack[SamplingOptions],
     ) -> TokenStream:
-        """Return the tokens of one prompt as they come; their `text`s join to the whole text.
+        """Return the tokens of a prompt as they come, or of several: `sequence` says whose each is.
 
-        `cache` keeps keys and values from call to call: what a prompt shares with the last one is not
-        computed again, as in a conversation. `speculation` as in `generate`.
+        The `text`s of a prompt join to its whole text. `cache` keeps keys and values of one prompt from
+        call to call: what the next shares with it is not computed again, as in a conversation.
+        `speculation` as in `generate`.
         """
-        sequence = self.sequence(prompt, options)
+        prompts, _ = _as_list(prompt)
+        if cache is not None and len(prompts) > 1:
+            raise OptionError(
+                f"{len(prompts)} prompts share one cache, which keeps the last prompt of one "
+                "conversation. Give one prompt, or leave the cache out."
+            )
+        sequences = [self.sequence(item, options) for item in prompts]
+        return self._stream(sequences, cache, use_cache, speculation)
+
+    def _stream(
+        self,
+        sequences: list[GenerationSequence],
+        cache: "PrefixCache | None",
+        use_cache: bool,
+        speculation: Speculation | None,
+    ) -> TokenStream:
         if speculation is not None:
             self._check_speculation(speculation, use_cache=use_cache)
         kept, speculator = None, None
         if cache is not None:
-            kept = cache.prepare(self.decoder.new_cache, sequence)
+            kept = cache.prepare(self.decoder.new_cache, sequences[0])
             if speculation is not None:
                 speculator = cache.speculator(speculation, self.decoder)
         elif speculation is not None:
-            most = len(sequence.prompt_ids) + sequence.room
-            speculator = Speculator(speculation, self.decoder, num_sequences=1, max_tokens=most)
-        return TokenStream(sequence, self._events([sequence], kept, use_cache, speculator))
+            speculator = Speculator(
+                speculation,
+                self.decoder,
+                num_sequences=len(sequences),
+                max_tokens=max(len(item.prompt_ids) + item.room for item in sequences),
+            )
+        return TokenStream(sequences, self._events(sequences, kept, use_cache, speculator))
 
     def _check_speculation(self, speculation: Speculation, *, use_cache: bool) -> None:
         speculation.check(self)

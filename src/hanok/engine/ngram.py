@@ -11,7 +11,8 @@ SHORTEST_KEY = 2
 ID_BITS = 24  # of a token id in a key
 # How far back the text is compared, and the kinds of guesses by how many tokens before them agree.
 MATCHES = (3, 4, 6, 10, 16)
-PRIORS = (0.3, 0.4, 0.6, 0.8, 0.9, 0.95)
+FORCED = len(MATCHES) + 1  # the kind of what a grammar leaves no choice about
+PRIORS = (0.3, 0.4, 0.6, 0.8, 0.9, 0.95, 0.95)
 
 
 class NgramIndex:

@@ -50,6 +50,12 @@ class Mask(Protocol):
     def allowed_prefix(self, token_ids: Sequence[int]) -> int:
         """Return how many of these tokens may follow, one after another; nothing changes."""
 
+    def forced(self) -> list[int]:
+        """Return tokens of a text that has to follow; none where there is a choice."""
+
+    def rollback(self, num_tokens: int) -> None:
+        """Go back before the last tokens that were accepted."""
+
 
 class StopTexts:
     """Cuts a text where the first stop text begins, or ends, and holds back what may become one."""
@@ -165,16 +171,6 @@ class GenerationSequence:
             logits, self.params, self.prompt_ids, self.generated_ids, banned=self._banned_ids
         )
 
-    def guess(self, logits: Tensor, drafted: Sequence[int], generator: torch.Generator) -> int:
-        """Return what these logits would give behind some drafted tokens, a grammar left aside.
-
-        Nothing of the sequence changes: `generator` is a copy of its own.
-        """
-        generated = [*self.generated_ids, *drafted]
-        banned = self.end_ids if len(generated) < self.params.min_new_tokens else ()
-        scores = processed(logits, self.params, self.prompt_ids, generated, banned=banned)
-        return draw(scores, self.params, generator)
-
     def take(self, index: int, choice: Choice | GenerationError) -> TokenEvent:
         """Append a token and say what came of it; raise what choosing it failed with."""
         if isinstance(choice, GenerationError):
@@ -210,6 +206,44 @@ class GenerationSequence:
             self.finish_reason = "stop_sequence"
             return text + rest
         return text + rest + self.stops.finish()
+
+
+class LookAhead:
+    """What a sequence would choose by the logits of another model, one token after another.
+
+    It draws with the numbers that the sequence will draw with, and follows its grammar. `close` leaves
+    the sequence as it was.
+    """
+
+    def __init__(self, sequence: GenerationSequence) -> None:
+        self._sequence = sequence
+        self._generator = sequence.generator.clone_state()
+        self._generated = [*sequence.generated_ids]
+        self._num_accepted = 0
+
+    def choose(self, logits: Tensor) -> int | None:
+        """Return the next token, of its logits, (vocab,) float32; None where the grammar has none."""
+        sequence = self._sequence
+        params, grammar = sequence.params, sequence.grammar
+        banned = sequence.end_ids if len(self._generated) < params.min_new_tokens else ()
+        try:
+            if grammar is not None:
+                logits = grammar.mask(logits)
+            scores = processed(logits, params, sequence.prompt_ids, self._generated, banned=banned)
+            token = draw(scores, params, self._generator)
+            if grammar is not None:
+                grammar.accept(token)
+                self._num_accepted += 1
+        except (HanokError, RuntimeError, ValueError):  # what is really chosen will say so
+            return None
+        self._generated.append(token)
+        return token
+
+    def close(self) -> None:
+        """Take back what the grammar was told."""
+        if self._sequence.grammar is not None and self._num_accepted:
+            self._sequence.grammar.rollback(self._num_accepted)
+            self._num_accepted = 0
 
 
 class Scores:

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Literal, Protocol, get_args
 from hanok.engine import draft, ngram
 from hanok.engine.draft import DraftModel, check_vocabularies
 from hanok.engine.gain import Gain, PassTimes
-from hanok.engine.ngram import NgramIndex, kind_of
+from hanok.engine.ngram import FORCED, NgramIndex, kind_of
 from hanok.engine.sequence import GenerationSequence
 from hanok.errors import HanokError, OptionError
 from hanok.kernels.native import DENSE_TOKENS, native
@@ -185,20 +185,32 @@ def _has_limit(product: Linear | QuantizedLinear) -> bool:
     return not is_grouped
 
 
-def _possible(sequence: GenerationSequence, tokens: list[int]) -> list[int]:
-    """Cut guesses behind the end of the text, and before what the grammar refuses."""
-    ends = [place for place, token in enumerate(tokens) if token in sequence.end_ids]
-    tokens = tokens[: ends[0] + 1] if ends else tokens
-    if sequence.grammar is None or not tokens:
-        return tokens
+def _forced(sequence: GenerationSequence) -> list[int]:
+    """Return what the grammar leaves no choice about, up to the end of the text."""
     try:
-        return tokens[: sequence.grammar.allowed_prefix(tokens)]
+        return [] if sequence.grammar is None else _to_end(sequence, sequence.grammar.forced())
     except HanokError:  # choosing the next token will meet it and say so
         return []
 
 
+def _possible(sequence: GenerationSequence, tokens: list[int]) -> list[int]:
+    """Cut guesses behind the end of the text, and before what the grammar refuses."""
+    tokens = _to_end(sequence, tokens)
+    if sequence.grammar is None or not tokens:
+        return tokens
+    try:
+        return tokens[: sequence.grammar.allowed_prefix(tokens)]
+    except HanokError:  # as above
+        return []
+
+
+def _to_end(sequence: GenerationSequence, tokens: list[int]) -> list[int]:
+    ends = [place for place, token in enumerate(tokens) if token in sequence.end_ids]
+    return tokens[: ends[0] + 1] if ends else tokens
+
+
 class _NgramProposer:
-    """Guesses from each text itself; they cost nothing, so all are made and then cut."""
+    """Guesses from each text itself, or its grammar; they cost nothing, so all are made and then cut."""
 
     def __init__(self, gain: Gain) -> None:
         self._gain = gain
@@ -211,10 +223,13 @@ class _NgramProposer:
         found: dict[int, Draft] = {}
         for key, limit in limits.items():
             sequence, index = sequences[key], self._indexes.setdefault(key, NgramIndex())
-            guessed, agreeing = index.propose(sequence.token_ids, limit)
-            tokens = _possible(sequence, guessed)
-            if tokens:
+            tokens = _forced(sequence)[:limit]
+            kinds = [FORCED] * len(tokens)
+            if not tokens:
+                guessed, agreeing = index.propose(sequence.token_ids, limit)
+                tokens = _possible(sequence, guessed)
                 kinds = [kind_of(agreeing + place) for place in range(len(tokens))]
+            if tokens:
                 found[key] = Draft(tokens=tokens, kinds=kinds)
         kinds_of = {key: item.kinds for key, item in found.items()}
         lengths = self._gain.lengths(kinds_of, size) if found else {}
@@ -247,12 +262,11 @@ class _ModelProposer:
         self._model.catch_up(chosen)
         began = time.perf_counter()
         guessed = self._model.propose(chosen, counts)
-        passes = max(counts.values())
+        passes = max(1, *map(len, guessed.values()))
         self._times.record(len(chosen), (time.perf_counter() - began) / passes)
-        found = {key: _possible(sequences[key], tokens) for key, tokens in guessed.items()}
         return {
             key: Draft(tokens=tokens, kinds=kinds[key][: len(tokens)])
-            for key, tokens in found.items()
+            for key, tokens in guessed.items()
             if tokens
         }
 

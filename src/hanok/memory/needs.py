@@ -19,6 +19,7 @@ from hanok.models.family import Family, Source
 STORED_NAMES: Mapping[str, str] = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 CHUNK_BYTES = 2**20  # of rows that a reader holds while it quantizes or converts
 PREFILL_TOKENS = 2048  # computed in one pass at the most
+DRAFTED_SEQUENCES = 8  # whose keys and values a draft model has memory for, at the most
 HEAP_SLACK = (
     1.5  # freed blocks of a pass are not all used again (measured: 159 MiB for 105 MiB alive)
 )

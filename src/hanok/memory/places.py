@@ -20,7 +20,7 @@ from pathlib import Path
 from hanok.checkpoint.writer import write_json
 from hanok.errors import OptionError
 from hanok.memory.budget import Budget, Limit, host_budget, parse_bytes, parse_rate
-from hanok.memory.plan import Place
+from hanok.memory.plan import LoadPlan, Place
 
 MEMORY_PROBE_BYTES = 2**29  # larger than most caches
 MEMORY_PROBES = 4
@@ -195,7 +195,20 @@ def with_work(place: Place, activation_bytes: int, runtime_bytes: int = 0) -> Pl
     if place.kind == "disk":
         return place
     runtime = place.runtime_bytes + (runtime_bytes if place.is_host else 0)
-    return replace(place, activation_bytes=activation_bytes, runtime_bytes=runtime)
+    activations = max(place.activation_bytes, activation_bytes)
+    return replace(place, activation_bytes=activations, runtime_bytes=runtime)
+
+
+def with_draft(place: Place, plan: LoadPlan) -> Place:
+    """Return the place with what a model that drafts takes of it; the two compute in turn."""
+    tier = next((tier for tier in plan.tiers if tier.place.name == place.name), None)
+    if tier is None or place.kind == "disk":
+        return place
+    return replace(
+        place,
+        draft_bytes=tier.steady_bytes - tier.place.held_bytes,
+        activation_bytes=tier.place.activation_bytes,
+    )
 
 
 def memory_bytes_per_s() -> float:

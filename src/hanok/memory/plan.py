@@ -78,6 +78,8 @@ class Place:
     rate_source: str
     runtime_bytes: int = 0
     """Always held: a GPU's context, Python and torch where they are not loaded yet."""
+    draft_bytes: int = 0
+    """Always held by a model that drafts: its weights, keys and values."""
     activation_bytes: int = 0
     """Held while computing, whatever the units: activations and kernels' workspace."""
     is_host: bool = False
@@ -87,6 +89,11 @@ class Place:
     def computes_first(self) -> bool:
         """Whether it comes before the CPU as a whole: a GPU, or a core as a device of its own."""
         return self.kind in ("gpu", "core")
+
+    @property
+    def held_bytes(self) -> int:
+        """Held whatever is placed here."""
+        return self.runtime_bytes + self.draft_bytes
 
     @property
     def title(self) -> str:
@@ -142,7 +149,7 @@ class Tier:
         if self.place.kind == "disk":
             return 0
         held = self.weight_bytes + self.cache_bytes + self.stream_bytes
-        return held + self.place.runtime_bytes
+        return held + self.place.held_bytes
 
     @property
     def peak_bytes(self) -> int:
@@ -151,7 +158,7 @@ class Tier:
             return 0
         return max(
             self.steady_bytes + self.work_bytes,
-            self.weight_bytes + self.place.runtime_bytes + self.load_bytes,
+            self.weight_bytes + self.place.held_bytes + self.load_bytes,
         )
 
     @property
@@ -312,7 +319,7 @@ def _room(place: Place, needs: Needs) -> int:
     beside = place.activation_bytes
     if place.is_host:
         beside = max(beside, needs.load_bytes)
-    return place.budget.num_bytes - place.runtime_bytes - beside
+    return place.budget.num_bytes - place.held_bytes - beside
 
 
 def _rooms_beside(

@@ -17,9 +17,10 @@ from hanok.checkpoint.files import (
     open_checkpoint,
     read_object,
 )
-from hanok.errors import CheckpointError, OptionError
+from hanok.errors import BudgetError, CheckpointError, OptionError
 from hanok.memory.budget import device_name, parse_max_memory
 from hanok.memory.needs import (
+    DRAFTED_SEQUENCES,
     KNOWN_RECIPES,
     Use,
     WeightBits,
@@ -33,6 +34,7 @@ from hanok.memory.places import (
     described_place,
     disk_place,
     host_place,
+    with_draft,
     with_work,
 )
 from hanok.memory.plan import (
@@ -83,6 +85,7 @@ def plan_load(  # noqa: PLR0913 (the options of a load are arguments of their ow
     rates_file: Path | None = None,
     may_measure: bool = True,
     is_running: bool = True,
+    draft: LoadPlan | None = None,
 ) -> LoadPlan:
     """Return where every byte of a checkpoint would live, without reading a weight.
 
@@ -94,7 +97,8 @@ def plan_load(  # noqa: PLR0913 (the options of a load are arguments of their ow
     name cores ("core:0=2GiB,core:1=2GiB") to use them as devices of their own. `rates_file` keeps what
     was measured of memory and disk; without `may_measure` what it does not hold is assumed.
     `is_running` says that Python and torch are loaded already, so that their memory is no part of the
-    plan. Raises OptionError and CheckpointError.
+    plan. `draft` is the plan of a model that will draft for this one and is not loaded yet: what it
+    takes is not there for this one. Raises OptionError and CheckpointError.
     """
     described, is_here = _looked_at(path)
     config, tensors = described.config, described.checkpoint.tensors
@@ -110,6 +114,8 @@ def plan_load(  # noqa: PLR0913 (the options of a load are arguments of their ow
         )
     host = core_places(cores, rates) if cores else [host_place(allowed.get("cpu"), rates)]
     places = [*gpus, *host, disk_place(largest, rates)]
+    if draft is not None:
+        places = [with_draft(place, draft) for place in places]
     unknown = set(allowed) - {place.name for place in places}
     if unknown:
         raise OptionError(
@@ -153,6 +159,43 @@ def plan_load(  # noqa: PLR0913 (the options of a load are arguments of their ow
             speed = trial.prediction.tokens_per_s
             found.append(Remedy(change=change, places=used, tokens_per_s=speed))
     return replace(plan, remedies=tuple(found))
+
+
+def plan_draft(
+    path: str | Path,
+    *,
+    max_memory: str | None = None,
+    context: int | None = None,
+    batch: int = 1,
+    quant: str | None = None,
+    dtype: str = "auto",
+    weights: Weights = "auto",
+    devices: Sequence[str] = (),
+    is_running: bool = True,
+) -> LoadPlan:
+    """Return the plan of a model that drafts, to be made before that of the model it drafts for.
+
+    `batch` is at how many sequences it guesses at a time, DRAFTED_SEQUENCES at the most. Raises
+    BudgetError where it does not fit into memory: to read weights anew for each guess never pays.
+    """
+    plan = plan_load(
+        path,
+        max_memory=max_memory,
+        context=context,
+        batch=min(batch, DRAFTED_SEQUENCES),
+        quant=quant,
+        dtype=dtype,
+        weights=weights,
+        devices=devices,
+        may_measure=False,
+        is_running=is_running,
+    )
+    if plan.uses_disk or not plan.fits:
+        raise BudgetError(
+            f"{path}, the model that drafts, does not fit into memory. Choose a smaller one or a "
+            "shorter context, or do without a draft model."
+        )
+    return plan
 
 
 def _looked_at(path: str | Path) -> tuple[Described, bool]:

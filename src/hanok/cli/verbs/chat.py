@@ -11,7 +11,6 @@ from hanok.cli.options import (
     given,
     model_options,
     open_model,
-    open_speculation,
     sampling_options,
     speculation_line,
     speculation_options,
@@ -40,8 +39,7 @@ def command(path: Path | None, system: str | None, **options: Any) -> None:
     """
     from hanok.engine.model import PrefixCache
 
-    speculation = open_speculation(options)
-    model = open_model(path, options)
+    model, speculation = open_model(path, options)
     is_terminal = sys.stdin.isatty()
     if is_terminal:
         # Gives `input` a history and line editing.

@@ -13,7 +13,6 @@ from hanok.cli.options import (
     given,
     model_options,
     open_model,
-    open_speculation,
     sampling_options,
     speculation_line,
     speculation_options,
@@ -60,8 +59,7 @@ def command(
                 "--file, or pipe a text in."
             )
         prompt = sys.stdin.read()
-    speculation = open_speculation(options)
-    model = open_model(path, options)
+    model, speculation = open_model(path, options)
     if echo and not as_json:
         click.echo(prompt, nl=False)
     started, first, events = time.perf_counter(), 0.0, []

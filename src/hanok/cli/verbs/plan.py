@@ -11,7 +11,7 @@ from hanok import BUNDLED
 from hanok.cli.options import read_device_map
 from hanok.cli.plan_table import print_plan
 from hanok.errors import BudgetError
-from hanok.memory.planning import plan_load
+from hanok.memory.planning import plan_draft, plan_load
 
 if TYPE_CHECKING:
     from hanok.memory.plan import LoadPlan
@@ -60,16 +60,29 @@ if TYPE_CHECKING:
     show_envvar=True,
     help="Where measured rates of memory and disk are kept.",
 )
+@click.option(
+    "--draft",
+    type=click.Path(path_type=Path),
+    help="A model that drafts beside it, with the same --quant, --dtype and --context.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object (docs/plan.md).")
-def command(path: Path | None, cache_folder: Path, as_json: bool, **options: Any) -> None:
+def command(
+    path: Path | None, draft: Path | None, cache_folder: Path, as_json: bool, **options: Any
+) -> None:
     """Plan the load of PATH, a checkpoint or a folder with a config.json alone.
 
     Only headers are read. Ends with status 6 when it does not fit.
     """
+    draft_plan = None
+    if draft is not None:
+        names = ("max_memory", "context", "batch", "quant", "dtype", "devices")
+        shared = {name: options[name] for name in names}
+        draft_plan = plan_draft(draft, is_running=False, **shared)
     plan = plan_load(
         path or BUNDLED,
         rates_file=cache_folder / "rates.json",
         is_running=False,
+        draft=draft_plan,
         **options,
     )
     if as_json:
@@ -99,6 +112,7 @@ def plan_object(plan: "LoadPlan") -> dict[str, Any]:
                 "stream_bytes": tier.stream_bytes,
                 "work_bytes": tier.work_bytes,
                 "runtime_bytes": tier.place.runtime_bytes,
+                "draft_bytes": tier.place.draft_bytes,
                 "load_bytes": tier.load_bytes,
                 "steady_bytes": tier.steady_bytes,
                 "peak_bytes": tier.peak_bytes,
