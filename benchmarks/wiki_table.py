@@ -5,12 +5,13 @@
 
 Parts: `attention` (eager and fused, with a cache and without, short and long prompt), `loop`
 (generate() and a loop by hand), `quant` (int8 and int4, one sequence and eight), `ngram` (guesses from
-the text, on texts that repeat their prompt and on texts that do not) and `draft` (guesses of a small
-model). Each row is a cold process, rows of a part take turns (`measure.py`). Models have the 1.1B shape:
-random weights, which recite texts where these matter (`recital.py`), and for drafts one that says what
-the bundled model says (`grown.py`). Without a cache each token computes everything again; a few are
-measured, and what 64 would take is computed from them. `--quick` shows in a few minutes, on a tiny
-shape, whether everything is there; no figure of it counts.
+the text, on texts that repeat their prompt and on texts that do not), `draft` (guesses of a small
+model) and `schema` (both, on JSON that follows a schema). Each row is a cold process, rows of a part
+take turns (`measure.py`). Models have the 1.1B shape: random weights, which recite texts where these
+matter (`recital.py`), and for drafts and JSON one that says what the bundled model says (`grown.py`).
+Without a cache each token computes everything again; a few are measured, and what 64 would take is
+computed from them. `--quick` shows in a few minutes, on a tiny shape, whether everything is there; no
+figure of it counts.
 """
 
 import argparse
@@ -37,6 +38,25 @@ from hanok.checkpoint.tokenizer import open_tokenizer
 HERE = Path(__file__).parent
 HANOK, TRANSFORMERS = "hanok", "transformers"
 NEW_TOKENS = 64  # the figure for cache against no cache is asked for so many
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "first_name": {"type": "string", "maxLength": 12},
+        "favourite_animal": {"enum": ["dog", "cat", "bird", "rabbit"]},
+        "lives_in": {
+            "type": "object",
+            "properties": {
+                "street_name": {"type": "string", "maxLength": 16},
+                "house_number": {"type": "integer", "minimum": 1, "maximum": 99},
+            },
+            "required": ["street_name", "house_number"],
+            "additionalProperties": False,
+        },
+        "is_happy": {"type": "boolean"},
+    },
+    "required": ["first_name", "favourite_animal", "lives_in", "is_happy"],
+    "additionalProperties": False,
+}
 OPENINGS = (
     "Once upon a time",
     "One day, a little dog",
@@ -64,6 +84,8 @@ class Scale:
     stories: int = 6
     slow_stories: int = 2
     story_tokens: int = 160
+    json_tokens: int = 200
+    """At the most: the schema ends the text before."""
 
 
 FULL = Scale(shape=checkpoints.SHAPES["llama-1.1b"])
@@ -88,6 +110,7 @@ QUICK = Scale(
     stories=1,
     slow_stories=1,
     story_tokens=12,
+    json_tokens=30,
 )
 
 
@@ -300,12 +323,42 @@ def draft_rows(found: Materials) -> list[Row]:
     return rows
 
 
+def schema_rows(found: Materials) -> list[Row]:
+    """Both kinds of guesses on JSON: what the schema leaves no choice about can be guessed."""
+    label = "hanok int8, JSON"
+    kinds: tuple[tuple[str, dict[str, Any]], ...] = (
+        ("off", {}),
+        ("ngram", {"speculation": "ngram"}),
+        (
+            "draft in int8",
+            {"speculation": "draft", "draft": str(hanok.BUNDLED), "draft_precision": "int8"},
+        ),
+    )
+    return [
+        Row(
+            name=f"{label}, {name}",
+            job=job_of(
+                found,
+                found.stories,
+                found.scale.json_tokens,
+                model=str(found.grown),
+                precision="int8",
+                schema=json.dumps(SCHEMA),
+                **how,
+            ),
+            against=f"{label}, off",
+        )
+        for name, how in kinds
+    ]
+
+
 PARTS: dict[str, Callable[[Materials], list[Row]]] = {
     "attention": attention_rows,
     "loop": loop_rows,
     "quant": quant_rows,
     "ngram": ngram_rows,
     "draft": draft_rows,
+    "schema": schema_rows,
 }
 Results = Mapping[str, Sequence[measure.Row]]
 
@@ -519,7 +572,8 @@ def method(scale: Scale, runs: int, tokenizer: Path, found: Materials) -> str:
         "equal, so another order of sums soon chooses another. Stories: a model of the shape that "
         "says what the bundled model says, with its vocabulary of "
         f"{open_tokenizer(hanok.BUNDLED).vocab_size:,} tokens, and the bundled model as its draft, "
-        "so guesses are as good as its quantization. transformers was given "
+        "so guesses are as good as its quantization. JSON: the same model behind the same openings, by "
+        "a schema with four properties; transformers has none. transformers was given "
         f"{scale.slow_pairs} of the texts and {scale.slow_stories} of the stories, and its gains are "
         "within those; where it guesses, its first tokens are those of the first round. Its "
         "quantization needs other packages and was not run. How often `hanok bench "

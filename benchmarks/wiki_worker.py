@@ -33,6 +33,8 @@ class Job:
     """Of each prompt."""
     recited: list[list[int]] | None = None
     """What each prompt is followed by, where the model does not choose."""
+    schema: str | None = None
+    """A JSON schema that answers follow; they end with it."""
     precision: str = "bf16"
     attention: str = "auto"
     use_cache: bool = True
@@ -85,15 +87,20 @@ def run_hanok(job: Job) -> Result:
         hanok.Speculation(method=job.speculation, draft=draft) if job.speculation else None
     )
 
+    grammar = _grammar(model, job.schema) if job.schema is not None else None
+
     def call(numbers: Sequence[int], lengths: Sequence[int], *, recites: bool) -> tuple[Any, float]:
         """Return the sequences and when the last of their first tokens came."""
         from recital import Recital
 
         sequences = []
         for number, length in zip(numbers, lengths, strict=True):
-            options = {"max_new_tokens": length, "ignore_eos": True, "temperature": 0.0}
+            ends = grammar is not None
+            options = {"max_new_tokens": length, "ignore_eos": not ends, "temperature": 0.0}
             sequence = model.sequence(job.prompts[number], options)
             sequence.decoder = None  # text is nobody's concern here
+            if grammar is not None:
+                sequence.grammar = grammar.matcher()
             if recites and job.recited is not None:
                 sequence.grammar = Recital(job.recited[number])
             sequences.append(sequence)
@@ -130,6 +137,14 @@ def run_hanok(job: Job) -> Result:
     else:
         result.free_ids = result.token_ids[0]
     return result
+
+
+def _grammar(model: Any, schema: str) -> Any:
+    from hanok.engine.grammar import GrammarCompiler
+    from hanok.engine.grammar_spec import GrammarSpec
+
+    compiler = GrammarCompiler(model.tokenizer, model.config.vocab_size, model.end_ids)
+    return compiler.compile(GrammarSpec("json_schema", schema))
 
 
 def _load_hanok(path: str | None, precision: str, attention: str) -> Any:

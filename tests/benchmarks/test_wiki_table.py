@@ -3,8 +3,10 @@
 import dataclasses
 import importlib
 import json
+import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +16,7 @@ import pytest
 import torch
 
 import hanok
+from hanok.checkpoint.tokenizer import open_tokenizer
 from hanok.engine.generate import generate
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -243,6 +246,8 @@ def test_rows_refer_to_rows_that_are_there(programs: SimpleNamespace, quick: Any
     names = [row.name for row in rows]
     assert len(set(names)) == len(names)
     assert {row.against for row in rows} <= set(names)
+    peers = {row.peer for row in rows if row.peer is not None}
+    assert peers <= {row.name for row in rows if row.job.engine == "transformers"}
     full = dataclasses.replace(quick, scale=programs.wiki_table.FULL)
     asked = [row.name for make in programs.wiki_table.PARTS.values() for row in make(full)]
     done = {name: [result(1.0, 2.0, [[1, 2]])] for name in asked}
@@ -261,7 +266,8 @@ def test_the_rows_of_hanok_do_what_they_say(programs: SimpleNamespace, quick: An
         torch.set_num_threads(threads)
     for name, row in rows.items():
         found = done[name]
-        assert [len(ids) for ids in found["token_ids"]] == row.job.new_tokens, name
+        lengths = [len(ids) for ids in found["token_ids"]]
+        assert lengths == row.job.new_tokens or row.job.schema is not None, name
         assert all(
             0 < first <= whole
             for first, whole in zip(found["first_s"], found["whole_s"], strict=True)
@@ -272,10 +278,29 @@ def test_the_rows_of_hanok_do_what_they_say(programs: SimpleNamespace, quick: An
     for bits in ("int8", "int4"):
         draft = done[f"hanok int8, stories, draft in {bits}"]
         assert draft["token_ids"] == done["hanok int8, stories, off"]["token_ids"]
+    plain = done["hanok int8, JSON, off"]
+    written = open_tokenizer(hanok.BUNDLED).decode(plain["token_ids"][0])
+    assert re.match(r' *\{ ?"first_name" ?: ?"', written)
+    for how in ("ngram", "draft in int8"):
+        assert done[f"hanok int8, JSON, {how}"]["token_ids"] == plain["token_ids"]
     text = table.part_table(
         list(rows.values()), {name: [row] for name, row in done.items()}, quick.scale
     )
     assert len(text.splitlines()) == 2 + len(rows)
+
+
+def test_only_calls_that_both_made_are_compared(programs: SimpleNamespace, quick: Any) -> None:
+    table = programs.wiki_table
+    ours, theirs = (
+        next(row for row in table.ngram_rows(quick) if row.name == name)
+        for name in ("hanok int8, new text, off", "transformers bf16, new text, off")
+    )
+    assert ours.peer == theirs.name
+    two = result(0.5, 1.0, [[1, 2]]) | {"first_s": [0.5, 1.0], "whole_s": [1.0, 9.0]}
+    done = {ours.name: [two], theirs.name: [result(0.5, 3.0, [[1, 2]])]}
+    header, _, mine, other = table.part_table([ours, theirs], done, quick.scale).splitlines()
+    place = [cell.strip() for cell in header.split("|")].index("over transformers")
+    assert [line.split("|")[place].strip() for line in (mine, other)] == ["3.00", "–"]
 
 
 def test_the_program_writes_its_report(quick: Any, tmp_path: Path) -> None:
@@ -295,6 +320,18 @@ def test_the_program_writes_its_report(quick: Any, tmp_path: Path) -> None:
         "hanok int8, stories, draft in int8",
         "hanok int8, stories, off",
     ]
+    more = [*command, "--resume", "--runs", "2"]
+    more[more.index("draft")] = "schema"
+    subprocess.run(more, check=True, capture_output=True)
+    rounds = [json.loads(line) for line in report.with_suffix(".jsonl").read_text().splitlines()]
+    counted = Counter((line["name"], line["round"]) for line in rounds)
+    assert set(counted.values()) == {1}
+    assert Counter(name for name, _ in counted) == {
+        "hanok": 2,
+        **dict.fromkeys((line["name"] for line in lines if "stories" in line["name"]), 1),
+        **{f"hanok int8, JSON, {how}": 2 for how in ("off", "ngram", "draft in int8")},
+    }
+    text = report.read_text()
     again = [*command, "--resume", "--runs", "0"]
     subprocess.run(again, check=True, capture_output=True)
     tables = [part[part.index("\n## ") :] for part in (text, report.read_text())]
