@@ -45,7 +45,6 @@ def start(
     # Imported here: `hanok serve --help` starts without torch.
     from hanok.server.run import listen, serve
 
-    _log_to_stderr(as_json=server.logs_json)
     check_profile(load["profile"], path)
     plans, users = plan_for(path, engine, load)
     try:
@@ -56,6 +55,7 @@ def start(
             "or --host."
         ) from error
     port = listener.getsockname()[1]
+    _log_to_stderr(as_json=server.logs_json)
     print_plan(plans.model)
     context = plans.model.needs.context
     click.echo(
