@@ -26,6 +26,10 @@ import gguf_files
 
 from hanok.bench.load import Target
 
+HANOK, BARE, LLAMA_CPP = "hanok", "hanok's engine alone", "llama.cpp"
+# As it starts it answers one request after the other, so few clients tell all of it.
+TRANSFORMERS = "transformers"
+BATCHED = "transformers --continuous-batching"
 START_PATIENCE_S = 300.0
 STOP_PATIENCE_S = 60.0
 SPECIAL = ("<unk>", "<s>", "</s>")

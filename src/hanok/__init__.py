@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from hanok.engine.speculate import Speculation
     from hanok.engine.ticket import Ticket
     from hanok.memory.plan import LoadPlan
-    from hanok.memory.planning import plan_load
+    from hanok.memory.planning import plan_draft, plan_load
 
 __version__ = "0.1.0"
 
@@ -59,6 +59,7 @@ _LAZY = {
     "TokenEvent": "hanok.engine.sequence",
     "load": "hanok.engine.model",
     "measure_quality": "hanok.engine.quality",
+    "plan_draft": "hanok.memory.planning",
     "plan_load": "hanok.memory.planning",
 }
 
@@ -90,6 +91,7 @@ __all__ = [
     "__version__",
     "load",
     "measure_quality",
+    "plan_draft",
     "plan_load",
 ]
 

@@ -30,6 +30,7 @@ FACTS = Facts(
     attention=lambda setting: "native" if setting.dtype != "float16" else "sdpa",
     why_not_attention=lambda setting: "needs a GPU" if setting.attention == "triton" else None,
     why_not_speculation=lambda method: "needs a draft" if method == "draft" else None,
+    why_not_graphs=lambda setting: "not recorded" if setting.attention != "native" else None,
     why_not_load=lambda setting, workload: (
         "lacks 3 GiB" if setting.dtype == "float32" and workload.batch > 4 else None
     ),
@@ -43,6 +44,7 @@ settings = st.builds(
     quant=st.sampled_from(["none", "int8"]),
     cache_dtype=st.sampled_from(["auto", "int8"]),
     speculation=st.sampled_from(["off", "ngram", "draft"]),
+    graphs=st.booleans(),
 )
 workloads = st.builds(
     Workload,
@@ -89,8 +91,11 @@ def test_each_combination_is_measured_once_or_left_out_for_a_reason(
         assert row.workload.context <= 1024
         assert row.setting.attention != "triton"
         assert row.setting.cache or (
-            row.setting.cache_dtype == "auto" and row.setting.speculation == "off"
+            row.setting.cache_dtype == "auto"
+            and row.setting.speculation == "off"
+            and row.setting.graphs
         )
+        assert row.setting.graphs or row.setting.attention == "native"
         assert row.setting.speculation != "draft"
         assert not (row.setting.dtype == "float32" and row.workload.batch > 4)
     # Rows of a workload stand together, workloads in the order of their first rows.

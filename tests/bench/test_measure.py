@@ -23,6 +23,7 @@ AXES = (
     Axes(prompt_tokens=(24,), new_tokens=(20,), attention=("eager",), cache=(False, True)),
     Axes(prompt_tokens=(24,), new_tokens=(20,), quant=("none", "int4"), cache_dtype=("int8",)),
     Axes(prompt_tokens=(24,), new_tokens=(20,), speculation=("ngram",)),
+    Axes(prompt_tokens=(24,), new_tokens=(20,), attention=("eager", "native"), graphs=(False,)),
     Axes(prompt_tokens=(24,), new_tokens=(20,), batch=(3,), quant=("none", "int4")),
     Axes(prompt_tokens=(24,), new_tokens=(20,), batch=(3,), speculation=("ngram", "draft")),
     Axes(prompt_tokens=(24,), new_tokens=(20,), device_map=("cuda:7",)),
@@ -61,6 +62,7 @@ def test_rows_and_what_is_left_out(measured: Report) -> None:
         ("native, int8 cache", 1),
         ("native, int4, int8 cache", 1),
         ("native, ngram speculation", 1),
+        ("native, no graphs", 1),
         ("native", 3),
         ("native, int4", 3),
         ("native, ngram speculation", 3),
@@ -70,7 +72,8 @@ def test_rows_and_what_is_left_out(measured: Report) -> None:
         row.label in ("eager, no cache", "native") for row in measured.rows
     ]
     reasons = [item.reason for item in measured.skipped]
-    assert len(reasons) == 4
+    assert len(reasons) == 5
+    assert reasons.count("nothing is recorded with attention eager, only with native") == 1
     assert reasons.count("needs a CUDA device (found: cpu)") == 1
     assert sum("more than the model's context of 1,024" in item for item in reasons) == 2
     assert sum("'cuda:7', which is not there" in item for item in reasons) == 1
@@ -84,7 +87,7 @@ def test_rows_and_what_is_left_out(measured: Report) -> None:
 
 def test_figures_are_those_of_the_samples(measured: Report) -> None:
     assert measured.rounds == len(measured.probes) == 2
-    assert measured.level == pytest.approx(1 - 0.05 / 7)
+    assert measured.level == pytest.approx(1 - 0.05 / 8)
     for row in measured.rows:
         seconds = [sample.seconds for sample in row.samples]
         assert len(seconds) == 2
@@ -103,13 +106,13 @@ def test_figures_are_those_of_the_samples(measured: Report) -> None:
 def test_speculation_is_counted_and_keeps_the_text(measured: Report) -> None:
     for row in measured.rows:
         assert (row.proposed is None) == (row.setting.speculation == "off")
-    for row in (measured.rows[4], *measured.rows[7:]):
+    for row in (measured.rows[4], *measured.rows[8:]):
         assert row.is_same_text
         assert row.bandwidth_share is None
         assert row.proposed is not None
         assert row.accepted is not None
         assert 0 <= row.accepted <= row.proposed
-    drafted = measured.rows[8]
+    drafted = measured.rows[9]
     assert drafted.accepted == drafted.proposed  # it drafts for itself
 
 
@@ -129,7 +132,8 @@ def test_texts_are_compared_token_by_token(measured: Report) -> None:
         other.generate(prompt, max_new_tokens=20, ignore_eos=True, temperature=0.0).token_ids
         for prompt in prompts
     ]
-    row = measured.rows[6]
+    assert measured.rows[5].is_same_text
+    row = measured.rows[7]
     place = first_difference(own, theirs)
     assert place is not None
     assert row.difference is not None

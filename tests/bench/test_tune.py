@@ -105,7 +105,11 @@ def test_options_are_those_of_the_verbs() -> None:
         "dtype": "bfloat16",
     }
     setting = Setting(
-        quant="int4:head=none", cache_dtype="int8", device_map="cpu", speculation="ngram"
+        quant="int4:head=none",
+        cache_dtype="int8",
+        device_map="cpu",
+        speculation="ngram",
+        graphs=False,
     )
     assert options_of(setting) == {
         "attention": "auto",
@@ -113,6 +117,7 @@ def test_options_are_those_of_the_verbs() -> None:
         "quant": "int4:head=none",
         "cache_dtype": "int8",
         "device_map": "cpu",
+        "graphs": "false",
         "speculate": "ngram",
     }
 

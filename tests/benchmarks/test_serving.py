@@ -16,7 +16,7 @@ from hanok.bench.load import Answer
 from hanok.checkpoint.tokenizer import open_tokenizer
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-PROGRAMS = ("serving", "serving_servers", "checkpoints", "gguf_files", "measure")
+PROGRAMS = ("serving", "serving_report", "serving_servers", "checkpoints", "gguf_files", "measure")
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +102,7 @@ def test_the_report_says_what_was_asked_and_whether_it_was_met(serving: ModuleTy
         *rows("hanok's engine alone", (31.0, 33.0), 0.9),
     ]
     found.append({"shape": "s", "clients": 8, "who": "other", "failed": "it broke"})
-    text, demands = serving.throughput_report(found)
+    text, demands = importlib.import_module("serving_report").throughput_report(found)
     assert "s, 8 clients: llama.cpp" in text
     assert text.endswith("s, 8 clients: other gave none: it broke")
     met = {row[0]: row[1:] for row in demands}

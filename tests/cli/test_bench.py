@@ -128,27 +128,39 @@ def profile(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def loaded_with(monkeypatch: pytest.MonkeyPatch, *args: str) -> tuple[dict[str, Any], Result]:
-    """Return what `hanok generate` plans a load with."""
+    """Return what `hanok generate` plans a load with, and loads with."""
+    from hanok.engine import model
     from hanok.memory import planning
 
     seen: dict[str, Any] = {}
-    original = planning.plan_load
+    original, loading = planning.plan_load, model.load
 
     def plan_load(*given: Any, **options: Any) -> Any:
         seen.update(options)
         return original(*given, **options)
 
+    def load(**options: Any) -> Any:
+        seen.update(graphs=options["graphs"])
+        return loading(**options)
+
     monkeypatch.setattr(planning, "plan_load", plan_load)
+    monkeypatch.setattr(model, "load", load)
     return seen, run("generate", "Once", "--max-new-tokens", "2", *args)
 
 
 def test_a_profile_gives_the_options_that_are_not_given(
-    profile: Path, monkeypatch: pytest.MonkeyPatch
+    profile: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen, result = loaded_with(monkeypatch, "--profile", str(profile))
     assert result.exit_code == 0, result.output
     assert (seen["quant"], seen["dtype"]) == ("int8", "bfloat16")
     assert "another machine" not in result.stderr
+    assert seen["graphs"] is True
+    values = json.loads(profile.read_text())
+    values["options"]["graphs"] = "false"
+    (tmp_path / "plain").write_text(json.dumps(values))
+    seen, result = loaded_with(monkeypatch, "--profile", str(tmp_path / "plain"))
+    assert (result.exit_code, seen["graphs"]) == (0, False)
     for order in (("--profile", str(profile), "--quant", "int4"), ("--quant", "int4")):
         rest = ("--profile", str(profile)) if order[0] != "--profile" else ()
         seen, result = loaded_with(monkeypatch, *order, *rest)

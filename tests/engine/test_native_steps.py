@@ -15,6 +15,7 @@ from hanok.attention.base import ForwardBatch
 from hanok.attention.cache import KVCache
 from hanok.engine import passes
 from hanok.engine.native_steps import NativeSteps, why_not
+from hanok.engine.runner import Runner
 from hanok.errors import RequestError
 from hanok.kernels.native import native
 from hanok.kernels.native import why_not as why_no_kernels
@@ -133,6 +134,16 @@ def test_generation_is_recorded_and_gives_the_same_tokens(
     assert [item.token_ids for item in recorded] == [item.token_ids for item in plain]
     assert [item.logprobs for item in recorded] == [item.logprobs for item in plain]
     assert made[0].recorded_kinds == [(1, 1, 1)]
+
+
+def test_a_model_may_be_told_to_record_nothing() -> None:
+    model = hanok.load(hanok.BUNDLED, graphs=False, weights="copied")
+    cache = model.decoder.new_cache(2, 64)
+    assert passes.ShortPasses(model.decoder, cache).recorded is None
+    assert Runner(model.decoder, 2, 1)._recorded is None
+    model.decoder.records_passes = True
+    assert passes.ShortPasses(model.decoder, cache).recorded is not None
+    assert Runner(model.decoder, 2, 1)._recorded is not None
 
 
 @pytest.mark.parametrize(("name", "function"), [("gpt2", "layer_norm"), ("mixtral", "float")])

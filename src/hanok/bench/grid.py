@@ -43,6 +43,8 @@ class Facts:
     why_not_attention: Callable[[Setting], str | None]
     """Why its backend cannot serve the model."""
     why_not_speculation: Callable[[str], str | None]
+    why_not_graphs: Callable[[Setting], str | None]
+    """Why its passes are not recorded anyway."""
     why_not_load: Callable[[Setting, Workload], str | None]
     """Why there is not enough memory."""
 
@@ -103,8 +105,11 @@ def why_not(row: GridRow, facts: Facts) -> str | None:
         return "without a cache there is none to keep in " + setting.cache_dtype
     if not setting.cache and setting.speculation != "off":
         return "speculation needs a cache"
+    if not setting.cache and not setting.graphs:
+        return "without a cache no pass is short enough to be recorded"
     return (
         facts.why_not_attention(setting)
+        or (None if setting.graphs else facts.why_not_graphs(setting))
         or facts.why_not_speculation(setting.speculation)
         or facts.why_not_load(setting, workload)
     )

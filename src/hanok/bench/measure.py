@@ -34,7 +34,7 @@ from hanok.bench.report import Difference, LoadRow, Probe, Quality, Report, Samp
 from hanok.bench.rows import Measured, finished_rows
 from hanok.bench.settings import Axes, Load, Setting
 from hanok.bench.subject import SubjectModel, rooms
-from hanok.bench.workers import LoadOptions, Process, Workers
+from hanok.bench.workers import LoadOptions, Process, Workers, chosen_settings
 from hanok.errors import HanokError, OptionError
 
 # Until Python has imported torch; to copy such a process and end it takes a fourth.
@@ -182,7 +182,7 @@ class _Run:
 
     def _answer(self, row: GridRow) -> dict[str, Any]:
         worker = self._workers.get(row.setting.load)
-        worker.use(row.setting.attention, row.setting.cache_dtype)
+        worker.use(row.setting)
         return worker.ask("answer", **self._request(row))
 
     def _request(self, row: GridRow) -> dict[str, Any]:
@@ -218,7 +218,7 @@ class _Run:
                 rest = (len(alike) - number) * per_token * self._num_scored
                 self._show(f"quality: {self._label(row)}", rest + MIN_ROUNDS * self._round_s())
                 worker = self._workers.get(row.setting.load)
-                worker.use(row.setting.attention, row.setting.cache_dtype)
+                worker.use(row.setting)
                 kind = "compare" if number else "keep"
                 quality = Quality(**worker.ask(kind, windows=windows, file=file))
                 for other in rows:
@@ -262,7 +262,7 @@ class _Run:
                 continue
             prompt, token = place
             worker = self._workers.get(first.setting.load)
-            worker.use(first.setting.attention, first.setting.cache_dtype)
+            worker.use(first.setting)
             prompts = self._subject.prompts(self._options.text, row.workload)
             told = worker.ask(
                 "gap",
@@ -292,11 +292,9 @@ class _Run:
                     missing += 1
                     continue
                 self._show(f"peak: {self._label(row)}", whole * (1 - number / len(rows)))
-                setting = row.setting
-                chosen = {"attention": setting.attention, "cache_dtype": setting.cache_dtype}
                 steps = [
                     {"do": "load", **self._workers.load_request(load)},
-                    {"do": "use", **chosen},
+                    {"do": "use", **chosen_settings(row.setting)},
                     {"do": "answer", **self._request(row)},
                     {"do": "peak"},
                 ]

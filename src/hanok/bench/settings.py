@@ -70,6 +70,8 @@ class Setting:
     """What keys and values are kept in: "auto" or "int8"."""
     speculation: str = "off"
     """"off", "ngram" or "draft"."""
+    graphs: bool = True
+    """Whether short passes are recorded and made again, where they can be."""
     device_map: str = AUTO
     """As in `hanok plan`: a name, or a JSON object of modules."""
 
@@ -96,6 +98,7 @@ class Setting:
         parts += [self.quant] if self.quant != NO_QUANT else []
         parts += [f"{self.cache_dtype} cache"] if self.cache_dtype != AUTO else []
         parts += [f"{self.speculation} speculation"] if self.speculation != "off" else []
+        parts += [] if self.graphs else ["no graphs"]
         parts += [f"on {self.device_map}"] if self.device_map != AUTO else []
         return ", ".join(parts)
 
@@ -132,6 +135,7 @@ class Axes:
     quant: tuple[str, ...] = (NO_QUANT,)
     cache_dtype: tuple[str, ...] = (AUTO,)
     speculation: tuple[str, ...] = ("off",)
+    graphs: tuple[bool, ...] = (True,)
     attention: tuple[str, ...] = (AUTO,)
     cache: tuple[bool, ...] = (True,)
 
@@ -154,6 +158,7 @@ def default_axes() -> tuple[Axes, ...]:
         Axes(quant=("int8", "int4")),
         Axes(cache_dtype=("int8",)),
         Axes(speculation=("ngram", "draft")),
+        Axes(graphs=(False,)),
         Axes(dtype=("float32",)),
         Axes(prompt_tokens=(32, 512), attention=("eager", "sdpa", AUTO)),
         Axes(prompt_tokens=(32, 512), quant=("int8", "int4")),

@@ -14,6 +14,8 @@ from hanok.bench.report import Subject
 from hanok.bench.settings import Load, Setting, Workload
 from hanok.bench.workers import LoadOptions, Room, planned
 from hanok.checkpoint.tokenizer import open_tokenizer
+from hanok.engine.cuda_graph import PAGE_TABLE_BACKEND
+from hanok.engine.native_steps import KEYS_IN_PLACE_BACKEND
 from hanok.engine.quality import text_windows
 from hanok.errors import BudgetError, OptionError
 from hanok.memory.needs import STORED_NAMES, choose_dtype
@@ -96,6 +98,7 @@ class SubjectModel:
             attention=self._best_attention,
             why_not_attention=self._why_not_attention,
             why_not_speculation=lambda method: speculation.why_not(method, draft),
+            why_not_graphs=self._why_not_graphs,
             why_not_load=cache(self._why_not_load),
         )
 
@@ -131,6 +134,13 @@ class SubjectModel:
         device, dtype = self._device_of(setting), DTYPES[STORED_NAMES[setting.dtype]]
         reasons = (why_not_table(spec, device, dtype)[setting.attention] for spec in self._specs())
         return next((reason for reason in reasons if reason is not None), None)
+
+    def _why_not_graphs(self, setting: Setting) -> str | None:
+        on_cpu = self._device_of(setting).type == "cpu"
+        backend = KEYS_IN_PLACE_BACKEND if on_cpu else PAGE_TABLE_BACKEND
+        if setting.attention == backend:
+            return None
+        return f"nothing is recorded with attention {setting.attention}, only with {backend}"
 
     def _why_not_load(self, setting: Setting, workload: Workload) -> str | None:
         if setting.load.recipe is not None:

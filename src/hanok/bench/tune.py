@@ -138,6 +138,8 @@ def options_of(setting: Setting) -> dict[str, str]:
         found["cache_dtype"] = setting.cache_dtype
     if setting.device_map != AUTO:
         found["device_map"] = setting.device_map
+    if not setting.graphs:
+        found["graphs"] = "false"
     if setting.speculation != "off":
         found["speculate"] = setting.speculation
     return found

@@ -78,10 +78,12 @@ class Worker:
             "peak_bytes": peak_bytes(),
         }
 
-    def use(self, *, attention: str, cache_dtype: str) -> Answer:
+    def use(self, *, attention: str, cache_dtype: str, graphs: bool) -> Answer:
         """Choose what can be chosen without loading again."""
         self.model.decoder.use_attention(attention)
         self.model.decoder.cache_dtype = torch.int8 if cache_dtype == "int8" else None
+        for model in filter(None, (self.model, self._draft)):
+            model.decoder.records_passes = graphs
         return {}
 
     def answer(

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from hanok.bench.settings import Load
+from hanok.bench.settings import Load, Setting
 from hanok.errors import BudgetError, GenerationError, RequestError
 from hanok.memory.plan import CacheDtype, LoadPlan
 from hanok.memory.planning import plan_draft, plan_load
@@ -94,7 +94,7 @@ class LoadedProcess(Process):
     def __init__(self, request: Request) -> None:
         start = time.perf_counter()
         super().__init__()
-        self._settings: tuple[str, str] | None = None
+        self._settings: dict[str, Any] | None = None
         try:
             self.told = self.ask("load", **request)
         except BaseException:
@@ -102,11 +102,18 @@ class LoadedProcess(Process):
             raise
         self.seconds = time.perf_counter() - start
 
-    def use(self, attention: str, cache_dtype: str) -> None:
+    def use(self, setting: Setting) -> None:
         """Choose what is chosen without loading again."""
-        if self._settings != (attention, cache_dtype):
-            self.ask("use", attention=attention, cache_dtype=cache_dtype)
-            self._settings = (attention, cache_dtype)
+        chosen = chosen_settings(setting)
+        if self._settings != chosen:
+            self.ask("use", **chosen)
+            self._settings = chosen
+
+
+def chosen_settings(setting: Setting) -> dict[str, Any]:
+    """Return what of a setting a loaded model can be told."""
+    names = ("attention", "cache_dtype", "graphs")
+    return {name: getattr(setting, name) for name in names}
 
 
 class Workers:

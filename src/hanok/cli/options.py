@@ -127,6 +127,13 @@ def model_options(command: Command) -> Command:
             "for each device]",
         ),
         click.option(
+            "--graphs/--no-graphs",
+            default=True,
+            show_default=True,
+            help="Record passes over a few tokens and make them again without Python in between: CUDA "
+            "graphs, or calls of the CPU kernels. The text is the same.",
+        ),
+        click.option(
             "--dtype",
             type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
             default="auto",
@@ -210,7 +217,9 @@ def open_speculation(
 
     model = None
     if draft_plan is not None:
-        model = load(plan=draft_plan, attn_implementation=options["attention"])
+        model = load(
+            plan=draft_plan, attn_implementation=options["attention"], graphs=options["graphs"]
+        )
         name = model.checkpoint.folder.name
         click.echo(f"Loaded {name} to draft in {model.report.seconds:.2f} s.", err=True)
     return Speculation(method=method, draft=model, max_tokens=options["max_draft"])
@@ -360,6 +369,7 @@ def open_model(path: Path | None, options: Mapping[str, Any]) -> "tuple[Model, S
             plan=plan,
             attn_implementation=options["attention"],
             pipeline_depth=options["pipeline_depth"],
+            graphs=options["graphs"],
             cache_packed=options["cache_folder"] / "packed" if options["cache_packed"] else None,
             progress=bar.advance,
         )

@@ -153,6 +153,7 @@ def _open(
     model = hanok.load(
         plan=plan,
         attn_implementation=load["attention"],
+        graphs=load["graphs"],
         cache_packed=load["cache_folder"] / "packed" if load["cache_packed"] else None,
         progress=advance,
     )

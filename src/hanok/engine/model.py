@@ -445,6 +445,7 @@ def load(  # noqa: PLR0913 (the options of a load are arguments of their own)
     context: int | None = None,
     batch: int = 1,
     pipeline_depth: int | None = None,
+    graphs: bool = True,
     cache_packed: str | Path | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Model:
@@ -462,12 +463,13 @@ def load(  # noqa: PLR0913 (the options of a load are arguments of their own)
     Every load follows a plan, which `device_map`, `max_memory`, `context` and `batch` ask for as in
     `plan_load`: GPUs first, then the CPU; what fits nowhere is read from the checkpoint's files in every
     pass. A `plan` that was made before takes the place of all options but `attn_implementation`,
-    `pipeline_depth`, `cache_packed` and `progress`.
+    `pipeline_depth`, `graphs`, `cache_packed` and `progress`.
     `pipeline_depth` is how many groups of sequences are on their way where layers lie on several
-    devices (default: one for each device). `cache_packed` is a folder where quantized weights are kept,
-    so that the next load with the same recipe only reads them (`memory/packed.py`). `progress` is
-    called with the bytes of each weight placed. Raises CheckpointError, OptionError, UnsupportedError
-    or BudgetError, each saying what to do.
+    devices (default: one for each device). With `graphs`, passes over a few tokens are recorded and
+    made again without Python in between, as CUDA graphs or calls of our CPU kernels. `cache_packed` is
+    a folder where quantized weights are kept, so that the next load with the same recipe only reads
+    them (`memory/packed.py`). `progress` is called with the bytes of each weight placed. Raises
+    CheckpointError, OptionError, UnsupportedError or BudgetError, each saying what to do.
     """
     if plan is None:
         if path is None:
@@ -506,6 +508,7 @@ def load(  # noqa: PLR0913 (the options of a load are arguments of their own)
         packed_folder=None if cache_packed is None else Path(cache_packed),
         progress=progress,
     )
+    loaded.decoder.records_passes = graphs
     loaded.decoder.cache_dtype = torch.int8 if request.cache_dtype == "int8" else None
     return Model(
         checkpoint, loaded, _tokenizer_of(checkpoint), plan=plan, pipeline_depth=pipeline_depth

@@ -41,6 +41,8 @@ class ShortPasses:
 
 
 def _recorded(decoder: Decoder, cache: KVCache) -> DecodeGraphs | NativeSteps | None:
+    if not decoder.records_passes:
+        return None
     if cuda_graph.why_not(decoder, cache) is None:
         return DecodeGraphs(decoder, cache)
     return NativeSteps(decoder, cache) if native_steps.why_not(decoder, cache) is None else None

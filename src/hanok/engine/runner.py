@@ -58,7 +58,8 @@ class Runner:
     def __init__(self, decoder: Decoder, num_blocks: int, max_blocks: int) -> None:
         self._decoder = decoder
         self._cache = decoder.new_cache(num_blocks, BLOCK_TOKENS)
-        is_recorded = native_steps.why_not(decoder, self._cache) is None
+        why_not = native_steps.why_not(decoder, self._cache)
+        is_recorded = decoder.records_passes and why_not is None
         self._recorded = NativeSteps(decoder, self._cache, max_blocks) if is_recorded else None
 
     @torch.inference_mode()

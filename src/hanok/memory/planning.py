@@ -164,7 +164,7 @@ def plan_load(  # noqa: PLR0913 (the options of a load are arguments of their ow
 def plan_draft(
     path: str | Path,
     *,
-    max_memory: str | None = None,
+    max_memory: str | Mapping[str | int, str | int] | None = None,
     context: int | None = None,
     batch: int = 1,
     quant: str | None = None,

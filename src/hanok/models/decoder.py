@@ -141,6 +141,8 @@ class Decoder(nn.Module):
         self.config = config
         self.cache_dtype: torch.dtype | None = None
         """What `new_cache` keeps keys and values in; None: what is computed in."""
+        self.records_passes = True
+        """Whether short passes are recorded and made again, where something can (`engine/passes.py`)."""
         self.is_streamed = False
         """Whether weights change their place in every pass (`memory/offload.py`)."""
         self.spread: Spread | None = None
