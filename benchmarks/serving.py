@@ -446,7 +446,8 @@ METHOD = (
     "of the trace, an eighth as long, at times with its pattern; capacity is what 32 clients get that "
     f"ask again and again, and the server is told `--max-queue-seconds {QUEUE_S}`. Disconnects: most "
     "clients close their connection at once, or behind 1 to 10 tokens. Soak: twice as many clients "
-    f"as slots, for {FULL.soak_s / 60:.0f} minutes. Client cores: what the measuring client took of the processors."
+    f"as slots, for {FULL.soak_s / 60:.0f} minutes. Client cores: what the measuring client took of "
+    "the processors."
 )
 
 
