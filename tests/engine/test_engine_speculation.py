@@ -11,13 +11,14 @@ import hanok
 from hanok.attention.cache import KVCache
 from hanok.engine.engine import Engine
 from hanok.engine.grammar import GrammarCompiler
-from hanok.engine.grammar_spec import GrammarSpec
+from hanok.engine.grammar_spec import GrammarError, GrammarSpec
 from hanok.engine.model import Model
 from hanok.engine.runner import BLOCK_TOKENS, StepResult
 from hanok.engine.schedule import Chunk
-from hanok.engine.sequence import TokenEvent
+from hanok.engine.sequence import LookAhead, TokenEvent
 from hanok.engine.speculate import Speculation
 from hanok.engine.ticket import Request, Ticket
+from hanok.errors import GenerationError
 from hanok.models.decoder import Decoder
 
 pytestmark = pytest.mark.usefixtures("any_length")
@@ -81,6 +82,30 @@ def test_eight_requests_at_once_give_the_tokens_of_each_alone(model: Model, meth
     assert stats.steps < stats.generated_tokens
     counts = [ticket.request.sequence.speculation for ticket in tickets]
     assert 0 < sum(item.proposed for item in counts) < stats.drafted_tokens
+
+
+def test_a_grammar_that_cannot_go_back_fails_alone(
+    model: Model, compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = plainly(model, "The dog", max_new_tokens=40)
+    sequence = model.sequence(STORY, {"max_new_tokens": 40})
+    matcher = compiler.compile(GrammarSpec("regex", "(The dog saw a cat\\. ){3,6}")).matcher()
+    sequence.grammar = matcher
+
+    def broken(*_: Any) -> Any:
+        raise GrammarError("the grammar could not be followed any further")
+
+    def rollback(num_tokens: int) -> None:
+        monkeypatch.setattr(matcher, "mask", broken)  # as a real one then says at every call
+        broken()
+
+    monkeypatch.setattr(matcher, "rollback", rollback)
+    with Engine(model, cache_tokens=4096, speculation=speculation_by("draft", model)) as engine:
+        failing = engine.submit_request(Request(sequence=sequence))
+        other = engine.submit("The dog", max_new_tokens=40)
+        with pytest.raises(GenerationError, match="could not be followed"):
+            failing.result()
+        assert same(other.result(), expected)
 
 
 def test_a_draft_model_claims_what_the_plan_counts(
@@ -252,3 +277,22 @@ def test_a_draft_model_of_another_vocabulary_is_refused(model: Model) -> None:
     other.tokenizer = None
     with pytest.raises(hanok.OptionError, match="has no tokenizer"):
         Engine(model, cache_tokens=512, speculation=Speculation(method="draft", draft=other))
+
+
+def test_looking_ahead_under_a_grammar_that_cannot_go_back_raises_nothing(
+    model: Model, compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sequence = model.sequence(STORY, {"max_new_tokens": 40})
+    matcher = compiler.compile(GrammarSpec("regex", "(The dog saw a cat\\. ){3,6}")).matcher()
+    sequence.grammar = matcher
+    asked: list[int] = []
+
+    def rollback(num_tokens: int) -> None:
+        asked.append(num_tokens)
+        raise GrammarError("the grammar could not be followed any further")
+
+    monkeypatch.setattr(matcher, "rollback", rollback)
+    ahead = LookAhead(sequence)
+    assert ahead.choose(torch.zeros(model.config.vocab_size)) is not None
+    ahead.close()
+    assert asked == [1]

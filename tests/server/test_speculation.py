@@ -3,9 +3,11 @@
 import re
 from typing import Any
 
+import click
 from tests.server.conftest import start_server, stop, wait_until_ready
 
 import hanok
+from hanok.cli.options import model_options, speculation_options
 from hanok.cli.verbs.tgi import load_options
 from hanok.server.launcher import launch_options
 
@@ -46,3 +48,12 @@ def test_tgis_flag_is_the_most_that_is_guessed() -> None:
     assert (found["speculate"], found["max_draft"], found["draft"]) == ("ngram", 3, None)
     off = load_options(launch_options({}))
     assert (off["speculate"], off["max_draft"]) == ("off", None)
+
+
+def test_a_launch_names_every_option_that_a_start_reads() -> None:
+    def nothing(**_: object) -> None: ...
+
+    command = model_options(speculation_options(click.command()(nothing)))
+    unread = {"cache_folder", "pipeline_depth"}  # packed copies are off, requests are not pipelined
+    names = {item.name for item in command.params} - unread
+    assert names == set(load_options(launch_options({})))

@@ -205,6 +205,10 @@ class Conditions:
         if self.rounds < 1:
             raise OptionError(f"rounds is {self.rounds}; it must be at least 1.")
 
+    def left_bytes(self) -> int:
+        """Return what may still be claimed now."""
+        return free_bytes(self.device) if self.free_bytes is None else self.free_bytes
+
 
 def grid(
     queries: Sequence[int], keys: Sequence[int], shape: AttentionCase
@@ -349,10 +353,11 @@ def _num_layers(case: AttentionCase, conditions: Conditions) -> int:
     return max(2, -(-conditions.ring_bytes // case.cache_bytes))
 
 
-def _check_fits(case: AttentionCase, conditions: Conditions, free: int) -> None:
+def _check_fits(case: AttentionCase, conditions: Conditions) -> None:
     """Raise OptionError where the inputs alone would not fit: the ring, and what it is drawn from."""
     drawn = case.batch * case.num_kv_heads * case.keys * case.head_dim
     needed = _num_layers(case, conditions) * case.cache_bytes + 4 * drawn * FLOAT_BYTES
+    free = conditions.left_bytes()
     if needed > free:
         raise OptionError(
             f"{case.batch} x {case.keys} keys take {needed / 2**30:.2f} GiB, and "
@@ -377,10 +382,7 @@ def _rows(time: int) -> Iterator[tuple[int, int]]:
 def _measure_case(
     case: AttentionCase, conditions: Conditions, limit_gb: float, limit_gflop: float
 ) -> CaseResult:
-    free = conditions.free_bytes
-    if free is None:
-        free = free_bytes(conditions.device)
-    _check_fits(case, conditions, free)
+    _check_fits(case, conditions)
     tensors = Tensors.of(case, conditions)
     expected = tensors.expected(case.spec)
     timers: dict[str, Timer] = {}
@@ -442,9 +444,7 @@ def _why_too_large(
     if claimed is None:
         return None
     needed = claimed * case.queries // tried
-    free = conditions.free_bytes
-    if free is None:
-        free = free_bytes(conditions.device)
+    free = conditions.left_bytes()
     if needed <= free:
         return None
     return f"would claim about {needed / 2**30:.2f} GiB, and {free / 2**30:.2f} GiB are free"

@@ -241,9 +241,12 @@ class LookAhead:
 
     def close(self) -> None:
         """Take back what the grammar was told."""
-        if self._sequence.grammar is not None and self._num_accepted:
+        if self._sequence.grammar is None or not self._num_accepted:
+            return
+        try:
             self._sequence.grammar.rollback(self._num_accepted)
-            self._num_accepted = 0
+        except HanokError:
+            return  # this sequence's alone: choosing its next token will say so
 
 
 class Scores:

@@ -262,7 +262,7 @@ class _ModelProposer:
         self._model.catch_up(chosen)
         began = time.perf_counter()
         guessed = self._model.propose(chosen, counts)
-        passes = max(1, *map(len, guessed.values()))
+        passes = max([1, *map(len, guessed.values())])
         self._times.record(len(chosen), (time.perf_counter() - began) / passes)
         return {
             key: Draft(tokens=tokens, kinds=kinds[key][: len(tokens)])

@@ -76,6 +76,7 @@ def load_options(launch: LaunchOptions) -> dict[str, Any]:
         "max_memory": None,
         "weights": "auto",
         "attention": "auto",
+        "graphs": True,
         "threads": None,
         "cache_packed": False,
         "speculate": "ngram" if launch.speculate else "off",
