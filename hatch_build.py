@@ -21,7 +21,7 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 FOLDER = Path("src/hanok/kernels")
 # Products are fused into sums; nothing else may change what the sources say.
 FLAGS = [
-    *("-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fPIC", "-fopenmp"),
+    *("-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fPIC", "-pthread"),
     *("-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi", "-Wno-maybe-uninitialized"),
 ]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
@@ -34,6 +34,7 @@ def instruction_sets() -> dict[str, tuple[str, list[str]]]:
         return {
             "portable": ("portable", []),
             "avx2": ("AVX2", AVX2),
+            "avxvnni": ("AVX-VNNI", [*AVX2, "-mavxvnni"]),
             "avx512": ("AVX-512 VNNI", AVX512),
         }
     if platform.machine() in ("aarch64", "arm64"):
@@ -75,13 +76,22 @@ def compile_kernels(sources: Path, library: Path, extra_flags: tuple[str, ...] =
     compiler = [*shlex.split(given), *FLAGS, *extra_flags]
     if not given:
         raise CompileError("there is no C++ compiler (g++, c++ or CXX)")
+    tables = {
+        table: known
+        for table, known in instruction_sets().items()
+        if table == "portable" or _knows(compiler, known[1])
+    }
+    are_there = [f"-DHANOK_HAS_{table.upper()}" for table in tables]
     with tempfile.TemporaryDirectory() as folder:
-        face = Path(folder, "library.o")
-        commands = [[*compiler, "-c", str(sources / "library.cpp"), "-o", str(face)]]
-        objects = [str(face)]
-        for table, (name, flags) in instruction_sets().items():
+        commands, objects = [], []
+        for name in ("library", "pool"):
+            objects.append(str(Path(folder, f"{name}.o")))
+            source = str(sources / f"{name}.cpp")
+            commands.append([*compiler, *are_there, "-c", source, "-o", objects[-1]])
+        for table, (name, flags) in tables.items():
             objects.append(str(Path(folder, f"{table}.o")))
-            names = [f"-DHANOK_KERNELS=hanok_{table}_kernels", f'-DHANOK_NAME="{name}"']
+            names = [f"-DHANOK_KERNELS=hanok_{table}_kernels"]
+            names += [f'-DHANOK_KEY="{table}"', f'-DHANOK_NAME="{name}"']
             source = str(sources / "instruction_set.cpp")
             commands.append([*compiler, *flags, *names, "-c", source, "-o", objects[-1]])
         with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -89,6 +99,15 @@ def compile_kernels(sources: Path, library: Path, extra_flags: tuple[str, ...] =
         unfinished = library.with_suffix(f".{os.getpid()}")
         _run([*compiler, "-shared", *objects, "-o", str(unfinished)])
     unfinished.replace(library)
+
+
+def _knows(compiler: list[str], flags: list[str]) -> bool:
+    """Return whether a compiler has these flags; one of 2019 knows no AVX-VNNI."""
+    try:
+        _run([*compiler, *flags, "-E", "-x", "c++", os.devnull, "-o", os.devnull])
+    except CompileError:
+        return False
+    return True
 
 
 def _run(command: list[str]) -> None:

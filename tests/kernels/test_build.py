@@ -25,10 +25,11 @@ def build(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 def sources(folder: Path, library: str, table: str) -> Path:
-    """Return a folder with two small programs in place of the kernels."""
+    """Return a folder with small programs in place of the kernels."""
     made = folder / "cpp"
     made.mkdir()
     (made / "library.cpp").write_text(library)
+    (made / "pool.cpp").write_text("")
     (made / "instruction_set.cpp").write_text(table)
     return made
 

@@ -30,7 +30,7 @@ from hanok.engine.gain import Gain, PassTimes
 from hanok.engine.ngram import FORCED, NgramIndex, kind_of
 from hanok.engine.sequence import GenerationSequence
 from hanok.errors import HanokError, OptionError
-from hanok.kernels.native import DENSE_TOKENS, native
+from hanok.kernels.native import ROW_KIND_TOKENS, Native, native
 from hanok.models.decoder import Decoder
 from hanok.models.linear import Linear
 from hanok.quant.linear import QuantizedLinear
@@ -172,17 +172,22 @@ class Speculator:
 
 def most_exact_tokens(decoder: Decoder) -> int | None:
     """Return how many tokens of a pass are computed as each alone is; None: any number, or none."""
-    is_ours = decoder.device.type == "cpu" and native() is not None
-    products = [item for item in decoder.modules() if isinstance(item, Linear | QuantizedLinear)]
-    return DENSE_TOKENS if is_ours and any(map(_has_limit, products)) else None
+    kernels = native()
+    if decoder.device.type != "cpu" or kernels is None:
+        return None
+    limits = [
+        _limit_of(item, kernels)
+        for item in decoder.modules()
+        if isinstance(item, Linear | QuantizedLinear)
+    ]
+    return min((limit for limit in limits if limit is not None), default=None)
 
 
-def _has_limit(product: Linear | QuantizedLinear) -> bool:
-    """Return whether our kernels take few tokens only: weights without groups of columns."""
-    is_grouped = (
-        isinstance(product, QuantizedLinear) and product.stored.method.format.group_size is not None
-    )
-    return not is_grouped
+def _limit_of(product: Linear | QuantizedLinear, kernels: Native) -> int | None:
+    """Return how many tokens our kernels take; None: any number."""
+    if isinstance(product, Linear):
+        return kernels.dense_tokens
+    return ROW_KIND_TOKENS if product.stored.method.format.group_size is None else None
 
 
 def _forced(sequence: GenerationSequence) -> list[int]:

@@ -2,10 +2,12 @@
 
 The library has a plain C interface and knows nothing of torch: it gets addresses and sizes. Without
 it everything runs on torch's operators; `why_not` says what that costs and what to do. It holds its
-kernels once for each instruction set; `native` returns the best that this processor has.
+kernels once for each instruction set; `native` returns the best that this processor has, or the best
+below a cap: HANOK_ISA=avx2 computes as a processor without AVX-512 does.
 """
 
 import ctypes
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -17,8 +19,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from hanok.errors import OptionError
+
 LIBRARY = Path(__file__).parent / "libhanok_kernels.so"
-DENSE_TOKENS = 8  # rows of x that `dense` takes at the most
+ROW_KIND_TOKENS = 8  # rows of x that `product` takes of weights without groups
+CAP = "HANOK_ISA"
+KEYS = ("portable", "dotprod", "avx2", "avxvnni", "avx512")  # what a cap may be, the least first
 
 # The library's numbers for types, kinds of panels, activations and operations (cpp/kernels.h).
 ITEM_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
@@ -118,7 +124,15 @@ class Native:
         library.hanok_name.restype = ctypes.c_char_p
         library.hanok_name.argtypes = [c_void_p]
         self.instruction_set: str = library.hanok_name(self._table).decode()
-        """What the kernels use of this processor."""
+        """What the kernels use of this processor, as people write it."""
+        library.hanok_key.restype = ctypes.c_char_p
+        library.hanok_key.argtypes = [c_void_p]
+        self.key: str = library.hanok_key(self._table).decode()
+        """The same, one of KEYS."""
+        library.hanok_dense_tokens.restype = c_int64
+        library.hanok_dense_tokens.argtypes = [c_void_p]
+        self.dense_tokens: int = library.hanok_dense_tokens(self._table)
+        """Rows of x that `dense` takes at the most; where it takes any number, each as if alone."""
         pointer, size, count = c_void_p, c_int64, c_int
         self._run = _function(library.hanok_run, [pointer, size, count])
         self._pack = _function(library.hanok_pack, [pointer, size, size, pointer, count])
@@ -140,12 +154,12 @@ class Native:
     def dense(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Return x @ weight.T + bias, sums in float32.
 
-        x: (tokens, in), at most DENSE_TOKENS   weight: (out, in)   bias: (out,)   x and weight both
+        x: (tokens, in), at most dense_tokens   weight: (out, in)   bias: (out,)   x and weight both
         bfloat16 or both float32, on the CPU. returns: (tokens, out) in their dtype.
         """
         x = x.contiguous()
         (tokens, columns), rows = x.shape, weight.shape[0]
-        if not 0 < tokens <= DENSE_TOKENS or columns != weight.shape[1]:
+        if not 0 < tokens <= self.dense_tokens or columns != weight.shape[1]:
             raise ValueError(f"x is {tokens} x {columns}, the weight {rows} x {weight.shape[1]}")
         if x.dtype != weight.dtype or not weight.is_contiguous():
             raise ValueError(
@@ -159,7 +173,7 @@ class Native:
         return y
 
     def product(self, x: Tensor, weight: Panels, bias: Tensor | None) -> Tensor:
-        """Return x @ weight.T + bias in x's dtype; the row kinds take at most DENSE_TOKENS tokens.
+        """Return x @ weight.T + bias in x's dtype; the row kinds take at most ROW_KIND_TOKENS.
 
         x: (tokens, in) bfloat16 or float32 on the CPU   bias: (out,)   returns: (tokens, out)
         """
@@ -167,8 +181,8 @@ class Native:
         (tokens, columns), rows = x.shape, weight.rows
         if columns != weight.columns:
             raise ValueError(f"x is {tokens} x {columns}, the weight {rows} x {weight.columns}")
-        if weight.kind >= PANEL_KINDS["row bytes"] and tokens > DENSE_TOKENS:
-            raise ValueError(f"x has {tokens} rows, at most {DENSE_TOKENS} are taken")
+        if weight.kind >= PANEL_KINDS["row bytes"] and tokens > ROW_KIND_TOKENS:
+            raise ValueError(f"x has {tokens} rows, at most {ROW_KIND_TOKENS} are taken")
         item_type, bias_at, kept = _type(x), *_bias(bias, rows, x.dtype)
         y = x.new_empty(tokens, rows)
         if tokens and rows:
@@ -344,8 +358,18 @@ def _library() -> ctypes.CDLL | None:
         return None
 
 
+def instruction_set_cap() -> str | None:
+    """Return the best instruction set that the user allows (HANOK_ISA, one of KEYS); None: any."""
+    # A property of the machine, not of a call: every process started here shall have the same, and so
+    # shall programs that use hanok as a library.
+    cap = os.environ.get(CAP) or None  # noqa: TID251
+    if cap is not None and cap not in KEYS:
+        raise OptionError(f"{CAP}={cap} is no instruction set. Write one of {', '.join(KEYS)}.")
+    return cap
+
+
 @cache
-def instruction_sets() -> Sequence[Native]:
+def built_instruction_sets() -> Sequence[Native]:
     """Return the kernels of each instruction set that this processor has, the best first."""
     library = _library()
     if library is None:
@@ -356,6 +380,14 @@ def instruction_sets() -> Sequence[Native]:
     while table := library.hanok_kernels(len(found)):
         found.append(Native(library, table))
     return tuple(found)
+
+
+@cache
+def instruction_sets() -> Sequence[Native]:
+    """Return those that the user allows, the best first."""
+    cap = instruction_set_cap()
+    most = len(KEYS) if cap is None else KEYS.index(cap)
+    return tuple(item for item in built_instruction_sets() if KEYS.index(item.key) <= most)
 
 
 def native() -> Native | None:

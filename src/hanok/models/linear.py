@@ -1,18 +1,21 @@
 """Every weight product goes through `Linear`, and every unquantized one through `dense`.
 
-On a GPU, and for float32, `dense` is torch's own product. For bfloat16 on a CPU torch calls oneDNN,
-which for a few tokens reads the weights at half the speed of memory or less, and on processors without
-bfloat16 instructions computes many tokens at a fifth of the float32 rate. What is faster was measured
-(benchmarks/linear.py) and depends on the processor and the build alone, so that a result never
-depends on a stopwatch:
+On a GPU `dense` is torch's own product. For bfloat16 on a CPU torch calls oneDNN, which for a few tokens
+reads the weights at half the speed of memory or less, and on processors without bfloat16 instructions
+computes many tokens at a fifth of the float32 rate or, without AVX-512, at a hundredth. What is faster
+was measured (benchmarks/linear.py) and depends on the processor and the build alone, so that a result
+never depends on a stopwatch:
 
-| tokens | processor        | product                                                                |
-|--------|------------------|------------------------------------------------------------------------|
-| 1 to 8 | any              | our kernel (`hanok.kernels`), where it was built                       |
-| 1      | with bfloat16    | torch, oneDNN off                                                      |
-| 1      | without          | matrix times vector                                                    |
-| more   | with bfloat16    | torch (oneDNN)                                                         |
-| more   | without          | weights widened to float32, a block of rows at a time                  |
+| our kernels' instruction set   | processor        | tokens | product                                   |
+|--------------------------------|------------------|--------|-------------------------------------------|
+| portable, AVX2, AVX-VNNI       | x86              | any    | ours: a token's is the same in any company |
+| AVX-512, those of ARM          | any              | 1 to 8 | ours                                      |
+| AVX-512                        | with bfloat16    | more   | torch (oneDNN)                            |
+| AVX-512                        | without          | more   | weights widened, a block of rows at a time |
+| not built                      | with bfloat16    | 1      | torch, oneDNN off                         |
+| not built                      | with bfloat16    | more   | torch (oneDNN)                            |
+| not built                      | without          | 1      | matrix times vector                       |
+| not built                      | without          | more   | weights widened, a block of rows at a time |
 """
 
 import platform
@@ -23,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hanok.kernels.native import DENSE_TOKENS, native
+from hanok.kernels.native import instruction_set_cap, native
 
 # Rows widened at a time: few enough to stay in L2 when the product is short, enough to keep the
 # float32 product busy when it is long (measured: 256 and 1024 rows of 2048 columns).
@@ -34,7 +37,9 @@ Product = Literal["torch", "native", "torch without oneDNN", "vector", "widened"
 
 @cache
 def has_bfloat16_instructions() -> bool:
-    """Return whether this CPU multiplies bfloat16 natively (AVX512_BF16 or AMX)."""
+    """Return whether this CPU multiplies bfloat16 natively (AVX512_BF16 or AMX) and may do so."""
+    if instruction_set_cap() not in (None, "avx512"):
+        return False
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
@@ -43,8 +48,9 @@ def choose_product(weight: Tensor, num_tokens: int) -> Product:
     needs_grad = torch.is_grad_enabled() and weight.requires_grad
     if weight.device.type != "cpu" or needs_grad:
         return "torch"
+    kernels = native()
     is_known = weight.dtype in (torch.bfloat16, torch.float32) and weight.is_contiguous()
-    if is_known and 0 < num_tokens <= DENSE_TOKENS and native() is not None:
+    if is_known and kernels is not None and 0 < num_tokens <= kernels.dense_tokens:
         return "native"
     if weight.dtype is not torch.bfloat16:
         return "torch"

@@ -9,10 +9,9 @@
 
 #pragma once
 
-#include <omp.h>
-
 #include "kernels.h"
 #include "lanes.h"
+#include "pool.h"
 
 namespace {
 
@@ -20,12 +19,17 @@ constexpr int64_t kSplit = 1024;      // keys
 constexpr int64_t kFewQueries = 8;    // of a sequence: up to here its keys are shared out, else its queries
 constexpr int64_t kBlockKeys = 64;    // turned at a time
 constexpr int64_t kTaskRows = 64;
+constexpr int64_t kSharedProducts = 1 << 17;  // less is done before another thread has heard of it
+constexpr int64_t kAppendedTokens = 64;       // by a piece
 constexpr float kLowest = -1e30f;     // below every score; minus infinity less itself is no number
 
+// Rows and vectors of a tile: as many sums as there are registers for, beside what they are made of.
 #if REGISTER_BYTES == 64
-constexpr int kTileRows = 4;
+constexpr int kTileRows = 4, kTileVectors = 4;
+#elif REGISTER_BYTES == 32
+constexpr int kTileRows = 2, kTileVectors = 2;
 #else
-constexpr int kTileRows = 1;
+constexpr int kTileRows = 1, kTileVectors = 2;
 #endif
 
 struct Sizes {
@@ -142,7 +146,7 @@ INLINE void turn_keys(const uint16_t* keys, int64_t stride, int64_t count, const
             for (int key = 0; key < kLanes; ++key) {
                 words[key] = Words::all(0);
                 if (first + key < count)
-                    std::memcpy(&words[key], keys + (first + key) * stride + dim, sizeof(Words));
+                    words[key] = Words::load(keys + (first + key) * stride + dim);
             }
             transpose(words);
             for (int d = 0; d < kLanes; ++d) {
@@ -176,8 +180,7 @@ INLINE void widen_values(const uint16_t* values, int64_t stride, int64_t count, 
     for (int64_t key = 0; key < count; ++key) {
         ahead.ask(1);
         for (int64_t dim = 0; dim < s.dim; dim += 2 * kLanes) {
-            Words words;
-            std::memcpy(&words, values + key * stride + dim, sizeof(words));
+            const Words words = Words::load(values + key * stride + dim);
             float* at = to + key * s.padded_dim + dim;
             store(at, reinterpret<Floats>(words << 16));
             store(at + kLanes, reinterpret<Floats>(words & Words::all(0xffff0000u)));
@@ -194,18 +197,18 @@ struct View {
     bool is_scaled;
 };
 
-// Scores of `kRows` rows with a block of keys, which is turned already.
+// Scores of `kRows` rows with some vectors of a block of keys, which is turned already.
 template <int kRows>
-INLINE void score_rows(const Sizes& s, const Work& w, int64_t row, int64_t key, Ahead& ahead) {
-    constexpr int kVectors = kBlockKeys / kLanes;
+INLINE void score_tile(const Sizes& s, const Work& w, int64_t row, int64_t key, int64_t first, Ahead& ahead) {
+    constexpr int kVectors = kTileVectors;
     Floats score[kRows][kVectors];
     for (int r = 0; r < kRows; ++r)
         for (int v = 0; v < kVectors; ++v) score[r][v] = Floats::all(0.0f);
     const float* q = w.q + row * s.padded_dim;
     for (int64_t d = 0; d < s.dim; ++d) {
-        ahead.ask(1);
+        if (first == 0) ahead.ask(1);
         Floats keys[kVectors];
-        for (int v = 0; v < kVectors; ++v) keys[v] = load(w.keys + d * kBlockKeys + v * kLanes);
+        for (int v = 0; v < kVectors; ++v) keys[v] = load(w.keys + d * kBlockKeys + first + v * kLanes);
         for (int r = 0; r < kRows; ++r) {
             const Floats factor = Floats::all(q[r * s.padded_dim + d]);
             for (int v = 0; v < kVectors; ++v) score[r][v] = add_product(score[r][v], factor, keys[v]);
@@ -213,7 +216,13 @@ INLINE void score_rows(const Sizes& s, const Work& w, int64_t row, int64_t key, 
     }
     for (int r = 0; r < kRows; ++r)
         for (int v = 0; v < kVectors; ++v)
-            store(w.scores + (row + r) * kSplit + key + v * kLanes, score[r][v]);
+            store(w.scores + (row + r) * kSplit + key + first + v * kLanes, score[r][v]);
+}
+
+template <int kRows>
+INLINE void score_rows(const Sizes& s, const Work& w, int64_t row, int64_t key, Ahead& ahead) {
+    for (int64_t first = 0; first < kBlockKeys; first += kTileVectors * kLanes)
+        score_tile<kRows>(s, w, row, key, first, ahead);
 }
 
 // A row's scores become weights, in place; what the row does not see weighs nothing.
@@ -281,8 +290,8 @@ template <int kRows>
 INLINE void add_all_values(const Sizes& s, const Work& w, const Part& part, int64_t row, int64_t key,
                            int64_t count, Ahead& ahead) {
     int64_t column = 0;
-    for (; column + 4 * kLanes <= s.padded_dim; column += 4 * kLanes)
-        add_values<kRows, 4>(s, w, part, row, column, key, count, ahead);
+    for (; column + kTileVectors * kLanes <= s.padded_dim; column += kTileVectors * kLanes)
+        add_values<kRows, kTileVectors>(s, w, part, row, column, key, count, ahead);
     for (; column < s.padded_dim; column += kLanes)
         add_values<kRows, 1>(s, w, part, row, column, key, count, ahead);
 }
@@ -414,125 +423,143 @@ INLINE void append_head(const Item* from, int8_t* to, float* scale, int64_t dim)
 }
 
 // The keys that a task's tokens see lie in [first, end); `first` begins a block.
-INLINE int64_t first_key(const Attention& a, const Sizes& s, const Task& task) {
+INLINE int64_t first_key(const Attention& a, const Task& task) {
     if (!a.window) return 0;
     const int64_t first = task.past + task.first_token - a.window + 1;
     return first > 0 ? first / kBlockKeys * kBlockKeys : 0;
 }
 
+// Where a sequence begins among the tokens, tasks and parts of a call.
+struct Span {
+    int64_t first_token, first_task, first_part;
+    int64_t blocks, splits;  // of its tokens, of its keys; a task is one of each, for one KV head
+};
+
+// How many tasks each sequence is: of its tokens, or of its keys too where tokens are few. The span behind
+// the last one has the sums.
+INLINE void set_spans(const Attention& a, const Sizes& s, Span* spans) {
+    Span next = {0, 0, 0, 0, 0};
+    for (int64_t i = 0; i < a.num_sequences; ++i) {
+        next.blocks = (a.query_counts[i] + s.task_tokens - 1) / s.task_tokens;
+        next.splits = a.query_counts[i] <= kFewQueries ? (a.key_counts[i] + kSplit - 1) / kSplit : 1;
+        spans[i] = next;
+        const int64_t tasks = a.num_kv_heads * next.blocks * next.splits;
+        next.first_token += a.query_counts[i];
+        next.first_task += tasks;
+        if (next.splits > 1) next.first_part += tasks;
+    }
+    spans[a.num_sequences] = next;
+}
+
+// The sequence that has a token or a task.
+INLINE int64_t sequence_of(const Span* spans, int64_t num_sequences, int64_t Span::*first, int64_t index) {
+    int64_t low = 0, high = num_sequences;
+    while (high - low > 1) {
+        const int64_t middle = (low + high) / 2;
+        (spans[middle].*first <= index ? low : high) = middle;
+    }
+    return low;
+}
+
+// A sequence's block of tokens in one KV head. The last tokens see most keys: they come first.
+INLINE Task task_of(const Attention& a, const Sizes& s, const Span& span, int64_t sequence, int64_t item) {
+    const int64_t count = a.query_counts[sequence], block = span.blocks - 1 - item / a.num_kv_heads;
+    Task task = {sequence,         item % a.num_kv_heads,          block * s.task_tokens, s.task_tokens,
+                 span.first_token, a.key_counts[sequence] - count};
+    if (task.first_token + task.num_tokens > count) task.num_tokens = count - task.first_token;
+    return task;
+}
+
+template <class Item, class Cached>
+INLINE void append_token(const Attention& a, const Sizes& s, const Span& span, int64_t sequence, int64_t token) {
+    const int64_t key = a.key_counts[sequence] - a.query_counts[sequence] + token - span.first_token;
+    for (int64_t h = 0; h < a.num_kv_heads; ++h) {
+        const int64_t from_key = token * a.new_key_stride + h * s.dim;
+        const int64_t from_value = token * a.new_value_stride + h * s.dim;
+        const int64_t to = place_of(a, sequence, h, key);
+        append_head(static_cast<const Item*>(a.new_keys) + from_key, static_cast<Cached*>(a.keys) + to,
+                    a.key_scale ? a.key_scale + to / s.dim : nullptr, s.dim);
+        append_head(static_cast<const Item*>(a.new_values) + from_value, static_cast<Cached*>(a.values) + to,
+                    a.value_scale ? a.value_scale + to / s.dim : nullptr, s.dim);
+    }
+}
+
 template <class Item, class Cached>
 int attend_items(const Attention& a, int threads) {
     const Sizes s = sizes_of(a);
-    // How many tasks each sequence is: tasks of its tokens, or of its keys where tokens are few.
-    int64_t num_tasks = 0, num_parts = 0;
-    for (int64_t i = 0; i < a.num_sequences; ++i) {
-        const bool is_split = a.query_counts[i] <= kFewQueries;
-        const int64_t splits = (a.key_counts[i] + kSplit - 1) / kSplit;
-        const int64_t blocks = (a.query_counts[i] + s.task_tokens - 1) / s.task_tokens;
-        num_tasks += a.num_kv_heads * (is_split ? splits * blocks : blocks);
-        if (is_split && splits > 1) num_parts += a.num_kv_heads * splits * blocks;
-    }
     const int64_t part_floats = 2 * rows_floats(s) + s.task_rows * s.padded_dim;
-    const int64_t thread_floats = work_floats(s) + 2 * part_floats;
-    float* memory = static_cast<float*>(hanok_scratch((threads * thread_floats + num_parts * part_floats) * 4));
-    if (!memory) return 1;
-    float* parts = memory + threads * thread_floats;
+    const int64_t worker_floats = work_floats(s) + 2 * part_floats;
+    const int64_t spans_bytes = ((a.num_sequences + 1) * sizeof(Span) + 63) / 64 * 64;
+    int64_t products = 0, num_parts = 0;
+    for (int64_t i = 0; i < a.num_sequences; ++i) {
+        products += a.query_counts[i] * a.key_counts[i] * a.num_heads * s.dim;
+        const int64_t splits = (a.key_counts[i] + kSplit - 1) / kSplit;
+        if (a.query_counts[i] <= kFewQueries && splits > 1)
+            num_parts += splits * a.num_kv_heads * ((a.query_counts[i] + s.task_tokens - 1) / s.task_tokens);
+    }
+    if (products < kSharedProducts) threads = 1;
+    char* scratch = static_cast<char*>(
+        hanok_scratch(spans_bytes + (threads * worker_floats + num_parts * part_floats) * 4));
+    if (!scratch) return 1;
+    Span* spans = reinterpret_cast<Span*>(scratch);
+    set_spans(a, s, spans);
+    const Span& all = spans[a.num_sequences];
+    float* memory = reinterpret_cast<float*>(scratch + spans_bytes);
+    float* parts = memory + threads * worker_floats;
     auto part_at = [&](float* at) {
         return Part{at, at + rows_floats(s), at + 2 * rows_floats(s)};
     };
-#pragma omp parallel num_threads(threads) if (threads > 1 && num_tasks > 1)
-    {
-        float* own = memory + omp_get_thread_num() * thread_floats;
+    if (a.new_keys)
+        share_ranges(threads, all.first_token, kAppendedTokens, [&](int64_t begin, int64_t end, int) {
+            int64_t i = sequence_of(spans, a.num_sequences, &Span::first_token, begin);
+            for (int64_t token = begin; token < end; ++token) {
+                while (token >= spans[i + 1].first_token) ++i;
+                append_token<Item, Cached>(a, s, spans[i], i, token);
+            }
+        });
+    share(threads, all.first_task, [&](int64_t index, int worker) {
+        float* own = memory + worker * worker_floats;
         const Work w = work_at(own, s);
         const Part whole = part_at(own + work_floats(s));
         const Part piece = part_at(own + work_floats(s) + part_floats);
-        for (int64_t i = 0; i < s.task_rows * s.padded_dim + 2 * kBlockKeys * s.padded_dim; i += kLanes)
-            store(own + i, Floats::all(0.0f));
-        if (a.new_keys) {
-            int64_t start = 0;
-            for (int64_t i = 0; i < a.num_sequences; ++i) {
-                const int64_t count = a.query_counts[i], past = a.key_counts[i] - count;
-#pragma omp for schedule(static) nowait
-                for (int64_t item = 0; item < count * a.num_kv_heads; ++item) {
-                    const int64_t t = item / a.num_kv_heads, h = item % a.num_kv_heads;
-                    const int64_t from_key = (start + t) * a.new_key_stride + h * s.dim;
-                    const int64_t from_value = (start + t) * a.new_value_stride + h * s.dim;
-                    const int64_t to = place_of(a, i, h, past + t);
-                    append_head(static_cast<const Item*>(a.new_keys) + from_key,
-                                static_cast<Cached*>(a.keys) + to,
-                                a.key_scale ? a.key_scale + to / s.dim : nullptr, s.dim);
-                    append_head(static_cast<const Item*>(a.new_values) + from_value,
-                                static_cast<Cached*>(a.values) + to,
-                                a.value_scale ? a.value_scale + to / s.dim : nullptr, s.dim);
-                }
-                start += count;
-            }
-#pragma omp barrier
+        const int64_t i = sequence_of(spans, a.num_sequences, &Span::first_task, index);
+        const int64_t item = index - spans[i].first_task, splits = spans[i].splits;
+        const Task task = task_of(a, s, spans[i], i, item / splits);
+        const int64_t rows = task.num_tokens * s.group;
+        const int64_t end = task.past + task.first_token + task.num_tokens;
+        load_queries<Item>(a, s, task, w.q);
+        if (splits > 1) {
+            const Part part = part_at(parts + (spans[i].first_part + item) * part_floats);
+            const int64_t low = first_key(a, task), from = item % splits * kSplit;
+            const int64_t to = from + kSplit < end ? from + kSplit : end;
+            clear(part, rows, s.padded_dim);
+            attend_keys<Cached>(a, s, task, from > low ? from : low, to, w, part);
+            return;
         }
-        int64_t start = 0, first_part = 0;
-        for (int64_t i = 0; i < a.num_sequences; ++i) {
-            const int64_t count = a.query_counts[i], num_keys = a.key_counts[i];
-            const int64_t splits = count <= kFewQueries ? (num_keys + kSplit - 1) / kSplit : 1;
-            const int64_t blocks = (count + s.task_tokens - 1) / s.task_tokens;
-#pragma omp for schedule(dynamic, 1) nowait
-            for (int64_t item = 0; item < a.num_kv_heads * blocks * splits; ++item) {
-                // The last tokens see most keys: they come first.
-                const int64_t block = blocks - 1 - item / splits / a.num_kv_heads, split = item % splits;
-                Task task = {i, item / splits % a.num_kv_heads, block * s.task_tokens, s.task_tokens,
-                             start, num_keys - count};
-                if (task.first_token + task.num_tokens > count) task.num_tokens = count - task.first_token;
+        clear(whole, rows, s.padded_dim);
+        for (int64_t from = first_key(a, task); from < end;) {
+            const int64_t next = (from / kSplit + 1) * kSplit;
+            const int64_t to = next < end ? next : end;
+            clear(piece, rows, s.padded_dim);
+            attend_keys<Cached>(a, s, task, from, to, w, piece);
+            merge(whole, piece, rows, s.padded_dim);
+            from = to;
+        }
+        write_output<Item, Cached>(a, s, task, whole);
+    });
+    for (int64_t i = 0; i < a.num_sequences && num_parts; ++i) {
+        const int64_t splits = spans[i].splits;
+        if (splits > 1)
+            share(threads, a.num_kv_heads * spans[i].blocks, [&](int64_t item, int worker) {
+                const Part whole = part_at(memory + worker * worker_floats + work_floats(s));
+                const Task task = task_of(a, s, spans[i], i, item);
                 const int64_t rows = task.num_tokens * s.group;
-                const int64_t end = task.past + task.first_token + task.num_tokens;
-                load_queries<Item>(a, s, task, w.q);
-                if (splits > 1) {
-                    const Part part = part_at(parts + (first_part + item) * part_floats);
-                    const int64_t low = first_key(a, s, task), from = split * kSplit;
-                    const int64_t to = from + kSplit < end ? from + kSplit : end;
-                    clear(part, rows, s.padded_dim);
-                    attend_keys<Cached>(a, s, task, from > low ? from : low, to, w, part);
-                    continue;
-                }
                 clear(whole, rows, s.padded_dim);
-                for (int64_t from = first_key(a, s, task); from < end;) {
-                    const int64_t next = (from / kSplit + 1) * kSplit;
-                    const int64_t to = next < end ? next : end;
-                    clear(piece, rows, s.padded_dim);
-                    attend_keys<Cached>(a, s, task, from, to, w, piece);
-                    merge(whole, piece, rows, s.padded_dim);
-                    from = to;
-                }
+                for (int64_t split = 0; split < splits; ++split)
+                    merge(whole, part_at(parts + (spans[i].first_part + item * splits + split) * part_floats),
+                          rows, s.padded_dim);
                 write_output<Item, Cached>(a, s, task, whole);
-            }
-            if (splits > 1) first_part += a.num_kv_heads * blocks * splits;
-            start += count;
-        }
-        if (num_parts) {
-#pragma omp barrier
-            start = first_part = 0;
-            for (int64_t i = 0; i < a.num_sequences; ++i) {
-                const int64_t count = a.query_counts[i], num_keys = a.key_counts[i];
-                const int64_t splits = count <= kFewQueries ? (num_keys + kSplit - 1) / kSplit : 1;
-                const int64_t blocks = (count + s.task_tokens - 1) / s.task_tokens;
-                if (splits > 1) {
-#pragma omp for schedule(static) nowait
-                    for (int64_t item = 0; item < a.num_kv_heads * blocks; ++item) {
-                        const int64_t block = blocks - 1 - item / a.num_kv_heads;
-                        Task task = {i, item % a.num_kv_heads, block * s.task_tokens, s.task_tokens, start,
-                                     num_keys - count};
-                        if (task.first_token + task.num_tokens > count)
-                            task.num_tokens = count - task.first_token;
-                        const int64_t rows = task.num_tokens * s.group;
-                        clear(whole, rows, s.padded_dim);
-                        for (int64_t split = 0; split < splits; ++split)
-                            merge(whole, part_at(parts + (first_part + item * splits + split) * part_floats),
-                                  rows, s.padded_dim);
-                        write_output<Item, Cached>(a, s, task, whole);
-                    }
-                    first_part += a.num_kv_heads * blocks * splits;
-                }
-                start += count;
-            }
-        }
+            });
     }
     return 0;
 }

@@ -1,17 +1,17 @@
 // Products with bfloat16 and float32 weights as files hold them, row after row, for a few tokens: at the
-// speed of memory. Several rows share what is read of x, and their addresses are looked up side by side.
+// speed of memory. Where registers are wide; else gemm.h. Several rows share what is read of x, and their addresses are looked up side by side.
 
 #pragma once
 
-#include <omp.h>
-
 #include "kernels.h"
 #include "lanes.h"
+#include "pool.h"
 
 namespace {
 
 constexpr int kDenseTokens = 8;  // the most
-constexpr int64_t kRowsPerTask = 32;
+constexpr int64_t kRowsPerPiece = 32;
+constexpr int64_t kSharedItems = 1 << 15;  // of a weight; less is done before another thread has heard of it
 constexpr int64_t kPrefetchItems = 512;  // ahead, measured: 28 GB/s, with none 20 to 24
 
 // x as float32, in the order in which weights are widened: a run of bfloat16 is 32 columns, the even ones
@@ -30,8 +30,7 @@ INLINE void wide_x(const Item* x, float* to, int64_t runs) {
 }
 
 INLINE void wide_run(const uint16_t* from, Floats (&to)[2]) {
-    Words words;
-    std::memcpy(&words, from, sizeof(words));
+    const Words words = Words::load(from);
     to[0] = reinterpret<Floats>(words << 16);
     to[1] = reinterpret<Floats>(words & Words::all(0xffff0000u));
 }
@@ -102,11 +101,8 @@ int dense_of(const Dense<Item>& given, int64_t tokens, int threads) {
         wide_x(given.x + t * given.columns, wide + t * runs * kRun, runs);
     Dense<Item> d = given;
     d.wide = wide;
-    const int64_t tasks = (d.rows + kRowsPerTask - 1) / kRowsPerTask;
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (tasks > 1 && threads > 1)
-    for (int64_t task = 0; task < tasks; ++task) {
-        const int64_t begin = task * kRowsPerTask;
-        const int64_t end = begin + kRowsPerTask < d.rows ? begin + kRowsPerTask : d.rows;
+    if (d.rows * d.columns < kSharedItems) threads = 1;
+    share_ranges(threads, d.rows, kRowsPerPiece, [&](int64_t begin, int64_t end, int) {
         switch (tokens) {
             case 1: dense_between<Item, 1>(d, begin, end); break;
             case 2: dense_between<Item, 2>(d, begin, end); break;
@@ -117,7 +113,7 @@ int dense_of(const Dense<Item>& given, int64_t tokens, int threads) {
             case 7: dense_between<Item, 7>(d, begin, end); break;
             default: dense_between<Item, 8>(d, begin, end);
         }
-    }
+    });
     return 0;
 }
 

@@ -2,14 +2,22 @@
 
 #pragma once
 
-#include <omp.h>
-
 #include "kernels.h"
 #include "lanes.h"
+#include "pool.h"
 
 namespace {
 
-constexpr int64_t kParallelItems = 32768;  // below, waking a thread takes longer than the work
+constexpr int64_t kPieceItems = 16384;  // less is done before another thread has heard of it
+
+// Shares out rows of `columns` items.
+template <class Work>
+INLINE void share_rows(int threads, int64_t rows, int64_t columns, const Work& work) {
+    const int64_t length = columns < kPieceItems ? kPieceItems / (columns > 0 ? columns : 1) : 1;
+    share_ranges(threads, rows, length, [&](int64_t begin, int64_t end, int) {
+        for (int64_t row = begin; row < end; ++row) work(row);
+    });
+}
 
 template <class Item>
 INLINE void norm_row(const Item* x, const Item* weight, Item* y, int64_t columns, float eps, float offset) {
@@ -29,10 +37,10 @@ INLINE void norm_row(const Item* x, const Item* weight, Item* y, int64_t columns
 template <class Item>
 void norm_rows(const void* x, const void* weight, void* y, int64_t rows, int64_t columns,
                float eps, float offset, int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads) if (rows * columns > kParallelItems)
-    for (int64_t row = 0; row < rows; ++row)
+    share_rows(threads, rows, columns, [&](int64_t row) {
         norm_row(static_cast<const Item*>(x) + row * columns, static_cast<const Item*>(weight),
                  static_cast<Item*>(y) + row * columns, columns, eps, offset);
+    });
 }
 
 int rms_norm(const void* x, const void* weight, void* y, int64_t rows, int64_t columns,
@@ -72,9 +80,7 @@ template <class Item>
 void rotate_items(const void* heads, const void* cos, const void* sin, void* y, int64_t tokens,
                   int64_t num_heads, int64_t head_dim, int64_t rotary_dim, int64_t token_stride,
                   bool is_interleaved, int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads) \
-    if (tokens * num_heads * head_dim > kParallelItems)
-    for (int64_t t = 0; t < tokens; ++t)
+    share_rows(threads, tokens, num_heads * head_dim, [&](int64_t t) {
         for (int64_t h = 0; h < num_heads; ++h) {
             const Item* from = static_cast<const Item*>(heads) + t * token_stride + h * head_dim;
             Item* to = static_cast<Item*>(y) + (t * num_heads + h) * head_dim;
@@ -82,6 +88,7 @@ void rotate_items(const void* heads, const void* cos, const void* sin, void* y, 
                         static_cast<const Item*>(sin) + t * rotary_dim, to, rotary_dim, is_interleaved);
             for (int64_t i = rotary_dim; i < head_dim; ++i) to[i] = from[i];
         }
+    });
 }
 
 int rotate(const void* heads, const void* cos, const void* sin, void* y, int64_t tokens, int64_t num_heads,
@@ -109,19 +116,18 @@ INLINE Floats activated(const Floats& v, int activation) {
 // (rows, 2 x columns): a gate and what it gates -> (rows, columns).
 template <class Item>
 void gate_rows(const void* gate_up, void* y, int64_t rows, int64_t columns, int activation, int threads) {
-    constexpr int64_t kPiece = 2048;  // so that one long row is shared too
-    const int64_t pieces = (columns + kPiece - 1) / kPiece;
-#pragma omp parallel for schedule(static) num_threads(threads) if (rows * columns > kParallelItems)
-    for (int64_t task = 0; task < rows * pieces; ++task) {
-        const int64_t row = task / pieces, begin = task % pieces * kPiece;
-        const int64_t end = begin + kPiece < columns ? begin + kPiece : columns;
+    constexpr int64_t kPart = 2048;  // so that one long row is shared too
+    const int64_t parts = (columns + kPart - 1) / kPart;
+    share_rows(threads, rows * parts, columns < kPart ? columns : kPart, [&](int64_t item) {
+        const int64_t row = item / parts, begin = item % parts * kPart;
+        const int64_t end = begin + kPart < columns ? begin + kPart : columns;
         const Item* gate = static_cast<const Item*>(gate_up) + row * 2 * columns;
         Item* to = static_cast<Item*>(y) + row * columns;
         for (int64_t i = begin; i < end; i += kLanes) {
             const Floats value = activated(load_first(gate + i, end - i), activation);
             store_first(to + i, value * load_first(gate + columns + i, end - i), end - i);
         }
-    }
+    });
 }
 
 int gate(const void* gate_up, void* y, int64_t rows, int64_t columns, int activation, int type, int threads) {
@@ -142,13 +148,11 @@ int copy(const void* from, void* to, int64_t rows, int64_t bytes, int64_t stride
 
 template <class Item>
 void add_items(const void* a, const void* b, void* y, int64_t count, int threads) {
-    const int64_t vectors = (count + kLanes - 1) / kLanes;
-#pragma omp parallel for schedule(static) num_threads(threads) if (count > kParallelItems)
-    for (int64_t v = 0; v < vectors; ++v) {
-        const int64_t i = v * kLanes;
-        store_first(static_cast<Item*>(y) + i, load_first(static_cast<const Item*>(a) + i, count - i) +
-                        load_first(static_cast<const Item*>(b) + i, count - i), count - i);
-    }
+    share_ranges(threads, count, kPieceItems, [&](int64_t begin, int64_t end, int) {
+        for (int64_t i = begin; i < end; i += kLanes)
+            store_first(static_cast<Item*>(y) + i, load_first(static_cast<const Item*>(a) + i, end - i) +
+                            load_first(static_cast<const Item*>(b) + i, end - i), end - i);
+    });
 }
 
 int add(const void* a, const void* b, void* y, int64_t count, int type, int threads) {

@@ -56,7 +56,8 @@ struct Attention {
 
 // One instruction set's kernels. All return 0, or 1 where memory could not be had.
 struct Kernels {
-    const char* name;
+    const char *key, *name;      // for programs, for people
+    std::int64_t dense_tokens;  // that `dense` takes at the most
     int (*dense)(const void* x, const void* weight, const void* bias, void* y, std::int64_t tokens,
                  std::int64_t rows, std::int64_t columns, int type, int threads);
     int (*product)(const Panels* weight, const void* x, const void* bias, void* y, std::int64_t tokens,

@@ -46,11 +46,14 @@ typedef int8_t BytePart __attribute__((vector_size(REGISTER_BYTES / 4)));
 
 template <class Part, class Item>
 struct Vector {
+    typedef Part Lanes;
     Part part[kParts];
 
-    static INLINE Vector load(const Item* from) {
+    // Part by part: as one run of bytes a compiler moves it through memory, in pieces of 16.
+    static INLINE Vector load(const void* from) {
         Vector v;
-        std::memcpy(&v, from, sizeof(v));
+        for (int i = 0; i < kParts; ++i)
+            std::memcpy(&v.part[i], static_cast<const char*>(from) + i * REGISTER_BYTES, REGISTER_BYTES);
         return v;
     }
     static INLINE Vector all(Item value) {
@@ -59,7 +62,10 @@ struct Vector {
         for (int i = 0; i < kParts; ++i) v.part[i] = value - Part{};
         return v;
     }
-    INLINE void store(Item* to) const { std::memcpy(to, this, sizeof(*this)); }
+    INLINE void store(void* to) const {
+        for (int i = 0; i < kParts; ++i)
+            std::memcpy(static_cast<char*>(to) + i * REGISTER_BYTES, &part[i], REGISTER_BYTES);
+    }
 };
 
 typedef Vector<FloatPart, float> Floats;
@@ -94,6 +100,13 @@ INLINE To reinterpret(const From& from) {
     static_assert(sizeof(To) == sizeof(From), "");
     To to;
     std::memcpy(&to, &from, sizeof(to));
+    return to;
+}
+
+template <class To, class Part, class Item>
+INLINE To reinterpret(const Vector<Part, Item>& from) {
+    To to;
+    FOR_PARTS to.part[i] = (typename To::Lanes)from.part[i];
     return to;
 }
 
@@ -347,7 +360,7 @@ INLINE Floats load_bytes(const uint8_t* from) {
     return v;
 }
 
-#if defined(__AVX512VNNI__)
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
 // Weights are stored as value + 128. Where the processor multiplies unsigned with signed bytes, 128 is
 // part of the product, and what is too much is known: 128 times the sum of x.
 constexpr int kByteExcess = 128;
@@ -360,6 +373,9 @@ INLINE Ints add_bytes_product(Ints sum, const Words& w, int32_t x) {
 #if defined(__AVX512VNNI__)
     sum.part[0] = (IntPart)_mm512_dpbusd_epi32((__m512i)sum.part[0], (__m512i)w.part[0],
                                                _mm512_set1_epi32(x));
+#elif defined(__AVXVNNI__)
+    FOR_PARTS sum.part[i] = (IntPart)_mm256_dpbusd_avx_epi32((__m256i)sum.part[i], (__m256i)w.part[i],
+                                                             _mm256_set1_epi32(x));
 #elif defined(__AVX2__)
     // Products of unsigned and signed bytes are added in pairs to 16 bits: |x| times w with x's sign fits.
     const __m256i bytes = _mm256_set1_epi32(x), magnitude = _mm256_abs_epi8(bytes);
@@ -367,6 +383,16 @@ INLINE Ints add_bytes_product(Ints sum, const Words& w, int32_t x) {
         const __m256i weights = _mm256_xor_si256((__m256i)w.part[i], _mm256_set1_epi8(-128));
         const __m256i pairs = _mm256_maddubs_epi16(magnitude, _mm256_sign_epi8(weights, bytes));
         sum.part[i] += (IntPart)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+    }
+#elif defined(__SSE2__)
+    // As pairs of 16 bits: bytes 0 and 2 of a word, and bytes 1 and 3.
+    const __m128i bytes = _mm_set1_epi32(x), high_bits = _mm_set1_epi32(static_cast<int>(0x80808080u));
+    const __m128i even = _mm_srai_epi16(_mm_slli_epi16(bytes, 8), 8), odd = _mm_srai_epi16(bytes, 8);
+    FOR_PARTS {
+        const __m128i weights = _mm_xor_si128((__m128i)w.part[i], high_bits);
+        const __m128i pairs = _mm_srai_epi16(_mm_slli_epi16(weights, 8), 8);
+        sum.part[i] += (IntPart)_mm_madd_epi16(pairs, even) +
+                       (IntPart)_mm_madd_epi16(_mm_srai_epi16(weights, 8), odd);
     }
 #elif defined(__ARM_FEATURE_DOTPROD)
     FOR_PARTS {
@@ -388,7 +414,7 @@ INLINE Ints add_bytes_product(Ints sum, const Words& w, int32_t x) {
 
 // sum[lane] += the four bytes of the lane's word, 0 to 15 each, times the four bytes of x.
 INLINE Ints add_nibbles_product(Ints sum, const Words& w, int32_t x) {
-#if defined(__AVX512VNNI__)
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
     return add_bytes_product(sum, w, x);
 #elif defined(__AVX2__)
     const __m256i bytes = _mm256_set1_epi32(x);
@@ -428,14 +454,60 @@ INLINE Words look_up(const Words& bytes, const uint8_t* table) {
     FOR_PARTS v.part[i] = (WordPart)vqtbl1q_u8(vld1q_u8(table), vreinterpretq_u8_u32((uint32x4_t)bytes.part[i]));
 #else
     uint8_t items[64];
-    bytes.store(reinterpret_cast<uint32_t*>(items));
+    bytes.store(items);
     for (int i = 0; i < 64; ++i) items[i] = table[items[i]];
-    v = Words::load(reinterpret_cast<const uint32_t*>(items));
+    v = Words::load(items);
 #endif
     return v;
 }
 
-// Rows become columns: word c of rows[r] and word r of rows[c] change places.
+INLINE void transpose(Words (&rows)[kLanes]);
+
+// Rows become columns: word c of rows[r] and word r of columns[c] are the same.
+INLINE void transpose(const uint32_t* const (&rows)[kLanes], uint32_t (&columns)[kLanes][kLanes]) {
+#if defined(__AVX512F__)
+    Words words[kLanes];
+    for (int r = 0; r < kLanes; ++r) words[r] = Words::load(rows[r]);
+    transpose(words);
+    for (int c = 0; c < kLanes; ++c) words[c].store(columns[c]);
+#elif defined(__AVX2__)
+    // Eight by eight, from halves of rows: what crosses the halves of a register is done by loads.
+    for (int r = 0; r < kLanes; r += 8)
+        for (int c = 0; c < kLanes; c += 8) {
+            __m256 a[8], b[8];
+            for (int i = 0; i < 4; ++i)
+                for (int half = 0; half < 2; ++half) {
+                    const float* low = reinterpret_cast<const float*>(rows[r + i] + c + 4 * half);
+                    const float* high = reinterpret_cast<const float*>(rows[r + 4 + i] + c + 4 * half);
+                    a[4 * half + i] =
+                        _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(low)), _mm_loadu_ps(high), 1);
+                }
+            for (int i = 0; i < 8; i += 2) {
+                b[i] = _mm256_unpacklo_ps(a[i], a[i + 1]);
+                b[i + 1] = _mm256_unpackhi_ps(a[i], a[i + 1]);
+            }
+            for (int half = 0; half < 8; half += 4)
+                for (int j = 0; j < 2; ++j) {
+                    float* to = reinterpret_cast<float*>(columns[c + half + 2 * j] + r);
+                    _mm256_storeu_ps(to, _mm256_shuffle_ps(b[half + j], b[half + 2 + j], 0x44));
+                    _mm256_storeu_ps(to + kLanes, _mm256_shuffle_ps(b[half + j], b[half + 2 + j], 0xee));
+                }
+        }
+#elif defined(__SSE2__)
+    for (int r = 0; r < kLanes; r += 4)
+        for (int c = 0; c < kLanes; c += 4) {
+            __m128 a[4];
+            for (int i = 0; i < 4; ++i) a[i] = _mm_loadu_ps(reinterpret_cast<const float*>(rows[r + i] + c));
+            _MM_TRANSPOSE4_PS(a[0], a[1], a[2], a[3]);
+            for (int i = 0; i < 4; ++i) _mm_storeu_ps(reinterpret_cast<float*>(columns[c + i] + r), a[i]);
+        }
+#else
+    for (int r = 0; r < kLanes; ++r)
+        for (int c = 0; c < kLanes; ++c) columns[c][r] = rows[r][c];
+#endif
+}
+
+// Word c of rows[r] and word r of rows[c] change places.
 INLINE void transpose(Words (&rows)[kLanes]) {
 #if defined(__AVX512F__)
     __m512i a[16], b[16];
@@ -461,9 +533,9 @@ INLINE void transpose(Words (&rows)[kLanes]) {
     }
 #else
     uint32_t items[kLanes][kLanes], turned[kLanes][kLanes];
-    for (int r = 0; r < kLanes; ++r) rows[r].store(items[r]);
-    for (int r = 0; r < kLanes; ++r)
-        for (int c = 0; c < kLanes; ++c) turned[c][r] = items[r][c];
+    const uint32_t* from[kLanes];
+    for (int r = 0; r < kLanes; ++r) rows[r].store(items[r]), from[r] = items[r];
+    transpose(from, turned);
     for (int c = 0; c < kLanes; ++c) rows[c] = Words::load(turned[c]);
 #endif
 }

@@ -1,5 +1,4 @@
-// The library's face: plain C, which knows nothing of torch, so one build serves every version of it. OpenMP
-// runs in the pool of threads that torch has already loaded.
+// The library's face: plain C, which knows nothing of torch, so one build serves every version of it.
 //
 // `hanok_kernels` returns the table of one instruction set, or of the best that this processor has; every
 // other call takes the table first.
@@ -8,34 +7,52 @@
 
 #include <cstdlib>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 #if defined(__aarch64__) && defined(__linux__)
 #include <asm/hwcap.h>
 #include <sys/auxv.h>
 #endif
 
-extern const Kernels hanok_portable_kernels;
-#if defined(__x86_64__)
-extern const Kernels hanok_avx2_kernels, hanok_avx512_kernels;
-#elif defined(__aarch64__)
-extern const Kernels hanok_dotprod_kernels;
-#endif
+// The build defines HANOK_HAS_… for each instruction set that its compiler knows.
+extern const Kernels hanok_portable_kernels, hanok_avx2_kernels, hanok_avxvnni_kernels, hanok_avx512_kernels,
+    hanok_dotprod_kernels;
 
 namespace {
+
+#if defined(__x86_64__)
+bool has_avx2() {
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+}
+// Compilers of 2022 do not know its name in __builtin_cpu_supports.
+bool has_avx_vnni() {
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    return has_avx2() && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & 1u << 4);
+}
+bool has_avx512() {
+    return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512vnni");
+}
+#endif
 
 // The best first.
 const Kernels* supported(int index) {
 #if defined(__x86_64__)
     __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512vnni") && index-- == 0)
-        return &hanok_avx512_kernels;
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&
-        index-- == 0)
-        return &hanok_avx2_kernels;
-#elif defined(__aarch64__) && defined(__linux__)
+#if defined(HANOK_HAS_AVX512)
+    if (has_avx512() && index-- == 0) return &hanok_avx512_kernels;
+#endif
+#if defined(HANOK_HAS_AVXVNNI)
+    if (has_avx_vnni() && index-- == 0) return &hanok_avxvnni_kernels;
+#endif
+#if defined(HANOK_HAS_AVX2)
+    if (has_avx2() && index-- == 0) return &hanok_avx2_kernels;
+#endif
+#elif defined(HANOK_HAS_DOTPROD) && defined(__linux__)
     if ((getauxval(AT_HWCAP) & HWCAP_ASIMDDP) && index-- == 0) return &hanok_dotprod_kernels;
-#elif defined(__aarch64__)
+#elif defined(HANOK_HAS_DOTPROD)
     if (index-- == 0) return &hanok_dotprod_kernels;  // every Apple processor has it
 #endif
     return index == 0 ? &hanok_portable_kernels : nullptr;
@@ -94,12 +111,16 @@ extern "C" {
 // `index` counts from the best instruction set; null past the last.
 const Kernels* hanok_kernels(int index) { return supported(index); }
 
+const char* hanok_key(const Kernels* kernels) { return kernels->key; }
+
 const char* hanok_name(const Kernels* kernels) { return kernels->name; }
+
+std::int64_t hanok_dense_tokens(const Kernels* kernels) { return kernels->dense_tokens; }
 
 // Makes calls one after the other, until one of them fails. All tensors of a step are of its type and, but
 // for what a stride is given for, contiguous.
 //
-// dense: y = x @ weight.T + bias for 1 to 8 tokens, sums in float32; x (tokens, columns), weight (rows,
+// dense: y = x @ weight.T + bias for up to hanok_dense_tokens tokens, sums in float32; x (tokens, columns), weight (rows,
 // columns), bias (rows), y (tokens, rows). product: the same with a quantized weight, for any number of
 // tokens, at most 8 for the row kinds. rms_norm: x (rows, columns), weight (columns). rotate: heads (tokens,
 // heads, head_dim), cos and sin (tokens, rotary_dim). gate: (rows, 2 x columns) to (rows, columns) =

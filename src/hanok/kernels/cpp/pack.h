@@ -9,8 +9,6 @@
 
 namespace {
 
-constexpr int64_t kMostGroupColumns = 128;
-
 // 0 where the value is infinite or no number.
 INLINE Floats finite(const Floats& v) {
     const Words magnitude = reinterpret<Words>(v) & Words::all(0x7f800000u);
@@ -52,12 +50,12 @@ INLINE void store_block(int kind, const Floats* codes, uint8_t* to) {
     if (is_4_bit(kind)) {
         for (int j = 0; j < 4; ++j) {
             const Words word = four(4 * j) | (four(16 + 4 * j) << 4);
-            std::memcpy(to + j * kVectorBytes, &word, kVectorBytes);
+            word.store(to + j * kVectorBytes);
         }
     } else {
         for (int j = 0; j < 8; ++j) {
             const Words word = four(4 * j);
-            std::memcpy(to + j * kVectorBytes, &word, kVectorBytes);
+            word.store(to + j * kVectorBytes);
         }
     }
 }
@@ -240,9 +238,8 @@ INLINE void numbers_of(const Panels& w, int64_t panel, int64_t first, Floats* va
         w.codes + panel * panel_bytes(w) + first / kBlock * block_bytes(w.kind);
     const bool is_second = first % kBlock != 0;
     for (int j = 0; j < 4; ++j) {
-        Words words;
         const int vector = is_second && !is_4_bit(w.kind) ? j + 4 : j;
-        std::memcpy(&words, codes + vector * kVectorBytes, kVectorBytes);
+        Words words = Words::load(codes + vector * kVectorBytes);
         if (is_4_bit(w.kind)) words = (is_second ? words >> 4 : words) & Words::all(0x0f0f0f0fu);
         for (int byte = 0; byte < 4; ++byte)
             values[4 * j + byte] = number(w, words, byte, zero) * scale;
@@ -252,8 +249,7 @@ INLINE void numbers_of(const Panels& w, int64_t panel, int64_t first, Floats* va
 int unpack(const Panels* weight, int64_t start, int64_t count, float* rows, int threads) {
     const Panels& w = *weight;
     const int64_t panels = ceil_div(count, kLanes);
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && panels > 1)
-    for (int64_t p = 0; p < panels; ++p) {
+    share(threads, panels, [&](int64_t p, int) {
         const int64_t there = count - p * kLanes < kLanes ? count - p * kLanes : kLanes;
         for (int64_t column = 0; column < w.columns; column += kLanes) {
             Floats values[kLanes];
@@ -265,7 +261,7 @@ int unpack(const Panels* weight, int64_t start, int64_t count, float* rows, int 
                 store_first(rows + (p * kLanes + r) * w.columns + column, reinterpret<Floats>(words[r]),
                             w.columns - column);
         }
-    }
+    });
     return 0;
 }
 

@@ -6,10 +6,16 @@
 
 #pragma once
 
-#include <omp.h>
-
 #include "kernels.h"
 #include "lanes.h"
+#include "pool.h"
+
+#if defined(__AVX2__) && !defined(__AVX512F__) && !defined(__AVXVNNI__)
+#define MAKES_READY 1
+#include "ready.h"
+#else
+#define MAKES_READY 0
+#endif
 
 namespace {
 
@@ -17,10 +23,14 @@ constexpr int64_t kBlock = 32;  // columns
 constexpr int64_t kVectorBytes = 64;
 constexpr int64_t kFewTokens = 16;     // up to here a panel is read once, over all its columns
 constexpr int64_t kManyTokens = 512;   // at a time
-constexpr int64_t kMostPanelsPerTask = 16;  // with few tokens
+constexpr int64_t kMostPanelsPerPiece = 16;    // with few tokens
+constexpr int64_t kSharedBytes = 1 << 15;      // of codes; less is done before another thread has heard of it
+constexpr int64_t kMostGroupColumns = 128;
 
 #if REGISTER_BYTES == 64
 constexpr int kTilePanels = 2, kTileTokens = 6;
+#elif defined(__AVXVNNI__)
+constexpr int kTilePanels = 1, kTileTokens = 4;
 #elif REGISTER_BYTES == 32
 constexpr int kTilePanels = 1, kTileTokens = 2;
 #else
@@ -49,18 +59,18 @@ INLINE Floats load_scale(const Panels& w, int64_t index) {
     return load(static_cast<const float*>(w.scale) + index * kLanes);
 }
 
-// x as int8: codes (tokens, columns), and for each group its scale and the sum of its codes.
+// x as int8: codes (tokens, columns), and for each group its scale and the sum of its codes. The codes may
+// stand in 16 bits each, as ready.h wants them.
 struct Rounded {
-    int8_t* codes;
+    char* codes;
     float* scale;
     int32_t* sums;
     int64_t columns, groups;  // columns: filled up to whole groups
 };
 
 // The largest magnitude of a group becomes 127; ties to even.
-template <class Item>
+template <bool kWide, class Item>
 INLINE void round_row(const Item* x, int64_t columns, int64_t group_columns, const Rounded& to, int64_t token) {
-    int8_t* codes = to.codes + token * to.columns;
     for (int64_t group = 0; group < to.groups; ++group) {
         const int64_t first = group * group_columns;
         const int64_t there = columns - first < group_columns ? columns - first : group_columns;
@@ -72,13 +82,20 @@ INLINE void round_row(const Item* x, int64_t columns, int64_t group_columns, con
         // Nor has what is so small that 127 over it is infinite.
         const bool has_codes = most > 0 && most <= 3.4028235e38f && 127.0f / most <= 3.4028235e38f;
         const Floats inverse = Floats::all(has_codes ? 127.0f / most : 0.0f);
+        int8_t narrow_codes[kMostGroupColumns];
+        int8_t* codes = kWide ? narrow_codes : reinterpret_cast<int8_t*>(to.codes) + token * to.columns + first;
         Ints total = Ints::all(0);
         for (int64_t i = 0; i < group_columns; i += kLanes) {
             Ints whole = Ints::all(0);
             if (has_codes && i < there) whole = nearest_ints(load_first(x + first + i, there - i) * inverse);
             total = total + whole;
-            store_bytes(codes + first + i, whole);
+            store_bytes(codes + i, whole);
         }
+#if MAKES_READY
+        if (kWide)
+            widen_codes(codes, group_columns,
+                        reinterpret_cast<int16_t*>(to.codes) + token * to.columns + first);
+#endif
         to.scale[token * to.groups + group] = most / 127.0f;
         to.sums[token * to.groups + group] = sum(total);
     }
@@ -91,7 +108,7 @@ INLINE void tile(const Panels& w, int64_t panel, int64_t first_group, int64_t la
     const int64_t groups = num_groups(w), blocks = w.group_columns / kBlock;
     const int64_t stride = groups * blocks * block_bytes(kKind);
     const uint8_t* codes = w.codes + panel * stride + first_group * blocks * block_bytes(kKind);
-    const int8_t* rounded = x.codes + token * x.columns + first_group * w.group_columns;
+    const char* rounded = x.codes + token * x.columns + first_group * w.group_columns;
     for (int64_t group = first_group; group < last_group; ++group) {
         Ints whole[kPanels][kTokens];
         for (int t = 0; t < kTokens; ++t) {
@@ -106,7 +123,7 @@ INLINE void tile(const Panels& w, int64_t panel, int64_t first_group, int64_t la
                     for (int p = 0; p < kPanels; ++p) {
                         const uint8_t* from = codes + p * stride + j * kVectorBytes;
                         if (kTokens <= 4) __builtin_prefetch(from + 2048);
-                        std::memcpy(&words[p], from, kVectorBytes);
+                        words[p] = Words::load(from);
                     }
                     for (int t = 0; t < kTokens; ++t) {
                         int32_t four;
@@ -122,8 +139,7 @@ INLINE void tile(const Panels& w, int64_t panel, int64_t first_group, int64_t la
                     for (int p = 0; p < kPanels; ++p) {
                         const uint8_t* from = codes + p * stride + j * kVectorBytes;
                         if (kTokens <= 4) __builtin_prefetch(from + 2048);
-                        Words words;
-                        std::memcpy(&words, from, kVectorBytes);
+                        const Words words = Words::load(from);
                         low[p] = words & Words::all(0x0f0f0f0fu);
                         high[p] = (words >> 4) & Words::all(0x0f0f0f0fu);
                         if (kKind == kTable) {
@@ -221,64 +237,164 @@ INLINE void write_sums(const float* sums, int panels, const Panels& w, int64_t p
         }
 }
 
+// x of a product, rounded, in memory that begins at `memory`.
+struct RoundedMemory {
+    Rounded rounded;
+    int64_t bytes;
+
+    INLINE RoundedMemory(char* memory, const Panels& w, int64_t tokens, int64_t code_bytes) {
+        const int64_t groups = num_groups(w), columns = groups * w.group_columns;
+        const int64_t side_bytes = ceil_div(tokens * groups * 4, 64) * 64;
+        const int64_t codes_bytes = ceil_div(tokens * columns * code_bytes, 64) * 64;
+        rounded = {memory, reinterpret_cast<float*>(memory + codes_bytes),
+                   reinterpret_cast<int32_t*>(memory + codes_bytes + side_bytes), columns, groups};
+        bytes = codes_bytes + 2 * side_bytes;
+    }
+};
+
+template <bool kWide, class Item>
+INLINE void round_rows(const Panels& w, const Item* x, int64_t tokens, const Rounded& rounded, int threads) {
+    const int64_t length = w.columns < 8192 ? 8192 / w.columns : 1;
+    share_ranges(threads, tokens, length, [&](int64_t begin, int64_t end, int) {
+        for (int64_t t = begin; t < end; ++t)
+            round_row<kWide>(x + t * w.columns, w.columns, w.group_columns, rounded, t);
+    });
+}
+
+// Entries of a table as whole numbers, 128 more.
+INLINE void set_table(const Panels& w, uint8_t (&table)[16]) {
+    for (int i = 0; i < 16 && w.table; ++i)
+        table[i] = static_cast<uint8_t>(
+            128 + static_cast<int>(w.table[i] * 127.0f + (w.table[i] < 0 ? -0.5f : 0.5f)));
+}
+
 template <int kKind, class Item>
 int whole_product(const Panels& w, const Item* x, const Item* bias, Item* y, int64_t tokens, int threads) {
-    const int64_t groups = num_groups(w), columns = groups * w.group_columns, panels = num_panels(w);
+    const int64_t groups = num_groups(w), panels = num_panels(w);
     const int64_t block = tokens < kManyTokens ? tokens : kManyTokens;
     const int64_t sums_bytes = block * kTilePanels * kLanes * 4;
-    const int64_t side_bytes = ceil_div(tokens * groups * 4, 64) * 64;
-    const int64_t code_bytes = ceil_div(tokens * columns, 64) * 64;
-    char* memory = static_cast<char*>(hanok_scratch(code_bytes + 2 * side_bytes + threads * sums_bytes));
+    if (panels * panel_bytes(w) < kSharedBytes) threads = 1;
+    const int64_t rounded_bytes = RoundedMemory(nullptr, w, tokens, 1).bytes;
+    char* memory = static_cast<char*>(hanok_scratch(rounded_bytes + threads * sums_bytes));
     if (!memory) return 1;
-    const Rounded rounded = {reinterpret_cast<int8_t*>(memory),
-                             reinterpret_cast<float*>(memory + code_bytes),
-                             reinterpret_cast<int32_t*>(memory + code_bytes + side_bytes), columns, groups};
-    char* all_sums = memory + code_bytes + 2 * side_bytes;
+    const Rounded rounded = RoundedMemory(memory, w, tokens, 1).rounded;
     uint8_t table[16] = {};
-    if (kKind == kTable)
-        for (int i = 0; i < 16; ++i)
-            table[i] = static_cast<uint8_t>(
-                128 + static_cast<int>(w.table[i] * 127.0f + (w.table[i] < 0 ? -0.5f : 0.5f)));
+    set_table(w, table);
+    round_rows<false>(w, x, tokens, rounded, threads);
     // A chunk's weights are 8 KiB a panel, in 8 bits and in 4: they stay in the first cache.
     const int64_t chunk_columns = is_4_bit(kKind) ? 1024 : 512;
     const int64_t chunk =
         tokens <= kFewTokens || chunk_columns <= w.group_columns ? groups : chunk_columns / w.group_columns;
-    // Long runs of memory for each thread, and four tasks for each, so that none waits long at the end.
-    int64_t per_task = tokens <= kFewTokens ? panels / (4 * threads) / kTilePanels * kTilePanels : 0;
-    per_task = per_task < kTilePanels ? kTilePanels
-               : per_task > kMostPanelsPerTask ? kMostPanelsPerTask : per_task;
-    const int64_t tasks = ceil_div(panels, per_task);
-    if (tokens == 1) round_row(x, w.columns, w.group_columns, rounded, 0);
-#pragma omp parallel num_threads(threads) if (threads > 1 && tasks > 1)
-    {
-        if (tokens > 1) {
-#pragma omp for schedule(static)
-            for (int64_t t = 0; t < tokens; ++t)
-                round_row(x + t * w.columns, w.columns, w.group_columns, rounded, t);
-        }
-        float* sums = reinterpret_cast<float*>(all_sums + omp_get_thread_num() * sums_bytes);
-        for (int64_t token = 0; token < tokens; token += block) {
-            const int64_t count = tokens - token < block ? tokens - token : block;
-#pragma omp for schedule(dynamic, 1) nowait
-            for (int64_t task = 0; task < tasks; ++task) {
-                const int64_t end = (task + 1) * per_task < panels ? (task + 1) * per_task : panels;
-                for (int64_t panel = task * per_task; panel < end; panel += kTilePanels) {
-                    const int here = end - panel < kTilePanels ? 1 : kTilePanels;
-                    for (int64_t group = 0; group < groups; group += chunk) {
-                        const int64_t last = group + chunk < groups ? group + chunk : groups;
-                        if (here == kTilePanels)
-                            add_tiles<kKind, kTilePanels>(w, panel, group, last, table, rounded, token,
-                                                          count, sums);
-                        else
-                            add_tiles<kKind, 1>(w, panel, group, last, table, rounded, token, count, sums);
-                    }
-                    write_sums(sums, here, w, panel, bias, y, token, count);
-                }
+    // Long runs of memory for each thread, and four pieces for each, so that none waits long at the end.
+    int64_t length = tokens <= kFewTokens ? panels / (4 * threads) / kTilePanels * kTilePanels : 0;
+    length = length < kTilePanels ? kTilePanels : length > kMostPanelsPerPiece ? kMostPanelsPerPiece : length;
+    const int64_t lengths = ceil_div(panels, length);
+    share(threads, lengths * ceil_div(tokens, block), [&](int64_t piece, int worker) {
+        float* sums = reinterpret_cast<float*>(memory + rounded_bytes + worker * sums_bytes);
+        const int64_t token = piece / lengths * block, begin = piece % lengths * length;
+        const int64_t count = tokens - token < block ? tokens - token : block;
+        const int64_t end = begin + length < panels ? begin + length : panels;
+        for (int64_t panel = begin; panel < end; panel += kTilePanels) {
+            const int here = end - panel < kTilePanels ? 1 : kTilePanels;
+            for (int64_t group = 0; group < groups; group += chunk) {
+                const int64_t last = group + chunk < groups ? group + chunk : groups;
+                if (here == kTilePanels)
+                    add_tiles<kKind, kTilePanels>(w, panel, group, last, table, rounded, token, count, sums);
+                else
+                    add_tiles<kKind, 1>(w, panel, group, last, table, rounded, token, count, sums);
             }
+            write_sums(sums, here, w, panel, bias, y, token, count);
         }
-    }
+    });
     return 0;
 }
+
+#if MAKES_READY
+// sums (tokens, 16) += some groups of a panel, which are ready, times some tokens.
+template <int kKind, int kTokens>
+INLINE void ready_tile(const Panels& w, int64_t panel, int64_t first_group, int64_t last_group,
+                       const uint8_t* ready, const Rounded& x, int64_t token, float* sums) {
+    constexpr int kCodeBytes = is_wide(kKind) ? 2 : 1;
+    const int64_t blocks = w.group_columns / kBlock, stride = x.columns * kCodeBytes;
+    const char* rounded = x.codes + token * stride + first_group * w.group_columns * kCodeBytes;
+    for (int64_t group = first_group; group < last_group; ++group) {
+        __m256i whole[kTokens][2];
+        for (int t = 0; t < kTokens; ++t)
+            whole[t][0] = whole[t][1] =
+                _mm256_set1_epi32(kKind == kNibbles ? -8 * x.sums[(token + t) * x.groups + group] : 0);
+        for (int64_t block = 0; block < blocks; ++block) {
+            add_block<kKind, kTokens>(ready, rounded, stride, whole);
+            ready += ready_bytes(kKind);
+            rounded += kBlock * kCodeBytes;
+        }
+        const int64_t index = panel * x.groups + group;
+        Floats scale = load_scale<kKind>(w, index);
+        if (kKind == kTable) scale = scale * Floats::all(1.0f / 127.0f);
+        for (int t = 0; t < kTokens; ++t) {
+            const int64_t at = (token + t) * x.groups + group;
+            Ints ints;
+            for (int part = 0; part < 2; ++part) ints.part[part] = (IntPart)whole[t][part];
+            Floats value = to_floats(ints);
+            if (kKind == kZeroNibbles)
+                value = value - load_bytes(w.zero + index * kLanes) * Floats::all(static_cast<float>(x.sums[at]));
+            float* to = sums + t * kLanes;
+            store(to, add_product(load(to), value, scale * Floats::all(x.scale[at])));
+        }
+    }
+}
+
+template <int kKind, class Item>
+int ready_product(const Panels& w, const Item* x, const Item* bias, Item* y, int64_t tokens, int threads) {
+    constexpr int64_t kReadyPanels = 4, kBlockTokens = 128, kChunkColumns = 512;
+    constexpr bool kWide = is_wide(kKind);
+    const int64_t groups = num_groups(w), panels = num_panels(w);
+    const int64_t block = tokens < kBlockTokens ? tokens : kBlockTokens;
+    const int64_t sums_floats = kReadyPanels * block * kLanes;
+    const int64_t ready_size = kChunkColumns / kBlock * ready_bytes(kKind);
+    const int64_t worker_bytes = sums_floats * 4 + ready_size;
+    if (panels * panel_bytes(w) < kSharedBytes) threads = 1;
+    const int64_t rounded_bytes = RoundedMemory(nullptr, w, tokens, kWide ? 2 : 1).bytes;
+    char* memory = static_cast<char*>(hanok_scratch(rounded_bytes + threads * worker_bytes));
+    if (!memory) return 1;
+    const Rounded rounded = RoundedMemory(memory, w, tokens, kWide ? 2 : 1).rounded;
+    uint8_t table[16] = {};
+    set_table(w, table);
+    round_rows<kWide>(w, x, tokens, rounded, threads);
+    const int64_t chunk = kChunkColumns / w.group_columns, ranges = ceil_div(panels, kReadyPanels);
+    share(threads, ranges * ceil_div(tokens, block), [&](int64_t piece, int worker) {
+        float* sums = reinterpret_cast<float*>(memory + rounded_bytes + worker * worker_bytes);
+        uint8_t* ready = reinterpret_cast<uint8_t*>(sums + sums_floats);
+        const int64_t token = piece / ranges * block, begin = piece % ranges * kReadyPanels;
+        const int64_t count = tokens - token < block ? tokens - token : block;
+        const int64_t end = begin + kReadyPanels < panels ? begin + kReadyPanels : panels;
+        for (int64_t i = 0; i < sums_floats; i += kLanes) store(sums + i, Floats::all(0.0f));
+        for (int64_t group = 0; group < groups; group += chunk) {
+            const int64_t last = group + chunk < groups ? group + chunk : groups;
+            const int64_t blocks = w.group_columns / kBlock;
+            for (int64_t panel = begin; panel < end; ++panel) {
+                const uint8_t* codes = w.codes + (panel * groups + group) * blocks * block_bytes(kKind);
+                for (int64_t i = 0; i < (last - group) * blocks; ++i) {
+                    for (int64_t line = 0; line < block_bytes(kKind); line += 64)
+                        __builtin_prefetch(codes + i * block_bytes(kKind) + line + 2048);
+                    make_ready<kKind>(codes + i * block_bytes(kKind), table, ready + i * ready_bytes(kKind));
+                }
+                float* to = sums + (panel - begin) * block * kLanes;
+                int64_t t = 0;
+                for (; t + kReadyTokens <= count; t += kReadyTokens)
+                    ready_tile<kKind, kReadyTokens>(w, panel, group, last, ready, rounded, token + t,
+                                                    to + t * kLanes);
+                for (; t + 2 <= count; t += 2)
+                    ready_tile<kKind, 2>(w, panel, group, last, ready, rounded, token + t, to + t * kLanes);
+                for (; t < count; ++t)
+                    ready_tile<kKind, 1>(w, panel, group, last, ready, rounded, token + t, to + t * kLanes);
+            }
+        }
+        for (int64_t panel = begin; panel < end; ++panel)
+            write_sums(sums + (panel - begin) * block * kLanes, 1, w, panel, bias, y, token, count);
+    });
+    return 0;
+}
+#endif
 
 // --- kinds that leave x as it is, for few tokens ------------------------------------------------------
 
@@ -300,8 +416,7 @@ INLINE void float_tile(const uint8_t* codes, const float* x, int64_t columns, Fl
     for (int64_t column = 0; column < columns; column += 4) {
         const uint8_t* from = codes + column / 4 * kVectorBytes;
         if (kTokens <= 2) __builtin_prefetch(from + 2048);
-        Words words;
-        std::memcpy(&words, from, kVectorBytes);
+        const Words words = Words::load(from);
 #pragma GCC unroll 4
         for (int j = 0; j < 4; ++j) {
             const Floats value = byte_value<kKind>(words, j);
@@ -339,8 +454,7 @@ int float_product(const Panels& w, const Item* x, const Item* bias, Item* y, int
                 i < w.columns ? load_first(x + t * w.columns + i, w.columns - i) : Floats::all(0.0f);
             store(wide + t * columns + i, value);
         }
-#pragma omp parallel for schedule(dynamic, 8) num_threads(threads) if (threads > 1 && panels > 8)
-    for (int64_t panel = 0; panel < panels; ++panel) {
+    share(panels * columns < kSharedBytes / kLanes ? 1 : threads, panels, [&](int64_t panel, int) {
         int64_t t = 0;
         for (; t + 4 <= tokens; t += 4)
             float_panel<kKind, 4>(w, panel, wide + t * columns, columns, bias, y + t * w.rows);
@@ -348,8 +462,17 @@ int float_product(const Panels& w, const Item* x, const Item* bias, Item* y, int
             float_panel<kKind, 2>(w, panel, wide + t * columns, columns, bias, y + t * w.rows);
         for (; t < tokens; ++t)
             float_panel<kKind, 1>(w, panel, wide + t * columns, columns, bias, y + t * w.rows);
-    }
+    });
     return 0;
+}
+
+// However many tokens: the sums are of the same whole numbers, so which way they are formed never shows.
+template <int kKind, class Item>
+int best_product(const Panels& w, const Item* x, const Item* bias, Item* y, int64_t tokens, int threads) {
+#if MAKES_READY
+    if (tokens > kTileTokens) return ready_product<kKind>(w, x, bias, y, tokens, threads);
+#endif
+    return whole_product<kKind>(w, x, bias, y, tokens, threads);
 }
 
 template <class Item>
@@ -358,10 +481,10 @@ int product_of(const Panels& w, const void* x_, const void* bias_, void* y_, int
     const Item* bias = static_cast<const Item*>(bias_);
     Item* y = static_cast<Item*>(y_);
     switch (w.kind) {
-        case kBytes: return whole_product<kBytes>(w, x, bias, y, tokens, threads);
-        case kNibbles: return whole_product<kNibbles>(w, x, bias, y, tokens, threads);
-        case kZeroNibbles: return whole_product<kZeroNibbles>(w, x, bias, y, tokens, threads);
-        case kTable: return whole_product<kTable>(w, x, bias, y, tokens, threads);
+        case kBytes: return best_product<kBytes>(w, x, bias, y, tokens, threads);
+        case kNibbles: return best_product<kNibbles>(w, x, bias, y, tokens, threads);
+        case kZeroNibbles: return best_product<kZeroNibbles>(w, x, bias, y, tokens, threads);
+        case kTable: return best_product<kTable>(w, x, bias, y, tokens, threads);
         case kRowBytes: return float_product<kRowBytes>(w, x, bias, y, tokens, threads);
         default: return float_product<kRowFloat8>(w, x, bias, y, tokens, threads);
     }

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from hanok.kernels.native import (
-    DENSE_TOKENS,
     PANEL_KINDS,
+    ROW_KIND_TOKENS,
     Native,
     PanelKind,
     Panels,
@@ -136,13 +136,13 @@ class PanelWeight:
         """See `Stored`."""
         if self.method.format.group_size is not None:
             return f"hanok {self._kernels.instruction_set}, x rounded to int8"
-        if num_tokens <= DENSE_TOKENS:
+        if num_tokens <= ROW_KIND_TOKENS:
             return f"hanok {self._kernels.instruction_set}, x as it is"
         return "torch, a block of rows turned into float32 at a time"
 
     def matmul(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """See `Stored`."""
-        if self.method.format.group_size is not None or x.shape[0] <= DENSE_TOKENS:
+        if self.method.format.group_size is not None or x.shape[0] <= ROW_KIND_TOKENS:
             return self._kernels.product(x, self._panels, bias)
         output, wide = x.new_empty(x.shape[0], self.shape[0]), x.float()
         for start in range(0, self.shape[0], BLOCK_ROWS):
