@@ -20,7 +20,8 @@ import measure
 import torch
 from torch import Tensor
 
-from hanok.kernels.native import DENSE_TOKENS, native
+from hanok.kernels.native import native
+from hanok.kernels.processor import has_bfloat16_instructions
 from hanok.models import linear
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 512)
@@ -31,7 +32,8 @@ GOOD_ENOUGH = 1.1  # a choice is right when nothing is faster by more than this
 
 def products(num_tokens: int) -> tuple[linear.Product, ...]:
     """Return the products that can multiply so many tokens here."""
-    limits = {"vector": 1, "native": DENSE_TOKENS if native() is not None else 0}
+    kernels = native()
+    limits = {"vector": 1, "native": 0 if kernels is None else kernels.dense_tokens}
     return tuple(name for name in PRODUCTS if num_tokens <= limits.get(name, num_tokens))
 
 
@@ -146,7 +148,7 @@ def main() -> None:
     explanation = (
         "GB/s of weights, median (smallest–largest) of "
         f"{options.runs} turns, and GFLOP/s. Bold: what `choose_product` picks here, where "
-        f"has_bfloat16_instructions() is {linear.has_bfloat16_instructions()}; star: the fastest. In "
+        f"has_bfloat16_instructions() is {has_bfloat16_instructions()}; star: the fastest. In "
         f"{right} of {len(slowdowns)} lines the choice takes at most {GOOD_ENOUGH:g} times as long as "
         f"the fastest. {all_disturbed} of {len(slowdowns) * options.runs} rounds were disturbed by "
         "other programs."

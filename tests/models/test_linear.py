@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hanok.attention.base import ForwardBatch
+from hanok.kernels import processor
 from hanok.kernels.native import native
 from hanok.models import linear
 from hanok.models.config import LayerConfig, Mlp, ModelConfig, Norm, Rope
@@ -213,10 +214,17 @@ class Machine:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.patch = monkeypatch
 
-    def __call__(self, *, built: bool, machine: str = "x86_64", bfloat16: bool = False) -> None:
-        kernels = SimpleNamespace() if built else None
+    def __call__(
+        self,
+        *,
+        built: bool,
+        machine: str = "x86_64",
+        bfloat16: bool = False,
+        dense_tokens: int = NATIVE_TOKENS,
+    ) -> None:
+        kernels = SimpleNamespace(dense_tokens=dense_tokens) if built else None
         self.patch.setattr(linear, "native", lambda: kernels)
-        self.patch.setattr(linear, "has_bfloat16_instructions", lambda: bfloat16)
+        self.patch.setattr(processor, "has_bfloat16_instructions", lambda: bfloat16)
         self.patch.setattr(platform, "machine", lambda: machine)
 
 
@@ -250,10 +258,26 @@ def test_the_processor_the_build_and_the_tokens_choose_the_product(
     weight = random(4, 8, seed=1)
     assert choose_product(weight, tokens) == product
     assert choose_product(weight.float(), tokens) == ("native" if product == "native" else "torch")
-    for other in (weight.half(), weight.to("meta"), weight.clone().requires_grad_()):
+    for other in (weight.to("meta"), weight.clone().requires_grad_()):
         assert choose_product(other, tokens) == "torch"
     with torch.no_grad():
         assert choose_product(weight.clone().requires_grad_(), tokens) == product
+
+
+@pytest.mark.parametrize("tokens", [1, 9, 512])
+def test_kernels_that_take_any_number_of_tokens_are_given_all(on: Machine, tokens: int) -> None:
+    on(built=True, dense_tokens=2**63 - 1)
+    weight = random(4, 8, seed=1)
+    assert choose_product(weight, tokens) == choose_product(weight.float(), tokens) == "native"
+
+
+@pytest.mark.parametrize("machine", ["x86_64", "aarch64"])
+def test_float16_is_widened_where_torch_is_slow_with_it(on: Machine, machine: str) -> None:
+    on(built=True, machine=machine, bfloat16=True)
+    weight = random(4, 8, seed=1).half()
+    slow = machine == "x86_64"
+    assert choose_product(weight, 9) == ("widened" if slow else "torch")
+    assert choose_product(weight, 1) == ("vector" if slow else "torch")
 
 
 def test_a_transposed_weight_is_not_given_to_the_kernel(on: Machine) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from hanok.attention.cache import LayerState
 from hanok.errors import OptionError, UnsupportedError
+from hanok.kernels.processor import FEW_ROWS, multiplies
 from hanok.registry import discover, nearest_first
 
 # What "auto" tries, in this order; a backend that is not named here is used only when asked for.
@@ -242,6 +243,13 @@ def visible(num_queries: int, num_keys: int, window: int | None, device: torch.d
     queries = torch.arange(num_keys - num_queries, num_keys, device=device)[:, None]
     seen = keys <= queries
     return seen if window is None else seen & (keys > queries - window)
+
+
+def multipliable(rows: int, q: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, ...]:
+    """Return q, keys and values in a dtype whose products of `rows` rows this device is fast at."""
+    if rows <= FEW_ROWS or multiplies(q.dtype, q.device):
+        return q, keys, values
+    return q.float(), keys.float(), values.float()
 
 
 def reference(

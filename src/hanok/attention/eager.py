@@ -7,7 +7,7 @@ repeated. Queries go in chunks, which bounds the scores to heads x CHUNK x keys 
 import torch
 from torch import Tensor
 
-from hanok.attention.base import AttentionSpec, ForwardBatch, split_sequences, visible
+from hanok.attention.base import AttentionSpec, ForwardBatch, multipliable, split_sequences, visible
 from hanok.attention.cache import LayerState
 
 CHUNK = 512
@@ -53,6 +53,7 @@ class Eager:
         group = spec.num_heads // spec.num_kv_heads
         grouped = q.view(time, spec.num_kv_heads, group, spec.head_dim).permute(1, 2, 0, 3)
         rows = grouped.reshape(spec.num_kv_heads, group * time, spec.head_dim)
+        rows, keys, values = multipliable(rows.shape[1], rows, keys, values)
         scores = (rows @ keys.transpose(1, 2)).float() * spec.scale
         if spec.softcap is not None:
             scores = spec.softcap * torch.tanh(scores / spec.softcap)
@@ -60,7 +61,7 @@ class Eager:
         scores = scores.view(-1, group, time, num_keys).masked_fill(~seen, float("-inf"))
         weights = scores.softmax(-1).to(values.dtype).view(-1, group * time, num_keys)
         output = (weights @ values).view(spec.num_kv_heads, group, time, spec.head_dim)
-        return output.permute(2, 0, 1, 3).reshape(time, spec.num_heads, spec.head_dim)
+        return output.permute(2, 0, 1, 3).reshape(time, spec.num_heads, spec.head_dim).to(q.dtype)
 
 
 BACKENDS = (Eager(),)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from hanok.attention.base import AttentionSpec, ForwardBatch, split_sequences, visible
+from hanok.attention.base import AttentionSpec, ForwardBatch, multipliable, split_sequences, visible
 from hanok.attention.cache import LayerState
 
 CHUNK = 1024
@@ -68,7 +68,8 @@ class Sdpa:
     def _dense(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, batch: int) -> Tensor:
         """Attend over equally long sequences at once, as views (batch, heads, time, head_dim)."""
         time, group = q.shape[0] // batch, spec.num_heads // spec.num_kv_heads
-        shape = (batch, time, -1, spec.head_dim)
+        shape, dtype = (batch, time, -1, spec.head_dim), q.dtype
+        q, k, v = multipliable(time * group, q, k, v)
         output = scaled_dot_product_attention(
             q.view(shape).transpose(1, 2),
             k.view(shape).transpose(1, 2),
@@ -77,22 +78,24 @@ class Sdpa:
             scale=spec.scale,
             enable_gqa=group > 1,
         )
-        return output.transpose(1, 2).reshape(q.shape)
+        return output.transpose(1, 2).reshape(q.shape).to(dtype)
 
     def _one(self, q: Tensor, keys: Tensor, values: Tensor, spec: AttentionSpec) -> Tensor:
         """q: (time, heads, head_dim)   keys, values: (kv_heads, keys, head_dim), q's are the last."""
         time, num_keys = q.shape[0], keys.shape[1]
         kv_heads, group = spec.num_kv_heads, spec.num_heads // spec.num_kv_heads
+        dtype = q.dtype
+        if time == 1 and spec.window is not None:
+            keys, values = keys[:, -spec.window :], values[:, -spec.window :]
+        q, keys, values = multipliable(time * group, q, keys, values)
         if time == 1:
-            if spec.window is not None:
-                keys, values = keys[:, -spec.window :], values[:, -spec.window :]
             output = scaled_dot_product_attention(
                 q.view(1, kv_heads, group, spec.head_dim),
                 keys[None],
                 values[None],
                 scale=spec.scale,
             )
-            return output.view(1, spec.num_heads, spec.head_dim)
+            return output.view(1, spec.num_heads, spec.head_dim).to(dtype)
         # (kv_heads, group, time, head_dim), the KV heads broadcast over their group.
         grouped = q.view(time, kv_heads, group, spec.head_dim).permute(1, 2, 0, 3)
         keys = keys[:, None].expand(kv_heads, group, num_keys, spec.head_dim)
@@ -109,7 +112,7 @@ class Sdpa:
                 ],
                 dim=2,
             )
-        return output.permute(2, 0, 1, 3).reshape(time, spec.num_heads, spec.head_dim)
+        return output.permute(2, 0, 1, 3).reshape(time, spec.num_heads, spec.head_dim).to(dtype)
 
     def _chunk(
         self, grouped: Tensor, keys: Tensor, values: Tensor, spec: AttentionSpec, start: int

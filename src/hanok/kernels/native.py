@@ -7,7 +7,6 @@ below a cap: HANOK_ISA=avx2 computes as a processor without AVX-512 does.
 """
 
 import ctypes
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -19,12 +18,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from hanok.errors import OptionError
+from hanok.kernels.processor import INSTRUCTION_SETS, instruction_set_cap
 
 LIBRARY = Path(__file__).parent / "libhanok_kernels.so"
 ROW_KIND_TOKENS = 8  # rows of x that `product` takes of weights without groups
-CAP = "HANOK_ISA"
-KEYS = ("portable", "dotprod", "avx2", "avxvnni", "avx512")  # what a cap may be, the least first
 
 # The library's numbers for types, kinds of panels, activations and operations (cpp/kernels.h).
 ITEM_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
@@ -128,7 +125,7 @@ class Native:
         library.hanok_key.restype = ctypes.c_char_p
         library.hanok_key.argtypes = [c_void_p]
         self.key: str = library.hanok_key(self._table).decode()
-        """The same, one of KEYS."""
+        """The same, one of INSTRUCTION_SETS."""
         library.hanok_dense_tokens.restype = c_int64
         library.hanok_dense_tokens.argtypes = [c_void_p]
         self.dense_tokens: int = library.hanok_dense_tokens(self._table)
@@ -358,16 +355,6 @@ def _library() -> ctypes.CDLL | None:
         return None
 
 
-def instruction_set_cap() -> str | None:
-    """Return the best instruction set that the user allows (HANOK_ISA, one of KEYS); None: any."""
-    # A property of the machine, not of a call: every process started here shall have the same, and so
-    # shall programs that use hanok as a library.
-    cap = os.environ.get(CAP) or None  # noqa: TID251
-    if cap is not None and cap not in KEYS:
-        raise OptionError(f"{CAP}={cap} is no instruction set. Write one of {', '.join(KEYS)}.")
-    return cap
-
-
 @cache
 def built_instruction_sets() -> Sequence[Native]:
     """Return the kernels of each instruction set that this processor has, the best first."""
@@ -385,9 +372,11 @@ def built_instruction_sets() -> Sequence[Native]:
 @cache
 def instruction_sets() -> Sequence[Native]:
     """Return those that the user allows, the best first."""
+    allowed: Sequence[str] = INSTRUCTION_SETS
     cap = instruction_set_cap()
-    most = len(KEYS) if cap is None else KEYS.index(cap)
-    return tuple(item for item in built_instruction_sets() if KEYS.index(item.key) <= most)
+    if cap is not None:
+        allowed = allowed[: allowed.index(cap) + 1]
+    return tuple(item for item in built_instruction_sets() if item.key in allowed)
 
 
 def native() -> Native | None:

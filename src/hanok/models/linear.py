@@ -6,41 +6,32 @@ computes many tokens at a fifth of the float32 rate or, without AVX-512, at a hu
 was measured (benchmarks/linear.py) and depends on the processor and the build alone, so that a result
 never depends on a stopwatch:
 
-| our kernels' instruction set   | processor        | tokens | product                                   |
-|--------------------------------|------------------|--------|-------------------------------------------|
-| portable, AVX2, AVX-VNNI       | x86              | any    | ours: a token's is the same in any company |
-| AVX-512, those of ARM          | any              | 1 to 8 | ours                                      |
-| AVX-512                        | with bfloat16    | more   | torch (oneDNN)                            |
-| AVX-512                        | without          | more   | weights widened, a block of rows at a time |
-| not built                      | with bfloat16    | 1      | torch, oneDNN off                         |
-| not built                      | with bfloat16    | more   | torch (oneDNN)                            |
-| not built                      | without          | 1      | matrix times vector                       |
-| not built                      | without          | more   | weights widened, a block of rows at a time |
+| our kernels               | processor      | tokens | product                                      |
+|---------------------------|----------------|--------|----------------------------------------------|
+| portable, AVX2, AVX-VNNI  | x86            | any    | ours: a token's is the same in any company   |
+| AVX-512, those of ARM     | any            | 1 to 8 | ours                                         |
+| AVX-512                   | with bfloat16  | more   | torch (oneDNN)                               |
+| AVX-512                   | without        | more   | weights widened, a block of rows at a time   |
+| not built                 | with bfloat16  | 1      | torch, oneDNN off                            |
+| not built                 | with bfloat16  | more   | torch (oneDNN)                               |
+| not built                 | without        | 1      | matrix times vector                          |
+| not built                 | without        | more   | weights widened, a block of rows at a time   |
 """
 
-import platform
-from functools import cache
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hanok.kernels.native import instruction_set_cap, native
+from hanok.kernels.native import native
+from hanok.kernels.processor import is_x86, multiplies
 
 # Rows widened at a time: few enough to stay in L2 when the product is short, enough to keep the
 # float32 product busy when it is long (measured: 256 and 1024 rows of 2048 columns).
 FEW_TOKENS, FEW_TOKENS_ROWS, MANY_TOKENS_ROWS = 32, 256, 1024
 
 Product = Literal["torch", "native", "torch without oneDNN", "vector", "widened"]
-
-
-@cache
-def has_bfloat16_instructions() -> bool:
-    """Return whether this CPU multiplies bfloat16 natively (AVX512_BF16 or AMX) and may do so."""
-    if instruction_set_cap() not in (None, "avx512"):
-        return False
-    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 def choose_product(weight: Tensor, num_tokens: int) -> Product:
@@ -52,12 +43,9 @@ def choose_product(weight: Tensor, num_tokens: int) -> Product:
     is_known = weight.dtype in (torch.bfloat16, torch.float32) and weight.is_contiguous()
     if is_known and kernels is not None and 0 < num_tokens <= kernels.dense_tokens:
         return "native"
-    if weight.dtype is not torch.bfloat16:
-        return "torch"
-    if platform.machine() not in ("x86_64", "AMD64"):
-        return "torch"
-    if has_bfloat16_instructions():
-        return "torch without oneDNN" if num_tokens == 1 else "torch"
+    if multiplies(weight.dtype, weight.device):
+        is_torch_slow = weight.dtype is torch.bfloat16 and num_tokens == 1 and is_x86()
+        return "torch without oneDNN" if is_torch_slow else "torch"
     return "vector" if num_tokens == 1 else "widened"
 
 

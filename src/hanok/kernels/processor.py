@@ -1,0 +1,54 @@
+"""What this processor multiplies itself, and what of it the user lets hanok use."""
+
+import os
+import platform
+from functools import cache
+
+import torch
+
+from hanok.errors import OptionError
+
+CAP = "HANOK_ISA"
+INSTRUCTION_SETS = ("portable", "dotprod", "avx2", "avxvnni", "avx512")  # the least first
+FEW_ROWS = 8
+"""Rows of a product up to which reading limits it, however it is multiplied."""
+
+
+def instruction_set_cap() -> str | None:
+    """Return the best instruction set that the user allows (HANOK_ISA); None: any.
+
+    Raises OptionError for one that is none of INSTRUCTION_SETS.
+    """
+    # A property of the machine, not of a call: every process started here shall have the same, and so
+    # shall programs that use hanok as a library.
+    cap = os.environ.get(CAP) or None  # noqa: TID251
+    if cap is not None and cap not in INSTRUCTION_SETS:
+        known = ", ".join(INSTRUCTION_SETS)
+        raise OptionError(f"{CAP}={cap} is no instruction set. Write one of {known}.")
+    return cap
+
+
+def is_x86() -> bool:
+    """Return whether this processor is an x86 of 64 bits."""
+    return platform.machine() in ("x86_64", "AMD64")
+
+
+@cache
+def has_bfloat16_instructions() -> bool:
+    """Return whether this CPU multiplies bfloat16 natively (AVX512_BF16 or AMX) and may do so."""
+    if instruction_set_cap() not in (None, "avx512"):
+        return False
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def multiplies(dtype: torch.dtype, device: torch.device) -> bool:
+    """Return whether torch multiplies matrices of this dtype there as fast as it can in any.
+
+    On x86 without such instructions torch's products of 16-bit numbers take up to a hundred times as
+    long as those of float32: then matrices of more than FEW_ROWS rows are to be widened.
+    """
+    if device.type != "cpu" or dtype not in (torch.bfloat16, torch.float16):
+        return True
+    if not is_x86():
+        return True
+    return dtype is torch.bfloat16 and has_bfloat16_instructions()
