@@ -1,6 +1,6 @@
 """The compiled kernels: exact sums, rounding, threads, and a machine that could not build them."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -9,17 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from hanok.errors import OptionError
 from hanok.kernels import native as module
 from hanok.kernels.native import Native, instruction_sets, native, native_for, why_not
+from hanok.kernels.processor import CAP, INSTRUCTION_SETS, has_bfloat16_instructions
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture
-def two_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def random(*shape: int, seed: int) -> Tensor:
@@ -32,16 +27,20 @@ def whole_numbers(*shape: int, seed: int) -> Tensor:
     return torch.randint(-8, 9, shape, generator=generator).bfloat16()
 
 
+both_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+
+
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(
-    tokens=st.integers(1, 8),
+    tokens=st.integers(1, 40),
     rows=st.integers(1, 70),
-    columns=st.integers(1, 140),
+    columns=st.integers(1, 300),
     has_bias=st.booleans(),
 )
 def test_an_exact_sum_is_rounded_as_torch_rounds_it(
     kernels: Native, tokens: int, rows: int, columns: int, has_bias: bool
 ) -> None:
+    tokens = min(tokens, kernels.dense_tokens)
     x, weight = whole_numbers(tokens, columns, seed=1), whole_numbers(rows, columns, seed=2)
     bias = whole_numbers(rows, seed=3) if has_bias else None
     exact = x.double() @ weight.double().t()
@@ -94,15 +93,35 @@ def test_a_sum_too_large_for_bfloat16_is_infinite(kernels: Native) -> None:
     assert answer.tolist() == [[x.item(), float("inf"), float("-inf")]]
 
 
-@pytest.mark.parametrize("tokens", range(1, 9))
+@both_dtypes
+@pytest.mark.parametrize("tokens", [*range(1, 9), 40, 200])
 def test_any_number_of_threads_gives_the_same_bits(
-    kernels: Native, two_threads: None, tokens: int
+    kernels: Native, with_threads: Callable[[int], None], tokens: int, dtype: torch.dtype
 ) -> None:
-    x, weight, bias = random(tokens, 301, seed=1), random(509, 301, seed=2), random(509, seed=3)
-    torch.set_num_threads(1)
+    if tokens > kernels.dense_tokens:
+        pytest.skip(f"these kernels take {kernels.dense_tokens} tokens at the most")
+    weight = random(2100, 301, seed=2).to(dtype)  # more than one thread does alone
+    x, bias = random(tokens, 301, seed=1).to(dtype), random(2100, seed=3).to(dtype)
+    with_threads(1)
     alone = kernels.dense(x, weight, bias)
-    torch.set_num_threads(2)
-    assert torch.equal(kernels.dense(x, weight, bias), alone)
+    for count in (2, 3):
+        with_threads(count)
+        assert torch.equal(kernels.dense(x, weight, bias), alone)
+
+
+@both_dtypes
+@pytest.mark.parametrize(("rows", "columns"), [(45, 700), (130, 33), (64, 256)])
+def test_where_any_number_of_tokens_is_taken_each_is_what_it_is_alone(
+    kernels: Native, dtype: torch.dtype, rows: int, columns: int
+) -> None:
+    """In tiles of any size, over blocks of tokens, and where columns are no whole chains."""
+    if kernels.dense_tokens < 1000:
+        pytest.skip(f"these kernels take {kernels.dense_tokens} tokens at the most")
+    x, weight = random(400, columns, seed=1).to(dtype), random(rows, columns, seed=2).to(dtype)
+    bias = random(rows, seed=3).to(dtype)
+    alone = torch.cat([kernels.dense(row[None], weight, bias) for row in x])
+    for count in (2, 3, 5, 6, 7, 8, 13, 191, 192, 193, 400):
+        assert torch.equal(kernels.dense(x[:count], weight, bias), alone[:count]), count
 
 
 def test_a_strided_x_is_read_in_its_own_order(kernels: Native) -> None:
@@ -116,9 +135,9 @@ def test_a_strided_x_is_read_in_its_own_order(kernels: Native) -> None:
 
 def test_what_would_be_read_out_of_bounds_is_refused(kernels: Native) -> None:
     weight = random(4, 16, seed=1)
-    for tokens, columns in ((0, 16), (kernels.dense_tokens + 1, 16), (1, 15), (1, 17)):
-        if tokens > 1000:
-            continue  # any number is taken
+    too_many = min(kernels.dense_tokens + 1, 1000)  # which some kernels take, of the right columns
+    columns_then = 16 if too_many < 1000 else 15
+    for tokens, columns in ((0, 16), (too_many, columns_then), (1, 15), (1, 17)):
         with pytest.raises(ValueError, match=f"x is {tokens} x {columns}, the weight 4 x 16"):
             kernels.dense(random(tokens, columns, seed=2), weight, None)
     with pytest.raises(ValueError, match=r"x is torch\.float32"):
@@ -171,3 +190,43 @@ def test_the_kernels_are_offered_for_what_they_can_compute_and_nothing_else() ->
         assert native_for(wide, other) is None
     with torch.no_grad():
         assert native_for(wide.clone().requires_grad_()) is native()
+
+
+@pytest.fixture
+def capped(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Sequence[Native]]]:
+    """Returns the instruction sets that are used under a cap."""
+
+    def under(cap: str) -> Sequence[Native]:
+        monkeypatch.setenv(CAP, cap)
+        instruction_sets.cache_clear()
+        return instruction_sets()
+
+    yield under
+    monkeypatch.undo()
+    instruction_sets.cache_clear()
+
+
+def test_a_cap_leaves_what_is_less(capped: Callable[[str], Sequence[Native]]) -> None:
+    all_of_them = [item.key for item in module.built_instruction_sets()]
+    assert [item.key for item in capped("")] == all_of_them  # an empty variable is none
+    for cap in INSTRUCTION_SETS:
+        allowed = INSTRUCTION_SETS[: INSTRUCTION_SETS.index(cap) + 1]
+        assert [item.key for item in capped(cap)] == [x for x in all_of_them if x in allowed]
+
+
+def test_a_cap_that_is_no_instruction_set_is_refused(
+    capped: Callable[[str], Sequence[Native]],
+) -> None:
+    with pytest.raises(
+        OptionError, match=r"HANOK_ISA=sse9 is no instruction set\. Write one of port"
+    ):
+        capped("sse9")
+
+
+def test_under_a_cap_there_are_no_bfloat16_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    has_them = has_bfloat16_instructions.__wrapped__
+    monkeypatch.delenv(CAP, raising=False)
+    assert has_them()
+    monkeypatch.setenv(CAP, "avx2")
+    assert not has_them()

@@ -205,8 +205,8 @@ def test_threads_change_no_bit(
 ) -> None:
     if text in FLOAT and tokens > 8:
         tokens = 8
-    weight, x = stored(kernels, text, random(300, 200, seed=2)), random(tokens, 200)
-    answers = []
+    weight = stored(kernels, text, random(2600, 400, seed=2))  # more than one thread does alone
+    x, answers = random(tokens, 400), []
     for count in (1, 2, 3):
         with_threads(count)
         answers.append(weight.matmul(x, None))

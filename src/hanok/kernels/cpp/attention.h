@@ -19,7 +19,7 @@ constexpr int64_t kSplit = 1024;      // keys
 constexpr int64_t kFewQueries = 8;    // of a sequence: up to here its keys are shared out, else its queries
 constexpr int64_t kBlockKeys = 64;    // turned at a time
 constexpr int64_t kTaskRows = 64;
-constexpr int64_t kSharedProducts = 1 << 17;  // less is done before another thread has heard of it
+constexpr int64_t kSharedProducts = 1 << 19;  // less is done before another thread has heard of it
 constexpr int64_t kAppendedTokens = 64;       // by a piece
 constexpr float kLowest = -1e30f;     // below every score; minus infinity less itself is no number
 

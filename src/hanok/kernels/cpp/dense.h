@@ -11,7 +11,6 @@ namespace {
 
 constexpr int kDenseTokens = 8;  // the most
 constexpr int64_t kRowsPerPiece = 32;
-constexpr int64_t kSharedItems = 1 << 15;  // of a weight; less is done before another thread has heard of it
 constexpr int64_t kPrefetchItems = 512;  // ahead, measured: 28 GB/s, with none 20 to 24
 
 // x as float32, in the order in which weights are widened: a run of bfloat16 is 32 columns, the even ones
@@ -101,7 +100,7 @@ int dense_of(const Dense<Item>& given, int64_t tokens, int threads) {
         wide_x(given.x + t * given.columns, wide + t * runs * kRun, runs);
     Dense<Item> d = given;
     d.wide = wide;
-    if (d.rows * d.columns < kSharedItems) threads = 1;
+    if (is_small(d.rows * d.columns * sizeof(Item), tokens)) threads = 1;
     share_ranges(threads, d.rows, kRowsPerPiece, [&](int64_t begin, int64_t end, int) {
         switch (tokens) {
             case 1: dense_between<Item, 1>(d, begin, end); break;

@@ -18,7 +18,6 @@ constexpr int64_t kDenseTokens = INT64_MAX;  // any number of them
 constexpr int64_t kChain = 256;  // columns
 constexpr int64_t kPanels = 2;  // of 16 rows, turned at a time
 constexpr int64_t kPieceRows = 64, kPieceTokens = 192;
-constexpr int64_t kSharedItems = 1 << 15;  // of a weight; less is done before another thread has heard of it
 
 #if REGISTER_BYTES == 32
 constexpr int kDenseTileTokens = 6;
@@ -135,7 +134,7 @@ int dense_items(const Item* x, const Item* weight, const Item* bias, Item* y, in
     const int64_t piece_tokens = tokens < kPieceTokens ? tokens : kPieceTokens;
     const int64_t panel_floats = (piece_tokens + kDenseTileTokens) * kLanes;  // of sums
     const int64_t worker_floats = kPanels * (kChain * kLanes + panel_floats);
-    if (rows * columns < kSharedItems) threads = 1;
+    if (is_small(rows * columns * sizeof(Item), tokens)) threads = 1;
     float* memory = static_cast<float*>(hanok_scratch((tokens * padded + threads * worker_floats) * 4));
     if (!memory) return 1;
     const Tiles tiles = {memory, tokens, padded};

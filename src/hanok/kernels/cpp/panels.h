@@ -24,7 +24,6 @@ constexpr int64_t kVectorBytes = 64;
 constexpr int64_t kFewTokens = 16;     // up to here a panel is read once, over all its columns
 constexpr int64_t kManyTokens = 512;   // at a time
 constexpr int64_t kMostPanelsPerPiece = 16;    // with few tokens
-constexpr int64_t kSharedBytes = 1 << 15;      // of codes; less is done before another thread has heard of it
 constexpr int64_t kMostGroupColumns = 128;
 
 #if REGISTER_BYTES == 64
@@ -273,7 +272,7 @@ int whole_product(const Panels& w, const Item* x, const Item* bias, Item* y, int
     const int64_t groups = num_groups(w), panels = num_panels(w);
     const int64_t block = tokens < kManyTokens ? tokens : kManyTokens;
     const int64_t sums_bytes = block * kTilePanels * kLanes * 4;
-    if (panels * panel_bytes(w) < kSharedBytes) threads = 1;
+    if (is_small(panels * panel_bytes(w), tokens)) threads = 1;
     const int64_t rounded_bytes = RoundedMemory(nullptr, w, tokens, 1).bytes;
     char* memory = static_cast<char*>(hanok_scratch(rounded_bytes + threads * sums_bytes));
     if (!memory) return 1;
@@ -352,7 +351,7 @@ int ready_product(const Panels& w, const Item* x, const Item* bias, Item* y, int
     const int64_t sums_floats = kReadyPanels * block * kLanes;
     const int64_t ready_size = kChunkColumns / kBlock * ready_bytes(kKind);
     const int64_t worker_bytes = sums_floats * 4 + ready_size;
-    if (panels * panel_bytes(w) < kSharedBytes) threads = 1;
+    if (is_small(panels * panel_bytes(w), tokens)) threads = 1;
     const int64_t rounded_bytes = RoundedMemory(nullptr, w, tokens, kWide ? 2 : 1).bytes;
     char* memory = static_cast<char*>(hanok_scratch(rounded_bytes + threads * worker_bytes));
     if (!memory) return 1;
@@ -454,7 +453,7 @@ int float_product(const Panels& w, const Item* x, const Item* bias, Item* y, int
                 i < w.columns ? load_first(x + t * w.columns + i, w.columns - i) : Floats::all(0.0f);
             store(wide + t * columns + i, value);
         }
-    share(panels * columns < kSharedBytes / kLanes ? 1 : threads, panels, [&](int64_t panel, int) {
+    share(is_small(panels * columns * kLanes, tokens) ? 1 : threads, panels, [&](int64_t panel, int) {
         int64_t t = 0;
         for (; t + 4 <= tokens; t += 4)
             float_panel<kKind, 4>(w, panel, wide + t * columns, columns, bias, y + t * w.rows);
