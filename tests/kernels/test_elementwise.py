@@ -4,6 +4,7 @@ Tolerances: what is computed in float32 errs by a few of its last bits, 1e-6 rel
 exponentials multiplied up; bfloat16 results are rounded once, by half of the last of 8 bits.
 """
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -300,3 +301,60 @@ def test_rows_that_stand_apart_are_copied_side_by_side(kernels: Native, dtype: t
     assert kernels.copy(wide[:0, 2:5]).shape == (0, 3, 3)
     with pytest.raises(ValueError, match="in pieces"):
         kernels.copy(wide[:, :, 1:])
+
+
+@quick
+@given(shape=st.lists(st.integers(0, 50), min_size=1, max_size=3), seed=st.integers(0, 99))
+def test_widened_numbers_are_what_they_were(kernels: Native, shape: list[int], seed: int) -> None:
+    x = random(*shape, seed=seed, dtype=torch.bfloat16)
+    assert torch.equal(kernels.widen(x), x.float())
+    assert torch.equal(kernels.widen(x.t() if x.dim() == 2 else x).sum(), x.float().sum())
+    assert kernels.widen(x.float()).dtype is torch.float32
+
+
+@quick
+@given(rows=st.integers(1, 9), columns=st.integers(1, 90), seed=st.integers(0, 99))
+def test_the_sum_of_exponentials_is_that_of_float64(
+    kernels: Native, rows: int, columns: int, seed: int
+) -> None:
+    x = random(rows, columns, seed=seed, dtype=torch.float32) * 30
+    x[:, columns // 2] = -INF if columns > 1 else 0.0  # excluded, and nothing else is lost
+    totals, likeliest = kernels.log_sum_exp(x)
+    # exponential() errs by 2e-7 of itself, and totals are of the order of 100.
+    torch.testing.assert_close(totals.double(), x.double().logsumexp(-1), rtol=2e-7, atol=1e-5)
+    assert torch.equal(likeliest, x.argmax(-1))
+
+
+@pytest.mark.parametrize("columns", [3, 16, 40])
+def test_of_equal_numbers_the_first_is_the_largest(kernels: Native, columns: int) -> None:
+    x = torch.zeros(2, columns)
+    x[1, 1:] = 7.0
+    assert kernels.log_sum_exp(x)[1].tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("place", [0, 17, 39])
+def test_a_row_with_what_is_no_number_has_no_sum(kernels: Native, place: int) -> None:
+    x = torch.zeros(4, 40)
+    for row, value in enumerate((float("nan"), INF)):
+        x[row, place] = value
+    x[3] = -INF
+    totals = kernels.log_sum_exp(x)[0]
+    assert totals[0].isnan()
+    assert totals[1:].tolist() == pytest.approx([INF, math.log(40), -INF], rel=1e-6)
+
+
+def test_sums_of_many_rows_are_those_of_each(
+    kernels: Native, with_threads: Callable[[int], None]
+) -> None:
+    x = random(20, 5003, seed=1, dtype=torch.float32)
+    with_threads(1)
+    alone = [kernels.log_sum_exp(row[None])[0] for row in x]
+    for count in (1, 3):
+        with_threads(count)
+        assert torch.equal(kernels.log_sum_exp(x)[0], torch.cat(alone))
+
+
+def test_sums_are_of_rows_of_float32(kernels: Native) -> None:
+    for x in (torch.zeros(4), torch.zeros(2, 3).double(), torch.zeros(0, 3), torch.zeros(3, 0)):
+        with pytest.raises(ValueError, match="rows are"):
+            kernels.log_sum_exp(x)

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from hanok.attention.base import ForwardBatch
 from hanok.engine.passes import ShortPasses
-from hanok.engine.sequence import GenerationSequence, LookAhead
+from hanok.engine.sequence import GenerationSequence, LookAhead, totals_and_likeliest
 from hanok.errors import OptionError
 from hanok.memory.needs import PREFILL_TOKENS
 from hanok.models.decoder import Decoder
@@ -169,7 +169,7 @@ class DraftModel:
             tokens = list(missing.values())
             logits = self._passes.logits(tokens, [slots[key].number for key in missing])
             rows = self._last_rows(logits, tokens)
-            likeliest: list[int] = rows.argmax(-1).tolist()
+            likeliest: list[int] = totals_and_likeliest(rows)[1].tolist()
             following: dict[int, list[int]] = {}
             for row, (key, new) in enumerate(missing.items()):
                 slots[key].held += new

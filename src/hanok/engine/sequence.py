@@ -17,6 +17,7 @@ from hanok.checkpoint.stream import StreamDecoder
 from hanok.engine.params import SamplingParams
 from hanok.engine.sampling import draw, processed
 from hanok.errors import GenerationError, HanokError
+from hanok.kernels.native import native_for
 
 FinishReason = Literal["length", "eos_token", "stop_sequence"]
 Ranked = tuple[tuple[int, float], ...]
@@ -258,8 +259,7 @@ class Scores:
 
     def __init__(self, logits: Tensor) -> None:
         self._logits = logits
-        self._totals = logits.logsumexp(-1)
-        likeliest = logits.argmax(-1)
+        self._totals, likeliest = totals_and_likeliest(logits)
         self._numbers: list[float] = self._totals.tolist()
         self._likeliest: list[int] = likeliest.tolist()
         logprobs = logits.gather(1, likeliest[:, None])[:, 0] - self._totals
@@ -281,10 +281,22 @@ class Scores:
             except (HanokError, RuntimeError, ValueError) as error:
                 return GenerationError(f"choosing a token failed: {error}")
             if not params.model_logprobs:
-                logits, total = scores, scores.logsumexp(-1)
+                logits, total = scores, totals_and_likeliest(scores[None])[0][0]
             logprob = float(logits[token] - total)
         top = ranked(logits - total, params.top_logprobs) if params.top_logprobs else ()
         return Choice(token_id=token, logprob=logprob, top_logprobs=top)
+
+
+def totals_and_likeliest(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Return log(sum(exp)) and the largest entry of each row of logits, (rows, vocab) float32.
+
+    Each token waits for them, and where other programs use the cores a few thousand numbers that torch
+    shares out among threads take longer than the model's pass: our kernels share what is worth it.
+    """
+    kernels = native_for(logits)
+    if kernels is None or not logits.numel():
+        return logits.logsumexp(-1), logits.argmax(-1)
+    return kernels.log_sum_exp(logits)
 
 
 def choose(

@@ -36,7 +36,7 @@ PANEL_KINDS: dict[PanelKind, int] = {
     "row float8": 5,
 }
 GATE_ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
-DENSE, PRODUCT, ATTEND, RMS_NORM, ROTATE, GATE, ADD, COPY = range(8)
+DENSE, PRODUCT, ATTEND, RMS_NORM, ROTATE, GATE, ADD, COPY, WIDEN = range(9)
 
 
 class Panels(ctypes.Structure):
@@ -135,6 +135,9 @@ class Native:
         self._pack = _function(library.hanok_pack, [pointer, size, size, pointer, count])
         self._unpack = _function(library.hanok_unpack, [pointer, size, size, pointer, count])
         self._look_up = _function(library.hanok_look_up, [pointer, pointer, size, pointer, count])
+        self._log_sum_exp = _function(
+            library.hanok_log_sum_exp, [pointer, size, size, pointer, pointer, count]
+        )
 
     def run(self, steps: "ctypes.Array[Step]") -> None:
         """Make recorded calls again."""
@@ -305,6 +308,37 @@ class Native:
         y, inputs = torch.empty_like(a), (a.data_ptr(), b.data_ptr())
         self._call(Step(inputs, y.data_ptr(), (a.numel(),), 0.0, ADD, 0, _type(a)), a, b, y)
         return y
+
+    def widen(self, x: Tensor) -> Tensor:
+        """Return x in float32, of any shape; what is float32 comes back itself."""
+        if x.dtype is torch.float32:
+            return x
+        x, item_type = x.contiguous(), _type(x)
+        y = torch.empty(x.shape)
+        self._call(
+            Step((x.data_ptr(),), y.data_ptr(), (x.numel(),), 0.0, WIDEN, 0, item_type), x, y
+        )
+        return y
+
+    def log_sum_exp(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the logarithm of each row's sum of exponentials, and its first largest entry.
+
+        rows: (rows, columns) float32   returns: (rows,) float32, no number where one of a row's is none;
+        (rows,) int64
+        """
+        if (
+            rows.dtype is not torch.float32
+            or not rows.is_cpu
+            or rows.dim() != 2
+            or not rows.numel()
+        ):
+            raise ValueError(f"rows are {rows.dtype} {tuple(rows.shape)} on {rows.device}")
+        rows = rows.contiguous()
+        totals = torch.empty(len(rows))
+        likeliest = torch.empty(len(rows), dtype=torch.int64)
+        addresses = (rows.data_ptr(), *rows.shape, totals.data_ptr(), likeliest.data_ptr())
+        _done(self._log_sum_exp(self._table, *addresses, torch.get_num_threads()))
+        return totals, likeliest
 
     def copy(self, rows: Tensor) -> Tensor:
         """Return rows (rows, …) that may stand apart side by side; each lies in one piece."""

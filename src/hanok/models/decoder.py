@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from hanok.attention.base import AttentionSpec, Backend, ForwardBatch, choose
 from hanok.attention.cache import KVCache, LayerState, StateSpec
+from hanok.kernels.native import native_for
 from hanok.models.config import LayerConfig, ModelConfig, Rope
 from hanok.models.layers import Embedding, ExpertsLayer, MlpLayer, NormLayer
 from hanok.models.linear import Linear
@@ -291,7 +292,9 @@ class Decoder(nn.Module):
         """Return the scores of the next token, (rows, vocab) float32, of some hidden states."""
         if self.spread is not None:
             hidden = hidden.to(self.spread.head_device)
-        scores: Tensor = self.lm_head(hidden).float()
+        scores: Tensor = self.lm_head(hidden)
+        kernels = native_for(scores)
+        scores = scores.float() if kernels is None else kernels.widen(scores)
         if self.config.logit_scale != 1.0:
             scores = scores * self.config.logit_scale
         if self.config.logit_softcap is not None:

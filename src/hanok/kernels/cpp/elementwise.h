@@ -163,4 +163,55 @@ int add(const void* a, const void* b, void* y, int64_t count, int type, int thre
     return 0;
 }
 
+int widen_items(const void* x, void* y, int64_t count, int threads) {
+    const uint16_t* from = static_cast<const uint16_t*>(x);
+    float* to = static_cast<float*>(y);
+    share_ranges(threads, count, kPieceItems, [&](int64_t begin, int64_t end, int) {
+        for (int64_t i = begin; i < end; i += kLanes) store_first(to + i, load_first(from + i, end - i), end - i);
+    });
+    return 0;
+}
+
+// Sixteen numbers of a row, `filler` behind its end.
+INLINE Floats load_or(const float* from, int64_t count, float filler) {
+    if (count >= kLanes) return load(from);
+    float items[kLanes];
+    for (int64_t i = 0; i < kLanes; ++i) items[i] = i < count ? from[i] : filler;
+    return load(items);
+}
+
+// ln(sum of e^x) of a row, and where the first of its largest numbers is. What is no number makes the sum
+// none either.
+INLINE void sum_row(const float* row, int64_t columns, float* total, int64_t* likeliest) {
+    const float infinite = __builtin_inff();
+    Floats peak = Floats::all(-infinite), sums = Floats::all(0.0f);
+    Ints is_none = Ints::all(0);
+    for (int64_t i = 0; i < columns; i += kLanes) {
+        const Floats value = load_or(row + i, columns - i, -infinite);
+        peak = larger(peak, value);
+        is_none = is_none | is_no_number(value);
+    }
+    const float most = largest(peak);
+    *likeliest = 0;
+    for (int64_t i = 0; i < columns; ++i)
+        if (row[i] == most) {
+            *likeliest = i;
+            break;
+        }
+    if (sum(is_none) != 0 || !(most < infinite) || most == -infinite) {
+        *total = sum(is_none) != 0 ? __builtin_nanf("") : most;
+        return;
+    }
+    for (int64_t i = 0; i < columns; i += kLanes)
+        sums = sums + exponential(load_or(row + i, columns - i, -infinite) - Floats::all(most));
+    *total = most + __builtin_logf(sum(sums));
+}
+
+int log_sum_exp(const void* x, float* totals, int64_t* likeliest, int64_t rows, int64_t columns, int threads) {
+    share_rows(threads, rows, columns, [&](int64_t row) {
+        sum_row(static_cast<const float*>(x) + row * columns, columns, totals + row, likeliest + row);
+    });
+    return 0;
+}
+
 }  // namespace

@@ -12,4 +12,5 @@
 #endif
 
 extern const Kernels HANOK_KERNELS = {HANOK_KEY, HANOK_NAME, kDenseTokens, dense,    product, pack, unpack,
-                               look_up,   attend,     rms_norm,     rotate,   gate,    add,  copy};
+                               look_up,   attend,     rms_norm,     rotate,   gate,    add,     copy,
+                               widen_items, log_sum_exp};

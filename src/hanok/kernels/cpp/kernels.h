@@ -75,6 +75,9 @@ struct Kernels {
                 int activation, int type, int threads);
     int (*add)(const void* a, const void* b, void* y, std::int64_t count, int type, int threads);
     int (*copy)(const void* from, void* to, std::int64_t rows, std::int64_t bytes, std::int64_t stride_bytes);
+    int (*widen)(const void* x, void* y, std::int64_t count, int threads);
+    int (*log_sum_exp)(const void* x, float* totals, std::int64_t* likeliest, std::int64_t rows,
+                       std::int64_t columns, int threads);
 };
 
 // One call of a kernel as data, so that many can be kept and made in turn.
@@ -87,6 +90,7 @@ enum Operation {
     kGate = 5,     // gate and up; rows, columns; choice: activation
     kAdd = 6,      // a, b; count
     kCopy = 7,     // from; rows, bytes of a row, bytes from row to row
+    kWiden = 8,    // x; count
 };
 struct Step {
     const void* inputs[3];

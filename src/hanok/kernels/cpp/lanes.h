@@ -149,6 +149,12 @@ INLINE Ints is_larger(const Floats& a, const Floats& b) {
     return v;
 }
 
+INLINE Ints is_no_number(const Floats& a) {
+    Ints v;
+    FOR_PARTS v.part[i] = (IntPart)(a.part[i] != a.part[i]);
+    return v;
+}
+
 INLINE Floats choose(const Ints& condition, const Floats& yes, const Floats& no) {
     Floats v;
     FOR_PARTS v.part[i] = condition.part[i] != 0 ? yes.part[i] : no.part[i];

@@ -88,6 +88,8 @@ int call(const Kernels& kernels, const Step& step, int threads) {
             return kernels.add(in[0], in[1], step.output, n[0], step.type, threads);
         case kCopy:
             return kernels.copy(in[0], step.output, n[0], n[1], n[2]);
+        case kWiden:
+            return kernels.widen(in[0], step.output, n[0], threads);
     }
     return 2;
 }
@@ -148,6 +150,12 @@ int hanok_unpack(const Kernels* kernels, const Panels* weight, std::int64_t star
 int hanok_look_up(const Kernels* kernels, const Panels* weight, const std::int64_t* ids, std::int64_t count,
                   void* rows, int type) {
     return kernels->look_up(weight, ids, count, rows, type);
+}
+
+// Of each row of x (rows, columns) float32: ln(sum of e^x), and where its first largest number is.
+int hanok_log_sum_exp(const Kernels* kernels, const void* x, std::int64_t rows, std::int64_t columns,
+                      float* totals, std::int64_t* likeliest, int threads) {
+    return kernels->log_sum_exp(x, totals, likeliest, rows, columns, threads);
 }
 
 #pragma GCC visibility pop
