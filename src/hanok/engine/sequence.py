@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hanok.checkpoint.stream import StreamDecoder
 from hanok.engine.params import SamplingParams
-from hanok.engine.sampling import draw, processed
+from hanok.engine.sampling import draw, one_thread, processed
 from hanok.errors import GenerationError, HanokError
 from hanok.kernels.native import native_for
 
@@ -276,8 +276,9 @@ class Scores:
         token, logprob = self._likeliest[row], self._logprobs[row]
         if not sequence.takes_likeliest:
             try:
-                scores = sequence.scores(logits)
-                token = draw(scores, params, sequence.generator)
+                with one_thread(logits.device):
+                    scores = sequence.scores(logits)
+                    token = draw(scores, params, sequence.generator)
             except (HanokError, RuntimeError, ValueError) as error:
                 return GenerationError(f"choosing a token failed: {error}")
             if not params.model_logprobs:
