@@ -262,6 +262,20 @@ def test_info_says_what_multiplies_each_quantization(monkeypatch: pytest.MonkeyP
     assert "not panels: the kernels are not built" in without["int4"]
 
 
+def test_info_says_when_the_kernels_are_capped(monkeypatch: pytest.MonkeyPatch) -> None:
+    from hanok.kernels import processor
+    from hanok.kernels.native import native
+
+    def kernels() -> str:
+        shown: str = json.loads(run("info", "--json").stdout)["machine"]["hanok's kernels"]
+        return shown
+
+    for cap in (None, "avx2"):
+        monkeypatch.setattr(processor, "instruction_set_cap", lambda cap=cap: cap)
+        is_told = kernels().endswith(", capped by HANOK_ISA=avx2")
+        assert is_told is (cap is not None and native() is not None)
+
+
 def test_info_reads_headers_only(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: Any, **options: Any) -> None:
         raise AssertionError("info must not load weights")
@@ -272,6 +286,7 @@ def test_info_reads_headers_only(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["checkpoint"]["family"] == model.config.model_type
     assert found["checkpoint"]["parameters"] == model.num_parameters()
     assert found["machine"]["torch"] == torch.__version__
+    assert found["machine"]["threads"].startswith(f"{torch.get_num_threads()}, ")
     assert found["attention"]["sdpa"].startswith("fits")
     assert "needs a CUDA device" in found["attention"]["sdpa_efficient"]
     assert "parameters" in run("info", str(hanok.BUNDLED)).stdout

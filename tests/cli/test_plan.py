@@ -50,6 +50,8 @@ def test_the_table_says_what_is_where_and_how_fast(rates: Path) -> None:
     assert re.match(r" *cpu +embed_tokens, lm_head, layers 0–\d+, norm .* available on", lines[1])
     assert "Reading the files takes" in found.stdout
     assert "tokens/s, limited by reading the memory of the CPU" in found.stdout
+    line = r"^CPU: \d+ threads?, (one|limited) .*; memory is read at [\d.]+ GB/s measured\.$"
+    assert len(re.findall(line, found.stdout, re.M)) == 1
 
 
 def test_a_plan_for_a_cluster_from_a_config_alone(tmp_path: Path, rates: Path) -> None:
@@ -84,6 +86,7 @@ def test_the_json_is_what_the_documentation_says(rates: Path) -> None:
     assert keys_of(values) <= documented
     assert set(values) <= set(re.findall(r"`(\w+)`", section.replace("places", "places")))
     assert values["places"][0]["budget_bytes"] <= 2 * 2**30
+    assert [place["threads"] is None for place in values["places"]] == [False, True]
     modules = [module for place in values["places"] for module in place["modules"]]
     assert sorted(modules) == sorted(values["hf_device_map"])
 

@@ -2,6 +2,7 @@
 
 import os
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,8 @@ def test_the_caller_keeps_its_threads() -> None:
     model = hanok.load(plan=two_cores())
     model.generate("Once", max_new_tokens=2)
     assert torch.get_num_threads() == before
+    with ThreadPoolExecutor(1) as pool:  # so do the threads to come
+        assert pool.submit(torch.get_num_threads).result() == before
     assert os.sched_getaffinity(0) == cores
 
 

@@ -58,7 +58,7 @@ def model_options(command: Command) -> Command:
         click.option(
             "--threads",
             type=click.IntRange(min=1),
-            help="CPU threads to compute with.  [default: all cores]",
+            help="CPU threads to compute with.  [default: one for each core, within the CPU quota]",
         ),
         click.option(
             "--weights",
@@ -218,7 +218,10 @@ def open_speculation(
     model = None
     if draft_plan is not None:
         model = load(
-            plan=draft_plan, attn_implementation=options["attention"], graphs=options["graphs"]
+            plan=draft_plan,
+            attn_implementation=options["attention"],
+            graphs=options["graphs"],
+            threads=options["threads"],
         )
         name = model.checkpoint.folder.name
         click.echo(f"Loaded {name} to draft in {model.report.seconds:.2f} s.", err=True)
@@ -296,13 +299,18 @@ def use_profile(
     return profile
 
 
-def check_profile(profile: "Profile | None", path: Path) -> None:
-    """Refuse a profile of another checkpoint, and note one that was made on another machine."""
+def check_profile(profile: "Profile | None", path: Path, threads: int | None) -> None:
+    """Refuse a profile of another checkpoint, and note one that was made on another machine.
+
+    `threads` is the option of that name: how many there are is a fact of the machine too.
+    """
     if profile is None:
         return
     from hanok.bench.machine import machine_facts
     from hanok.bench.profile import check_checkpoint, machine_differences
+    from hanok.memory.threads import set_threads
 
+    set_threads(threads)
     check_checkpoint(profile, path)
     for note in machine_differences(profile, machine_facts()):
         click.echo(f"Note: {note}. Run `hanok tune` here to be sure.", err=True)
@@ -338,17 +346,13 @@ def open_model(path: Path | None, options: Mapping[str, Any]) -> "tuple[Model, S
     `options` are those of `model_options` and of `speculation_options`: both models are planned before
     one is loaded.
     """
-    import torch
-
     from hanok.engine.model import load
     from hanok.memory.planning import plan_load
 
-    if options["threads"]:
-        torch.set_num_threads(options["threads"])
     if path is None:
         click.echo("No model given: using the small one that ships with hanok.", err=True)
         path = BUNDLED
-    check_profile(options["profile"], path)
+    check_profile(options["profile"], path, options["threads"])
     draft_plan = plan_drafting(options)
     plan = plan_load(
         path,
@@ -371,6 +375,7 @@ def open_model(path: Path | None, options: Mapping[str, Any]) -> "tuple[Model, S
             pipeline_depth=options["pipeline_depth"],
             graphs=options["graphs"],
             cache_packed=options["cache_folder"] / "packed" if options["cache_packed"] else None,
+            threads=options["threads"],
             progress=bar.advance,
         )
     report = model.report

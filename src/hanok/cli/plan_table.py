@@ -5,7 +5,8 @@ from typing import Any
 import click
 
 from hanok.cli.units import rate, size
-from hanok.memory.plan import LoadPlan
+from hanok.memory.cpus import CpuBudget
+from hanok.memory.plan import LoadPlan, Place
 
 PIPED_WIDTH = 140
 HEADER = ("place", "holds", "weights", "KV cache", "work", "peak", "budget", "free", "budget from")
@@ -65,6 +66,12 @@ def places(names: tuple[str, ...]) -> str:
     return " and ".join(parts)
 
 
+def host_line(place: Place, cpus: CpuBudget) -> str:
+    """Return what the host computes with, why not with more, and how fast it reads its memory."""
+    count = f"{cpus.threads} thread{'s' * (cpus.threads > 1)}"
+    return f"CPU: {count}, {cpus.reason}; memory is read at {place.rate_source}."
+
+
 def print_plan(plan: LoadPlan) -> None:
     """Print the table, what is predicted, and what would help where it does not fit."""
     from rich.console import Console
@@ -85,6 +92,9 @@ def print_plan(plan: LoadPlan) -> None:
         f"then at most {rate(prediction.tokens_per_s)} tokens/s, limited by "
         f"{prediction.limited_by}."
     )
+    for place in (tier.place for tier in plan.tiers):
+        if place.is_host and place.cpus is not None:
+            click.echo(host_line(place, place.cpus))
     for tier in plan.tiers:
         if tier.missing_bytes:
             click.echo(f"It does not fit: {tier.place.name} lacks {size(tier.missing_bytes)}.")

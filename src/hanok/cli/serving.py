@@ -45,7 +45,7 @@ def start(
     # Imported here: `hanok serve --help` starts without torch.
     from hanok.server.run import listen, serve
 
-    check_profile(load["profile"], path)
+    check_profile(load["profile"], path, load["threads"])
     plans, users = plan_for(path, engine, load)
     try:
         listener = listen(server)
@@ -133,13 +133,9 @@ def _planned(path: Path, users: int, engine: EngineOptions, load: Mapping[str, A
 def _open(
     service: "Service", plans: Plans, engine: EngineOptions, load: Mapping[str, Any]
 ) -> "tuple[Model, Engine]":
-    import torch
-
     import hanok
 
     plan = plans.model
-    if load["threads"]:
-        torch.set_num_threads(load["threads"])
     total = sum(tier.weight_bytes for tier in plan.tiers if tier.place.kind != "disk")
     done = 0
 
@@ -155,6 +151,7 @@ def _open(
         attn_implementation=load["attention"],
         graphs=load["graphs"],
         cache_packed=load["cache_folder"] / "packed" if load["cache_packed"] else None,
+        threads=load["threads"],
         progress=advance,
     )
     for note in model.notes:

@@ -447,6 +447,7 @@ def load(  # noqa: PLR0913 (the options of a load are arguments of their own)
     pipeline_depth: int | None = None,
     graphs: bool = True,
     cache_packed: str | Path | None = None,
+    threads: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Model:
     """Load a checkpoint: a folder in the Hugging Face layout, or one weights file in such a folder.
@@ -463,13 +464,15 @@ def load(  # noqa: PLR0913 (the options of a load are arguments of their own)
     Every load follows a plan, which `device_map`, `max_memory`, `context` and `batch` ask for as in
     `plan_load`: GPUs first, then the CPU; what fits nowhere is read from the checkpoint's files in every
     pass. A `plan` that was made before takes the place of all options but `attn_implementation`,
-    `pipeline_depth`, `graphs`, `cache_packed` and `progress`.
+    `pipeline_depth`, `graphs`, `cache_packed`, `threads` and `progress`.
     `pipeline_depth` is how many groups of sequences are on their way where layers lie on several
     devices (default: one for each device). With `graphs`, passes over a few tokens are recorded and
     made again without Python in between, as CUDA graphs or calls of our CPU kernels. `cache_packed` is
     a folder where quantized weights are kept, so that the next load with the same recipe only reads
-    them (`memory/packed.py`). `progress` is called with the bytes of each weight placed. Raises
-    CheckpointError, OptionError, UnsupportedError or BudgetError, each saying what to do.
+    them (`memory/packed.py`). `threads` is with how many this process computes from now on; by default
+    torch's number, or what the CPU quota of a cgroup allows where that is less. `progress` is called
+    with the bytes of each weight placed. Raises CheckpointError, OptionError, UnsupportedError or
+    BudgetError, each saying what to do.
     """
     if plan is None:
         if path is None:
@@ -506,6 +509,7 @@ def load(  # noqa: PLR0913 (the options of a load are arguments of their own)
         recipe=None if request.quant is None else read_recipe(request.quant),
         plan=plan,
         packed_folder=None if cache_packed is None else Path(cache_packed),
+        threads=threads,
         progress=progress,
     )
     loaded.decoder.records_passes = graphs

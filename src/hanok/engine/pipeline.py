@@ -67,6 +67,9 @@ class Pipeline:
         """End the threads when they are done."""
         for worker in self._workers:
             worker.shutdown(cancel_futures=True)
+        if any(stage.core is not None for stage in self._stages):
+            # torch gives new threads the number that was set last; theirs is the caller's again.
+            torch.set_num_threads(torch.get_num_threads())
 
     def generate(self, sequences: list[GenerationSequence]) -> Iterator[TokenEvent]:
         """Yield the tokens of all sequences as they come, those of one in their order."""

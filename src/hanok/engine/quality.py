@@ -79,7 +79,7 @@ class _Probe:
     added: list[Tensor]
 
 
-def measure_quality(
+def measure_quality(  # noqa: PLR0913 (the options of a measurement are arguments of their own)
     path: str | Path,
     variants: Sequence[str],
     text: str,
@@ -89,6 +89,7 @@ def measure_quality(
     window: int = 512,
     max_tokens: int = 2048,
     others: Mapping[str, Path] = MappingProxyType({}),
+    threads: int | None = None,
     progress: Callable[[str], None] = lambda name: None,
 ) -> QualityReport:
     """Compare variants of a checkpoint with the checkpoint itself.
@@ -96,14 +97,14 @@ def measure_quality(
     `variants` are recipes ("int8", "int4:group_size=64") or dtypes ("bfloat16"). `dtype` is what the
     reference and the recipes compute in; float32 makes the finest comparison. `text` is cut into
     windows of at most `window` tokens, of which `max_tokens` are scored at the most. `others` are
-    checkpoints of the same model that are compared too, by the name of their rows. `progress` is
-    called with each row's name before it is measured. A variant that computes NaN has NaN in its row.
-    Raises OptionError for variants that are not known or twice there and for sizes that cannot be,
-    RequestError where the text is too short.
+    checkpoints of the same model that are compared too, by the name of their rows. `threads` as in
+    `hanok.load`. `progress` is called with each row's name before it is measured. A variant that
+    computes NaN has NaN in its row. Raises OptionError for variants that are not known or twice there
+    and for sizes that cannot be, RequestError where the text is too short.
     """
     _check(variants, window, max_tokens)
     progress("reference")
-    model = load(path, device_map=device_map, dtype=dtype, weights="copied")
+    model = _load(path, dtype, device_map, threads)
     gb_per_s = read_gb_per_s(model.device)
     windows = _windows(model, text, window, max_tokens)
     num_tokens = count_scored(windows)
@@ -122,9 +123,9 @@ def measure_quality(
             del model
             progress(name)
             if name in others:
-                model = load(others[name], device_map=device_map, dtype=dtype, weights="copied")
+                model = _load(others[name], dtype, device_map, threads)
             else:
-                model = _load_variant(path, name, dtype, device_map)
+                model = _load_variant(path, name, dtype, device_map, threads)
             rows.append(_compare(name, model, windows, kept, probe, gb_per_s))
         del kept
     return QualityReport(
@@ -149,10 +150,24 @@ def _check(variants: Sequence[str], window: int, max_tokens: int) -> None:
             read_recipe(name)
 
 
-def _load_variant(path: str | Path, name: str, dtype: str, device_map: DeviceMap) -> Model:
+def _load_variant(
+    path: str | Path, name: str, dtype: str, device_map: DeviceMap, threads: int | None
+) -> Model:
     if name in DTYPE_BYTES:
-        return load(path, device_map=device_map, dtype=name, weights="copied")
-    return load(path, device_map=device_map, dtype=dtype, quant=name, weights="copied")
+        return _load(path, name, device_map, threads)
+    return _load(path, dtype, device_map, threads, quant=name)
+
+
+def _load(
+    path: str | Path,
+    dtype: str,
+    device_map: DeviceMap,
+    threads: int | None,
+    quant: str | None = None,
+) -> Model:
+    return load(
+        path, device_map=device_map, dtype=dtype, quant=quant, weights="copied", threads=threads
+    )
 
 
 def _windows(model: Model, text: str, window: int, max_tokens: int) -> list[list[int]]:

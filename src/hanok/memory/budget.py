@@ -11,9 +11,10 @@ import re
 import resource
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from hanok.errors import OptionError
+from hanok.memory.cgroups import cgroups, read_fields, read_number
 
 UNITS: Mapping[str, int] = {
     "B": 1,
@@ -139,7 +140,7 @@ def host_budget(allowed: int | None = None, root: Path = Path("/")) -> Budget:
 
 
 def _system_limit(root: Path) -> Iterator[Limit]:
-    info = _fields(root / "proc/meminfo")
+    info = read_fields(root / "proc/meminfo")
     if "MemAvailable" in info:
         yield Limit(num_bytes=info["MemAvailable"] * 1024, source="available on this machine")
 
@@ -150,7 +151,7 @@ def _physical_bytes() -> int:
 
 def _resource_limits(root: Path) -> Iterator[Limit]:
     """What RLIMIT_AS and RLIMIT_DATA leave of what is mapped already."""
-    used = _fields(root / "proc/self/status")
+    used = read_fields(root / "proc/self/status")
     for name, kind, field in (
         ("RLIMIT_AS", resource.RLIMIT_AS, "VmSize"),
         ("RLIMIT_DATA", resource.RLIMIT_DATA, "VmData"),
@@ -162,74 +163,20 @@ def _resource_limits(root: Path) -> Iterator[Limit]:
 
 def _cgroup_limits(root: Path) -> Iterator[Limit]:
     """What each memory cgroup from this process's own up to the root leaves."""
-    for folder, top, version in _cgroup_folders(root):
-        for place in (folder, *folder.parents):
-            yield from _limits_of(place, top, version)
-            if place == top:
-                break
-
-
-def _limits_of(folder: Path, top: Path, version: int) -> Iterator[Limit]:
-    name = f"/{folder.relative_to(top)}".replace("/.", "/")
-    statistics = _fields(folder / "memory.stat")
-    if version == 2:
-        used = _number(folder / "memory.current")
-        limits = {file: _number(folder / file) for file in ("memory.max", "memory.high")}
-        keys: tuple[str, ...] = ("inactive_file", "active_file", "slab_reclaimable")
-    else:
-        used = _number(folder / "memory.usage_in_bytes")
-        limits = {"memory.limit_in_bytes": _number(folder / "memory.limit_in_bytes")}
-        keys = ("total_inactive_file", "total_active_file")
-    reclaimable = sum(statistics.get(key, 0) for key in keys)
-    for file, limit in limits.items():
-        if limit is not None and limit < NO_LIMIT and used is not None:
-            free = limit - max(0, used - reclaimable)
-            yield Limit(num_bytes=free, source=f"cgroup {name}: {file} {limit / 2**30:.2f} GiB")
-
-
-def _cgroup_folders(root: Path) -> Iterator[tuple[Path, Path, int]]:
-    """Yield this process's folder, the top of what is mounted, and the version, for each hierarchy."""
-    paths = {}
-    for line in _lines(root / "proc/self/cgroup"):
-        _, controllers, path = line.split(":", 2)
-        if controllers == "":
-            paths[2] = path
-        elif "memory" in controllers.split(","):
-            paths[1] = path
-    for line in _lines(root / "proc/self/mountinfo"):
-        before, _, after = line.partition(" - ")
-        mounted, target = before.split()[3:5]
-        kind, _, options = after.split(maxsplit=2)
-        version = 2 if kind == "cgroup2" else 1
-        is_memory = version == 2 or (kind == "cgroup" and "memory" in options.split(","))
-        if kind not in ("cgroup", "cgroup2") or not is_memory or version not in paths:
-            continue
-        top = root / target.lstrip("/")
-        own = PurePosixPath(paths[version])
-        # In a container only a part of the tree may be mounted, and names may be of another one.
-        inner = own.relative_to(mounted) if own.is_relative_to(mounted) else PurePosixPath()
-        folder = top / inner
-        yield (folder if folder.is_dir() else top), top, version
-
-
-def _lines(file: Path) -> list[str]:
-    try:
-        return file.read_text().splitlines()
-    except OSError:
-        return []
-
-
-def _fields(file: Path) -> dict[str, int]:
-    """Return the numbers of lines such as "MemAvailable:  100 kB" or "inactive_file 100"."""
-    found = {}
-    for line in _lines(file):
-        words = line.replace(":", " ").split()
-        if len(words) > 1 and words[1].isdigit():
-            found[words[0]] = int(words[1])
-    return found
-
-
-def _number(file: Path) -> int | None:
-    """Return the number in a file; None where there is no such file, or it says "max"."""
-    lines = _lines(file)
-    return int(lines[0]) if lines and lines[0].strip().isdigit() else None
+    for group in cgroups("memory", root):
+        statistics = read_fields(group.folder / "memory.stat")
+        if group.version == 2:
+            used = read_number(group.folder / "memory.current")
+            files: tuple[str, ...] = ("memory.max", "memory.high")
+            keys: tuple[str, ...] = ("inactive_file", "active_file", "slab_reclaimable")
+        else:
+            used = read_number(group.folder / "memory.usage_in_bytes")
+            files = ("memory.limit_in_bytes",)
+            keys = ("total_inactive_file", "total_active_file")
+        reclaimable = sum(statistics.get(key, 0) for key in keys)
+        for file in files:
+            limit = read_number(group.folder / file)
+            if limit is not None and limit < NO_LIMIT and used is not None:
+                free = limit - max(0, used - reclaimable)
+                source = f"cgroup {group.name}: {file} {limit / 2**30:.2f} GiB"
+                yield Limit(num_bytes=free, source=source)

@@ -31,6 +31,7 @@ from hanok.memory.planning import NUM_READERS
 from hanok.memory.promote import MappedWeight, Promotion
 from hanok.memory.quantize import QuantizedSource, quantize_source, swap
 from hanok.memory.tensors import Arena, MappedFiles, read_parameter
+from hanok.memory.threads import set_threads
 from hanok.memory.watch import Watchdog
 from hanok.models.config import ModelConfig
 from hanok.models.decoder import Block, Decoder, Spread, Stage
@@ -86,6 +87,7 @@ def load_decoder(
     recipe: Recipe | None = None,
     plan: LoadPlan | None = None,
     packed_folder: Path | None = None,
+    threads: int | None = None,
     progress: Progress | None = None,
 ) -> Loaded:
     """Return the decoder of a checkpoint, ready to run.
@@ -95,10 +97,10 @@ def load_decoder(
     at once: "copied", or "auto": mapped, and moved into memory after the first answer if twice their
     bytes are available. `recipe` says which weights are quantized on the way. `plan` says where each
     unit goes; units on disk are read anew in every pass, and not quantized. What was quantized is kept
-    in `packed_folder`, and read from there the next time. `progress` is called with
-    the bytes of each weight placed. Raises CheckpointError for tensors that are missing, left over or of
-    the wrong shape, UnsupportedError for a plan with a device that is not here, BudgetError when memory
-    runs out.
+    in `packed_folder`, and read from there the next time. `threads` is with how many this process
+    computes from now on (`set_threads`). `progress` is called with the bytes of each weight placed.
+    Raises CheckpointError for tensors that are missing, left over or of the wrong shape,
+    UnsupportedError for a plan with a device that is not here, BudgetError when memory runs out.
     """
     started = time.perf_counter()
     family, config = read_config(checkpoint.config, str(checkpoint.folder / "config.json"))
@@ -108,6 +110,9 @@ def load_decoder(
         raise OptionError(f"weights {weights!r} is unknown. Choose auto, mapped or copied.")
     places = _Places(plan)
     notes: list[str] = []
+    used_threads = set_threads(threads)
+    if used_threads.is_held_by_quota:
+        notes.append(f"threads: {used_threads}")
     target_dtype = _dtype(checkpoint, config, dtype, places.is_on_cpu, notes)
     with torch.device("meta"):
         decoder = Decoder(config)

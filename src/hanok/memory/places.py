@@ -20,6 +20,7 @@ from pathlib import Path
 from hanok.checkpoint.writer import write_json
 from hanok.errors import OptionError
 from hanok.memory.budget import Budget, Limit, host_budget, parse_bytes, parse_rate
+from hanok.memory.cpus import cpu_budget
 from hanok.memory.plan import LoadPlan, Place
 
 MEMORY_PROBE_BYTES = 2**29  # larger than most caches
@@ -94,16 +95,20 @@ class Rates:
 
 def host_place(allowed: int | None, rates: Rates) -> Place:
     """Return this machine's memory."""
-    cores = _num_cores()
-    key = f"memory of {_cpu_name()}, {cores} cores"
+    cpus = cpu_budget()
+    key = f"memory of {_cpu_name()}, {cpus.threads} cores"
     rate, source = rates.get(key, memory_bytes_per_s, ASSUMED_MEMORY)
+    # A quota of less than one CPU: its thread stands still for the rest of each period. What is
+    # measured is its rate while it runs.
+    rate *= min(1.0, cpus.cpus)
     return Place(
         name="cpu",
         kind="cpu",
         budget=host_budget(allowed),
         bytes_per_s=rate,
-        flops_per_s=_cpu_flops_per_s(cores),
+        flops_per_s=_cpu_flops_per_s(min(cpus.threads, cpus.cpus)),
         rate_source=f"{rate / 1e9:.1f} GB/s {source}",
+        cpus=cpus,
         is_host=True,
     )
 
@@ -113,11 +118,13 @@ def core_places(allowed: Mapping[str, int], rates: Rates) -> list[Place]:
 
     Each has its share of the machine's memory and of the rate at which all cores read it.
     """
-    host, available = host_place(None, rates), sorted(os.sched_getaffinity(0))
+    host, cpus = host_place(None, rates), cpu_budget()
+    # Cores that are more than the CPU quota allows wait for each other.
+    parts = max(cpus.threads, len(allowed))
     found: list[Place] = []
     for name, size in sorted(allowed.items(), key=lambda item: int(item[0].partition(":")[2])):
-        if int(name.partition(":")[2]) not in available:
-            listed = ", ".join(f"core:{core}" for core in available)
+        if int(name.partition(":")[2]) not in cpus.cores:
+            listed = ", ".join(f"core:{core}" for core in cpus.cores)
             raise OptionError(f"{name} is not a core that this process may use. Cores: {listed}.")
         share = [
             Limit(num_bytes=limit.num_bytes // len(allowed), source=f"a share of: {limit.source}")
@@ -130,8 +137,8 @@ def core_places(allowed: Mapping[str, int], rates: Rates) -> list[Place]:
                 name=name,
                 kind="core",
                 budget=Budget(device=name, limits=limits),
-                bytes_per_s=host.bytes_per_s / len(available),
-                flops_per_s=host.flops_per_s / len(available),
+                bytes_per_s=host.bytes_per_s / parts,
+                flops_per_s=host.flops_per_s / parts,
                 is_host=not found,
             )
         )
@@ -216,7 +223,7 @@ def memory_bytes_per_s() -> float:
     search = ctypes.CDLL(None).memchr
     search.restype = ctypes.c_void_p
     search.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
-    cores = _num_cores()
+    cores = cpu_budget().threads
     memory = mmap.mmap(-1, MEMORY_PROBE_BYTES)
     start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
     ctypes.memset(start, 1, MEMORY_PROBE_BYTES)
@@ -273,10 +280,6 @@ def _open_past_cache(file: Path) -> int:
     return descriptor
 
 
-def _num_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _cpu_info() -> dict[str, str]:
     info = Path("/proc/cpuinfo")
     text = info.read_text() if info.is_file() else ""
@@ -288,7 +291,7 @@ def _cpu_name() -> str:
     return _cpu_info().get("model name") or platform.processor() or platform.machine()
 
 
-def _cpu_flops_per_s(cores: int) -> float:
+def _cpu_flops_per_s(cores: float) -> float:
     """Return an estimate of float32 operations per second from what the processor says of itself."""
     info = _cpu_info()
     features = re.split(r"\s+", info.get("flags", "") or info.get("Features", ""))

@@ -18,6 +18,7 @@ from typing import Literal
 
 from hanok.errors import OptionError
 from hanok.memory.budget import Budget, device_name
+from hanok.memory.cpus import CpuBudget
 
 PlaceKind = Literal["gpu", "core", "cpu", "disk"]
 Weights = Literal["auto", "mapped", "copied"]
@@ -82,6 +83,8 @@ class Place:
     """Always held by a model that drafts: its weights, keys and values."""
     activation_bytes: int = 0
     """Held while computing, whatever the units: activations and kernels' workspace."""
+    cpus: CpuBudget | None = None
+    """Of the host's memory: who computes with what lies there."""
     is_host: bool = False
     """Whether what loading claims beside the weights is claimed here."""
 
@@ -98,9 +101,8 @@ class Place:
     @property
     def title(self) -> str:
         """What people call it."""
-        return {"gpu": f"GPU {self.name}", "core": f"core {self.name.rpartition(':')[2]}"}.get(
-            self.kind, self.name
-        )
+        names = {"gpu": f"GPU {self.name}", "core": f"core {self.name.rpartition(':')[2]}"}
+        return names.get(self.kind, self.name)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -316,9 +318,7 @@ def _room(place: Place, needs: Needs) -> int:
     """Return what weights, keys and values may take of a place."""
     if place.budget is None:
         return 2**62
-    beside = place.activation_bytes
-    if place.is_host:
-        beside = max(beside, needs.load_bytes)
+    beside = max(place.activation_bytes, needs.load_bytes if place.is_host else 0)
     return place.budget.num_bytes - place.held_bytes - beside
 
 

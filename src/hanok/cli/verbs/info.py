@@ -43,8 +43,16 @@ def command(path: Path | None, as_json: bool) -> None:
 
 def _machine() -> dict[str, str]:
     from hanok.bench.machine import machine_facts, versions
+    from hanok.kernels.native import native
+    from hanok.kernels.processor import CAP, instruction_set_cap
+    from hanok.memory.threads import set_threads
 
-    return {**versions(), **machine_facts()}
+    threads = set_threads()  # as a load does: the facts name their number
+    facts = machine_facts()
+    cap = instruction_set_cap()
+    if cap is not None and native() is not None:
+        facts["hanok's kernels"] += f", capped by {CAP}={cap}"
+    return {**versions(), **facts, "threads": str(threads)}
 
 
 def _attention(config: "ModelConfig | None") -> dict[str, str]:

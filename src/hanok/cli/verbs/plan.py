@@ -118,6 +118,8 @@ def plan_object(plan: "LoadPlan") -> dict[str, Any]:
                 "peak_bytes": tier.peak_bytes,
                 "missing_bytes": tier.missing_bytes,
                 "bytes_per_s": tier.place.bytes_per_s,
+                "threads": tier.place.cpus.threads if tier.place.cpus else None,
+                "threads_reason": tier.place.cpus.reason if tier.place.cpus else None,
                 "budget_bytes": tier.place.budget.num_bytes if tier.place.budget else None,
                 "limits": [
                     {"bytes": limit.num_bytes, "source": limit.source}

@@ -58,7 +58,11 @@ HEADER = (
     help="What reference and recipes compute in; float32 compares most finely.",
 )
 @click.option("--device-map", default="auto", show_default=True, help="Where to compute.")
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: all cores]")
+@click.option(
+    "--threads",
+    type=click.IntRange(min=1),
+    help="CPU threads.  [default: one for each core, within the CPU quota]",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the table.")
 @click.option(
     "--markdown",
@@ -90,12 +94,8 @@ def command(  # noqa: PLR0913 (click passes each option as an argument)
     reference's; layer error is the largest relative error of what a layer adds. Speed is that of one
     user, and its share of what reading the weights allows.
     """
-    import torch
-
     from hanok.engine.quality import measure_quality
 
-    if threads:
-        torch.set_num_threads(threads)
     # Measuring takes minutes; what could not be written is said before it.
     for file in filter(None, (markdown, plot)):
         _check_folder(file)
@@ -109,6 +109,7 @@ def command(  # noqa: PLR0913 (click passes each option as an argument)
         device_map=device_map,
         window=window,
         max_tokens=max_tokens,
+        threads=threads,
         progress=lambda name: click.echo(f"measuring {name}", err=True),
     )
     if markdown is not None:
