@@ -26,6 +26,8 @@ FLAGS = [
 ]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni"]
+AMX = [*AVX512, "-mamx-tile", "-mamx-int8"]
+AMX_PRODUCTS = {"amx": AMX, "emulated_amx": [*AVX512, "-DHANOK_EMULATES_TILES"]}
 
 
 def instruction_sets() -> dict[str, tuple[str, list[str]]]:
@@ -81,7 +83,8 @@ def compile_kernels(sources: Path, library: Path, extra_flags: tuple[str, ...] =
         for table, known in instruction_sets().items()
         if table == "portable" or _knows(compiler, known[1])
     }
-    are_there = [f"-DHANOK_HAS_{table.upper()}" for table in tables]
+    has_amx = "avx512" in tables and _knows(compiler, AMX)
+    are_there = [f"-DHANOK_HAS_{table.upper()}" for table in (*tables, *["amx"] * has_amx)]
     with tempfile.TemporaryDirectory() as folder:
         commands, objects = [], []
         for name in ("library", "pool"):
@@ -94,6 +97,11 @@ def compile_kernels(sources: Path, library: Path, extra_flags: tuple[str, ...] =
             names += [f'-DHANOK_KEY="{table}"', f'-DHANOK_NAME="{name}"']
             source = str(sources / "instruction_set.cpp")
             commands.append([*compiler, *flags, *names, "-c", source, "-o", objects[-1]])
+        for name, flags in AMX_PRODUCTS.items() if has_amx else ():
+            objects.append(str(Path(folder, f"{name}.o")))
+            source = str(sources / "amx.cpp")
+            wanted = [*flags, f"-DHANOK_PRODUCT=hanok_{name}_product"]
+            commands.append([*compiler, *wanted, "-c", source, "-o", objects[-1]])
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(_run, commands))
         unfinished = library.with_suffix(f".{os.getpid()}")

@@ -403,6 +403,22 @@ def built_instruction_sets() -> Sequence[Native]:
     return tuple(found)
 
 
+def emulated_amx() -> Native | None:
+    """Return AMX's kernels with loops in place of its tiles, for tests; None where they do not run."""
+    library = _library()
+    if library is None:
+        return None
+    library.hanok_emulated_amx.restype = c_void_p
+    table = library.hanok_emulated_amx()
+    return None if table is None else Native(library, table)
+
+
+def has_wrong_tiles() -> bool:
+    """Return whether this processor's AMX gives other products than its AVX-512, and is not used."""
+    library = _library()
+    return library is not None and bool(library.hanok_has_wrong_tiles())
+
+
 @cache
 def instruction_sets() -> Sequence[Native]:
     """Return those that the user allows, the best first."""

@@ -9,7 +9,7 @@ import torch
 from hanok.errors import OptionError
 
 CAP = "HANOK_ISA"
-INSTRUCTION_SETS = ("portable", "dotprod", "avx2", "avxvnni", "avx512")  # the least first
+INSTRUCTION_SETS = ("portable", "dotprod", "avx2", "avxvnni", "avx512", "amx")  # the least first
 FEW_ROWS = 8
 """Rows of a product up to which reading limits it, however it is multiplied."""
 
@@ -36,7 +36,7 @@ def is_x86() -> bool:
 @cache
 def has_bfloat16_instructions() -> bool:
     """Return whether this CPU multiplies bfloat16 natively (AVX512_BF16 or AMX) and may do so."""
-    if instruction_set_cap() not in (None, "avx512"):
+    if instruction_set_cap() not in (None, "avx512", "amx"):
         return False
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 

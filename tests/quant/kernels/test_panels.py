@@ -12,7 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hanok.kernels.native import Native, why_not
+from hanok.kernels.native import (
+    Native,
+    built_instruction_sets,
+    emulated_amx,
+    has_wrong_tiles,
+    why_not,
+)
 from hanok.quant.base import Format, QuantizedWeight, QuantMethod, method_of, reference
 from hanok.quant.kernels import panels as module
 from hanok.quant.kernels.panels import LAYOUT, PanelWeight
@@ -309,3 +315,28 @@ def test_what_panels_do_not_hold_they_say(monkeypatch: pytest.MonkeyPatch) -> No
     assert "the kernels are" in str(LAYOUT.why_not(plain, CPU))
     with pytest.raises(ValueError, match="panels were chosen where they do not fit"):
         LAYOUT.empty(method("int8"), (16, 32), CPU)
+
+
+@pytest.mark.parametrize("text", WHOLE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tiles_give_the_bits_of_vectors(
+    text: str, dtype: torch.dtype, with_threads: Callable[[int], None]
+) -> None:
+    """AMX's steps, with loops in place of its tiles: no machine of the tests need have them."""
+    tiles = emulated_amx()
+    if tiles is None:
+        pytest.skip("its other steps are AVX-512's, which this processor does not have")
+    vectors = next(item for item in built_instruction_sets() if item.key == "avx512")
+    for rows, columns in ((45, 1100), (16, 128), (1, 33), (130, 520)):
+        weight, bias = random(rows, columns, seed=2), random(rows, seed=3).to(dtype)
+        ours, theirs = stored(tiles, text, weight), stored(vectors, text, weight)
+        for tokens in (1, 16, 17, 63, 64, 65, 128, 200):
+            x = random(tokens, columns, dtype=dtype)
+            x[tokens // 2] = 0.0
+            for count in (1, 2):
+                with_threads(count)
+                assert torch.equal(ours.matmul(x, bias), theirs.matmul(x, bias))
+
+
+def test_a_processors_tiles_are_used_where_they_agree() -> None:
+    assert not has_wrong_tiles()

@@ -44,6 +44,7 @@ def command(path: Path | None, as_json: bool) -> None:
 def _machine() -> dict[str, str]:
     from hanok.bench.machine import machine_facts, versions
     from hanok.kernels.native import native
+    from hanok.kernels.native import has_wrong_tiles
     from hanok.kernels.processor import CAP, instruction_set_cap
     from hanok.memory.threads import set_threads
 
@@ -52,6 +53,8 @@ def _machine() -> dict[str, str]:
     cap = instruction_set_cap()
     if cap is not None and native() is not None:
         facts["hanok's kernels"] += f", capped by {CAP}={cap}"
+    if has_wrong_tiles():
+        facts["hanok's kernels"] += "; AMX is not used, for its products differ here from AVX-512's"
     return {**versions(), **facts, "threads": str(threads)}
 
 

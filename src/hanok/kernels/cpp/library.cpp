@@ -10,6 +10,12 @@
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
+#if defined(HANOK_HAS_AMX)
+#include <cstring>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #if defined(__aarch64__) && defined(__linux__)
 #include <asm/hwcap.h>
 #include <sys/auxv.h>
@@ -18,6 +24,11 @@
 // The build defines HANOK_HAS_… for each instruction set that its compiler knows.
 extern const Kernels hanok_portable_kernels, hanok_avx2_kernels, hanok_avxvnni_kernels, hanok_avx512_kernels,
     hanok_dotprod_kernels;
+
+#if defined(HANOK_HAS_AMX)
+int hanok_amx_product(const Panels*, const void*, const void*, void*, std::int64_t, int, int);
+int hanok_emulated_amx_product(const Panels*, const void*, const void*, void*, std::int64_t, int, int);
+#endif
 
 namespace {
 
@@ -37,10 +48,62 @@ bool has_avx512() {
 }
 #endif
 
+#if defined(HANOK_HAS_AMX)
+Kernels with_product(const char* key, const char* name, decltype(Kernels::product) product) {
+    Kernels kernels = hanok_avx512_kernels;
+    kernels.key = key;
+    kernels.name = name;
+    kernels.product = product;
+    return kernels;
+}
+const Kernels amx_kernels = with_product("amx", "AMX", hanok_amx_product);
+const Kernels emulated_amx_kernels = with_product("amx", "AMX by loops", hanok_emulated_amx_product);
+
+// Linux lets a process use tiles when it asks (arch_prctl: ARCH_REQ_XCOMP_PERM, XTILEDATA).
+bool has_amx() {
+    unsigned a = 0, b = 0, c = 0, d = 0, low = 0, high = 0;
+    if (!has_avx512() || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+    if (!(d & 1u << 24) || !(d & 1u << 25)) return false;  // tiles, and int8 in them
+    __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    return (low >> 17 & 3) == 3 && syscall(SYS_arch_prctl, 0x1023, 18) == 0;
+}
+
+// Whether AMX's products are AVX-512's bit for bit. No machine that tested this code had tiles.
+bool amx_agrees() {
+    constexpr std::int64_t kRows = 32, kColumns = 64, kTokens = 40;
+    static std::uint8_t codes[kRows * kColumns];
+    static std::uint16_t scale[kRows * kColumns / 32];
+    static float x[kTokens * kColumns], ours[kTokens * kRows], theirs[kTokens * kRows];
+    std::uint32_t number = 1;
+    const auto next = [&] { return (number = number * 1664525u + 1013904223u) >> 24; };
+    for (auto& code : codes) code = static_cast<std::uint8_t>(next());
+    for (auto& item : scale) item = static_cast<std::uint16_t>(0x2c00 + next());
+    for (auto& item : x) item = static_cast<float>(next()) - 127.0f;
+    const int kinds[] = {kBytes, kNibbles};
+    for (const int kind : kinds) {
+        const Panels weight = {codes, scale, nullptr, nullptr, kRows, kColumns, 32, kind};
+        if (amx_kernels.product(&weight, x, nullptr, ours, kTokens, kFloat32, 1) ||
+            hanok_avx512_kernels.product(&weight, x, nullptr, theirs, kTokens, kFloat32, 1) ||
+            std::memcmp(ours, theirs, sizeof(ours)))
+            return false;
+    }
+    return true;
+}
+
+enum TileState { kNoTiles, kWrongTiles, kTiles };
+TileState tile_state() {
+    static const TileState state = !has_amx() ? kNoTiles : amx_agrees() ? kTiles : kWrongTiles;
+    return state;
+}
+#endif
+
 // The best first.
 const Kernels* supported(int index) {
 #if defined(__x86_64__)
     __builtin_cpu_init();
+#if defined(HANOK_HAS_AMX)
+    if (tile_state() == kTiles && index-- == 0) return &amx_kernels;
+#endif
 #if defined(HANOK_HAS_AVX512)
     if (has_avx512() && index-- == 0) return &hanok_avx512_kernels;
 #endif
@@ -112,6 +175,24 @@ extern "C" {
 
 // `index` counts from the best instruction set; null past the last.
 const Kernels* hanok_kernels(int index) { return supported(index); }
+
+// AMX's kernels with loops in place of its tiles, for tests; null where they do not run.
+const Kernels* hanok_emulated_amx() {
+#if defined(HANOK_HAS_AMX)
+    return has_avx512() ? &emulated_amx_kernels : nullptr;
+#else
+    return nullptr;
+#endif
+}
+
+// Whether this processor has tiles whose products are not AVX-512's, so that they are not used.
+int hanok_has_wrong_tiles() {
+#if defined(HANOK_HAS_AMX)
+    return tile_state() == kWrongTiles;
+#else
+    return 0;
+#endif
+}
 
 const char* hanok_key(const Kernels* kernels) { return kernels->key; }
 

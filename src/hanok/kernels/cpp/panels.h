@@ -489,7 +489,7 @@ int product_of(const Panels& w, const void* x_, const void* bias_, void* y_, int
     }
 }
 
-int product(const Panels* weight, const void* x, const void* bias, void* y, int64_t tokens, int type,
+[[maybe_unused]] int product(const Panels* weight, const void* x, const void* bias, void* y, int64_t tokens, int type,
             int threads) {
     if (type == kFloat32) return product_of<float>(*weight, x, bias, y, tokens, threads);
     return product_of<uint16_t>(*weight, x, bias, y, tokens, threads);
