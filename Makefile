@@ -6,14 +6,23 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: demo test check sanitize format bench clean
+.PHONY: demo test test-isa check sanitize format bench clean
 
 demo: $(VENV)/.installed
 	$(BIN)/hanok generate "Once upon a time" --echo --temperature 0.5 --top-p 0.9 --seed 26
 	$(BIN)/hanok bench --budget 45
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2
+
+# What depends on the processor, once more as on older ones: torch's libraries are held to the same.
+ISA_TESTS := tests/kernels tests/quant tests/attention tests/models/test_linear.py tests/engine tests/bench
+AVX2 := HANOK_ISA=avx2 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2
+PORTABLE := HANOK_ISA=portable ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 \
+	MKL_ENABLE_INSTRUCTIONS=SSE4_2
+test-isa: $(VENV)/.installed-dev
+	$(AVX2) $(BIN)/python -m pytest --numprocesses 2 $(ISA_TESTS)
+	$(PORTABLE) $(BIN)/python -m pytest --numprocesses 2 $(ISA_TESTS)
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

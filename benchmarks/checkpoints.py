@@ -131,6 +131,12 @@ def make_checkpoint(shape: Shape, folder: Path, *, seed: int = 0) -> Path:
     return path
 
 
+def config_file(path: Path) -> dict[str, Any]:
+    """Return the content of a checkpoint's config.json."""
+    found: dict[str, Any] = json.loads((path / "config.json").read_text())
+    return found
+
+
 def is_complete(path: Path, shape: Shape) -> bool:
     """Return whether the folder holds this shape; config.json is what is written last."""
     config = path / "config.json"

@@ -104,9 +104,7 @@ def llama_cpp_row(file: Path, options: argparse.Namespace, lengths: Lengths) -> 
     common = ["-m", file, "-t", options.threads, "-r", 1, "-o", "json"]
 
     def bench(*more: object) -> measure.Row:
-        found = json.loads(output_of([options.llama_cpp / "llama-bench", *common, *more]))
-        row: measure.Row = found[0]
-        return row
+        return first_json_array([options.llama_cpp / "llama-bench", *common, *more])
 
     count, context, new = 8, lengths.batch_context, lengths.batch_new_tokens
     batched = [options.llama_cpp / "llama-batched-bench", "-m", file, "-t", options.threads]
@@ -122,6 +120,12 @@ def llama_cpp_row(file: Path, options: argparse.Namespace, lengths: Lengths) -> 
         "together_per_s": float(together["speed_tg"]),
         "version": f"commit {prefill['build_commit']}",
     }
+
+
+def first_json_array(command: Sequence[object]) -> measure.Row:
+    """Return the first object of the JSON array that a program prints."""
+    row: measure.Row = json.loads(output_of(command))[0]
+    return row
 
 
 def first_json_line(command: Sequence[object], attempts: int = 10) -> measure.Row:

@@ -25,7 +25,9 @@ def load(asked: argparse.Namespace) -> tuple[engine_worker.Generate, engine_work
     start = time.perf_counter()
     # Weights in memory of the process, as they are soon after any start.
     weights = "copied" if quant is None else "auto"
-    model = hanok.load(asked.model, dtype="bfloat16", quant=quant, weights=weights)
+    model = hanok.load(
+        asked.model, dtype="bfloat16", quant=quant, weights=weights, threads=asked.threads
+    )
     load_s = time.perf_counter() - start
     load_gib = engine_worker.memory_gib("VmHWM") - resident
 

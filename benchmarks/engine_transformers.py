@@ -14,8 +14,9 @@ def load(asked: argparse.Namespace) -> tuple[engine_worker.Generate, engine_work
     from transformers import AutoModelForCausalLM
 
     torch.set_num_threads(asked.threads)
+    dtype = torch.float32 if asked.precision == "fp32" else torch.bfloat16
     model = AutoModelForCausalLM.from_pretrained(
-        asked.model, dtype=torch.bfloat16, attn_implementation="sdpa"
+        asked.model, dtype=dtype, attn_implementation="sdpa"
     ).eval()
 
     @torch.inference_mode()

@@ -26,11 +26,11 @@ def options() -> argparse.Namespace:
     parser.add_argument("model", type=Path)
     parser.add_argument("spawned", type=float, help="time.time() when the process was started")
     parser.add_argument("--precision", required=True)
-    parser.add_argument("--threads", type=int, required=True)
+    parser.add_argument("--threads", type=int, help="default: what the engine takes by itself")
     parser.add_argument("--vocab", type=int, required=True)
     parser.add_argument("--context", type=int, default=512, help="tokens of the long prompt")
     parser.add_argument("--new-tokens", type=int, default=128, help="tokens decoded behind it")
-    parser.add_argument("--sequences", type=int, default=8)
+    parser.add_argument("--sequences", type=int, default=8, help="0: leave them out")
     parser.add_argument("--batch-context", type=int, default=64, help="tokens of their prompts")
     parser.add_argument("--batch-new-tokens", type=int, default=32)
     return parser.parse_args()
@@ -54,14 +54,16 @@ def run(load: Load) -> None:
     generate(prompts(1, asked.context), 2)
     prefill = [generate(prompts(1, asked.context), 1)[0] for _ in range(2)]
     first, rest = generate(prompts(1, asked.context), asked.new_tokens + 1)
-    _, together = generate(
-        prompts(asked.sequences, asked.batch_context), asked.batch_new_tokens + 1
-    )
-    row = {
+    row: dict[str, float | str] = {
         "prefill_per_s": asked.context / statistics.median([*prefill, first]),
         "decode_per_s": asked.new_tokens / rest,
-        "together_per_s": asked.sequences * asked.batch_new_tokens / together,
         "peak_gib": memory_gib("VmHWM"),
-        **details(),
     }
+    if asked.sequences:
+        _, together = generate(
+            prompts(asked.sequences, asked.batch_context), asked.batch_new_tokens + 1
+        )
+        row["together_per_s"] = asked.sequences * asked.batch_new_tokens / together
+        row["peak_gib"] = memory_gib("VmHWM")
+    row.update(details())
     print(json.dumps(row))

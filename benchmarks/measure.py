@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Generic, TypeVar
 
 REPOSITORY = Path(__file__).parents[1]
@@ -107,15 +108,23 @@ class Guard:
         return best
 
 
-def run_cold(command: Sequence[str], *, threads: int, timeout_s: float = 1800.0) -> Row:
+def run_cold(
+    command: Sequence[str],
+    *,
+    threads: int,
+    timeout_s: float = 1800.0,
+    environment: Mapping[str, str] = MappingProxyType({}),
+) -> Row:
     """Run a command in a process of its own and return its last line of output, a JSON object.
 
-    The wall clock at its start is added as the last argument, so that it can tell how long it took
-    to get somewhere, the interpreter's own start included.
+    `threads`: 0 lets it find its threads itself. The wall clock at its start is added as the last
+    argument, so that it can tell how long it took to get somewhere, the interpreter's start included.
     """
-    environment = os.environ | {
-        "OMP_NUM_THREADS": str(threads),
-        "MKL_NUM_THREADS": str(threads),
+    told = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)} if threads else {}
+    variables = {
+        **os.environ,
+        **environment,
+        **told,
         "HF_HUB_OFFLINE": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "TRANSFORMERS_VERBOSITY": "error",
@@ -125,7 +134,7 @@ def run_cold(command: Sequence[str], *, threads: int, timeout_s: float = 1800.0)
         capture_output=True,
         text=True,
         timeout=timeout_s,
-        env=environment,
+        env=variables,
         check=False,
     )
     lines = done.stdout.strip().splitlines()

@@ -43,8 +43,7 @@ def command(path: Path | None, as_json: bool) -> None:
 
 def _machine() -> dict[str, str]:
     from hanok.bench.machine import machine_facts, versions
-    from hanok.kernels.native import native
-    from hanok.kernels.native import has_wrong_tiles
+    from hanok.kernels.native import has_wrong_tiles, native
     from hanok.kernels.processor import CAP, instruction_set_cap
     from hanok.memory.threads import set_threads
 
