@@ -15,16 +15,18 @@ from torch import Tensor
 
 from hanok.attention.base import ForwardBatch, backends, reference, visible
 from hanok.attention.cache import LayerState
-from hanok.bench import attention
+from hanok.bench import attention, turns
 from hanok.bench.attention import (
     AttentionCase,
     AttentionReport,
     Conditions,
     Tensors,
+    fitting,
     grid,
     measure_attention,
 )
 from hanok.bench.growth import RESET
+from hanok.bench.turns import Timer
 from hanok.errors import OptionError
 
 CPU = torch.device("cpu")
@@ -188,6 +190,59 @@ def test_what_would_not_fit_is_tried_with_few_queries_only() -> None:
         assert "eager" in result.measured
     assert "would claim about 0.2" in result.not_measured["greedy"]
     assert result.not_measured["greedy"].endswith("and 0.19 GiB are free")
+
+
+def test_contestants_fit_the_time_the_fastest_first() -> None:
+    calls_s = {"eager": 9.0, "native": 1.0, "sdpa": 2.0}
+    assert fitting(calls_s, None) == set(calls_s)
+    assert fitting(calls_s, 60.0) == set(calls_s)
+    assert fitting(calls_s, 59.9) == {"native", "sdpa"}
+    assert fitting(calls_s, 14.0) == {"native"}
+    assert fitting(calls_s, 4.9) == set()
+
+
+def test_what_would_take_too_long_is_tried_with_few_queries_only(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    item = case(queries=256, keys=300)
+    monkeypatch.setattr(attention, "fitting", lambda calls_s, left_s: set(calls_s) - {"greedy"})
+    greedy = Greedy()
+    (result,) = measure([item], others={"greedy": greedy}, budget_s=1000.0).results
+    assert greedy.most_queries == attention.TRIED_QUERIES
+    assert result.not_measured["greedy"].startswith("no time for it within --budget (a call would")
+    assert next(iter(result.measured)) == "eager"
+    monkeypatch.setattr(attention, "fitting", lambda calls_s, left_s: set())
+    monkeypatch.setattr(attention.Tensors, "expected", None)  # nothing is compared with it
+    (result,) = measure([item], others={"greedy": greedy}).results
+    assert not result.measured
+
+
+def test_the_exact_result_takes_time_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[float | None] = []
+
+    def two_seconds(timer: Timer) -> float:
+        timer.action()
+        return 2.0
+
+    def fitting(calls_s: dict[str, float], left_s: float | None) -> set[str]:
+        assert set(calls_s.values()) == {4.0}  # of 32 queries, of which 16 were tried
+        seen.append(left_s)
+        return set()
+
+    monkeypatch.setattr(Timer, "__call__", two_seconds)
+    monkeypatch.setattr(turns.time, "perf_counter", lambda: 0.0)
+    monkeypatch.setattr(attention, "fitting", fitting)
+    measure([case(queries=32, keys=40)] * 2, budget_s=100.0)
+    assert seen == [50.0 - 4.0, 100.0 - 4.0]
+
+
+def test_a_case_that_comes_too_late_is_not_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention.Tensors, "of", None)
+    (result,) = measure([SMALL], budget_s=1e-9).results
+    assert not result.measured
+    assert set(result.not_measured) == set(backends())
+    with pytest.raises(OptionError, match="the budget is 0 s"):
+        quick(budget_s=0.0)
 
 
 def test_caches_that_would_not_fit_are_refused() -> None:

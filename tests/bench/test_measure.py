@@ -13,9 +13,9 @@ from hanok.bench.report import Probe, Report
 from hanok.bench.rows import bandwidth_share, prompt_flops
 from hanok.bench.settings import Axes, Setting, Workload
 from hanok.bench.subject import SubjectModel
-from hanok.bench.workers import LoadOptions, Process
+from hanok.bench.workers import LoadOptions, Process, Room, Workers
 from hanok.engine.quality import measure_quality
-from hanok.errors import GenerationError, OptionError, RequestError
+from hanok.errors import DeadlineError, GenerationError, OptionError, RequestError
 
 TEXT = (hanok.BUNDLED / "quality.txt").read_text(encoding="utf-8")
 LOAD = LoadOptions(path=hanok.BUNDLED, draft=hanok.BUNDLED, threads=1, max_memory=None)
@@ -75,7 +75,7 @@ def test_rows_and_what_is_left_out(measured: Report) -> None:
     assert len(reasons) == 5
     assert reasons.count("nothing is recorded with attention eager, only with native") == 1
     assert reasons.count("needs a CUDA device (found: cpu)") == 1
-    assert sum("more than the model's context of 1,024" in item for item in reasons) == 2
+    assert sum("longer than the model's context (2,020 of 1,024" in item for item in reasons) == 2
     assert sum("'cuda:7', which is not there" in item for item in reasons) == 1
     assert [load.label for load in measured.loads] == [
         "bfloat16",
@@ -196,6 +196,21 @@ def test_a_process_that_ends_is_told_with_its_words() -> None:
             process.ask("gap", tokens=[1], own=0, other=1)
     finally:
         process.close()
+
+
+def test_a_process_that_takes_too_long_is_ended_and_another_takes_its_place() -> None:
+    load = Setting(dtype="bfloat16").load
+    with Workers(LOAD, {load: Room(context=32, batch=1)}) as workers:
+        with pytest.raises(DeadlineError, match="had not answered after 0 s"):
+            workers.get(load, 0.0)  # not even Python has begun by then
+        worker = workers.get(load)
+        assert not worker.has_ended
+        with pytest.raises(DeadlineError):
+            worker.ask("gap", limit_s=0.0, tokens=[5] * 1000, own=0, other=1)
+        assert worker.has_ended
+        again = workers.get(load)
+        assert again is not worker
+        assert again.ask("gap", limit_s=60.0, tokens=[5], own=0, other=0) == {"gap": 0.0}
 
 
 def test_a_copy_of_a_process_answers_apart() -> None:

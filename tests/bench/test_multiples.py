@@ -1,5 +1,6 @@
 """What is said about sizes, from times that are made up, and that everything named is measured."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -71,6 +72,16 @@ def test_products_and_heads_are_measured(monkeypatch: pytest.MonkeyPatch) -> Non
     assert {shapes for shapes in products} == {
         ((tokens, size), (size, size), True) for tokens in (1, 3) for size in around(64)
     }
+
+
+def test_groups_without_time_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    conditions = replace(quick(), budget_s=1e-9)
+    monkeypatch.setattr(multiples, "take_turns", None)  # nothing is measured
+    report = measure_multiples(64, (1, 3), SHAPE, conditions)
+    assert report.groups == ()
+    assert len(report.left_out) >= 4
+    assert report.left_out[0].startswith("linear, 1 token: no time for it within --budget (a call")
+    assert measure_multiples(64, (), SHAPE, quick()).left_out == ()
 
 
 @pytest.mark.parametrize("size", [0, 2047, 8, -64])

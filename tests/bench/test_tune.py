@@ -82,8 +82,21 @@ def test_nothing_is_chosen_where_nothing_keeps_the_bounds(short: Report) -> None
     with pytest.raises(OptionError, match="quality was not measured"):
         choose(replace(short, quality_tokens=0), BOUNDS)
     unknown = replace(short, rows=tuple(replace(row, peak_bytes=None) for row in short.rows))
-    with pytest.raises(OptionError, match="its peak of memory is not known"):
+    with pytest.raises(OptionError, match="no time to find its peak of memory"):
         choose(unknown, replace(BOUNDS, max_memory=10**12))
+
+
+def test_what_was_not_scored_is_not_chosen(short: Report) -> None:
+    unscored = replace(
+        short,
+        rows=tuple(
+            replace(row, quality=None) if row.label == "native, int8" else row for row in short.rows
+        ),
+    )
+    choice = choose(unscored, BOUNDS)
+    assert choice.chosen.label == "native"
+    reasons = {item.label: item.excluded for item in choice.candidates}
+    assert reasons["native, int8"] == "its quality was not measured"
 
 
 def test_a_setting_must_be_measured_with_all_workloads(report: Report) -> None:

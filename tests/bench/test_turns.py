@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hanok.bench import turns
-from hanok.bench.turns import Spread, Timer, take_turns
+from hanok.bench.turns import Deadline, Spread, Timer, run_plainly, take_turns
 
 
 def test_each_round_begins_one_contestant_further_on() -> None:
@@ -56,3 +56,32 @@ def test_short_actions_are_made_until_a_sample_is_long_enough(
     before = now[0]
     assert timer() == pytest.approx(0.003)
     assert now[0] - before == pytest.approx(7 * 0.003)
+
+
+@pytest.mark.parametrize(
+    ("bound_s", "rounds"), [(None, 5), (100.0, 5), (9.0, 3), (8.9, 2), (-1.0, 1)]
+)
+def test_rounds_end_before_the_time_does(
+    bound_s: float | None, rounds: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(turns.time, "perf_counter", lambda: now[0])
+
+    def contestant() -> float:
+        now[0] += 3.0
+        return 3.0
+
+    found = take_turns({"a": contestant}, 5, run_plainly, bound_s)
+    assert found == {"a": [3.0] * rounds}
+    assert take_turns({}, 5, run_plainly, bound_s) == {}
+
+
+def test_parts_share_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(turns.time, "perf_counter", lambda: now[0])
+    deadline = Deadline(60.0)
+    assert deadline.left_s(3) == 20.0
+    now[0] = 10.0  # the first took less
+    assert deadline.left_s(2) == 25.0
+    assert deadline.left_s() == 50.0
+    assert Deadline(None).left_s(3) is None

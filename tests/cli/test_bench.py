@@ -8,8 +8,11 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
+from hanok.bench.grid import GridRow, Skipped
 from hanok.bench.report import Report, read_report
-from hanok.cli.bench_table import HEADER, cells, markdown_of, notes, print_report, ratio
+from hanok.bench.settings import Setting, Workload
+from hanok.cli import bench_options
+from hanok.cli.bench_table import HEADER, cells, markdown_of, notes, print_report, ratio, title
 from hanok.cli.main import cli
 
 GRID = """
@@ -209,6 +212,91 @@ def test_a_narrow_terminal_gets_two_tables(
 
 def test_guessed_tokens_are_told(report: Report) -> None:
     row = replace(report.rows[0], proposed=20, accepted=15)
-    found = notes(replace(report, rows=(row, *report.rows[1:])))
+    found = notes(replace(report, rows=(row, *report.rows[1:])), is_verbose=False)
     assert "eager at 16 + 6 tokens: 15 of 20 guessed tokens were right." in found
-    assert "guessed" not in "".join(notes(report))
+    assert "guessed" not in "".join(notes(report, is_verbose=False))
+
+
+REASONS = {
+    "triton": "needs a CUDA device (found: cpu)",
+    "sdpa_efficient": "needs a CUDA device (found: cpu)",
+    "sdpa": "no time for it within --budget (an answer takes about 3.2 s)",
+    "eager": "no time for it within --budget (an answer takes about 5 s and its load 9 s)",
+    "sdpa_math": "no time for it within --budget (had not answered after 9 s)",
+    "native": "does not fit: cpu lacks 3.00 GiB",
+}
+
+
+def test_what_is_left_out_is_counted_in_a_line_and_listed_when_asked_for(
+    report: Report, capsys: pytest.CaptureFixture[str]
+) -> None:
+    workload = Workload(prompt_tokens=128, new_tokens=32, batch=1)
+    skipped = tuple(
+        Skipped(
+            row=GridRow(setting=Setting(attention=name, dtype="bfloat16"), workload=workload),
+            reason=reason,
+        )
+        for name, reason in REASONS.items()
+    )
+    lacking = replace(report, skipped=skipped)
+    line = (
+        "6 rows left out: no time for it within --budget (3); needs a CUDA device (2); "
+        "does not fit (1). -v lists them."
+    )
+    print_report(lacking)
+    shown = capsys.readouterr().out
+    assert shown.splitlines()[-1] == line
+    assert "found: cpu" not in shown
+    print_report(lacking, is_verbose=True)
+    shown = capsys.readouterr().out
+    assert line not in shown
+    for reason in REASONS.values():
+        assert f"Left out, {reason}: " in shown
+    assert "needs a CUDA device (found: cpu): triton at 128 + 32 tokens; sdpa_eff" in shown
+    # A file has all of it: nobody can ask it for more.
+    assert "(had not answered after 9 s): sdpa_math at" in markdown_of(lacking)
+    one = notes(replace(report, skipped=skipped[:1]), is_verbose=False)[-1]
+    assert one == "1 row left out: needs a CUDA device (1). -v lists them."
+    none = notes(replace(report, skipped=()), is_verbose=False)
+    assert not any("left out" in note for note in none)
+
+
+def test_one_round_has_no_medians(report: Report) -> None:
+    assert title(replace(report, rounds=1)).endswith("GFLOP/s; one round")
+    assert title(report).endswith("GFLOP/s; medians of 2 rounds")
+
+
+@pytest.mark.parametrize(
+    ("args", "budget_s", "may_shrink", "has_core"),
+    [
+        (("bench",), 90.0, True, True),
+        (("bench", "--budget", "45"), 45.0, True, True),
+        (("bench", "--grid", "-"), None, False, False),
+        (("bench", "--grid", "-", "--budget", "45"), 45.0, False, False),
+        (("tune",), 90.0, True, False),
+    ],
+)
+def test_only_the_short_grid_may_have_fewer_tokens(
+    args: tuple[str, ...],
+    budget_s: float | None,
+    may_shrink: bool,
+    has_core: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from hanok.bench import measure
+
+    seen: list[measure.BenchOptions] = []
+
+    def run_bench(options: measure.BenchOptions, progress: object) -> Report:
+        seen.append(options)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(measure, "run_bench", run_bench)
+    monkeypatch.setattr(bench_options.time, "perf_counter", lambda: 7.0)
+    run(*args, text=GRID)
+    (options,) = seen
+    assert (options.budget_s, options.may_shrink, options.began) == (budget_s, may_shrink, 7.0)
+    assert bool(options.core) == has_core
+    if has_core:
+        wanted = {item for axes in options.axes for item in axes.combinations()}
+        assert {item for axes in options.core for item in axes.combinations()} <= wanted

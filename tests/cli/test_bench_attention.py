@@ -60,6 +60,19 @@ def test_multiples_become_a_table_and_an_object(tmp_path: Path) -> None:
     assert [row["size"] for row in found["groups"][0]["rows"]] == [56, 63, 64, 65, 72, 128]
 
 
+def test_what_there_is_no_time_for_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths = ("--queries", "1", "--keys", "16,32")
+    assert "had time" not in run(*lengths, "--rounds", "2", "--budget", "1000").stdout
+    monkeypatch.setattr(attention, "take_turns", lambda timers, *_: {n: [1.0] for n in timers})
+    shown = run(*lengths, "--rounds", "3", "--budget", "60").stdout
+    assert shown.count("1 of 3 rounds had time (--budget)") == 2
+    monkeypatch.setattr(attention, "fitting", lambda calls_s, left_s: set())
+    shown = run(*lengths, "--budget", "60").stdout
+    assert "1 query over 16 keys" in shown
+    assert "not native: no time for it within --budget (a call would take about" in shown
+    assert "times as fast" not in shown
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

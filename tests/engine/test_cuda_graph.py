@@ -26,8 +26,8 @@ CAPACITY = 40
 
 @pytest.fixture(scope="module")
 def plain() -> Model:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = hanok.load(hanok.BUNDLED, dtype="float32", device=device)
+    device = {"": 0 if torch.cuda.is_available() else "cpu"}
+    model = hanok.load(hanok.BUNDLED, dtype="float32", device_map=device)
     model.decoder.use_attention("sdpa")
     return model
 
@@ -39,7 +39,8 @@ def static(kernel_device: torch.device) -> Iterator[Model]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TritonAttention, "why_not", lambda *_: None)
-        model = hanok.load(hanok.BUNDLED, dtype="float32", device=str(kernel_device))
+        device = {"": 0 if kernel_device.type == "cuda" else "cpu"}
+        model = hanok.load(hanok.BUNDLED, dtype="float32", device_map=device)
         model.decoder.use_attention("triton")
         yield model
 

@@ -30,6 +30,7 @@ def sources(folder: Path, library: str, table: str) -> Path:
     made.mkdir()
     (made / "library.cpp").write_text(library)
     (made / "pool.cpp").write_text("")
+    (made / "amx.cpp").write_text("int HANOK_PRODUCT;")
     (made / "instruction_set.cpp").write_text(table)
     return made
 

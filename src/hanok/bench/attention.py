@@ -3,12 +3,13 @@
 Every backend appends the new tokens to the same caches through `Backend.attend` and is compared with
 `reference` in float64 over the keys and values before they were rounded to the cache's dtype. Caches
 come from memory as in a model: calls go round a ring of layers whose caches are larger than those of
-processors. Backends take turns (`turns.py`); what a first call costs is left out.
+processors. Backends take turns (`turns.py`); what a first call costs is left out. Where the time is
+bounded, a few queries show what a call would take, and the backends that take most are left out.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from itertools import cycle, product
+from itertools import accumulate, cycle, product
 from types import MappingProxyType
 from typing import Any
 
@@ -17,9 +18,11 @@ from torch import Tensor
 
 from hanok.attention.base import AttentionSpec, Backend, ForwardBatch, backends, reference
 from hanok.attention.cache import KVCache, LayerState, StateSpec
+from hanok.bench.grid import NO_TIME
 from hanok.bench.growth import free_bytes, peak_growth_bytes
 from hanok.bench.turns import (
     MIN_SAMPLE_S,
+    Deadline,
     RunRound,
     Spread,
     Timer,
@@ -32,6 +35,7 @@ from hanok.errors import OptionError
 RING_BYTES = 2**29
 FLOAT_BYTES = 4
 TRIED_QUERIES = 16  # of each sequence, to learn what a backend claims before all are computed
+CALLS = 5  # of a backend: two for error and memory, two to warm up, and one round at the least
 REFERENCE_ROWS = 128  # queries of one KV head scored at a time: at 16,384 keys 16 MiB for each head
 DTYPES = ("float32", "bfloat16", "float16")
 CACHE_DTYPES = ("auto", "int8")
@@ -200,10 +204,14 @@ class Conditions:
     """The rate of products in the dtype; None: measured."""
     free_bytes: int | None = None
     """What a call may claim; None: what the system has left when it is made."""
+    budget_s: float | None = None
+    """How long all of it may take; None: as long as it does."""
 
     def __post_init__(self) -> None:
         if self.rounds < 1:
             raise OptionError(f"rounds is {self.rounds}; it must be at least 1.")
+        if self.budget_s is not None and self.budget_s <= 0:
+            raise OptionError(f"the budget is {self.budget_s:g} s; it must be more than 0.")
 
     def left_bytes(self) -> int:
         """Return what may still be claimed now."""
@@ -238,12 +246,14 @@ def measure_attention(
     progress: Callable[[AttentionCase], None] = lambda case: None,
 ) -> AttentionReport:
     """Measure every backend that fits on every case."""
+    deadline = Deadline(conditions.budget_s)
     limit_gb = conditions.gb_per_s or read_gb_per_s(conditions.device)
     limit_gflop = conditions.gflop_per_s or gflop_per_s(conditions.device, cases[0].torch_dtype)
     results = []
-    for case in cases:
+    for number, case in enumerate(cases):
         progress(case)
-        results.append(_measure_case(case, conditions, limit_gb, limit_gflop))
+        share = Deadline(deadline.left_s(len(cases) - number))
+        results.append(_measure_case(case, conditions, (limit_gb, limit_gflop), share))
     return AttentionReport(
         device=str(conditions.device),
         threads=torch.get_num_threads(),
@@ -380,37 +390,34 @@ def _rows(time: int) -> Iterator[tuple[int, int]]:
 
 
 def _measure_case(
-    case: AttentionCase, conditions: Conditions, limit_gb: float, limit_gflop: float
+    case: AttentionCase, conditions: Conditions, limits: tuple[float, float], deadline: Deadline
 ) -> CaseResult:
+    """Measure one case; `limits` are the machine's GB/s and GFLOP/s."""
+    left_s = deadline.left_s()
+    if left_s is not None and left_s <= 0:
+        names = (*conditions.others, *backends())
+        return CaseResult(case=case, measured={}, not_measured=dict.fromkeys(names, NO_TIME))
     _check_fits(case, conditions)
     tensors = Tensors.of(case, conditions)
+    attends, not_measured = _contestants(case, tensors, conditions, deadline)
+    if not attends:
+        return CaseResult(case=case, measured={}, not_measured=not_measured)
     expected = tensors.expected(case.spec)
     timers: dict[str, Timer] = {}
     extra: dict[str, int | None] = {}
     errors: dict[str, tuple[float, float]] = {}
-    not_measured: dict[str, str] = {}
-    for name, backend in {**conditions.others, **backends()}.items():
-        reason = backend.why_not(case.spec, conditions.device, case.torch_dtype)
-        if reason is not None:
-            not_measured[name] = reason
-            continue
-        attend = around_the_ring(backend, case.spec, tensors)
+    for name, attend in attends.items():
         try:
-            reason = _why_too_large(backend, case, tensors, conditions)
-            if reason is not None:
-                not_measured[name] = reason
-                continue
             errors[name] = _errors(attend(), expected)
             extra[name] = peak_growth_bytes(attend, conditions.device)
         except RuntimeError as error:
-            not_measured[name] = f"failed: {str(error).strip().splitlines()[0]}"
+            not_measured[name] = _failed(error)
             continue
         timers[name] = Timer(
             action=attend, device=conditions.device, min_sample_s=conditions.min_sample_s
         )
         timers[name].warm_up()
-    seconds = take_turns(timers, conditions.rounds, conditions.run_round)
-    first = next(iter(seconds))
+    seconds = take_turns(timers, conditions.rounds, conditions.run_round, deadline.left_s())
     measured = {}
     for name, found in seconds.items():
         spread = Spread.of(found)
@@ -418,11 +425,11 @@ def _measure_case(
         measured[name] = Measured(
             samples=tuple(found),
             seconds=spread,
-            ratio=Spread.of_ratio(seconds[first], found),
+            ratio=Spread.of_ratio(next(iter(seconds.values())), found),
             gb_per_s=gb,
-            bandwidth_share=gb / limit_gb,
+            bandwidth_share=gb / limits[0],
             gflop_per_s=gflop,
-            flop_share=gflop / limit_gflop,
+            flop_share=gflop / limits[1],
             extra_bytes=extra[name],
             max_error=errors[name][0],
             relative_error=errors[name][1],
@@ -430,24 +437,72 @@ def _measure_case(
     return CaseResult(case=case, measured=measured, not_measured=not_measured)
 
 
-def _why_too_large(
-    backend: Backend, case: AttentionCase, tensors: Tensors, conditions: Conditions
-) -> str | None:
-    """Return why a call would not fit into memory, by what it claims for a few queries; else None.
+def _contestants(
+    case: AttentionCase, tensors: Tensors, conditions: Conditions, deadline: Deadline
+) -> tuple[dict[str, Callable[[], Tensor]], dict[str, str]]:
+    """Return what attends with each backend that fits, in memory and time too, and why others do not."""
+    attends: dict[str, Callable[[], Tensor]] = {}
+    calls_s: dict[str, float] = {}
+    reasons: dict[str, str] = {}
+    for name, backend in {**conditions.others, **backends()}.items():
+        reason = backend.why_not(case.spec, conditions.device, case.torch_dtype)
+        if reason is None:
+            try:
+                reason, calls_s[name] = _tried(backend, case, tensors, conditions)
+            except RuntimeError as error:
+                reason = _failed(error)
+        if reason is None:
+            attends[name] = around_the_ring(backend, case.spec, tensors)
+        else:
+            reasons[name] = reason
+    left_s = deadline.left_s()
+    if left_s is not None:  # for the exact result too
+        tried = min(TRIED_QUERIES, case.queries)
+        few = tensors.last(tried)
+        exact = Timer(action=lambda: few.expected(case.spec), device=conditions.device)
+        left_s -= exact() * case.queries / tried
+    fits = fitting({name: calls_s[name] for name in attends}, left_s)
+    for name in attends:
+        if name not in fits:
+            reasons[name] = f"{NO_TIME} (a call would take about {calls_s[name]:.2g} s)"
+    return {name: attend for name, attend in attends.items() if name in fits}, reasons
 
-    Nothing that a backend claims grows faster than with the number of queries.
+
+def fitting(calls_s: Mapping[str, float], left_s: float | None) -> set[str]:
+    """Return the contestants that fit the time, the fastest first, by what one call of each takes."""
+    names = sorted(calls_s, key=lambda name: calls_s[name])
+    if left_s is None:
+        return set(names)
+    ends = accumulate(CALLS * calls_s[name] for name in names)
+    return {name for name, end_s in zip(names, ends, strict=True) if end_s <= left_s}
+
+
+def _failed(error: RuntimeError) -> str:
+    return f"failed: {str(error).strip().splitlines()[0]}"
+
+
+def _tried(
+    backend: Backend, case: AttentionCase, tensors: Tensors, conditions: Conditions
+) -> tuple[str | None, float]:
+    """Return why a call would not fit into memory, or None, and about how many seconds it would take.
+
+    Both by a few queries: nothing that a backend claims grows faster than with their number.
     """
     tried = min(TRIED_QUERIES, case.queries)
-    few = around_the_ring(backend, case.spec, tensors.last(tried))
+    few = Timer(
+        action=around_the_ring(backend, case.spec, tensors.last(tried)), device=conditions.device
+    )
     few()
     claimed = peak_growth_bytes(few, conditions.device)
+    call_s = few() * case.queries / tried
     if claimed is None:
-        return None
+        return None, call_s
     needed = claimed * case.queries // tried
     free = conditions.left_bytes()
     if needed <= free:
-        return None
-    return f"would claim about {needed / 2**30:.2f} GiB, and {free / 2**30:.2f} GiB are free"
+        return None, call_s
+    reason = f"would claim about {needed / 2**30:.2f} GiB, and {free / 2**30:.2f} GiB are free"
+    return reason, call_s
 
 
 def around_the_ring(

@@ -10,14 +10,15 @@ import torch
 
 from hanok import __version__
 from hanok.bench.report import Probe
-from hanok.engine.bandwidth import gflop_per_s, read_gb_per_s
+from hanok.engine.bandwidth import gflop_per_s, product_probes, read_gb_per_s, read_probe
 from hanok.kernels.native import native, why_not
-from hanok.models.linear import has_bfloat16_instructions
+from hanok.kernels.processor import has_bfloat16_instructions
 
 STAT = Path("/proc/stat")
 STATUS = Path("/proc/self/status")
-READ_BYTES = 2**27  # of a probe, larger than most caches; a round must not wait for it
-PRODUCT_SIZE = 768
+# Of one round's probe, which a round must not wait for: a read larger than most caches, and the side of
+# a matrix, eight times as long on a GPU.
+READ_BYTES, PRODUCT_SIDE = 2**27, 768
 TRIES = 3
 
 
@@ -55,16 +56,16 @@ def cpu_name() -> str:
 
 
 class MachineProbe:
-    """Measures what a device can do by torch alone: reading memory, and one product of matrices."""
+    """Measures what a device can do by torch alone: reading memory, and one product of matrices.
+
+    Each measurement is bounded in time (`engine.bandwidth`); all rounds make calls of the same size.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        on_gpu = self._device.type != "cpu"
-        size = PRODUCT_SIZE * 8 if on_gpu else PRODUCT_SIZE
-        # What many tokens are multiplied in: float32 on CPUs without bfloat16 instructions.
-        kinds = (torch.float32, torch.bfloat16)
-        self._values = torch.ones(READ_BYTES // 4, device=self._device)
-        self._matrices = [torch.ones(size, size, dtype=kind, device=self._device) for kind in kinds]
+        side = PRODUCT_SIDE if device.type == "cpu" else 8 * PRODUCT_SIDE
+        self._reading = read_probe(device, READ_BYTES)
+        self._products = product_probes(device, torch.bfloat16, side)
 
     def best(self) -> Probe:
         """Return what it can do at the best, with more than caches hold; a round may not wait for it."""
@@ -75,31 +76,10 @@ class MachineProbe:
 
     def measure(self) -> Probe:
         """Return the best of a few tries."""
-        read_s = min(self._seconds_of_reading() for _ in range(TRIES))
-        flops = 2 * self._matrices[0].shape[0] ** 3
-        product_s = min(self._seconds_of_product(index) for _ in range(TRIES) for index in range(2))
         return Probe(
-            gb_per_s=self._values.nbytes / read_s / 1e9, gflop_per_s=flops / product_s / 1e9
+            gb_per_s=self._reading.best_per_s(TRIES) / 1e9,
+            gflop_per_s=max(probe.best_per_s(TRIES) for probe in self._products) / 1e9,
         )
-
-    def _seconds_of_reading(self) -> float:
-        self._wait()
-        start = time.perf_counter()
-        self._values.sum()
-        self._wait()
-        return time.perf_counter() - start
-
-    def _seconds_of_product(self, index: int) -> float:
-        matrix = self._matrices[index]
-        self._wait()
-        start = time.perf_counter()
-        matrix @ matrix
-        self._wait()
-        return time.perf_counter() - start
-
-    def _wait(self) -> None:
-        if self._device.type != "cpu":
-            torch.accelerator.synchronize(self._device)
 
 
 class ForeignLoad:

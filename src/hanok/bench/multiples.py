@@ -1,11 +1,13 @@
 """What sizes in multiples of 8 and of 64 bring on this machine: products and attention around one size.
 
 Sizes a little off a multiple of 64 take turns with it. A time is divided by the FLOP of its size and by
-the same figure of the multiple of 64, so that 1 means: the odd size costs only what it adds.
+the same figure of the multiple of 64, so that 1 means: the odd size costs only what it adds. Where the
+time is bounded, a few rows show what a call would take, and groups that take too long are left out.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import cycle
 from statistics import median
 
@@ -13,14 +15,22 @@ import torch
 from torch import Tensor
 
 from hanok.attention.base import AUTO_ORDER, backends, why_not_table
-from hanok.bench.attention import AttentionCase, Conditions, Tensors, around_the_ring
-from hanok.bench.turns import Spread, Timer, take_turns
-from hanok.errors import OptionError
+from hanok.bench.attention import (
+    TRIED_QUERIES,
+    AttentionCase,
+    Conditions,
+    Tensors,
+    around_the_ring,
+)
+from hanok.bench.grid import NO_TIME
+from hanok.bench.turns import Deadline, Spread, Timer, take_turns
+from hanok.errors import DeadlineError, OptionError
 from hanok.models.linear import dense
 
 DEFAULT_SIZE = 2048
 OFFSETS = (-64, -8, -1, 0, 1, 8, 64)
 NUM_BACKENDS = 2  # the first of those that "auto" would take
+CALLS = 3  # of a size: two to warm up, and one round at the least
 ALIGNED_ITEMS = 64  # weights of odd sizes begin where torch would have put them
 
 
@@ -53,6 +63,8 @@ class MultiplesReport:
     threads: int
     rounds: int
     groups: tuple[Group, ...]
+    left_out: tuple[str, ...]
+    """Groups that there was no time for."""
 
 
 @torch.inference_mode()
@@ -71,24 +83,31 @@ def measure_multiples(
     """
     if size < 64 or size % 64:
         raise OptionError(f"the size is {size}; it must be a multiple of 64, such as 2048.")
-    groups = []
-    for count in tokens:
-        what = f"linear, {_counted(count, 'token')}"
-        progress(what)
-        groups.append(_products(what, size, count, shape, conditions))
     reasons = why_not_table(shape.spec, conditions.device, shape.torch_dtype)
     names = [name for name in AUTO_ORDER if reasons[name] is None][:NUM_BACKENDS]
+    parts: list[tuple[str, Callable[[str, Deadline], Group]]] = []
+    for count in tokens:
+        what = f"linear, {_counted(count, 'token')}"
+        parts.append((what, partial(_products, size, count, shape, conditions)))
     for count in tokens:
         for name in names:
             what = f"head_dim, {name}, {_counted(count, 'query', 'queries')} over {shape.keys} keys"
-            progress(what)
-            groups.append(_heads(what, name, replace(shape, queries=count), conditions))
+            case = replace(shape, queries=count)
+            parts.append((what, partial(_heads, name, case, conditions)))
+    deadline, groups, left_out = Deadline(conditions.budget_s), [], []
+    for number, (what, measure) in enumerate(parts):
+        progress(what)
+        try:
+            groups.append(measure(what, Deadline(deadline.left_s(len(parts) - number))))
+        except DeadlineError as error:
+            left_out.append(f"{what}: {error}")
     return MultiplesReport(
         device=str(conditions.device),
         dtype=shape.dtype,
         threads=torch.get_num_threads(),
         rounds=conditions.rounds,
         groups=tuple(groups),
+        left_out=tuple(left_out),
     )
 
 
@@ -151,7 +170,7 @@ def _counted(count: int, one: str, many: str | None = None) -> str:
 
 
 def _timed(
-    actions: Mapping[int, Callable[[], object]], conditions: Conditions
+    actions: Mapping[int, Callable[[], object]], conditions: Conditions, deadline: Deadline
 ) -> dict[int, list[float]]:
     timers = {
         str(size): Timer(
@@ -161,12 +180,31 @@ def _timed(
     }
     for timer in timers.values():
         timer.warm_up()
-    found = take_turns(timers, conditions.rounds, conditions.run_round)
+    found = take_turns(timers, conditions.rounds, conditions.run_round, deadline.left_s())
     return {int(size): values for size, values in found.items()}
 
 
+def _check_time(
+    few: Callable[[], object], times: float, sizes: int, conditions: Conditions, deadline: Deadline
+) -> None:
+    """Raise DeadlineError where calls that take `times` as long as `few` do not fit."""
+    left_s = deadline.left_s()
+    if left_s is None:
+        return
+    timer = Timer(action=few, device=conditions.device)
+    timer()
+    call_s = timer() * times
+    if call_s * sizes * CALLS > left_s:
+        raise DeadlineError(f"{NO_TIME} (a call would take about {call_s:.2g} s)")
+
+
 def _products(
-    what: str, base: int, tokens: int, shape: AttentionCase, conditions: Conditions
+    base: int,
+    tokens: int,
+    shape: AttentionCase,
+    conditions: Conditions,
+    what: str,
+    deadline: Deadline,
 ) -> Group:
     """Measure `dense` as models call it; all sizes go round the same memory."""
     dtype, device = shape.torch_dtype, conditions.device
@@ -178,7 +216,7 @@ def _products(
         part = memory[start : start + len(pattern)]
         part.copy_(pattern[: len(part)])
 
-    def action(size: int) -> Callable[[], Tensor]:
+    def action(size: int, tokens: int) -> Callable[[], Tensor]:
         step = _aligned(size)
         weights = cycle(
             memory[start : start + size * size].view(size, size)
@@ -187,7 +225,9 @@ def _products(
         x = memory[: tokens * size].view(tokens, size).clone()
         return lambda: dense(x, next(weights))
 
-    seconds = _timed({size: action(size) for size in sizes}, conditions)
+    tried = min(TRIED_QUERIES, tokens)
+    _check_time(action(base, tried), tokens / tried, len(sizes), conditions, deadline)
+    seconds = _timed({size: action(size, tokens) for size in sizes}, conditions, deadline)
     return group_of(what, base, seconds, {size: 2 * tokens * size * size for size in sizes})
 
 
@@ -195,14 +235,20 @@ def _aligned(size: int) -> int:
     return -(-size * size // ALIGNED_ITEMS) * ALIGNED_ITEMS
 
 
-def _heads(what: str, name: str, case: AttentionCase, conditions: Conditions) -> Group:
+def _heads(
+    name: str, case: AttentionCase, conditions: Conditions, what: str, deadline: Deadline
+) -> Group:
     base = -(-case.head_dim // 64) * 64
     cases = {size: replace(case, head_dim=size) for size in around(base)}
     # All are in memory at once, and share what one would have.
     share = replace(conditions, ring_bytes=conditions.ring_bytes // len(cases))
+    tensors = {size: Tensors.of(item, share) for size, item in cases.items()}
+    tried = min(TRIED_QUERIES, case.queries)
+    few = around_the_ring(backends()[name], cases[base].spec, tensors[base].last(tried))
+    _check_time(few, case.queries / tried, len(cases), conditions, deadline)
     actions = {
-        size: around_the_ring(backends()[name], item.spec, Tensors.of(item, share))
+        size: around_the_ring(backends()[name], item.spec, tensors[size])
         for size, item in cases.items()
     }
-    seconds = _timed(actions, conditions)
+    seconds = _timed(actions, conditions, deadline)
     return group_of(what, base, seconds, {size: item.flop for size, item in cases.items()})

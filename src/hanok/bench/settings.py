@@ -166,6 +166,11 @@ def default_axes() -> tuple[Axes, ...]:
     )
 
 
+def core_axes() -> tuple[Axes, ...]:
+    """Return what the short grid has on any machine: the kinds of attention, and fewer bits."""
+    return (Axes(attention=("eager", "sdpa", AUTO)), Axes(quant=("int8", "int4")))
+
+
 def read_axes(text: str, where: str) -> Axes:
     """Read a grid file; OptionError names what is wrong in it, and where."""
     try:

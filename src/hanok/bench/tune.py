@@ -107,7 +107,9 @@ def why_not(setting: Setting, rows: Sequence[Row], bounds: Bounds) -> str | None
     if not setting.cache:
         return "keeps no cache, which only shows what one saves"
     quality = rows[0].quality
-    if quality is None or quality.kl_mean is None:
+    if quality is None:
+        return "its quality was not measured"
+    if quality.kl_mean is None:
         return "its quality is no number"
     if quality.kl_mean > bounds.max_kl:
         return f"KL divergence {quality.kl_mean:.2g} is above {bounds.max_kl:g}"
@@ -117,7 +119,7 @@ def why_not(setting: Setting, rows: Sequence[Row], bounds: Bounds) -> str | None
         known = [row.peak_device_bytes or row.peak_bytes for row in rows]
         peaks = [item for item in known if item is not None]
         if len(peaks) < len(known):
-            return "its peak of memory is not known"
+            return "there was no time to find its peak of memory (--budget)"
         if max(peaks) > bounds.max_memory:
             return f"peak of {max(peaks) / 2**20:,.0f} MiB is above {bounds.max_memory / 2**20:,.0f} MiB"
     return None

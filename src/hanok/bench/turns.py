@@ -42,6 +42,18 @@ class Spread:
         return cls(middle, min(middle, *pairs), max(middle, *pairs))
 
 
+class Deadline:
+    """Shares a time among parts that come one after another."""
+
+    def __init__(self, bound_s: float | None) -> None:
+        """`bound_s`: how long all of them may take from now on; None: as long as they do."""
+        self._ends = None if bound_s is None else time.perf_counter() + bound_s
+
+    def left_s(self, parts: int = 1) -> float | None:
+        """Return how long the next of so many parts may take; None: as long as it does."""
+        return None if self._ends is None else (self._ends - time.perf_counter()) / parts
+
+
 def run_plainly(one_round: Callable[[], dict[str, float]]) -> dict[str, float]:
     """Make a round once, whatever else the machine does."""
     return one_round()
@@ -51,11 +63,19 @@ def take_turns(
     contestants: Mapping[str, Callable[[], float]],
     rounds: int,
     run_round: RunRound = run_plainly,
+    bound_s: float | None = None,
 ) -> dict[str, list[float]]:
-    """Return the seconds that each contestant reports, one value for each round."""
+    """Return the seconds that each contestant reports, one value for each round.
+
+    No round but the first begins when one as long as the longest would not end within `bound_s`.
+    """
     names = list(contestants)
     seconds: dict[str, list[float]] = {name: [] for name in names}
-    for index in range(rounds):
+    began, longest = time.perf_counter(), 0.0
+    for index in range(rounds if names else 0):
+        start = time.perf_counter()
+        if index and bound_s is not None and start - began + longest > bound_s:
+            break
         first = index % len(names)
         order = names[first:] + names[:first]
 
@@ -64,6 +84,7 @@ def take_turns(
 
         for name, value in run_round(one_round).items():
             seconds[name].append(value)
+        longest = max(longest, time.perf_counter() - start)
     return seconds
 
 

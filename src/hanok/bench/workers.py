@@ -1,6 +1,7 @@
 """The processes of a benchmark, one for each load: started when needed, ended when memory is short."""
 
 import json
+import select
 import subprocess
 import sys
 import tempfile
@@ -12,7 +13,7 @@ from types import TracebackType
 from typing import Any
 
 from hanok.bench.settings import Load, Setting
-from hanok.errors import BudgetError, GenerationError, RequestError
+from hanok.errors import BudgetError, DeadlineError, GenerationError, RequestError
 from hanok.memory.plan import CacheDtype, LoadPlan
 from hanok.memory.planning import plan_draft, plan_load
 
@@ -53,14 +54,27 @@ class Process:
             encoding="utf-8",
         )
 
-    def ask(self, kind: str, **request: Any) -> dict[str, Any]:
-        """Return the answer to a request; RequestError with its reason where it was refused."""
+    @property
+    def has_ended(self) -> bool:
+        """Whether it can answer nothing more."""
+        return self._process.poll() is not None
+
+    def ask(self, kind: str, *, limit_s: float | None = None, **request: Any) -> dict[str, Any]:
+        """Return the answer to a request; RequestError with its reason where it was refused.
+
+        A process that has not answered within `limit_s` is ended: DeadlineError.
+        """
         process = self._process
         if process.stdin is None or process.stdout is None:
             raise RuntimeError("the process has no pipes")
         try:
             process.stdin.write(json.dumps({"do": kind, **request}) + "\n")
             process.stdin.flush()
+            # Nothing is left of an earlier answer: each is one line, and was read whole.
+            if limit_s is not None and not select.select([process.stdout], [], [], limit_s)[0]:
+                process.kill()
+                process.wait()
+                raise DeadlineError(f"had not answered after {limit_s:.2g} s")
             line = process.stdout.readline()
         except BrokenPipeError:
             line = ""
@@ -91,12 +105,12 @@ class Process:
 class LoadedProcess(Process):
     """A process with a model, and what it told of loading it."""
 
-    def __init__(self, request: Request) -> None:
+    def __init__(self, request: Request, limit_s: float | None = None) -> None:
         start = time.perf_counter()
         super().__init__()
         self._settings: dict[str, Any] | None = None
         try:
-            self.told = self.ask("load", **request)
+            self.told = self.ask("load", limit_s=limit_s, **request)
         except BaseException:
             self.close()
             raise
@@ -135,14 +149,19 @@ class Workers:
     ) -> None:
         self.close_all()
 
-    def get(self, load: Load) -> LoadedProcess:
-        """Return the process of a load, started if it is not there."""
+    def get(self, load: Load, limit_s: float | None = None) -> LoadedProcess:
+        """Return the process of a load, started if it is not there, or has ended.
+
+        DeadlineError where the model is not there within `limit_s`.
+        """
+        if load in self._alive and self._alive[load].has_ended:
+            self.close(load)
         if load in self._alive:
             worker = self._alive.pop(load)
         else:
             while self._alive and not self._fits(load):
                 self.close(next(iter(self._alive)))
-            worker = LoadedProcess(self.load_request(load))
+            worker = LoadedProcess(self.load_request(load), limit_s)
         self._alive[load] = worker  # the last of the dictionary is the one used most recently
         return worker
 

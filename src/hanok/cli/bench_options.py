@@ -1,5 +1,6 @@
 """Options of the verbs that measure a grid, and what becomes of them."""
 
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, TypeVar
@@ -23,6 +24,9 @@ def grid_options(command: Command) -> Command:
     """Add the options of measuring a grid."""
     file = click.Path(path_type=Path, dir_okay=False)
     for option in (
+        click.option(
+            "-v", "--verbose", is_flag=True, help="List each row that is left out, and why."
+        ),
         click.option("--html", type=file, help="Write a page with plots to this file."),
         click.option("--markdown", type=file, help="Write the table to this file."),
         click.option("--json", "json_file", type=file, help="Write the report to this file."),
@@ -40,12 +44,16 @@ def grid_options(command: Command) -> Command:
         click.option(
             "--draft", type=click.Path(path_type=Path), help="A draft model's checkpoint."
         ),
-        click.option("--rounds", type=click.IntRange(min=1), help="[default: what fits the time]"),
+        click.option(
+            "--rounds",
+            type=click.IntRange(min=1),
+            help="At the most; --budget may end them.  [default: what fits the time]",
+        ),
         click.option(
             "--budget",
             type=click.FloatRange(0, min_open=True),
-            help=f"Seconds that all of it may take; rows that take longer are left out.  [default: "
-            f"{BUDGET_S:g}, none with --grid]",
+            help="Seconds that all of it may take, from the start on: the short grid has fewer tokens "
+            f"where it is short, that of --grid fewer rows.  [default: {BUDGET_S:g}, none with --grid]",
         ),
         click.option(
             "--grid",
@@ -62,10 +70,15 @@ def measured(
     options: Mapping[str, Any],
     axes: "tuple[Axes, ...]",
     *,
+    core: "tuple[Axes, ...]" = (),
     reference: "Setting | None" = None,
     max_memory: str | None = None,
 ) -> "Report":
-    """Measure the grid that the options ask for, else `axes`, with a progress bar."""
+    """Measure the grid that the options ask for, else `axes`, with a progress bar.
+
+    `core`: which of `axes` are to be there however short the time is.
+    """
+    began = time.perf_counter()  # the budget counts what is imported now
     from hanok.bench.measure import BenchOptions, run_bench
     from hanok.bench.workers import LoadOptions
 
@@ -87,9 +100,12 @@ def measured(
             max_memory=max_memory,
         ),
         axes=axes if grid is None else (_axes(grid),),
+        core=core if grid is None else (),
         text=_text(options["text"] or BUNDLED_TEXT),
         reference=reference,
         budget_s=budget_s,
+        began=began,
+        may_shrink=grid is None,
         rounds=options["rounds"],
         quality_tokens=options["quality_tokens"],
     )

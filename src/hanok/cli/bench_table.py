@@ -1,5 +1,6 @@
 """A benchmark's report as people read it: one table, what it stands on, and what was left out."""
 
+from collections import Counter
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -94,15 +95,16 @@ def same_text(row: Row) -> str:
 def title(report: Report) -> str:
     """Say what was measured, where, and how often."""
     subject = report.checkpoint
+    rounds = "one round" if report.rounds == 1 else f"medians of {report.rounds} rounds"
     return (
         f"{subject.name}: {subject.family}, {subject.num_parameters:,} parameters, {subject.dtype}; "
         f"{report.machine['cpu']}; memory {report.gb_per_s:.1f} GB/s, products "
-        f"{report.gflop_per_s:,.0f} GFLOP/s; medians of {report.rounds} rounds"
+        f"{report.gflop_per_s:,.0f} GFLOP/s; {rounds}"
     )
 
 
-def notes(report: Report) -> list[str]:
-    """Return what stands under the table."""
+def notes(report: Report, *, is_verbose: bool) -> list[str]:
+    """Return what stands under the table; `is_verbose`: with each row that was left out."""
     loads = "; ".join(
         f"{item.label}: {seconds(item.load_s)} s, {size(item.weight_bytes)}"
         for item in report.loads
@@ -126,7 +128,26 @@ def notes(report: Report) -> list[str]:
                 "were right."
             )
     found += [f"Note: {note}." for note in report.notes]
-    return found + left_out(report)
+    return found + (left_out(report) if is_verbose else counted(report))
+
+
+def counted(report: Report) -> list[str]:
+    """Return one line that counts the rows that were left out by their reasons, none if none was."""
+    count = len(report.skipped)
+    if not count:
+        return []
+    reasons = Counter(short_reason(item.reason) for item in report.skipped).most_common()
+    parts = [f"{reason} ({number})" for reason, number in reasons]
+    rows = "1 row" if count == 1 else f"{count} rows"
+    return [f"{rows} left out: {'; '.join(parts)}. -v lists them."]
+
+
+def short_reason(reason: str) -> str:
+    """Return a reason without what differs from row to row, in brackets or behind a colon."""
+    found = reason.splitlines()[0]
+    for mark in (" (", ": "):
+        found = found.partition(mark)[0]
+    return found.rstrip(".")
 
 
 def left_out(report: Report) -> list[str]:
@@ -148,7 +169,7 @@ def markdown(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
 def markdown_of(report: Report) -> str:
     """Return the report in Markdown."""
     table = markdown(HEADER, map(cells, report.rows))
-    under = "\n".join(f"- {note}" for note in notes(report))
+    under = "\n".join(f"- {note}" for note in notes(report, is_verbose=True))
     versions = ", ".join(f"{name} {number}" for name, number in report.versions.items())
     return f"{title(report)}\n\n{table}\n\n{under}\n\n`{report.command}`, {report.started}, {versions}\n"
 
@@ -181,8 +202,11 @@ def print_table(header: Line, groups: Iterable[Iterable[Line]], caption: str) ->
     console.print(table_of(header, groups, caption))
 
 
-def print_report(report: Report) -> None:
-    """Print the table, in two where the terminal is narrow, and what stands under it."""
+def print_report(report: Report, *, is_verbose: bool = False) -> None:
+    """Print the table, in two where the terminal is narrow, and what stands under it.
+
+    `is_verbose`: each row that was left out too.
+    """
     from rich.console import Console
     from rich.measure import Measurement
 
@@ -201,5 +225,5 @@ def print_report(report: Report) -> None:
         quality = [[line[:3] + line[NUM_SPEED:] for line in group] for group in groups.values()]
         print_table(HEADER[:3] + HEADER[NUM_SPEED:], quality, "Text and quality")
     click.echo()
-    for note in notes(report):
+    for note in notes(report, is_verbose=is_verbose):
         click.echo(note)

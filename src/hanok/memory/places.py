@@ -25,6 +25,7 @@ from hanok.memory.plan import LoadPlan, Place
 
 MEMORY_PROBE_BYTES = 2**29  # larger than most caches
 MEMORY_PROBES = 4
+MEMORY_PROBE_S = 0.5  # then no further one begins
 DISK_BLOCK_BYTES = 2**24
 DISK_PROBE_S = 0.5
 DISK_READERS = 2
@@ -229,9 +230,12 @@ def memory_bytes_per_s() -> float:
     ctypes.memset(start, 1, MEMORY_PROBE_BYTES)
     part = MEMORY_PROBE_BYTES // cores
     best = 0.0
+    ends = time.perf_counter() + MEMORY_PROBE_S
     with ThreadPoolExecutor(cores) as pool:
         for _ in range(MEMORY_PROBES):
             began = time.perf_counter()
+            if best and began > ends:
+                break
             list(pool.map(lambda core: search(start + core * part, 0, part), range(cores)))
             best = max(best, cores * part / (time.perf_counter() - began))
     return best

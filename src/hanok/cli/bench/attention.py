@@ -1,6 +1,7 @@
 """`hanok bench attention`: attention backends side by side, on the shapes that are asked for."""
 
 import json
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from hanok.cli.bench_options import BUDGET_S
 from hanok.cli.units import size
 from hanok.cli.verbs.quality import finite
 from hanok.errors import OptionError
@@ -88,6 +90,14 @@ class Counts(click.ParamType[tuple[int, ...]]):
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: all cores]")
 @click.option("--rounds", default=7, show_default=True, help="Rounds in which all take turns.")
 @click.option(
+    "--budget",
+    "budget_s",
+    type=click.FloatRange(0, min_open=True),
+    default=BUDGET_S,
+    show_default=True,
+    help="Seconds that all of it may take: what is slow gets fewer rounds, or none.",
+)
+@click.option(
     "--ring-mib",
     type=click.IntRange(min=0),
     default=512,
@@ -123,6 +133,7 @@ def command(  # noqa: PLR0913 (click passes each option as an argument)
     device: str,
     threads: int | None,
     rounds: int,
+    budget_s: float,
     ring_mib: int,
     multiples: int | None,
     as_json: bool,
@@ -136,16 +147,20 @@ def command(  # noqa: PLR0913 (click passes each option as an argument)
     process grew by at most during a call, the result included, in whole pages. Errors are those to
     float64: the largest, and the root mean square over that of the result.
     """
-    import torch
-
+    began = time.perf_counter()  # the budget counts what is imported now
     from hanok.bench.attention import AttentionCase, Conditions, grid, measure_attention
     from hanok.bench.multiples import measure_multiples
+    from hanok.memory.threads import set_threads
 
     if markdown is not None and not markdown.parent.is_dir():
         raise OptionError(f"{markdown} cannot be written: there is no folder {markdown.parent}.")
-    if threads:
-        torch.set_num_threads(threads)
-    conditions = Conditions(device=_device(device), rounds=rounds, ring_bytes=ring_mib * 2**20)
+    set_threads(threads)
+    conditions = Conditions(
+        device=_device(device),
+        rounds=rounds,
+        ring_bytes=ring_mib * 2**20,
+        budget_s=max(1.0, budget_s - (time.perf_counter() - began)),
+    )
     shape = AttentionCase(
         batch=batch,
         num_heads=heads,
@@ -220,7 +235,13 @@ def _parts(report: "AttentionReport", left_out: Sequence[str]) -> Iterator[Part]
         f"{report.gflop_per_s:,.0f} GFLOP/s."
     )
     for result in report.results:
-        yield case_name(result.case), HEADER, list(_rows(result))
+        if result.measured:
+            yield case_name(result.case), HEADER, list(_rows(result))
+            made = min(len(row.samples) for row in result.measured.values())
+            if made < report.rounds:
+                yield f"{made} of {report.rounds} rounds had time (--budget)"
+        else:
+            yield case_name(result.case)
         for name, reason in result.not_measured.items():
             yield f"not {name}: {reason}"
     for text in left_out:
@@ -251,6 +272,8 @@ def _multiples_parts(report: "MultiplesReport") -> Iterator[Part]:
     for group in report.groups:
         yield group.what, MULTIPLES_HEADER, list(_multiples_rows(group))
         yield group.finding
+    for text in report.left_out:
+        yield f"left out: {text}"
 
 
 def _multiples_rows(group: "Group") -> Iterator[tuple[str, ...]]:

@@ -52,13 +52,15 @@ class Measurements(click.Group):
 @grid_options
 def grid(path: Path | None, reference: str | None, max_memory: str | None, **options: Any) -> None:
     """Measure the grid and print it."""
-    from hanok.bench.settings import default_axes, read_setting
+    from hanok.bench.settings import core_axes, default_axes, read_setting
     from hanok.cli.bench_table import print_report
 
     chosen = read_setting(reference) if reference is not None else None
-    report = measured(path, options, default_axes(), reference=chosen, max_memory=max_memory)
+    report = measured(
+        path, options, default_axes(), core=core_axes(), reference=chosen, max_memory=max_memory
+    )
     written(report, options)
-    print_report(report)
+    print_report(report, is_verbose=options["verbose"])
 
 
 @click.command(

@@ -68,16 +68,16 @@ def command(
     report = measured(path, options, tune_axes(), reference=reference_setting())
     written(report, options)
     choice = choose(report, bounds)
-    _print(report, choice)
+    _print(report, choice, options["verbose"])
     if output is not None:
         write_profile(profile_of(report, choice, bounds, options["draft"]), output)
         click.echo(f"Written to {output}: hanok generate --profile {output}")
 
 
-def _print(report: "Report", choice: "Choice") -> None:
+def _print(report: "Report", choice: "Choice", is_verbose: bool) -> None:
     print_table(HEADER, [[_cells(item, choice) for item in choice.candidates]], title(report))
     click.echo()
-    for note in notes(report):
+    for note in notes(report, is_verbose=is_verbose):
         click.echo(note)
     click.echo(f"Chosen: {choice.chosen.label}, {choice.chosen.speed:.3g} times as fast.")
     if choice.not_told_apart:
