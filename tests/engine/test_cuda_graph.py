@@ -13,7 +13,7 @@ from torch import Tensor
 import hanok
 from hanok.attention.base import ForwardBatch
 from hanok.attention.cache import KVCache
-from hanok.engine import generate as loop
+from hanok.engine import cuda_graph
 from hanok.engine.cuda_graph import DecodeGraphs, DecodeStep, why_not, why_not_static
 from hanok.engine.model import Model
 from hanok.errors import RequestError
@@ -125,7 +125,7 @@ def test_generation_with_steps_gives_the_same_tokens(
 ) -> None:
     prompts = [list(prompt) for prompt in PROMPTS]
     expected = plain.generate(prompts, max_new_tokens=6)
-    monkeypatch.setattr(loop, "why_not", why_not_static)
+    monkeypatch.setattr(cuda_graph, "why_not", why_not_static)
     runs = []
     original = DecodeStep.run
     monkeypatch.setattr(DecodeStep, "run", lambda step: (runs.append(step.size), original(step))[1])
