@@ -71,7 +71,7 @@ def load(asked: argparse.Namespace) -> tuple[engine_worker.Generate, engine_work
             "weights_gib": (report.quantized_bytes + report.copied_bytes) / 2**30,
             "largest_tensor_gib": 2 * max(prod(ref.shape) for ref in tensors) / 2**30,
             "bytes_per_token": bytes_per_token(model.decoder),
-            "four_tokens": pass_seconds(4) / pass_seconds(1),
+            **({"four_tokens": pass_seconds(4) / pass_seconds(1)} if asked.sequences else {}),
         }
 
     return generate, details

@@ -29,7 +29,13 @@ def options() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, help="default: what the engine takes by itself")
     parser.add_argument("--vocab", type=int, required=True)
     parser.add_argument("--context", type=int, default=512, help="tokens of the long prompt")
+    parser.add_argument(
+        "--prefills", type=int, default=2, help="measured prompts beside the decoded one; 0: none"
+    )
     parser.add_argument("--new-tokens", type=int, default=128, help="tokens decoded behind it")
+    parser.add_argument(
+        "--decode-context", type=int, help="tokens of the prompt that is decoded behind, if another"
+    )
     parser.add_argument("--sequences", type=int, default=8, help="0: leave them out")
     parser.add_argument("--batch-context", type=int, default=64, help="tokens of their prompts")
     parser.add_argument("--batch-new-tokens", type=int, default=32)
@@ -51,14 +57,18 @@ def run(load: Load) -> None:
     def prompts(count: int, length: int) -> list[list[int]]:
         return [[numbers.randrange(3, asked.vocab) for _ in range(length)] for _ in range(count)]
 
-    generate(prompts(1, asked.context), 2)
-    prefill = [generate(prompts(1, asked.context), 1)[0] for _ in range(2)]
-    first, rest = generate(prompts(1, asked.context), asked.new_tokens + 1)
+    decoded = asked.decode_context or asked.context
+    generate(prompts(1, asked.context if asked.prefills else decoded), 2)
+    prefill = [generate(prompts(1, asked.context), 1)[0] for _ in range(asked.prefills)]
+    first, rest = generate(prompts(1, decoded), asked.new_tokens + 1)
+    if decoded == asked.context:
+        prefill.append(first)
     row: dict[str, float | str] = {
-        "prefill_per_s": asked.context / statistics.median([*prefill, first]),
         "decode_per_s": asked.new_tokens / rest,
         "peak_gib": memory_gib("VmHWM"),
     }
+    if prefill:
+        row["prefill_per_s"] = asked.context / statistics.median(prefill)
     if asked.sequences:
         _, together = generate(
             prompts(asked.sequences, asked.batch_context), asked.batch_new_tokens + 1

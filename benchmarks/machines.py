@@ -60,7 +60,14 @@ TORCH_CAPS: Mapping[str, Mapping[str, str]] = {
     "avx512": {},
 }
 PRECISIONS = {"bf16": None, "int8": "Q8_0", "int4": "Q4_0"}
-QUICK = {"shapes": ["tiny"], "context": 16, "new_tokens": 4, "runs": 1, "patience": 0.0}
+QUICK = {
+    "shapes": ["tiny"],
+    "context": 16,
+    "decode_context": 4,
+    "new_tokens": 4,
+    "runs": 1,
+    "patience": 0.0,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,13 +80,15 @@ class Condition:
     busy_loops: int = 0
     quota: float | None = None
     """CPUs that a cgroup allows."""
+    has_prompt: bool = False
+    """Whether a long prompt is measured too."""
     is_for_all: bool = True
-    """Whether every contestant is run so, or hanok and its int8 peer alone."""
+    """Whether every precision is run so, or int8 and what transformers has alone."""
 
 
 IDLE, ONE_THREAD, BUSY, QUOTA, QUOTA_ONE = (
-    Condition(name="idle", threads=2),
-    Condition(name="one thread", threads=1),
+    Condition(name="idle", threads=2, has_prompt=True),
+    Condition(name="one thread", threads=1, has_prompt=True),
     Condition(name="two busy loops", threads=2, busy_loops=2),
     Condition(name="quota of one CPU", threads=None, quota=1.0, is_for_all=False),
     Condition(name="quota, one thread", threads=1, quota=1.0, is_for_all=False),
@@ -96,8 +105,8 @@ class Contestant:
     set: str
     command: Callable[[int | None], list[str]]
     """Of a run with so many threads."""
-    row: Callable[[list[str], Mapping[str, str], int], measure.Row]
-    """(command, environment, threads) -> what it measured."""
+    row: Callable[[list[str], Mapping[str, str], int, bool], measure.Row]
+    """(command, environment, threads, with a long prompt) -> what it measured."""
     bytes_per_token: int | None = None
 
     @property
@@ -107,11 +116,11 @@ class Contestant:
 
     def takes(self, condition: Condition) -> bool:
         """Return whether it is run under a condition."""
-        return (
-            condition.is_for_all
-            or self.precision in ("int8", "Q8_0")
-            or self.engine == "transformers"
-        )
+        if condition == QUOTA_ONE:
+            return self.name == "hanok int8"
+        if self.engine == "transformers":
+            return condition != ONE_THREAD
+        return condition.is_for_all or self.precision in ("int8", "Q8_0")
 
 
 Key = tuple[str, str, str]
@@ -130,7 +139,8 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--engines", nargs="+", default=["hanok", "llama.cpp", "transformers"])
     parser.add_argument("--folder", type=Path, default=checkpoints.DEFAULT_FOLDER)
     parser.add_argument("--context", type=int, default=512)
-    parser.add_argument("--new-tokens", type=int, default=48)
+    parser.add_argument("--decode-context", type=int, default=64)
+    parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--quick", action="store_true", help="the tiny shape; no figure counts")
     parser.add_argument(
         "--llama-cpp",
@@ -195,17 +205,20 @@ def run_under(condition: Condition, contestant: Contestant) -> measure.Row:
     told = 0 if finds_itself else threads
     with busy(condition.busy_loops):
         if condition.quota is None:
-            return contestant.row(command, environment, told)
+            return contestant.row(command, environment, told, condition.has_prompt)
         with quota_group(condition.quota) as group:
             joined = ["sh", "-c", f'echo $$ > {group} && exec "$0" "$@"', *command]
-            return contestant.row(joined, environment, told)
+            return contestant.row(joined, environment, told, condition.has_prompt)
 
 
 # Contestants
 
 
-def worker_row(command: list[str], environment: Mapping[str, str], threads: int) -> measure.Row:
-    return measure.run_cold(command, threads=threads, environment=environment)
+def worker_row(
+    command: list[str], environment: Mapping[str, str], threads: int, has_prompt: bool
+) -> measure.Row:
+    prefills = ["--prefills", str(int(has_prompt))]
+    return measure.run_cold([*command, *prefills], threads=threads, environment=environment)
 
 
 def worker_command(
@@ -213,19 +226,25 @@ def worker_command(
 ) -> Callable[[int | None], list[str]]:
     words = [sys.executable, str(HERE / f"engine_{engine}.py"), str(folder)]
     words += ["--precision", precision, "--vocab", str(vocab_size)]
-    words += ["--context", str(options.context), "--new-tokens", str(options.new_tokens)]
-    words += ["--sequences", "0"]
+    words += ["--context", str(options.context), "--decode-context", str(options.decode_context)]
+    words += ["--new-tokens", str(options.new_tokens), "--sequences", "0"]
     return lambda threads: [*words, *([] if threads is None else ["--threads", str(threads)])]
 
 
 def llama_cpp_row(
-    options: argparse.Namespace, command: list[str], environment: Mapping[str, str], threads: int
+    options: argparse.Namespace,
+    command: list[str],
+    environment: Mapping[str, str],
+    threads: int,
+    has_prompt: bool,
 ) -> measure.Row:
-    """Run llama-bench for the prompt, and for tokens behind it."""
-    prompt = [*command, "-p", str(options.context), "-n", "0"]
-    tokens = [*command, "-p", "0", "-n", str(options.new_tokens), "-d", str(options.context)]
-    found = [first_json_array(words) for words in (prompt, tokens)]
-    return {"prefill_per_s": found[0]["avg_ts"], "decode_per_s": found[1]["avg_ts"]}
+    """Run llama-bench for tokens behind a short prompt, and for a long one."""
+    tokens = ["-p", "0", "-n", str(options.new_tokens), "-d", str(options.decode_context)]
+    row: measure.Row = {"decode_per_s": first_json_array([*command, *tokens])["avg_ts"]}
+    if has_prompt:
+        prompt = ["-p", str(options.context), "-n", "0"]
+        row["prefill_per_s"] = first_json_array([*command, *prompt])["avg_ts"]
+    return row
 
 
 def contestants_of(
@@ -296,7 +315,6 @@ def measure_shape(
     for name in options.sets:
         for item in contestants_of(name, folder, options):
             mine = [condition for condition in conditions if item.takes(condition)]
-            mine = [c for c in mine if c is not QUOTA_ONE or item.engine == "hanok"]
             try:
                 if item.engine != "hanok":
                     run_under(IDLE, item)
@@ -337,7 +355,7 @@ Rows = Mapping[Key, Sequence[measure.Row]]
 
 def values(rows: Rows, key: Key, what: str) -> list[float] | None:
     """Return what a contestant gave in each round; None where it was not run."""
-    return [row[what] for row in rows[key]] if key in rows else None
+    return [row[what] for row in rows[key] if what in row] if key in rows else None
 
 
 def speed_table(
@@ -415,7 +433,8 @@ def method(options: argparse.Namespace) -> str:
     return (
         f"Median (smallest–largest) of {options.runs} interleaved cold processes. Prefill: "
         f"{options.context} tokens, alone on the machine; decode: {options.new_tokens} tokens behind "
-        "them. Share: bytes of weights that a token reads, times tokens per second, over the probe. "
+        f"{options.decode_context}. Share: bytes of weights that a token reads, times tokens per "
+        "second, over the probe. "
         "Ratios are of medians, their spread that of the rounds. transformers: fused attention, in "
         "float32 where the processor has no instructions for bfloat16. An instruction set below this "
         "machine's is simulated: hanok by HANOK_ISA, torch by its libraries' variables, llama.cpp by "
@@ -429,8 +448,10 @@ def main() -> None:
     parts = [measure.heading("Other machines than this one", measure.num_cores()), method(options)]
     for shape in options.shapes:
         parts.append(measure_shape(shape, options, log))
+        if options.output is not None:  # what there is, should a later shape fail
+            options.output.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     log({"machine": measure.machine_line(), "at": time.time()})
-    measure.publish("\n\n".join(parts), options.output)
+    print("\n\n".join(parts))
 
 
 if __name__ == "__main__":

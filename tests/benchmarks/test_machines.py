@@ -24,7 +24,9 @@ def machines() -> Iterator[ModuleType]:
 
 
 def contestant(machines: ModuleType, engine: str, told: list[Any], **more: Any) -> Any:
-    def row(command: list[str], environment: dict[str, str], threads: int) -> dict[str, float]:
+    def row(
+        command: list[str], environment: dict[str, str], threads: int, has_prompt: bool
+    ) -> dict[str, float]:
         told.append((command, dict(environment), threads))
         return {}
 
