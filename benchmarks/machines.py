@@ -93,6 +93,7 @@ IDLE, ONE_THREAD, BUSY, QUOTA, QUOTA_ONE = (
     Condition(name="quota of one CPU", threads=None, quota=1.0, is_for_all=False),
     Condition(name="quota, one thread", threads=1, quota=1.0, is_for_all=False),
 )
+TRIAL = Condition(name="trial", threads=2)
 CONDITIONS = (IDLE, ONE_THREAD, BUSY, QUOTA, QUOTA_ONE)
 
 
@@ -317,7 +318,7 @@ def measure_shape(
             mine = [condition for condition in conditions if item.takes(condition)]
             try:
                 if item.engine != "hanok":
-                    run_under(IDLE, item)
+                    run_under(TRIAL, item)
             except FAILURES as error:
                 missing.append(left_out(f"{item.name} ({name})", error))
                 continue
