@@ -74,7 +74,8 @@ INLINE void turn_rows(const Item* weight, int64_t rows, int64_t columns, int64_t
                 for (int64_t i = 0; i < kItems; ++i) ends[r][i] = i < there ? at[i] : Item{};
                 at = ends[r];
             } else {
-                __builtin_prefetch(at + ahead, 0, 2);
+
+                __builtin_prefetch(at + 4 * kItems);
             }
             from[r] = reinterpret_cast<const uint32_t*>(at);
         }
