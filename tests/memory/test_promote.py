@@ -1,5 +1,7 @@
 """Weights that move from the file into memory behind the first answer: the same numbers throughout."""
 
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -159,3 +161,31 @@ def test_it_happens_only_where_twice_the_bytes_are_available(
 @pytest.mark.parametrize("weights", ["mapped", "copied"])
 def test_it_does_not_happen_where_the_user_decided(weights: str) -> None:
     assert load_decoder(open_checkpoint(hanok.BUNDLED), weights=weights).promotion is None  # type: ignore[arg-type]
+
+
+def test_it_ends_with_the_program() -> None:
+    """Behind the weight it is at: Python would end the thread in the middle of torch's copying."""
+    code = """
+import subprocess
+import sys
+import threading
+import hanok
+from hanok.memory import promote
+began, is_over = threading.Event(), threading.Event()
+class OneEvent:
+    Thread, current_thread, Event = threading.Thread, threading.current_thread, lambda self=None: is_over
+promote.threading = OneEvent()
+def read_run(ref, copy):
+    began.set()
+    is_over.wait()
+    print("moved one", flush=True)
+promote.read_run = read_run
+model = hanok.load(hanok.BUNDLED)
+model.generate([5], max_new_tokens=2)
+began.wait()
+print("the end", flush=True)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
+    )
+    assert done.stdout.split("\n") == ["the end", "moved one", ""]

@@ -11,6 +11,7 @@ happens only where twice the bytes are available.
 """
 
 import threading
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -35,12 +36,15 @@ class Promotion:
         self._weights = weights
         self._files = files
         self._thread: threading.Thread | None = None
+        self._is_over = threading.Event()
 
     def start(self) -> None:
         """Begin, unless it was begun before."""
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="hanok-promotion", daemon=True)
             self._thread.start()
+            # A thread that Python ends while torch copies takes the whole program down with it.
+            weakref.finalize(self, _end, self._thread, self._is_over)
 
     def wait(self) -> None:
         """Return when all weights have moved; at once if the move was not begun."""
@@ -51,9 +55,18 @@ class Promotion:
         sizes = [weight.parameter.nbytes for weight in self._weights]
         arena = Arena(sum(sizes), len(sizes))
         for weight in self._weights:
+            if self._is_over.is_set():
+                return
             mapped = weight.parameter.data
             copy = arena.empty(tuple(mapped.shape), mapped.dtype)
             read_run(weight.ref, copy)
             # A product that is under way keeps the mapped tensor; the next one gets the copy.
             weight.parameter.data = copy
             self._files.forget(weight.ref, mapped.nbytes)
+
+
+def _end(thread: threading.Thread, is_over: threading.Event) -> None:
+    """Let the move end behind the weight it is at, and wait for that."""
+    is_over.set()
+    if thread is not threading.current_thread():
+        thread.join()
