@@ -18,7 +18,8 @@ from hanok.quant.base import (
     reference,
     why_not_table,
 )
-from hanok.quant.kernels.plain import packed, unpacked
+from hanok.quant.kernels import plain as plain_module
+from hanok.quant.kernels.plain import packed, torch_multiplies_bytes, unpacked, whole_product
 from hanok.quant.recipe import read_recipe
 
 CPU = torch.device("cpu")
@@ -86,6 +87,22 @@ def test_outlying_columns_are_multiplied_in_floating_point(has_outliers: bool) -
     exact = rounded @ wide.t() + torch.where(is_outlier, x, torch.zeros(())).double() @ wide.t()
     torch.testing.assert_close(matmul(x, stored).double(), exact, rtol=1e-4, atol=1e-3)
     assert "outliers apart" in stored.kernel(1, torch.float32)
+
+
+@pytest.mark.parametrize("is_exact", [True, False])
+def test_products_of_the_largest_codes_are_exact(
+    monkeypatch: pytest.MonkeyPatch, is_exact: bool
+) -> None:
+    """Also where torch would add pairs of them in 16 bits, which do not hold 2 x 127 x 255."""
+    if is_exact and not torch_multiplies_bytes():
+        pytest.skip("torch's own products are not exact here")
+    monkeypatch.setattr(plain_module, "torch_multiplies_bytes", lambda: is_exact)
+    for tokens, rows, columns in ((5, 17, 40), (1, 1030, 64), (40, 33, 300)):
+        x = torch.full((tokens, columns), 127, dtype=torch.int8)
+        x[:, ::3] = -127
+        weight = torch.full((rows, columns), 127, dtype=torch.int8)
+        exact = x.double() @ weight.double().t()
+        assert torch.equal(whole_product(x, weight).double(), exact)
 
 
 def test_all_zero_tokens_are_no_reason_to_divide_by_zero() -> None:

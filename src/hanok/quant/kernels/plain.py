@@ -5,6 +5,7 @@ beside the weight. Two 4-bit codes share a byte, the even column in its low half
 """
 
 from dataclasses import replace
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -105,7 +106,7 @@ class PlainWeight:
         usual = x.masked_fill(is_outlier, 0.0)
         largest = usual.abs().amax(-1, keepdim=True)
         codes = (usual * (127 / largest).nan_to_num(0.0, 0.0, 0.0)).round().char()
-        whole = torch._int_mm(codes, self._codes.t()).float()
+        whole = whole_product(codes, self._codes)
         scale = self._part(slice(None)).float_scale()[:, 0]
         product = whole * (largest / 127) * scale
         if is_outlier.any():
@@ -127,6 +128,27 @@ class PlainLayout:
     def empty(self, method: QuantMethod, shape: tuple[int, int], device: torch.device) -> Stored:
         """See `Layout`."""
         return PlainWeight(method, shape, device)
+
+
+@cache
+def torch_multiplies_bytes() -> bool:
+    """Return whether torch's products of int8 are exact on this CPU.
+
+    On AVX2 oneDNN adds pairs of them in 16 bits, which do not hold what the largest codes give.
+    """
+    largest = torch.full((17, 40), 127, dtype=torch.int8)
+    return bool((torch._int_mm(largest, largest.t()) == 40 * 127 * 127).all())
+
+
+def whole_product(x: Tensor, weight: Tensor) -> Tensor:
+    """Return x @ weight.T of codes, (tokens, in) and (out, in) int8, in float32: (tokens, out)."""
+    if x.device.type != "cpu" or torch_multiplies_bytes():
+        return torch._int_mm(x, weight.t()).float()
+    wide, output = x.float(), torch.empty(x.shape[0], weight.shape[0])
+    for start in range(0, weight.shape[0], BLOCK_ROWS):
+        rows = slice(start, start + BLOCK_ROWS)
+        output[:, rows] = F.linear(wide, weight[rows].float())
+    return output
 
 
 def packed(codes: Tensor) -> Tensor:
