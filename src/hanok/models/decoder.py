@@ -17,7 +17,7 @@ from hanok.attention.base import AttentionSpec, Backend, ForwardBatch, choose
 from hanok.attention.cache import KVCache, LayerState, StateSpec
 from hanok.kernels.native import native_for
 from hanok.models.config import LayerConfig, ModelConfig, Rope
-from hanok.models.layers import Embedding, ExpertsLayer, MlpLayer, NormLayer
+from hanok.models.layers import Embedding, ExpertsLayer, MlpLayer, NormLayer, added
 from hanok.models.linear import Linear
 from hanok.models.rotary import Rotary
 
@@ -103,10 +103,10 @@ class Block(nn.Module):
         """(tokens, hidden) -> (tokens, hidden)."""
         attended = self.self_attn(self.attention_norm(x), batch, cos_sin, state)
         if self.is_parallel:
-            output: Tensor = x + attended + self.mlp(self.mlp_norm(x))
+            output: Tensor = added(added(x, attended), self.mlp(self.mlp_norm(x)))
             return output
-        x = x + self._scaled(self.attention_post_norm(attended))
-        return x + self._scaled(self.mlp_post_norm(self.mlp(self.mlp_norm(x))))
+        x = added(x, self._scaled(self.attention_post_norm(attended)))
+        return added(x, self._scaled(self.mlp_post_norm(self.mlp(self.mlp_norm(x)))))
 
     def _scaled(self, x: Tensor) -> Tensor:
         return x if self.residual_scale == 1.0 else x * self.residual_scale
