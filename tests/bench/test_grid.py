@@ -1,5 +1,6 @@
 """The planner of a grid: every combination is measured once or left out with a reason; time is kept."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -265,10 +266,10 @@ def test_workloads_become_no_smaller_than_is_needed(
 ) -> None:
     rows = default_rows()
 
-    def taken_s(rows: list[GridRow]) -> tuple[float, float]:
+    def taken_s(rows: Sequence[GridRow]) -> tuple[float, float]:
         return per_token * sum(row.workload.prompt_tokens for row in rows), peaks_s
 
-    divisor, all_fit = divisor_that_fits(rows, taken_s, left_s)  # type: ignore[arg-type]
+    divisor, all_fit = divisor_that_fits(rows, taken_s, left_s)
     takes_s = {item: taken_s(shrunk_rows(rows, item))[0] for item in divisors(rows)}
     assert all_fit == (takes_s[divisor] <= left_s)
     # Where peaks fit some smaller workload, they are counted; else they are given up.
@@ -317,11 +318,10 @@ def test_what_is_kept_fits_the_time(
 
 
 def test_a_row_without_time_says_what_it_takes() -> None:
-    least = {"kept_s": 0.0, "left_s": 7.0, "rounds": 1}
-    assert why_too_slow(3.5, load_s=0.0, **least) is None  # type: ignore[arg-type]
-    reason = why_too_slow(3.51, load_s=0.0, **least)  # type: ignore[arg-type]
+    assert why_too_slow(3.5, load_s=0.0, kept_s=0.0, left_s=7.0, rounds=1) is None
+    reason = why_too_slow(3.51, load_s=0.0, kept_s=0.0, left_s=7.0, rounds=1)
     assert reason == f"{NO_TIME} (an answer takes about 3.5 s)"
-    reason = why_too_slow(2.0, load_s=4.0, **least)  # type: ignore[arg-type]
+    reason = why_too_slow(2.0, load_s=4.0, kept_s=0.0, left_s=7.0, rounds=1)
     assert reason == f"{NO_TIME} (an answer takes about 2 s and its load 4 s)"
 
 

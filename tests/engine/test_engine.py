@@ -1,6 +1,8 @@
 """Many requests at a time give what each gives alone, and what goes wrong with one stays with it."""
 
 import asyncio
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -319,3 +321,21 @@ def test_what_cannot_fit_is_refused_at_once(model: Model) -> None:
         engine.submit(STORY)
     with pytest.raises(hanok.OptionError, match="at least 64 tokens and one request"):
         Engine(model, cache_tokens=1)
+
+
+def test_an_engine_that_nobody_closed_ends_with_the_program() -> None:
+    """Behind the pass it is in: Python would end its thread in the middle of one."""
+    code = """
+import atexit
+import hanok
+engine = hanok.Engine(hanok.load(hanok.BUNDLED), cache_tokens=2048)
+# What is registered first runs last.
+atexit.register(lambda: print(engine._thread.is_alive()))
+engine.start()
+ticket = engine.submit([5, 6, 7], max_new_tokens=900, ignore_eos=True)
+next(iter(ticket))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
+    )
+    assert done.stdout.strip() == "False"

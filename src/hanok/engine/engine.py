@@ -8,6 +8,7 @@ A request's tokens depend on its own prompt, options and seed, not on what else 
 fails fails alone: when a pass over several raises, each is computed again by itself.
 """
 
+import atexit
 import logging
 import threading
 import time
@@ -187,6 +188,8 @@ class Engine:
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="hanok-engine", daemon=True)
             self._thread.start()
+            # A thread that Python ends in the middle of a pass takes the whole program down with it.
+            atexit.register(self.close)
 
     def submit(self, prompt: Prompt, **options: Unpack[SamplingOptions]) -> Ticket:
         """Queue a prompt, with the options of `Model.generate`, and return its ticket at once.
@@ -233,6 +236,7 @@ class Engine:
             self._wake.notify_all()
         if self._thread is not None:
             self._thread.join()
+        atexit.unregister(self.close)
         self._drain_inbox()
         self._fail_all(ClosedError("the engine was stopped before the request was finished."))
 

@@ -8,11 +8,11 @@
 
 namespace {
 
-constexpr int64_t kTileTokens16 = 16;
+constexpr int64_t kTokensOfTile = 16;
 constexpr int kTilesAtOnce = 4;  // of tokens
 constexpr int64_t kPiecePanels = 4, kPieceTokens = 128, kChunkColumns = 512;
 
-typedef int32_t Whole[kTilesAtOnce][kTileTokens16][kLanes];
+typedef int32_t Whole[kTilesAtOnce][kTokensOfTile][kLanes];
 
 #if defined(HANOK_EMULATES_TILES)
 
@@ -20,12 +20,12 @@ struct TilesInUse {};
 
 // whole[i] = 16 tokens of x, `stride` bytes from token to token, times some blocks of codes.
 INLINE void multiply_tiles(const char* x, int64_t stride, const uint8_t* codes, int64_t blocks, Whole& whole) {
-    for (int64_t t = 0; t < kTilesAtOnce * kTileTokens16; ++t)
+    for (int64_t t = 0; t < kTilesAtOnce * kTokensOfTile; ++t)
         for (int64_t row = 0; row < kLanes; ++row) {
             int32_t sum = 0;
             for (int64_t c = 0; c < blocks * kBlock; ++c)
                 sum += static_cast<int8_t>(x[t * stride + c]) * codes[c / 4 * kVectorBytes + 4 * row + c % 4];
-            whole[t / kTileTokens16][t % kTileTokens16][row] = sum;
+            whole[t / kTokensOfTile][t % kTokensOfTile][row] = sum;
         }
 }
 
@@ -45,7 +45,7 @@ struct TilesInUse {
 };
 
 INLINE void multiply_tiles(const char* x, int64_t stride, const uint8_t* codes, int64_t blocks, Whole& whole) {
-    const int64_t step = kTileTokens16 * stride;
+    const int64_t step = kTokensOfTile * stride;
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
@@ -87,20 +87,17 @@ template <int kKind>
 INLINE void add_group(const Panels& w, int64_t panel, int64_t group, const uint8_t* codes, const Rounded& x,
                       int64_t token, int64_t count, float* sums) {
     const int64_t index = panel * x.groups + group;
-    Floats scale = load_scale<kKind>(w, index);
-    if (kKind == kTable) scale = scale * Floats::all(1.0f / 127.0f);
-    for (int64_t first = 0; first < count; first += kTilesAtOnce * kTileTokens16) {
+    const Floats scale = group_scale<kKind>(w, index);
+    for (int64_t first = 0; first < count; first += kTilesAtOnce * kTokensOfTile) {
         alignas(64) Whole whole;
         multiply_tiles(x.codes + (token + first) * x.columns + group * w.group_columns, x.columns, codes,
                        w.group_columns / kBlock, whole);
-        for (int64_t t = 0; t < kTilesAtOnce * kTileTokens16 && first + t < count; ++t) {
+        for (int64_t t = 0; t < kTilesAtOnce * kTokensOfTile && first + t < count; ++t) {
             const int64_t at = (token + first + t) * x.groups + group;
             const int32_t start = -excess(kKind) * x.sums[at];
-            Floats value = to_floats(Ints::load(whole[t / kTileTokens16][t % kTileTokens16]) + Ints::all(start));
-            if (kKind == kZeroNibbles)
-                value = value - load_bytes(w.zero + index * kLanes) * Floats::all(static_cast<float>(x.sums[at]));
+            const Ints sum = Ints::load(whole[t / kTokensOfTile][t % kTokensOfTile]) + Ints::all(start);
             float* to = sums + (first + t) * kLanes;
-            store(to, add_product(load(to), value, scale * Floats::all(x.scale[at])));
+            store(to, add_whole<kKind>(load(to), sum, w, index, scale, x, at));
         }
     }
 }
@@ -108,7 +105,7 @@ INLINE void add_group(const Panels& w, int64_t panel, int64_t group, const uint8
 template <int kKind, class Item>
 int tiles_product(const Panels& w, const Item* x, const Item* bias, Item* y, int64_t tokens, int threads) {
     const int64_t groups = num_groups(w), panels = num_panels(w), blocks = w.group_columns / kBlock;
-    const int64_t step = kTilesAtOnce * kTileTokens16, padded = ceil_div(tokens, step) * step;
+    const int64_t step = kTilesAtOnce * kTokensOfTile, padded = ceil_div(tokens, step) * step;
     const int64_t sums_floats = kPiecePanels * kPieceTokens * kLanes;
     const int64_t worker_bytes = sums_floats * 4 + kChunkColumns * kLanes;
     const int64_t rounded_bytes = RoundedMemory(nullptr, w, padded, 1).bytes;
@@ -144,15 +141,8 @@ int tiles_product(const Panels& w, const Item* x, const Item* bias, Item* y, int
                                      rounded, token, count, sums + (panel - begin) * kPieceTokens * kLanes);
             }
         }
-        for (int64_t panel = begin; panel < end; ++panel) {
-            const float* of_panel = sums + (panel - begin) * kPieceTokens * kLanes;
-            const int64_t row = panel * kLanes, there = w.rows - row;
-            for (int64_t t = 0; t < count; ++t) {
-                Floats value = load(of_panel + t * kLanes);
-                if (bias) value = value + load_first(bias + row, there);
-                store_first(y + (token + t) * w.rows + row, value, there);
-            }
-        }
+        for (int64_t panel = begin; panel < end; ++panel)
+            write_sums<1>(sums + (panel - begin) * kPieceTokens * kLanes, 1, w, panel, bias, y, token, count);
     });
     return 0;
 }

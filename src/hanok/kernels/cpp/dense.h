@@ -1,5 +1,6 @@
 // Products with bfloat16 and float32 weights as files hold them, row after row, for a few tokens: at the
-// speed of memory. Where registers are wide; else gemm.h. Several rows share what is read of x, and their addresses are looked up side by side.
+// speed of memory. Several rows share what is read of x, and their addresses are looked up side by side.
+// For AVX-512 and ARM; elsewhere gemm.h.
 
 #pragma once
 

@@ -1,8 +1,8 @@
-// Products with bfloat16 and float32 weights as files hold them, for any number of tokens, where the
-// processor has neither AVX-512 nor instructions for bfloat16.
+// Products with bfloat16 and float32 weights as files hold them, for any number of tokens, on x86 without
+// AVX-512.
 //
-// Sixteen rows of a weight are turned, 128 columns at a time, so that lanes are rows: each sum is then a
-// chain along the columns, and chains of 128 are added in order. A token's result therefore depends on its
+// Sixteen rows of a weight are turned, 256 columns at a time, so that lanes are rows: each sum is then a
+// chain along the columns, and chains of 256 are added in order. A token's result therefore depends on its
 // own numbers alone, whatever is multiplied beside it and on however many threads. For many tokens the
 // turned columns, in float32, stay in the first cache; one token reads the weights at the speed of memory.
 

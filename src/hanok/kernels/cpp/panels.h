@@ -58,6 +58,13 @@ INLINE Floats load_scale(const Panels& w, int64_t index) {
     return load(static_cast<const float*>(w.scale) + index * kLanes);
 }
 
+// What the whole numbers of a group are multiplied with; those of a table are its entries times 127.
+template <int kKind>
+INLINE Floats group_scale(const Panels& w, int64_t index) {
+    const Floats scale = load_scale<kKind>(w, index);
+    return kKind == kTable ? scale * Floats::all(1.0f / 127.0f) : scale;
+}
+
 // x as int8: codes (tokens, columns), and for each group its scale and the sum of its codes. The codes may
 // stand in 16 bits each, as ready.h wants them.
 struct Rounded {
@@ -98,6 +105,17 @@ INLINE void round_row(const Item* x, int64_t columns, int64_t group_columns, con
         to.scale[token * to.groups + group] = most / 127.0f;
         to.sums[token * to.groups + group] = sum(total);
     }
+}
+
+// total + a group's exact sum, times both scales. Every product of whole numbers ends here, so that the
+// bits of a token are the same whichever of them formed the sum. `at` is the token's group.
+template <int kKind>
+INLINE Floats add_whole(const Floats& total, const Ints& whole, const Panels& w, int64_t index,
+                        const Floats& scale, const Rounded& x, int64_t at) {
+    Floats value = to_floats(whole);
+    if (kKind == kZeroNibbles)
+        value = value - load_bytes(w.zero + index * kLanes) * Floats::all(static_cast<float>(x.sums[at]));
+    return add_product(total, value, scale * Floats::all(x.scale[at]));
 }
 
 // total += kTilePanels panels times kTokens tokens, over some groups.
@@ -170,16 +188,10 @@ INLINE void tile(const Panels& w, int64_t panel, int64_t first_group, int64_t la
             if (kTokens <= 4)
                 __builtin_prefetch(static_cast<const uint8_t*>(w.scale) +
                                    index * kLanes * (has_half_scale(kKind) ? 2 : 4) + 512);
-            Floats scale = load_scale<kKind>(w, index);
-            if (kKind == kTable) scale = scale * Floats::all(1.0f / 127.0f);
-            for (int t = 0; t < kTokens; ++t) {
-                const int64_t at = (token + t) * x.groups + group;
-                Floats value = to_floats(whole[p][t]);
-                if (kKind == kZeroNibbles)
-                    value = value - load_bytes(w.zero + index * kLanes) *
-                                        Floats::all(static_cast<float>(x.sums[at]));
-                total[p][t] = add_product(total[p][t], value, scale * Floats::all(x.scale[at]));
-            }
+            const Floats scale = group_scale<kKind>(w, index);
+            for (int t = 0; t < kTokens; ++t)
+                total[p][t] = add_whole<kKind>(total[p][t], whole[p][t], w, index, scale, x,
+                                               (token + t) * x.groups + group);
         }
     }
 }
@@ -224,13 +236,14 @@ void add_tiles(const Panels& w, int64_t panel, int64_t first_group, int64_t last
                                     sums + t * kStep);
 }
 
-template <class Item>
+// Sums (tokens, kWidth panels, 16), of which the first `panels` count, with their bias.
+template <int kWidth, class Item>
 INLINE void write_sums(const float* sums, int panels, const Panels& w, int64_t panel, const Item* bias,
                        Item* y, int64_t token, int64_t count) {
     for (int64_t t = 0; t < count; ++t)
         for (int p = 0; p < panels; ++p) {
             const int64_t row = (panel + p) * kLanes, there = w.rows - row;
-            Floats value = load(sums + (t * kTilePanels + p) * kLanes);
+            Floats value = load(sums + (t * kWidth + p) * kLanes);
             if (bias) value = value + load_first(bias + row, there);
             store_first(y + (token + t) * w.rows + row, value, there);
         }
@@ -302,7 +315,7 @@ int whole_product(const Panels& w, const Item* x, const Item* bias, Item* y, int
                 else
                     add_tiles<kKind, 1>(w, panel, group, last, table, rounded, token, count, sums);
             }
-            write_sums(sums, here, w, panel, bias, y, token, count);
+            write_sums<kTilePanels>(sums, here, w, panel, bias, y, token, count);
         }
     });
     return 0;
@@ -327,17 +340,12 @@ INLINE void ready_tile(const Panels& w, int64_t panel, int64_t first_group, int6
             rounded += kBlock * kCodeBytes;
         }
         const int64_t index = panel * x.groups + group;
-        Floats scale = load_scale<kKind>(w, index);
-        if (kKind == kTable) scale = scale * Floats::all(1.0f / 127.0f);
+        const Floats scale = group_scale<kKind>(w, index);
         for (int t = 0; t < kTokens; ++t) {
-            const int64_t at = (token + t) * x.groups + group;
             Ints ints;
             for (int part = 0; part < 2; ++part) ints.part[part] = (IntPart)whole[t][part];
-            Floats value = to_floats(ints);
-            if (kKind == kZeroNibbles)
-                value = value - load_bytes(w.zero + index * kLanes) * Floats::all(static_cast<float>(x.sums[at]));
             float* to = sums + t * kLanes;
-            store(to, add_product(load(to), value, scale * Floats::all(x.scale[at])));
+            store(to, add_whole<kKind>(load(to), ints, w, index, scale, x, (token + t) * x.groups + group));
         }
     }
 }
@@ -389,7 +397,7 @@ int ready_product(const Panels& w, const Item* x, const Item* bias, Item* y, int
             }
         }
         for (int64_t panel = begin; panel < end; ++panel)
-            write_sums(sums + (panel - begin) * block * kLanes, 1, w, panel, bias, y, token, count);
+            write_sums<1>(sums + (panel - begin) * block * kLanes, 1, w, panel, bias, y, token, count);
     });
     return 0;
 }
