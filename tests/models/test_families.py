@@ -8,6 +8,8 @@ Tolerance: all is float32, so only the order of sums differs. Logits here are of
 sums over at most 128 products differ by a few 1e-6; 1e-4 leaves room for four layers of them.
 """
 
+import re
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,11 +18,14 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hanok.attention.base import ForwardBatch
 from hanok.checkpoint.files import open_checkpoint
+from hanok.memory.left_out import left_out_tensors
 from hanok.memory.load import load_decoder
+from hanok.memory.save import save_weights
 from hanok.models.config import Mlp, ModelConfig, Norm, Rope
 from hanok.models.decoder import Decoder
 from hanok.models.family import families
@@ -40,6 +45,8 @@ class Case:
     without: Mapping[str, Change] = field(default_factory=dict)
     depends_on_length: bool = False
     drop_prefix: str = ""
+    vision: Mapping[str, Any] | None = None
+    """The config of a tower; the other options are then those of its text part, `text_config`."""
 
 
 BASE = {
@@ -114,6 +121,8 @@ no_scaling = ropes(lambda rope: replace(rope, scaling=None))
 whole_rotary = ropes(lambda rope: replace(rope, scaling=None, rotary_dim=16))
 halves = ropes(lambda rope: replace(rope, is_interleaved=False))
 
+no_growth = ropes(lambda rope: replace(rope, scaling=replace(rope.scaling, query_growth=0.0)))
+
 LLAMA3 = rope(
     rope_type="llama3",
     factor=8.0,
@@ -124,6 +133,32 @@ LLAMA3 = rope(
 LONG = {
     "short_factor": [1.0 + 0.1 * i for i in range(8)],
     "long_factor": [2.0 + i for i in range(8)],
+}
+
+MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
+MINISTRAL3 = rope(
+    rope_type="yarn",
+    factor=4.0,
+    original_max_position_embeddings=16,
+    mscale=1.0,
+    mscale_all_dim=1.0,
+    llama_4_scaling_beta=0.4,
+)
+QWEN_VISION = {
+    "depth": 1,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_heads": 2,
+    "out_hidden_size": 64,
+    "fullatt_block_indexes": [0],
+}
+TOWER = {
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 56,
+    "patch_size": 14,
 }
 
 CASES = {
@@ -399,6 +434,84 @@ CASES = {
             "biases": with_fields(has_qkv_bias=False, has_output_bias=False),
         },
     ),
+    "qwen2_vl": Case(
+        config="Qwen2VLConfig",
+        options={"model_type": "qwen2_vl_text", "rope_parameters": MROPE},
+        vision={"depth": 1, "embed_dim": 32, "hidden_size": 64, "num_heads": 2, "mlp_ratio": 2},
+        without={"qkv bias": with_fields(has_qkv_bias=False)},
+    ),
+    "qwen2_5_vl": Case(
+        config="Qwen2_5_VLConfig",
+        options={
+            "model_type": "qwen2_5_vl_text",
+            "rope_parameters": MROPE,
+            "tie_word_embeddings": True,
+        },
+        vision=QWEN_VISION,
+        without={"qkv bias": with_fields(has_qkv_bias=False)},
+    ),
+    "qwen3_vl": Case(
+        config="Qwen3VLConfig",
+        options={
+            "model_type": "qwen3_vl_text",
+            "head_dim": 24,
+            "rope_parameters": {**MROPE, "mrope_section": [4, 4, 4], "mrope_interleaved": True},
+        },
+        vision={**QWEN_VISION, "deepstack_visual_indexes": [0], "num_position_embeddings": 16},
+        without={"norms on heads": with_fields(qk_norm=None)},
+    ),
+    "gemma3": Case(
+        config="Gemma3Config",
+        options={
+            "model_type": "gemma3_text",
+            "head_dim": 24,
+            "sliding_window": 6,
+            "num_hidden_layers": 6,
+            "query_pre_attn_scalar": 20,
+            "tie_word_embeddings": True,
+        },
+        vision={**TOWER, "model_type": "siglip_vision_model"},
+        without={
+            "local base": everywhere_turned,
+            "window": each_layer(window=None),
+            "norms on both sides": with_fields(norm_placement="pre"),
+        },
+    ),
+    "mistral3": Case(
+        config="Mistral3Config",
+        options={"model_type": "mistral", "head_dim": 24, "sliding_window": None},
+        vision={**TOWER, "model_type": "pixtral", "head_dim": 16},
+        without={"rope": each_layer(rope=None)},
+    ),
+    "mistral3-ministral3": Case(
+        config="Mistral3Config",
+        options={"model_type": "ministral3", "head_dim": 16, "rope_parameters": MINISTRAL3},
+        vision={**TOWER, "model_type": "pixtral", "head_dim": 16},
+        num_tokens=40,
+        without={"yarn scaling": no_scaling, "growing queries": no_growth},
+    ),
+    "ministral3": Case(
+        config="Ministral3Config",
+        options={"head_dim": 16, "rope_parameters": MINISTRAL3, "tie_word_embeddings": True},
+        num_tokens=40,
+        without={"yarn scaling": no_scaling, "growing queries": no_growth},
+    ),
+    "llava": Case(
+        config="LlavaConfig",
+        options={"model_type": "llama"},
+        vision={**TOWER, "model_type": "clip_vision_model"},
+        without={"rope": each_layer(rope=None)},
+    ),
+    "exaone4_5": Case(
+        config="Exaone4_5_Config",
+        options={"model_type": "exaone4", "sliding_window": 6, "sliding_window_pattern": 4},
+        vision={**QWEN_VISION, "num_key_value_heads": 2},
+        without={
+            "full without rope": everywhere_turned,
+            "window": each_layer(window=None),
+            "norms on heads": with_fields(qk_norm=None),
+        },
+    ),
 }
 
 # Config classes that spell the shared sizes otherwise, or have no such size.
@@ -429,7 +542,13 @@ def hf_config(case: Case) -> Any:
         new_name = names.get(name, name)
         if new_name is not None:
             options[new_name] = value
-    return getattr(transformers, case.config)(**(options | case.options))
+    options |= case.options
+    if case.vision is not None:
+        # Text alone decides here, so the head is tied where the text part says it.
+        tied = options.get("tie_word_embeddings", False)
+        text = {"text_config": options, "vision_config": dict(case.vision)}
+        return getattr(transformers, case.config)(**text, tie_word_embeddings=tied)
+    return getattr(transformers, case.config)(**options)
 
 
 @pytest.fixture(scope="module")
@@ -447,7 +566,8 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Built]:
 def save_random(case: Case, folder: Path) -> Built:
     config = hf_config(case)
     config._attn_implementation = "eager"
-    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    kind = "AutoModelForCausalLM" if case.vision is None else "AutoModelForImageTextToText"
+    model = getattr(transformers, kind).from_config(config).eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -464,8 +584,6 @@ def save_random(case: Case, folder: Path) -> Built:
 
 
 def rename_tensors(folder: Path, rename: Callable[[str], str]) -> None:
-    from safetensors.torch import load_file, save_file
-
     path = folder / "model.safetensors"
     save_file({rename(name): tensor for name, tensor in load_file(path).items()}, path)
 
@@ -567,3 +685,62 @@ def test_a_switched_off_rule_is_noticed(
     wrong.use_attention("auto")
     difference = (prefill(wrong, made.tokens) - oracle(made, made.tokens)).abs().max()
     assert difference > VISIBLE
+
+
+WITH_A_TOWER = [name for name, case in CASES.items() if case.vision is not None]
+# What files of each generation put before the text part, its head and the tower.
+SPELLINGS = {
+    "flat": ("model.", "lm_head.", ""),
+    "inner": ("model.language_model.", "lm_head.", "model."),
+    "outer": ("language_model.model.", "language_model.lm_head.", ""),
+}
+
+
+def respelt(name: str, spelling: str) -> str:
+    text, head, tower = SPELLINGS[spelling]
+    for pattern, new in (
+        (
+            r"(model\.language_model|language_model\.model|model)\.(?=layers|norm|embed_tokens)",
+            text,
+        ),
+        (r"(language_model\.)?lm_head\.", head),
+        (r"(model\.)?(?=visual|vision_tower|multi_modal_projector)", tower),
+    ):
+        if match := re.match(pattern, name):
+            return new + name[match.end() :]
+    raise AssertionError(name)
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+@pytest.mark.parametrize("name", WITH_A_TOWER)
+def test_a_tower_is_left_out_however_its_files_are_spelt(
+    name: str, spelling: str, built: Callable[[str], Built], tmp_path: Path
+) -> None:
+    made = built(name)
+    folder = Path(shutil.copytree(made.folder, tmp_path / "respelt"))
+    rename_tensors(folder, lambda name: respelt(name, spelling))
+    checkpoint = open_checkpoint(folder)
+    loaded = load_decoder(checkpoint, dtype="float32")
+    torch.testing.assert_close(
+        prefill(loaded.decoder, made.tokens), oracle(made, made.tokens), atol=TOLERANCE, rtol=0
+    )
+    used = {name for source in loaded.sources.values() for name in source.names}
+    beside = [ref for name, ref in checkpoint.tensors.items() if name not in used]
+    num_bytes = sum(ref.size_bytes for ref in beside)
+    assert loaded.report.notes[0] == (
+        f"left out: the vision tower and its projector, {len(beside)} tensors of {num_bytes:,} bytes"
+    )
+    assert loaded.report.held_bytes < num_bytes
+    save_weights(
+        tmp_path,
+        loaded.decoder,
+        loaded.sources,
+        left_out=[
+            ref
+            for refs in left_out_tensors(loaded.family, checkpoint.tensors).values()
+            for ref in refs
+        ],
+    )
+    saved, original = (load_file(path / "model.safetensors") for path in (tmp_path, folder))
+    assert saved.keys() == original.keys()
+    assert all(torch.equal(saved[name], original[name]) for name in saved)

@@ -95,6 +95,7 @@ def print_plan(plan: LoadPlan) -> None:
     for place in (tier.place for tier in plan.tiers):
         if place.is_host and place.cpus is not None:
             click.echo(host_line(place, place.cpus))
+    _print_left_out(plan)
     for tier in plan.tiers:
         if tier.missing_bytes:
             click.echo(f"It does not fit: {tier.place.name} lacks {size(tier.missing_bytes)}.")
@@ -111,6 +112,11 @@ def print_plan(plan: LoadPlan) -> None:
     for remedy in plan.remedies:
         speed = rate(remedy.tokens_per_s)
         click.echo(f"  {remedy.change} fits in {places(remedy.places)}: {speed} tokens/s")
+
+
+def _print_left_out(plan: LoadPlan) -> None:
+    for part in plan.needs.left_out:
+        click.echo(f"{str(part).capitalize()}.")
 
 
 def plan_facts(plan: LoadPlan) -> list[dict[str, Any]]:

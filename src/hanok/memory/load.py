@@ -24,6 +24,7 @@ from hanok.errors import CheckpointError, OptionError, UnsupportedError
 from hanok.kernels.native import why_not
 from hanok.memory.budget import host_budget
 from hanok.memory.heap import give_back
+from hanok.memory.left_out import left_out
 from hanok.memory.needs import choose_dtype, stays_as_it_is, unit_of
 from hanok.memory.offload import Streamer
 from hanok.memory.plan import HOST_KINDS, LoadPlan, Weights
@@ -109,7 +110,7 @@ def load_decoder(
     if weights not in get_args(Weights):
         raise OptionError(f"weights {weights!r} is unknown. Choose auto, mapped or copied.")
     places = _Places(plan)
-    notes: list[str] = []
+    notes = [str(part) for part in left_out(family, checkpoint.tensors)]
     used_threads = set_threads(threads)
     if used_threads.is_held_by_quota:
         notes.append(f"threads: {used_threads}")
@@ -357,11 +358,12 @@ def account_for(
         for name, shape in zip(source.names, source.file_shapes(), strict=True)
     }
     missing = [name for name in expected if name not in checkpoint.tensors]
+    unused = (*family.ignored_tensors, *family.left_out.values())
     left_over = [
         name
         for name in checkpoint.tensors
         if name not in expected
-        and not any(re.fullmatch(pattern, name) for pattern in family.ignored_tensors)
+        and not any(re.fullmatch(pattern, name) for pattern in unused)
         and not _is_tied_head(name, checkpoint, family, config, table)
     ]
     wrong = [
@@ -394,7 +396,8 @@ def _is_tied_head(
     table: Mapping[str, Source],
 ) -> bool:
     """Return whether `name` is a second copy of the embedding, which ties allow when it is the same."""
-    if not config.tie_embeddings or name != f"{family.names['lm_head']}.weight":
+    head_name = f"{family.names_in(checkpoint.tensors)['lm_head']}.weight"
+    if not config.tie_embeddings or name != head_name:
         return False
     embedding_name = table["embed_tokens.weight"].names[0]
     if embedding_name not in checkpoint.tensors:

@@ -12,6 +12,7 @@ from typing import Protocol
 
 from hanok.checkpoint.files import TensorRef
 from hanok.errors import OptionError
+from hanok.memory.left_out import left_out
 from hanok.memory.plan import Needs, Unit
 from hanok.models.config import DTYPE_BYTES, ModelConfig
 from hanok.models.family import Family, Source
@@ -117,6 +118,7 @@ def needs_of(
     for name in parameters:
         grouped.setdefault(unit_of(name), []).append(name)
     head = "lm_head" if "lm_head" in grouped else "embed_tokens"
+    head_path = str(family.names_in(tensors)["lm_head"])
     order = ["embed_tokens", *(f"layers.{index}" for index in range(config.num_layers)), "norm"]
     units = []
     for unit in order + (["lm_head"] if head == "lm_head" else []):
@@ -125,7 +127,7 @@ def needs_of(
         units.append(
             Unit(
                 name=unit,
-                modules=_modules_of(unit, [parameters[name] for name in names], family, config),
+                modules=_modules_of(unit, [parameters[name] for name in names], head_path, config),
                 parameters=names,
                 weight_bytes=sum(size.weight_bytes for size in mine),
                 file_bytes=sum(size.file_bytes for size in mine),
@@ -143,6 +145,7 @@ def needs_of(
         prompt_flops=float(config.flops_per_token(use.context // 2 or 1)) * use.context * use.batch,
         load_bytes=num_readers * max(size.load_bytes for size in sizes.values()),
         file_bytes_per_s=file_bytes_per_s,
+        left_out=left_out(family, tensors),
     )
 
 
@@ -285,7 +288,7 @@ def unit_of(parameter: str) -> str:
 
 
 def _modules_of(
-    unit: str, found: list[Source], family: Family, config: ModelConfig
+    unit: str, found: list[Source], head_path: str, config: ModelConfig
 ) -> tuple[str, ...]:
     """Return how the checkpoint calls a unit: what the names of its tensors begin with."""
     names = [source.names[0] for source in found]
@@ -294,5 +297,5 @@ def _modules_of(
         return (".".join(parts[: parts.index(unit.removeprefix("layers.")) + 1]),)
     modules = [name.rpartition(".")[0] for name in names]
     if unit == "lm_head" or (unit == "embed_tokens" and config.tie_embeddings):
-        modules = [*(modules if unit != "lm_head" else []), str(family.names["lm_head"])]
+        modules = [*(modules if unit != "lm_head" else []), head_path]
     return tuple(dict.fromkeys(modules))

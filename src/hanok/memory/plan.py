@@ -19,6 +19,7 @@ from typing import Literal
 from hanok.errors import OptionError
 from hanok.memory.budget import Budget, device_name
 from hanok.memory.cpus import CpuBudget
+from hanok.memory.left_out import LeftOut
 
 PlaceKind = Literal["gpu", "core", "cpu", "disk"]
 Weights = Literal["auto", "mapped", "copied"]
@@ -118,6 +119,8 @@ class Needs:
     """Claimed on the host beside the weights while they are read."""
     file_bytes_per_s: float
     """At which the checkpoint's files are read."""
+    left_out: tuple[LeftOut, ...] = ()
+    """What the files hold beside the decoder, which takes no memory."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,7 +6,7 @@ parameter is made of. Imports no torch.
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Literal
@@ -39,6 +39,8 @@ class Family:
     `names` maps our module paths to the files' (paths inside a block are relative to it, and an
     expert's number is written `{}`); a tuple lists the parts that a fused weight is made of.
     `optional_prefix` may be absent from the files; `ignored_tensors` are regular expressions.
+    `spellings` are other paths that files use for some of `names`. `left_out` are the weights that are
+    no part of the decoder: what they are, and a regular expression of their names.
     """
 
     model_types: tuple[str, ...]
@@ -47,6 +49,16 @@ class Family:
     layouts: Mapping[str, Layout] = field(default_factory=dict)
     ignored_tensors: tuple[str, ...] = (r".*\.rotary_emb\.inv_freq",)
     optional_prefix: str = ""
+    spellings: tuple[Mapping[str, str], ...] = ()
+    left_out: Mapping[str, str] = field(default_factory=dict)
+
+    def names_in(self, present: Collection[str]) -> Mapping[str, str | tuple[str, ...]]:
+        """Return `names` as the files with these tensors spell them: as the embedding is there."""
+        for spelling in ({}, *self.spellings):
+            names = {**self.names, **spelling}
+            if f"{names['embed_tokens']}.weight" in present:
+                return names
+        return self.names
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,17 +117,17 @@ def read_config(config: Mapping[str, object], where: str) -> tuple[Family, Model
     return family, model_config
 
 
-def sources(family: Family, config: ModelConfig, present: Iterable[str]) -> dict[str, Source]:
+def sources(family: Family, config: ModelConfig, present: Collection[str]) -> dict[str, Source]:
     """Return the source of every parameter, by its name in `Decoder`.
 
-    `present` are the checkpoint's tensor names; they only decide whether `optional_prefix` is there.
+    `present` are the checkpoint's tensor names; they only decide how the files spell them.
     """
-    prefix = family.optional_prefix
+    names, prefix = family.names_in(present), family.optional_prefix
     drop = bool(prefix and present) and not any(name.startswith(prefix) for name in present)
     found = {}
     for name, shape in config.parameter_shapes().items():
         module, _, leaf = name.rpartition(".")
-        paths = _file_paths(module, family.names)
+        paths = _file_paths(module, names)
         if drop:
             paths = tuple(path.removeprefix(prefix) for path in paths)
         key = _layer_relative(module)[1]

@@ -62,6 +62,11 @@ class Keys:
         """The `model_type` of the file."""
         return str(self._config["model_type"])
 
+    @property
+    def where(self) -> str:
+        """The file, for messages."""
+        return self._where
+
     def get(self, name: str, default: Any = None) -> Any:
         """Return the value of a key, `default` when it is absent or null."""
         self._read.add(name)
@@ -132,6 +137,14 @@ class Keys:
         """Account for keys that do not change what the model computes."""
         self._read.update(names)
 
+    def inside(self, name: str, beneath: Mapping[str, Any], *, model_type: str) -> "Keys":
+        """Return the keys of an object in the file, read as those of a `model_type`.
+
+        What the object leaves out is taken from `beneath`.
+        """
+        values = {**beneath, **self.object(name), "model_type": model_type}
+        return Keys(values, f"{self._where}: {name}")
+
     def activation(self, *names: str, default: str = "silu") -> Activation:
         """Return the activation that the first present of `names` names."""
         values = [value for name in names if (value := self.get(name)) is not None]
@@ -166,11 +179,16 @@ class Keys:
 
         `kind` picks the entry when `rope_parameters` holds one for each kind of layer.
         """
-        values = self._object("rope_parameters") or self._object("rope_scaling")
+        values = self.object("rope_parameters") or self.object("rope_scaling")
         if isinstance(values.get(kind), Mapping):
             values = dict(values[kind])
         kind_name = values.pop("rope_type", None) or values.pop("type", None) or "default"
         values.pop("type", None)
+        # A token of text has the same position in time, height and width, which mrope turns by: it is
+        # the plain rotation then.
+        values.pop("mrope_section", None)
+        values.pop("mrope_interleaved", None)
+        kind_name = "default" if kind_name == "mrope" else kind_name
         top_theta = self.get("rope_theta", default_theta)
         theta = self._above_zero("rope_theta", values.pop("rope_theta", None) or top_theta)
         top_partial = self.get("partial_rotary_factor", default_partial)
@@ -180,7 +198,8 @@ class Keys:
             raise self._wrong("partial_rotary_factor", partial, "at most 1")
         rotary_dim = int(head_dim * partial)
         scaling = self._scaling(kind_name, values, rotary_dim)
-        if values and kind_name != "default":
+        values.pop("max_position_embeddings", None)  # the file's own, once more
+        if values and (kind_name != "default" or "llama_4_scaling_beta" in values):
             raise UnsupportedError(
                 f"{self._where}: rope type {kind_name!r} has parameters that hanok does not know: "
                 f"{', '.join(sorted(values))}."
@@ -219,6 +238,7 @@ class Keys:
                     beta_fast=float(values.pop("beta_fast", None) or 32),
                     beta_slow=float(values.pop("beta_slow", None) or 1),
                     truncate=bool(values.pop("truncate", True)),
+                    query_growth=float(values.pop("llama_4_scaling_beta", None) or 0),
                 )
             if kind in ("longrope", "su"):
                 return self._longrope(values, int(original), ratio, rotary_dim)
@@ -286,7 +306,8 @@ class Keys:
             raise self._wrong(name, value, "a number above 0")
         return float(value)
 
-    def _object(self, name: str) -> dict[str, Any]:
+    def object(self, name: str) -> dict[str, Any]:
+        """Return an object of names and values, a copy; an empty one when it is absent."""
         value = self.get(name, {})
         if not isinstance(value, Mapping):
             raise self._wrong(name, value, "an object of names and values")

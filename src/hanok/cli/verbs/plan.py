@@ -128,6 +128,10 @@ def plan_object(plan: "LoadPlan") -> dict[str, Any]:
             }
             for tier in plan.tiers
         ],
+        "left_out": [
+            {"name": part.name, "tensors": part.num_tensors, "bytes": part.num_bytes}
+            for part in plan.needs.left_out
+        ],
         "hf_device_map": plan.hf_device_map,
         "reasons": {item.unit.modules[0]: item.reason for item in plan.placements},
         "load_s": plan.prediction.load_s,
