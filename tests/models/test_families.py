@@ -8,6 +8,7 @@ Tolerance: all is float32, so only the order of sums differs. Logits here are of
 sums over at most 128 products differ by a few 1e-6; 1e-4 leaves room for four layers of them.
 """
 
+import json
 import re
 import shutil
 from collections.abc import Callable, Mapping
@@ -38,6 +39,39 @@ Change = Callable[[ModelConfig], ModelConfig]
 
 
 @dataclass(frozen=True, kw_only=True)
+class Published:
+    """Files of a model whose computation transformers has under another name."""
+
+    model_type: str
+    config_names: Mapping[str, str] = field(default_factory=dict)
+    tensor_names: Mapping[str, str] = field(default_factory=dict)
+    """Regular expressions and what is put in the place of what they match."""
+    dropped: tuple[str, ...] = ()
+    """Keys of transformers' config that the published files do not have."""
+    added: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """Tensors that the file has beside the model's, with their shapes."""
+
+    def rewrite(self, folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        config = {
+            self.config_names.get(name, name): value
+            for name, value in config.items()
+            if name not in self.dropped
+        }
+        config |= {"model_type": self.model_type, "architectures": ["Other"]}
+        (folder / "config.json").write_text(json.dumps(config))
+        rename_tensors(folder, self._renamed)
+        tensors = load_file(folder / "model.safetensors")
+        tensors |= {name: torch.ones(shape) for name, shape in self.added.items()}
+        save_file(tensors, folder / "model.safetensors")
+
+    def _renamed(self, name: str) -> str:
+        for pattern, new in self.tensor_names.items():
+            name = re.sub(pattern, new, name)
+        return name
+
+
+@dataclass(frozen=True, kw_only=True)
 class Case:
     config: str
     options: Mapping[str, Any]
@@ -47,6 +81,8 @@ class Case:
     drop_prefix: str = ""
     vision: Mapping[str, Any] | None = None
     """The config of a tower; the other options are then those of its text part, `text_config`."""
+    published: "Published | None" = None
+    """How the files are written that transformers does not know; None: as it writes them."""
 
 
 BASE = {
@@ -160,6 +196,37 @@ TOWER = {
     "image_size": 56,
     "patch_size": 14,
 }
+
+# EXAONE 3's own names of what Llama computes (modeling_exaone.py, published beside its weights).
+EXAONE = Published(
+    model_type="exaone",
+    config_names={
+        "num_hidden_layers": "num_layers",
+        "rms_norm_eps": "layer_norm_epsilon",
+        "hidden_act": "activation_function",
+    },
+    tensor_names={
+        r"^model\.embed_tokens": "transformer.wte",
+        r"^model\.norm": "transformer.ln_f",
+        r"^model\.layers": "transformer.h",
+        r"input_layernorm": "ln_1",
+        r"post_attention_layernorm": "ln_2",
+        r"self_attn\.o_proj": "attn.attention.out_proj",
+        r"self_attn\.": "attn.attention.",
+        r"gate_proj": "c_fc_0",
+        r"up_proj": "c_fc_1",
+        r"down_proj": "c_proj",
+    },
+    dropped=("attention_bias", "mlp_bias"),
+    added={"transformer.rotary.inv_freq": (8,)},
+)
+MIMO = Published(
+    model_type="mimo",
+    added={
+        "model.mtp_layers.0.input_proj.weight": (64, 128),
+        "model.mtp_layers.0.final_layernorm.weight": (64,),
+    },
+)
 
 CASES = {
     "llama-mha": Case(
@@ -512,11 +579,227 @@ CASES = {
             "norms on heads": with_fields(qk_norm=None),
         },
     ),
+    "exaone": Case(
+        config="LlamaConfig",
+        options={"rope_parameters": LLAMA3, "rms_norm_eps": 1e-5},
+        published=EXAONE,
+        num_tokens=40,
+        without={"llama3 scaling": no_scaling, "eps": with_norm(eps=1e-1)},
+    ),
+    "exaone-tied": Case(
+        config="LlamaConfig",
+        options={"tie_word_embeddings": True, "head_dim": 24},
+        published=EXAONE,
+        without={"rope": each_layer(rope=None)},
+    ),
+    "hyperclovax": Case(
+        config="HyperCLOVAXConfig",
+        options={
+            "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.4,
+            "attention_multiplier": 0.1,
+            "logits_scaling": 0.5,
+        },
+        without={
+            "norms on both sides": with_fields(norm_placement="pre"),
+            "embedding": with_fields(embedding_scale=1.0),
+            "residual": with_fields(residual_scale=1.0),
+            "attention": with_fields(attention_scale=16**-0.5),
+            "logits": with_fields(logit_scale=1.0),
+        },
+    ),
+    "hyperclovax-pre": Case(
+        config="HyperCLOVAXConfig",
+        options={"use_post_norm": False, "attention_bias": True, "mlp_bias": True},
+        without={
+            "norms before": with_fields(norm_placement="post"),
+            "qkv bias": with_fields(has_qkv_bias=False),
+        },
+    ),
+    "olmo3": Case(
+        config="Olmo3Config",
+        options={
+            "sliding_window": 6,
+            "rope_parameters": {
+                "full_attention": rope(
+                    rope_type="yarn", factor=4.0, original_max_position_embeddings=16
+                ),
+                "sliding_attention": rope(rope_type="default"),
+            },
+        },
+        num_tokens=40,
+        without={
+            "window": each_layer(window=None),
+            "full": each_layer(window=6),
+            "scaling of full layers": no_scaling,
+            "no scaling of windowed ones": lambda config: each_layer(rope=config.layers[3].rope)(
+                config
+            ),
+            "norms after": with_fields(norm_placement="pre"),
+            "norms on query and key": with_fields(qk_norm=None),
+        },
+    ),
+    "cohere": Case(
+        config="CohereConfig",
+        options={"logit_scale": 0.5},
+        without={
+            "in pairs": halves,
+            "side by side": with_fields(norm_placement="pre"),
+            "layer norm": with_norm(kind="rms"),
+            "logits": with_fields(logit_scale=1.0),
+        },
+    ),
+    "cohere-untied-biases": Case(
+        config="CohereConfig",
+        options={"tie_word_embeddings": False, "attention_bias": True, "logit_scale": 2.0},
+        without={
+            "qkv bias": with_fields(has_qkv_bias=False),
+            "output bias": with_fields(has_output_bias=False),
+        },
+    ),
+    "cohere2": Case(
+        config="Cohere2Config",
+        options={"sliding_window": 6, "logit_scale": 0.5},
+        without={
+            "window": each_layer(window=None),
+            "full without rope": everywhere_turned,
+            "in pairs": halves,
+            "side by side": with_fields(norm_placement="pre"),
+        },
+    ),
+    "seed_oss": Case(
+        config="SeedOssConfig",
+        options={"head_dim": 24},
+        without={"qkv bias": with_fields(has_qkv_bias=False)},
+    ),
+    "seed_oss-biases": Case(
+        config="SeedOssConfig",
+        options={"head_dim": 16, "attention_out_bias": True, "mlp_bias": True},
+        without={
+            "output bias": with_fields(has_output_bias=False),
+            "mlp bias": with_mlp(has_bias=False),
+        },
+    ),
+    "ernie4_5": Case(
+        config="Ernie4_5Config",
+        options={"head_dim": 24, "use_bias": True, "rope_parameters": rope(rope_type="default")},
+        without={
+            "in pairs": halves,
+            "qkv bias": with_fields(has_qkv_bias=False),
+            "output bias": with_fields(has_output_bias=False),
+            "mlp bias": with_mlp(has_bias=False),
+        },
+    ),
+    "helium": Case(
+        config="HeliumConfig",
+        options={"head_dim": 16, "rope_parameters": rope(rope_type="default")},
+        without={"in pairs": halves},
+    ),
+    "glm": Case(
+        config="GlmConfig",
+        options={"head_dim": 24},
+        without={
+            "in pairs": halves,
+            "half a head": ropes(lambda rope: replace(rope, rotary_dim=24)),
+            "qkv bias": with_fields(has_qkv_bias=False),
+        },
+    ),
+    "stablelm": Case(
+        config="StableLmConfig",
+        options={"use_qkv_bias": True},
+        without={
+            "quarter of a head": whole_rotary,
+            "layer norm": with_norm(kind="rms"),
+            "norm biases": with_norm(has_bias=False),
+            "qkv bias": with_fields(has_qkv_bias=False),
+        },
+    ),
+    "stablelm-parallel": Case(
+        config="StableLmConfig",
+        options={"use_parallel_residual": True},
+        without={"side by side": with_fields(norm_placement="pre")},
+    ),
+    "granitemoehybrid": Case(
+        config="GraniteMoeHybridConfig",
+        options={
+            "layer_types": ["attention"] * 4,
+            "num_local_experts": 0,
+            "shared_intermediate_size": 80,
+            "position_embedding_type": "rope",
+            "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.4,
+            "attention_multiplier": 0.1,
+            "logits_scaling": 0.5,
+            "mamba_n_heads": 2,
+        },
+        without={
+            "rope": each_layer(rope=None),
+            "embedding": with_fields(embedding_scale=1.0),
+            "residual": with_fields(residual_scale=1.0),
+            "attention": with_fields(attention_scale=16**-0.5),
+            "logits": with_fields(logit_scale=1.0),
+        },
+    ),
+    "granitemoehybrid-nope": Case(
+        config="GraniteMoeHybridConfig",
+        options={
+            "layer_types": ["attention"] * 4,
+            "num_local_experts": 0,
+            "shared_intermediate_size": 80,
+            "position_embedding_type": "nope",
+            "mamba_n_heads": 2,
+        },
+        without={"no rope": each_layer(rope=Rope(theta=1e4, rotary_dim=16))},
+    ),
+    "gpt_bigcode": Case(
+        config="GPTBigCodeConfig",
+        options={"n_inner": 96},
+        without={
+            "learned positions": with_fields(has_learned_positions=False),
+            "gelu": with_mlp(activation="relu"),
+            "layer norm": with_norm(kind="rms"),
+        },
+    ),
+    "falcon": Case(
+        config="FalconConfig",
+        options={},
+        without={
+            "side by side": with_fields(norm_placement="pre"),
+            "rope": each_layer(rope=None),
+            "layer norm": with_norm(kind="rms"),
+            "norm biases": with_norm(has_bias=False),
+            "gelu": with_mlp(activation="silu"),
+        },
+    ),
+    "falcon-sequential-biases": Case(
+        config="FalconConfig",
+        options={"parallel_attn": False, "bias": True, "ffn_hidden_size": 96},
+        without={
+            "qkv bias": with_fields(has_qkv_bias=False),
+            "output bias": with_fields(has_output_bias=False),
+            "mlp bias": with_mlp(has_bias=False),
+        },
+    ),
+    "mimo": Case(
+        config="Qwen2Config",
+        options={},
+        published=MIMO,
+        without={"qkv bias": with_fields(has_qkv_bias=False)},
+    ),
 }
 
 # Config classes that spell the shared sizes otherwise, or have no such size.
 RENAMED: Mapping[str, Mapping[str, str | None]] = {
     "GPTNeoXConfig": {"num_key_value_heads": None},
+    "FalconConfig": {"num_key_value_heads": None, "intermediate_size": None},
+    "GPTBigCodeConfig": {
+        "hidden_size": "n_embd",
+        "num_hidden_layers": "n_layer",
+        "num_attention_heads": "n_head",
+        "max_position_embeddings": "n_positions",
+        "intermediate_size": None,
+        "num_key_value_heads": None,
+    },
     "GPT2Config": {
         "hidden_size": "n_embd",
         "num_hidden_layers": "n_layer",
@@ -577,6 +860,8 @@ def save_random(case: Case, folder: Path) -> Built:
                 scale = 1.5 * parameter.shape[-1] ** -0.5
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
     model.save_pretrained(folder)
+    if case.published:
+        case.published.rewrite(folder)
     if case.drop_prefix:
         rename_tensors(folder, lambda name: name.removeprefix(case.drop_prefix))
     tokens = torch.randint(3, 97, (case.num_tokens,), generator=generator).tolist()
@@ -604,7 +889,10 @@ def prefill(decoder: Decoder, tokens: list[int]) -> Tensor:
 
 
 def test_every_known_model_type_has_a_case() -> None:
-    tested = {hf_config(case).model_type for case in CASES.values()}
+    tested = {
+        case.published.model_type if case.published else hf_config(case).model_type
+        for case in CASES.values()
+    }
     assert tested == set(families())
 
 

@@ -173,6 +173,7 @@ class Keys:
         kind: str = "full_attention",
         default_theta: float = 10000.0,
         default_partial: float = 1.0,
+        default_positions: int | object = _REQUIRED,
         is_interleaved: bool = False,
     ) -> Rope:
         """Return the rotary embedding, from `rope_parameters` or `rope_theta` and `rope_scaling`.
@@ -197,7 +198,8 @@ class Keys:
         if partial > 1:
             raise self._wrong("partial_rotary_factor", partial, "at most 1")
         rotary_dim = int(head_dim * partial)
-        scaling = self._scaling(kind_name, values, rotary_dim)
+        max_positions = self.whole("max_position_embeddings", default_positions)
+        scaling = self._scaling(kind_name, values, rotary_dim, max_positions)
         values.pop("max_position_embeddings", None)  # the file's own, once more
         if values and (kind_name != "default" or "llama_4_scaling_beta" in values):
             raise UnsupportedError(
@@ -208,8 +210,9 @@ class Keys:
             theta=theta, rotary_dim=rotary_dim, is_interleaved=is_interleaved, scaling=scaling
         )
 
-    def _scaling(self, kind: str, values: dict[str, Any], rotary_dim: int) -> RopeScaling | None:
-        max_positions = self.whole("max_position_embeddings")
+    def _scaling(
+        self, kind: str, values: dict[str, Any], rotary_dim: int, max_positions: int
+    ) -> RopeScaling | None:
         inner_original = values.pop("original_max_position_embeddings", None)
         # Phi-3 keeps the original length beside the rope, and that one counts.
         original = self.get("original_max_position_embeddings") or inner_original or max_positions
