@@ -5,19 +5,19 @@ torch is imported only where it is needed: for GPUs that are there, and for quan
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
 from hanok.checkpoint.files import (
-    PICKLES,
-    SAFETENSORS,
     Checkpoint,
-    find_entries,
     open_checkpoint,
     read_object,
+    weights_in,
 )
+from hanok.checkpoint.formats import foreign_weights, refuse_other_layouts
 from hanok.errors import BudgetError, CheckpointError, OptionError
+from hanok.memory.account import Understood, understand
 from hanok.memory.budget import device_name, parse_max_memory
 from hanok.memory.needs import (
     DRAFTED_SEQUENCES,
@@ -47,8 +47,6 @@ from hanok.memory.plan import (
     Weights,
     make_plan,
 )
-from hanok.models.config import ModelConfig
-from hanok.models.family import Family, Source, read_config, sources
 
 CORE = re.compile(r"core:\d+")
 GPU_DRIVER = Path("/dev/nvidiactl")
@@ -57,17 +55,6 @@ SMALLEST_CONTEXT = 512
 NUM_READERS = 2  # threads; two fault in and fill pages nearly twice as fast as one
 RUNTIME_BYTES = 148 * 2**20  # Python with torch and hanok loaded, before a weight is
 FIRST_USE_BYTES = 28 * 2**20  # what threads and libraries claim the first time they compute
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Described:
-    """A checkpoint as far as a plan needs it."""
-
-    folder: Path
-    family: Family
-    config: ModelConfig
-    table: Mapping[str, Source]
-    checkpoint: Checkpoint
 
 
 def plan_load(  # noqa: PLR0913 (the options of a load are arguments of their own)
@@ -198,7 +185,7 @@ def plan_draft(
     return plan
 
 
-def _looked_at(path: str | Path) -> tuple[Described, bool]:
+def _looked_at(path: str | Path) -> tuple[Understood, bool]:
     """Return what can be known of a checkpoint without its weights, and whether it is on this disk."""
     if Path(path).exists():
         return describe(path), True
@@ -211,28 +198,18 @@ def _looked_at(path: str | Path) -> tuple[Described, bool]:
         return describe(folder), False
 
 
-def describe(path: str | Path) -> Described:
+def describe(path: str | Path) -> Understood:
     """Return what the headers and config.json of a checkpoint say; the weights may be missing."""
     path = Path(path)
     folder = path if path.is_dir() else path.parent
-    has_weights = not path.is_dir() or any(
-        find_entries(path, kind) for kind in (SAFETENSORS, PICKLES)
-    )
-    if path.name == "config.json" or not has_weights:
-        file = folder / "config.json"
-        if not file.is_file():
-            raise CheckpointError(f"{folder}: has neither weights nor a config.json to plan from")
-        checkpoint = Checkpoint(folder=folder, config=read_object(file), tensors={}, files=())
-    else:
-        checkpoint = open_checkpoint(path)
-    family, config = read_config(checkpoint.config, str(folder / "config.json"))
-    return Described(
-        folder=folder,
-        family=family,
-        config=config,
-        table=sources(family, config, checkpoint.tensors),
-        checkpoint=checkpoint,
-    )
+    weights = weights_in(path)
+    if path.name != "config.json" and (weights or foreign_weights(folder)):
+        return understand(open_checkpoint(path))
+    file = folder / "config.json"
+    refuse_other_layouts(folder, weights)
+    if not file.is_file():
+        raise CheckpointError(f"{folder}: has neither weights nor a config.json to plan from")
+    return understand(Checkpoint(folder=folder, config=read_object(file), tensors={}, files=()))
 
 
 def read_bits(quant: str) -> WeightBits:
@@ -245,7 +222,7 @@ def read_bits(quant: str) -> WeightBits:
 
 
 def _plan(
-    described: Described,
+    described: Understood,
     use: Use,
     places: Sequence[Place],
     device_map: DeviceMap,

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from hanok.checkpoint.formats import quantization_of, quantized_error
 from hanok.errors import CheckpointError, UnsupportedError
 from hanok.models.config import (
     Activation,
@@ -254,13 +255,8 @@ class Keys:
 
     def refuse_unread(self) -> None:
         """Raise unless every key was read or is ignored."""
-        method = None if "quantization_config" in self._read else self.get("quantization_config")
-        if method is not None and method != {}:
-            name = method.get("quant_method") if isinstance(method, Mapping) else method
-            raise UnsupportedError(
-                f"{self._where}: the checkpoint is quantized ({name!r}). This version reads "
-                "unquantized checkpoints; use the one it was made from."
-            )
+        if method := quantization_of(self._config):
+            raise quantized_error(self._where, method)
         unread = sorted(
             name
             for name, value in self._config.items()
