@@ -8,12 +8,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
-
-from hanok.checkpoint.files import open_checkpoint
-from hanok.errors import CheckpointError, HanokError, UnsupportedError
-from hanok.memory.load import load_decoder
-from hanok.memory.planning import describe
 from tests.memory.test_load import (
     CONFIG,
     HIDDEN,
@@ -25,6 +19,12 @@ from tests.memory.test_load import (
     tensors_of,
     write,
 )
+from torch import Tensor
+
+from hanok.checkpoint.files import open_checkpoint
+from hanok.errors import CheckpointError, HanokError, UnsupportedError
+from hanok.memory.load import load_decoder
+from hanok.memory.planning import describe
 
 Rename = Callable[[str], str]
 EMBEDDING = "model.embed_tokens.weight"

@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from shlex import quote
 from typing import get_args
 
 from hanok.checkpoint.files import (
@@ -103,14 +104,14 @@ def plan_load(  # noqa: PLR0913 (the options of a load are arguments of their ow
     places = [*gpus, *host, disk_place(largest, rates)]
     if draft is not None:
         places = [with_draft(place, draft) for place in places]
-    unknown = set(allowed) - {place.name for place in places}
-    if unknown:
-        raise OptionError(
-            f"max_memory names {', '.join(sorted(unknown))}, which is not there. Places: "
-            f"{', '.join(place.name for place in places)}."
-        )
+    _check_places(path, max_memory, allowed, places)
     _check_count("context", context)
     _check_count("batch", batch)
+    if context is not None and context > config.max_context_tokens:
+        raise OptionError(
+            f"context is {context:,} tokens, and a sequence of this model has "
+            f"{config.max_context_tokens:,} at the most. Choose that or fewer."
+        )
     if weights not in get_args(Weights):
         raise OptionError(f"weights {weights!r} is unknown. Choose auto, mapped or copied.")
     if cache_dtype not in get_args(CacheDtype):
@@ -132,7 +133,7 @@ def plan_load(  # noqa: PLR0913 (the options of a load are arguments of their ow
         # What streams through the page cache would push mapped weights out of it.
         use, request = replace(use, may_map=False), replace(request, weights="copied")
         plan = _plan(described, use, places, device_map, runtime_bytes)
-    plan = replace(plan, request=request)
+    plan = replace(plan, request=request, notes=described.notes)
     if plan.fits and not plan.uses_disk:
         return plan
     in_memory = [place for place in places if place.kind != "disk"]
@@ -162,13 +163,15 @@ def plan_draft(
 ) -> LoadPlan:
     """Return the plan of a model that drafts, to be made before that of the model it drafts for.
 
-    `batch` is at how many sequences it guesses at a time, DRAFTED_SEQUENCES at the most. Raises
-    BudgetError where it does not fit into memory: to read weights anew for each guess never pays.
+    `batch` is at how many sequences it guesses at a time, DRAFTED_SEQUENCES at the most; beyond its own
+    context it does not guess. Raises BudgetError where it does not fit into memory: to read weights anew
+    for each guess never pays.
     """
+    own_context = _looked_at(path)[0].config.max_context_tokens
     plan = plan_load(
         path,
         max_memory=max_memory,
-        context=context,
+        context=context and min(context, own_context),
         batch=min(batch, DRAFTED_SEQUENCES),
         quant=quant,
         dtype=dtype,
@@ -276,6 +279,33 @@ def _gpu_places(
 
     found = gpu_places(allowed)
     return [place for place in found if not has_limits or device_name(place.name) in allowed]
+
+
+def _check_places(
+    path: str | Path,
+    max_memory: str | Mapping[str | int, str | int] | None,
+    allowed: Mapping[str, int],
+    places: Sequence[Place],
+) -> None:
+    """Refuse memory of what is not there; of GPUs, say how they are described."""
+    unknown = sorted(set(allowed) - {place.name for place in places})
+    if not unknown:
+        return
+    gpus = [int(name) for name in allowed if name.isdigit()]
+    how = ""
+    if gpus and any(name.isdigit() for name in unknown):
+        sizes = max_memory
+        if isinstance(max_memory, Mapping):
+            sizes = ",".join(f"{name}={size}" for name, size in max_memory.items())
+        device = " --device name=a100" * (max(gpus) + 1)
+        how = (
+            " To plan for GPUs that are not in this machine, describe each from 0 on by its name or "
+            f"its memory and bandwidth: hanok plan {quote(str(path))} --max-memory {sizes}{device}"
+        )
+    raise OptionError(
+        f"max_memory names {', '.join(unknown)}, which is not there. Places: "
+        f"{', '.join(place.name for place in places)}.{how}"
+    )
 
 
 def _check_count(name: str, value: int | None) -> None:

@@ -202,7 +202,7 @@ class Keys:
             if kind == "default":
                 return None
             if kind == "linear":
-                return LinearScaling(factor=float(factor))
+                return LinearScaling(factor=float(factor), original_max_positions=int(original))
             if kind == "dynamic":
                 return DynamicScaling(factor=float(factor), max_positions=max_positions)
             if kind == "llama3":
