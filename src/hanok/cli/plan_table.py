@@ -95,7 +95,6 @@ def print_plan(plan: LoadPlan) -> None:
     for place in (tier.place for tier in plan.tiers):
         if place.is_host and place.cpus is not None:
             click.echo(host_line(place, place.cpus))
-    _print_left_out(plan)
     for tier in plan.tiers:
         if tier.missing_bytes:
             click.echo(f"It does not fit: {tier.place.name} lacks {size(tier.missing_bytes)}.")
@@ -109,14 +108,16 @@ def print_plan(plan: LoadPlan) -> None:
         click.echo(f"{size(mapped)} of the weights stay in their files, shared between processes.")
     if plan.fits and plan.uses_disk:
         click.echo("What lies on disk is read again for every token.")
-    for remedy in plan.remedies:
-        speed = rate(remedy.tokens_per_s)
-        click.echo(f"  {remedy.change} fits in {places(remedy.places)}: {speed} tokens/s")
+    for line in advice(plan):
+        click.echo(line)
 
 
-def _print_left_out(plan: LoadPlan) -> None:
-    for part in plan.needs.left_out:
-        click.echo(f"{str(part).capitalize()}.")
+def advice(plan: LoadPlan) -> list[str]:
+    """Return what to know of the files, and what would help where something does not fit."""
+    return [f"Note: {note}." for note in plan.notes] + [
+        f"  {remedy.change} fits in {places(remedy.places)}: {rate(remedy.tokens_per_s)} tokens/s"
+        for remedy in plan.remedies
+    ]
 
 
 def plan_facts(plan: LoadPlan) -> list[dict[str, Any]]:

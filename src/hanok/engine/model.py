@@ -46,7 +46,6 @@ from hanok.errors import (
     RequestError,
     UnsupportedError,
 )
-from hanok.memory.left_out import left_out_tensors
 from hanok.memory.load import Loaded, LoadReport, load_decoder
 from hanok.memory.plan import CacheDtype, DeviceMap, LoadPlan, Weights
 from hanok.memory.planning import plan_load
@@ -155,7 +154,7 @@ class Model:
         self.plan = plan
         """What it was loaded by."""
         self._sources = loaded.sources
-        self._family = loaded.family
+        self._left_out = loaded.left_out
         self._promotion = loaded.promotion
         self._pipeline_depth = pipeline_depth
 
@@ -376,9 +375,7 @@ class Model:
         unfinished = folder.with_name(f".{folder.name}.unfinished-{os.getpid()}")
         unfinished.mkdir(parents=True)
         try:
-            found = left_out_tensors(self._family, self.checkpoint.tensors)
-            left_out = [ref for refs in found.values() for ref in refs]
-            save_weights(unfinished, self.decoder, self._sources, left_out=left_out)
+            save_weights(unfinished, self.decoder, self._sources, left_out=self._left_out)
             config = dict(self.checkpoint.config)
             spellings = [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]
             config |= dict.fromkeys(spellings, str(self.dtype).removeprefix("torch."))

@@ -12,7 +12,6 @@ from typing import Protocol
 
 from hanok.checkpoint.files import TensorRef
 from hanok.errors import OptionError
-from hanok.memory.left_out import left_out
 from hanok.memory.plan import Needs, Unit
 from hanok.models.config import DTYPE_BYTES, ModelConfig
 from hanok.models.family import Family, Source
@@ -145,7 +144,6 @@ def needs_of(
         prompt_flops=float(config.flops_per_token(use.context // 2 or 1)) * use.context * use.batch,
         load_bytes=num_readers * max(size.load_bytes for size in sizes.values()),
         file_bytes_per_s=file_bytes_per_s,
-        left_out=left_out(family, tensors),
     )
 
 

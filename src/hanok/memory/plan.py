@@ -19,7 +19,6 @@ from typing import Literal
 from hanok.errors import OptionError
 from hanok.memory.budget import Budget, device_name
 from hanok.memory.cpus import CpuBudget
-from hanok.memory.left_out import LeftOut
 
 PlaceKind = Literal["gpu", "core", "cpu", "disk"]
 Weights = Literal["auto", "mapped", "copied"]
@@ -119,8 +118,6 @@ class Needs:
     """Claimed on the host beside the weights while they are read."""
     file_bytes_per_s: float
     """At which the checkpoint's files are read."""
-    left_out: tuple[LeftOut, ...] = ()
-    """What the files hold beside the decoder, which takes no memory."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -216,6 +213,8 @@ class LoadPlan:
     """The cheapest first; only where something does not fit into memory."""
     request: Request | None = None
     """None where no checkpoint was asked about."""
+    notes: tuple[str, ...] = ()
+    """What is unusual about the checkpoint's files, and how it was taken."""
 
     @property
     def uses_disk(self) -> bool:

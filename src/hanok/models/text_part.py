@@ -14,20 +14,8 @@ from hanok.models.config import ModelConfig
 from hanok.models.family import families
 from hanok.models.keys import Keys, declared_dtype
 
-TEXT_SPELLINGS: tuple[Mapping[str, str], ...] = (
-    {
-        "embed_tokens": "model.language_model.embed_tokens",
-        "layers": "model.language_model.layers",
-        "norm": "model.language_model.norm",
-    },
-    {
-        "embed_tokens": "language_model.model.embed_tokens",
-        "layers": "language_model.model.layers",
-        "norm": "language_model.model.norm",
-        "lm_head": "language_model.lm_head",
-    },
-)
-"""Where files of such models keep what is called `model.layers` elsewhere."""
+TEXT_PREFIXES = ("model.language_model.", "language_model.model.")
+"""What published files put before the names of the text model, where it is not "model."."""
 
 TOWER: Mapping[str, str] = {
     "the vision tower and its projector": (

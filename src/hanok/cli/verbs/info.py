@@ -105,14 +105,11 @@ def _checkpoint(path: Path) -> "tuple[dict[str, Any], ModelConfig]":
     from hanok.checkpoint.files import open_checkpoint
     from hanok.checkpoint.tokenizer import open_tokenizer
     from hanok.errors import CheckpointError
-    from hanok.memory.left_out import left_out
-    from hanok.memory.load import account_for
-    from hanok.models.family import read_config, sources
+    from hanok.memory.account import understand
 
     checkpoint = open_checkpoint(path)
-    family, config = read_config(checkpoint.config, str(checkpoint.folder / "config.json"))
-    account_for(checkpoint, family, config, sources(family, config, checkpoint.tensors))
-    parts = left_out(family, checkpoint.tensors)
+    found = understand(checkpoint)
+    config = found.config
     sizes: dict[str, int] = {}
     for ref in checkpoint.tensors.values():
         sizes[ref.dtype] = sizes.get(ref.dtype, 0) + ref.size_bytes
@@ -128,7 +125,6 @@ def _checkpoint(path: Path) -> "tuple[dict[str, Any], ModelConfig]":
         "folder": str(checkpoint.folder),
         "files": ", ".join(file.name for file in checkpoint.files),
         "family": config.model_type,
-        "left out": "; ".join(str(part).removeprefix("left out: ") for part in parts) or "nothing",
         "parameters": config.num_parameters(),
         "parameters per token": config.num_active_parameters(),
         "bytes by dtype": ", ".join(f"{name} {size:,}" for name, size in sizes.items()),
@@ -147,6 +143,7 @@ def _checkpoint(path: Path) -> "tuple[dict[str, Any], ModelConfig]":
         "tied head": "yes" if config.tie_embeddings else "no",
         "tokenizer": vocabulary,
         "chat templates": templates,
+        "notes": "; ".join(found.notes) or "none",
     }
     return rows, config
 

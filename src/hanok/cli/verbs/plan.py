@@ -128,16 +128,13 @@ def plan_object(plan: "LoadPlan") -> dict[str, Any]:
             }
             for tier in plan.tiers
         ],
-        "left_out": [
-            {"name": part.name, "tensors": part.num_tensors, "bytes": part.num_bytes}
-            for part in plan.needs.left_out
-        ],
         "hf_device_map": plan.hf_device_map,
         "reasons": {item.unit.modules[0]: item.reason for item in plan.placements},
         "load_s": plan.prediction.load_s,
         "first_token_s": plan.prediction.first_token_s,
         "tokens_per_s": plan.prediction.tokens_per_s,
         "limited_by": plan.prediction.limited_by,
+        "notes": list(plan.notes),
         "remedies": [
             {
                 "change": remedy.change,

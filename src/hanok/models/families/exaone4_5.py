@@ -3,7 +3,7 @@
 from hanok.models.config import ModelConfig
 from hanok.models.family import LLAMA_NAMES, Family
 from hanok.models.keys import Keys
-from hanok.models.text_part import TEXT_SPELLINGS, TOWER, read_text_part
+from hanok.models.text_part import TEXT_PREFIXES, TOWER, read_text_part
 
 
 def read_config(keys: Keys) -> ModelConfig:
@@ -19,6 +19,6 @@ FAMILY = Family(
         "attention_post_norm": "post_attention_layernorm",
         "mlp_post_norm": "post_feedforward_layernorm",
     },
-    spellings=TEXT_SPELLINGS,
+    other_prefixes=TEXT_PREFIXES,
     left_out={**TOWER, "the layers that guess tokens ahead": r"(model\.)?mtp\..+"},
 )

@@ -3,7 +3,7 @@
 from hanok.models.config import ModelConfig
 from hanok.models.family import LLAMA_NAMES, Family
 from hanok.models.keys import Keys
-from hanok.models.text_part import TEXT_SPELLINGS, TOWER, read_text_part
+from hanok.models.text_part import TEXT_PREFIXES, TOWER, read_text_part
 
 # Published files leave out what transformers' class has as its defaults.
 _DEFAULTS = {
@@ -34,6 +34,6 @@ FAMILY = Family(
         "mlp_norm": "pre_feedforward_layernorm",
         "mlp_post_norm": "post_feedforward_layernorm",
     },
-    spellings=TEXT_SPELLINGS,
+    other_prefixes=TEXT_PREFIXES,
     left_out=TOWER,
 )

@@ -64,5 +64,4 @@ FAMILY = Family(
         "mlp.down_proj": "mlp.c_proj",
     },
     ignored_tensors=(r".*\.attn\.(bias|masked_bias)",),
-    optional_prefix="transformer.",
 )

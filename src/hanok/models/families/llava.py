@@ -3,7 +3,7 @@
 from hanok.models.config import ModelConfig
 from hanok.models.family import LLAMA_NAMES, Family
 from hanok.models.keys import Keys
-from hanok.models.text_part import TEXT_SPELLINGS, TOWER, read_text_part
+from hanok.models.text_part import TEXT_PREFIXES, TOWER, read_text_part
 
 _TEXT_TYPES = {
     "llava": ("llama", "mistral", "qwen2"),
@@ -41,6 +41,6 @@ FAMILY = Family(
     model_types=tuple(_TEXT_TYPES),
     read_config=read_config,
     names=LLAMA_NAMES,
-    spellings=TEXT_SPELLINGS,
+    other_prefixes=TEXT_PREFIXES,
     left_out=TOWER,
 )
