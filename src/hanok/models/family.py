@@ -44,6 +44,7 @@ _WHOLE_PATHS = ("embed_tokens", "embed_positions", "layers", "norm", "lm_head")
 class Family:
     """One file of `models/families`: `FAMILY = Family(...)` is all the registration there is.
 
+    `model_types` are those that its config.json may have, and which published models they are of.
     `names` maps our module paths to the files' (paths inside a block are relative to it, and an
     expert's number is written `{}`); a tuple lists the parts that a fused weight is made of.
     `ignored_tensors` are regular expressions. `left_out` are weights that are no part of the decoder:
@@ -51,7 +52,7 @@ class Family:
     files have as often as that of `names`.
     """
 
-    model_types: tuple[str, ...]
+    model_types: Mapping[str, str]
     read_config: Callable[[Keys], ModelConfig]
     names: Mapping[str, str | tuple[str, ...]] = field(default_factory=lambda: LLAMA_NAMES)
     layouts: Mapping[str, Layout] = field(default_factory=dict)

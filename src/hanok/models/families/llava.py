@@ -38,7 +38,10 @@ def read_config(keys: Keys) -> ModelConfig:
 
 
 FAMILY = Family(
-    model_types=tuple(_TEXT_TYPES),
+    model_types={
+        "llava": "LLaVA 1.5 7B and 13B",
+        "mistral3": "Mistral Small 3.1 and 3.2, Ministral 3 3B, 8B and 14B",
+    },
     read_config=read_config,
     names=LLAMA_NAMES,
     other_prefixes=TEXT_PREFIXES,
