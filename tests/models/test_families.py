@@ -593,6 +593,46 @@ CASES = {
         vision={**TOWER, "model_type": "clip_vision_model"},
         without={"rope": each_layer(rope=None)},
     ),
+    "llava-mistral": Case(
+        config="LlavaConfig",
+        options={"model_type": "mistral", "sliding_window": 6},
+        vision={**TOWER, "model_type": "clip_vision_model"},
+        without={"window": each_layer(window=None)},
+    ),
+    "llava_next": Case(
+        config="LlavaNextConfig",
+        options={"model_type": "mistral", "sliding_window": None},
+        vision={**TOWER, "model_type": "clip_vision_model"},
+        without={"rope": each_layer(rope=None)},
+    ),
+    "llava_onevision": Case(
+        config="LlavaOnevisionConfig",
+        options={"model_type": "qwen2"},
+        vision={**TOWER, "model_type": "siglip_vision_model"},
+        without={"qkv bias": with_fields(has_qkv_bias=False)},
+    ),
+    "internvl": Case(
+        config="InternVLConfig",
+        options={"model_type": "qwen3", "head_dim": 24},
+        vision={**TOWER, "model_type": "internvl_vision", "image_size": [56, 56]},
+        without={"norms on heads": with_fields(qk_norm=None)},
+    ),
+    "hyperclovax_vision_v2": Case(
+        config="HyperCLOVAXVisionV2Config",
+        options={"model_type": "hyperclovax", "logits_scaling": 0.5},
+        vision={**QWEN_VISION, "model_type": "qwen2_5_vl_vision"},
+        without={
+            "norms on both sides": with_fields(norm_placement="pre"),
+            "logits": with_fields(logit_scale=1.0),
+        },
+    ),
+    "vlm": Case(
+        config="HyperCLOVAXVisionV2Config",
+        options={"model_type": "hyperclovax", "attention_multiplier": 0.1},
+        vision={**QWEN_VISION, "model_type": "qwen2_5_vl_vision"},
+        published=Published(model_type="vlm"),
+        without={"attention": with_fields(attention_scale=16**-0.5)},
+    ),
     "exaone4_5": Case(
         config="Exaone4_5_Config",
         options={"model_type": "exaone4", "sliding_window": 6, "sliding_window_pattern": 4},
@@ -1005,18 +1045,16 @@ SPELLINGS = {
     "flat": ("model.", "lm_head.", ""),
     "inner": ("model.language_model.", "lm_head.", "model."),
     "outer": ("language_model.model.", "language_model.lm_head.", ""),
+    "both": ("model.language_model.model.", "model.language_model.lm_head.", "model."),
 }
 
 
 def respelt(name: str, spelling: str) -> str:
     text, head, tower = SPELLINGS[spelling]
     for pattern, new in (
-        (
-            r"(model\.language_model|language_model\.model|model)\.(?=layers|norm|embed_tokens)",
-            text,
-        ),
-        (r"(language_model\.)?lm_head\.", head),
-        (r"(model\.)?(?=visual|vision_tower|multi_modal_projector)", tower),
+        (r"(model\.)?(language_model\.)?(model\.)?(?=layers|norm|embed_tokens)", text),
+        (r"(model\.)?(language_model\.)?lm_head\.", head),
+        (r"(model\.)?(?=visual|vision_|multi_modal_projector|projector|image_newline)", tower),
     ):
         if match := re.match(pattern, name):
             return new + name[match.end() :]
