@@ -159,6 +159,8 @@ class ModelCard(BaseModel):
     object: Literal["model"]
     created: int
     owned_by: str
+    max_model_len: int | None
+    """Tokens of one request, prompt and answer; None while the model is loading."""
 
 
 class ModelList(BaseModel):

@@ -27,19 +27,28 @@ def check(asked: Sampling, options: ServerOptions) -> None:
         raise invalid("`stop` sequences cannot be empty", "stop")
 
 
-def check_model(name: str | None, model_id: str) -> None:
+def check_model(name: str | None, options: ServerOptions) -> None:
     """Raise ServerError for a model that is not served: never another one in its place.
 
-    Clients written for TGI call the model "tgi", and huggingface_hub's "dummy".
+    Clients written for TGI call the model "tgi", huggingface_hub's "dummy", and @huggingface/inference
+    puts the address that it asks there.
     """
-    if name not in (None, "", "tgi", "dummy", model_id):
-        raise ServerError(
-            f"the model {name!r} does not exist; this server has {model_id!r}",
-            kind="model_not_found",
-            status=404,
-            parameter="model",
-            code="model_not_found",
-        )
+    if name in (None, "", "tgi", "dummy") or str(name).startswith(("http://", "https://")):
+        return
+    if name not in options.model_names:
+        raise unknown_model(str(name), options)
+
+
+def unknown_model(name: str, options: ServerOptions) -> ServerError:
+    """Return the error of a model that is not served."""
+    served = ", ".join(map(repr, options.model_names))
+    return ServerError(
+        f"the model {name!r} does not exist; this server has {served}",
+        kind="model_not_found",
+        status=404,
+        parameter="model",
+        code="model_not_found",
+    )
 
 
 def sampling_options(
