@@ -12,6 +12,7 @@ from langchain_openai import ChatOpenAI
 from tests.server.conftest import Server, start_server, stop, wait_until_ready
 
 import hanok
+from hanok.server.openai_models import NOT_SERVED
 
 PROMPT = "Once upon a time"
 MESSAGES: Any = [{"role": "user", "content": "Tell me of a dog."}]
@@ -169,6 +170,81 @@ def test_response_formats_in_all_spellings(client: httpx.Client, spelling: dict[
     body = {"messages": MESSAGES, "max_tokens": 40, "response_format": filled}
     found = client.post("/v1/chat/completions", json=body).json()
     assert json.loads(found["choices"][0]["message"]["content"])["kind"] in ("dog", "cat")
+
+
+ANIMAL = {"type": "object", "properties": {"kind": {"const": "dog"}}, "required": ["kind"]}
+CLOSED = {**ANIMAL, "additionalProperties": False}
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        ({"structured_outputs": {"json": CLOSED}}, r'\{ ?"kind" ?: ?"dog" ?\}'),
+        ({"structured_outputs": {"regex": "(ab){3}"}}, "ababab"),
+        ({"structured_outputs": {"choice": ["a|b", "c.d"]}}, r"a\|b|c\.d"),
+        ({"structured_outputs": {"grammar": 'start: "x" "y"', "regex": None}}, "xy"),
+        ({"structured_outputs": {"choice": ["no"], "disable_any_whitespace": False}}, "no"),
+        ({"guided_json": json.dumps(CLOSED), "guided_regex": None}, r'\{ ?"kind" ?: ?"dog" ?\}'),
+        ({"guided_regex": "[0-9]{4}"}, "[0-9]{4}"),
+        ({"guided_choice": ["positive", "negative"]}, "positive|negative"),
+        ({"guided_grammar": 'start: "yes" | "no"'}, "yes|no"),
+        ({"json_schema": CLOSED}, r'\{ ?"kind" ?: ?"dog" ?\}'),
+        ({"regex": "dog"}, "dog"),
+        ({"response_format": {"type": "regex", "value": "cat"}}, "cat"),
+        ({"response_format": {"type": "text"}, "regex": "dog"}, "dog"),
+    ],
+)
+def test_the_constraints_of_other_servers_are_followed(
+    client: httpx.Client, asked: dict[str, Any], expected: str
+) -> None:
+    options = {"max_tokens": 40, "temperature": 1.5, "seed": 3, **asked}
+    chat = client.post("/v1/chat/completions", json={"messages": MESSAGES, **options})
+    assert chat.status_code == 200, chat.text
+    assert re.fullmatch(expected, chat.json()["choices"][0]["message"]["content"])
+    completion = client.post("/v1/completions", json={"prompt": PROMPT, **options}).json()
+    assert re.fullmatch(expected, completion["choices"][0]["text"])
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ({"grammar": 'root ::= "a"'}, "`grammar` is not supported"),
+        ({"ebnf": 'root ::= "a"'}, "`ebnf` is not supported"),
+        ({"structural_tag": "{}"}, "`structural_tag` is not supported"),
+        ({"guided_whitespace_pattern": " "}, "`guided_whitespace_pattern` is not supported"),
+        ({"guided_grammar": 'root ::= "a"'}, "`guided_grammar` is in GBNF or EBNF"),
+        ({"structured_outputs": {"grammar": 'root ::= "a"'}}, "`structured_outputs.grammar` is in"),
+        ({"structured_outputs": {"structural_tag": "{}"}}, "`structured_outputs.structural_tag`"),
+        ({"structured_outputs": {"whitespace_pattern": " "}}, "structured_outputs.whitespace_pat"),
+        ({"structured_outputs": {"choice": []}}, "`structured_outputs.choice` must be a list of"),
+        ({"structured_outputs": {"json": 5}}, "`structured_outputs.json` must be a JSON schema"),
+        ({"structured_outputs": {"regex": "a", "choice": ["a"]}}, "say what the answer is"),
+        ({"guided_regex": "a", "guided_choice": ["a"]}, "`guided_regex` and `guided_choice` both"),
+        ({"response_format": {"type": "json_object"}, "regex": "a"}, "and `regex` both say"),
+        ({"guided_json": "{"}, "grammar is not valid"),
+        ({"regex": "(a"}, "grammar is not valid"),
+        ({"bad_words": ["dog"]}, "`bad_words` is not supported"),
+        ({"skip_special_tokens": False}, "`skip_special_tokens` is not supported"),
+    ],
+)
+def test_what_cannot_be_followed_is_refused(
+    client: httpx.Client, asked: dict[str, Any], words: str
+) -> None:
+    for route, given in (
+        ("chat/completions", {"messages": MESSAGES}),
+        ("completions", {"prompt": "a"}),
+    ):
+        found = client.post(f"/v1/{route}", json={**given, "max_tokens": 2, **asked})
+        assert found.status_code == 422, found.text
+        assert words in found.json()["error"]["message"]
+
+
+def test_fields_that_ask_for_nothing_are_taken(client: httpx.Client) -> None:
+    nothing: dict[str, Any] = {name: None for name in NOT_SERVED}
+    nothing |= {name: values[0] for name, values in NOT_SERVED.items() if values}
+    nothing |= {"structured_outputs": {"json": None}, "grammar": None, "unheard_of": 5}
+    body = {"prompt": "a", "max_tokens": 1, **nothing}
+    assert client.post("/v1/completions", json=body).status_code == 200
 
 
 def test_tools_that_must_be_called_are(sdk: openai.OpenAI) -> None:

@@ -15,6 +15,7 @@ from hanok.checkpoint.tokenizer import Tokenizer
 from hanok.engine.sequence import Ranked, TokenEvent
 from hanok.engine.ticket import Ticket
 from hanok.server.chat import Conversation, conversation_of
+from hanok.server.constraints import constraint_of
 from hanok.server.errors import ServerError, as_server_error, context_exceeded, invalid, openai_body
 from hanok.server.openai_models import (
     ChatCompletion,
@@ -28,7 +29,6 @@ from hanok.server.openai_models import (
 from hanok.server.openai_sampling import (
     check,
     check_model,
-    grammar_of,
     sampling_options,
     unknown_model,
 )
@@ -143,7 +143,7 @@ async def completions(service: Service, request: Request, body: CompletionReques
                 prompt_ids=ids,
                 options=sampling,
                 count=best_of,
-                grammar=grammar_of(body.response_format),
+                grammar=constraint_of(body),
                 scored=body.logprobs if body.echo and body.logprobs is not None else None,
                 timeout_s=body.timeout,
                 priority=body.priority or 0,
