@@ -1,18 +1,51 @@
 """The bodies of OpenAI's routes, with what other servers add to them and clients have come to send.
 
 Explicit nulls mean the same as absent fields. Unknown fields are ignored; known ones that are not served
-are refused by the route, never passed over.
+(NOT_SERVED) are refused by the route, never passed over.
 """
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from hanok.server.tgi_models import Body, NullFalse
 
 Stops = Annotated[list[str], BeforeValidator(lambda v: [v] if isinstance(v, str) else v or [])]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+MOST_CHOICES = 1000
 Penalty = Annotated[float, Field(ge=-2, le=2)]
+
+
+NOT_SERVED: Mapping[str, tuple[Any, ...]] = {
+    "allowed_token_ids": ([],),
+    "audio": ({},),
+    "bad_words": ([],),
+    "chat_template": ("",),
+    "documents": ([],),
+    "dry_multiplier": (0,),
+    "dynatemp_range": (0,),
+    "echo": (False,),
+    "function_call": (),
+    "functions": ([],),
+    "guidance_scale": (1,),
+    "length_penalty": (1,),
+    "logits_processors": ([],),
+    "lora": ([],),
+    "mirostat": (0,),
+    "modalities": (["text"], []),
+    "negative_prompt": ("",),
+    "n_probs": (0,),
+    "prompt_logprobs": (),
+    "return_tokens_as_token_ids": (False,),
+    "skip_special_tokens": (True,),
+    "tfs_z": (1,),
+    "top_a": (0,),
+    "use_beam_search": (False,),
+    "web_search_options": (),
+    "xtc_probability": (0,),
+}
+"""Fields that change an answer elsewhere and are not served, with the values that ask for nothing."""
 
 
 class StreamOptions(Body):
@@ -23,6 +56,9 @@ class StreamOptions(Body):
 
 class Sampling(Body):
     """What all of OpenAI's routes that generate have in common."""
+
+    # Kept, so that those of NOT_SERVED can be told from what nobody knows.
+    model_config = ConfigDict(extra="allow", allow_inf_nan=False)
 
     model: str | None = None
     frequency_penalty: Penalty | None = None
@@ -51,6 +87,24 @@ class Sampling(Body):
     timeout: Annotated[float, Field(gt=0)] | None = None
     cache_salt: str | None = None
     priority: Annotated[int, Field(ge=-1000, le=1000)] | None = None
+    truncate_prompt_tokens: Annotated[int, Field(ge=-1)] | None = None
+    """So many of the prompt's last tokens are used; -1: as many as there is room for."""
+    add_special_tokens: bool | None = None
+    """Default: true for a prompt, false for messages, whose template writes them."""
+    # What the answer has to be; see `server/constraints.py`.
+    response_format: dict[str, Any] | None = None
+    structured_outputs: dict[str, Any] | None = None
+    guided_json: dict[str, Any] | str | None = None
+    guided_regex: str | None = None
+    guided_choice: Annotated[list[str], Field(max_length=MOST_CHOICES)] | None = None
+    guided_grammar: str | None = None
+    guided_json_object: bool | None = None
+    guided_whitespace_pattern: Any = None
+    json_schema: dict[str, Any] | str | None = None
+    regex: str | None = None
+    grammar: Any = None
+    ebnf: Any = None
+    structural_tag: Any = None
 
 
 class CompletionRequest(Sampling):
@@ -62,7 +116,6 @@ class CompletionRequest(Sampling):
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     max_tokens: Annotated[int, Field(ge=0)] | None = None
     suffix: str | None = None
-    response_format: dict[str, Any] | None = None
 
 
 class ChatRequest(Sampling):
@@ -73,7 +126,6 @@ class ChatRequest(Sampling):
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
-    response_format: dict[str, Any] | None = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
     tool_prompt: str | None = None
@@ -159,6 +211,8 @@ class ModelCard(BaseModel):
     object: Literal["model"]
     created: int
     owned_by: str
+    max_model_len: int | None
+    """Tokens of one request, prompt and answer; None while the model is loading."""
 
 
 class ModelList(BaseModel):

@@ -173,20 +173,20 @@ async def explain(service: Service, request: Request, body: ExplainRequest) -> R
         chat = validated(body.body, ChatRequest)
         talk = await service.aside(conversation_of, service.needed_tokenizer, chat)
         most = chat.max_completion_tokens or chat.max_tokens
-        left = service.max_total_tokens - len(talk.prompt_ids)
+        ids = openai.truncated(service, talk.prompt_ids, chat.truncate_prompt_tokens, most or 1)
+        left = service.max_total_tokens - len(ids)
         options = sampling_options(chat, model.defaults, left if most is None else most)
         params = model.defaults.updated(options)
-        prompts = [{"text": talk.text, "token_ids": talk.prompt_ids}]
+        prompts = [{"text": talk.text, "token_ids": ids}]
         return Json({"prompts": prompts, "parameters": origins(chat, params, model.defaults)})
     if body.route == "/v1/completions":
         completion = validated(body.body, CompletionRequest)
-        for prompt in prompts_of(service, completion):
-            ids = prompt
-            if isinstance(ids, str):
-                ids = await service.aside(service.needed_tokenizer.encode, ids)
-            prompts.append({"text": prompt if isinstance(prompt, str) else None, "token_ids": ids})
         wanted = completion.max_tokens
         most = openai.DEFAULT_COMPLETION_TOKENS if wanted is None else max(1, wanted)
+        for prompt in prompts_of(service, completion):
+            ids = await openai.encoded(service, completion, prompt)
+            ids = openai.truncated(service, ids, completion.truncate_prompt_tokens, most)
+            prompts.append({"text": prompt if isinstance(prompt, str) else None, "token_ids": ids})
         params = model.defaults.updated(sampling_options(completion, model.defaults, most))
         return Json({"prompts": prompts, "parameters": origins(completion, params, model.defaults)})
     if body.route in ("/", "/generate", "/generate_stream"):

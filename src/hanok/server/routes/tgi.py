@@ -20,7 +20,6 @@ from hanok.server.tgi_models import (
     GenerateRequest,
     GenerateResponse,
     Parameters,
-    TokenizedToken,
     VertexRequest,
 )
 from hanok.server.times import stream_headers, timing_headers
@@ -261,12 +260,6 @@ async def _events(tokenizer: Tokenizer, asked: Asked, ticket: Ticket) -> AsyncGe
         raise UNFINISHED
 
 
-async def tokenize(service: Service, request: Request, body: GenerateRequest) -> Response:
-    """Answer with the tokens of a text and where in it they stand."""
-    tokenizer = service.needed_tokenizer
-    return Json(await service.aside(tokens_of, tokenizer, body.inputs, True))
-
-
 def tokens_of(tokenizer: Tokenizer, text: str, adds_special: bool) -> list[dict[str, Any]]:
     """Return a text's tokens; `start` and `stop` are bytes of its UTF-8, 0 for special tokens.
 
@@ -357,14 +350,6 @@ ROUTES = (
         body=GenerateRequest,
         content_type="text/event-stream",
         streams=True,
-        **_COMMON,
-    ),
-    Route(
-        path="/tokenize",
-        handler=tokenize,
-        summary="The tokens of a text",
-        body=GenerateRequest,
-        answer=TokenizedToken,
         **_COMMON,
     ),
     Route(
