@@ -16,7 +16,6 @@ from hanok.server.answer import (
     Event,
     Reads,
     Reasoning,
-    read_answer,
 )
 from hanok.server.calls import CallArguments, CallBegun, CallEnded
 
@@ -126,6 +125,11 @@ def put_together(events: list[Event]) -> tuple[str, str, list[tuple[str, str, bo
         else:
             calls[-1][2] = event.is_whole
     return reasoning, content, [tuple(call) for call in calls]
+
+
+def read_answer(reads: Reads, text: str) -> Answer:
+    reader = AnswerReader(reads, is_whole=True)
+    return Answer.of(reader.push(text) + reader.finish())
 
 
 def told(answer: Answer) -> tuple[str, list[tuple[str, str]]]:

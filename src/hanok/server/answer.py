@@ -73,7 +73,29 @@ class Answer:
 
     reasoning: str
     content: str
-    calls: list[ToolCall] = field(default_factory=list)
+    calls: list[ToolCall]
+
+    @classmethod
+    def of(cls, events: Iterable["Event"]) -> "Answer":
+        """Put together the events of a reader of a whole answer."""
+        begun: list[CallBegun] = []
+        arguments: list[str] = []
+        reasoning = content = ""
+        for event in events:
+            if isinstance(event, CallBegun):
+                begun.append(event)
+                arguments.append("")
+            elif isinstance(event, CallArguments):
+                arguments[-1] += event.text
+            elif isinstance(event, Reasoning):
+                reasoning += event.text
+            elif isinstance(event, Content):
+                content += event.text
+        calls = [
+            ToolCall(id=call.id, name=call.name, arguments=text)
+            for call, text in zip(begun, arguments, strict=True)
+        ]
+        return cls(reasoning=reasoning, content=content, calls=calls)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,6 +120,8 @@ class AnswerReader:
     def __init__(self, reads: Reads, *, is_whole: bool = False) -> None:
         self._reads = reads
         self._is_whole = is_whole
+        self.is_reasoning = bool(reads.opening)
+        """Whether the last text that came is of the model's reasoning, or of a marker around it."""
         self._source = Incoming()
         self._events: list[Event] = []
         self._held: list[CallEvent] = []
@@ -166,6 +190,7 @@ class AnswerReader:
             if not opening:
                 source.at = 0
                 return
+        self.is_reasoning = True
         yield from source.skip_space()
         closing = REASONING[opening]
         while True:
@@ -179,6 +204,7 @@ class AnswerReader:
             if at >= 0 or source.is_ended:
                 break
             yield
+        self.is_reasoning = False
         yield from source.skip_space()
 
     def _one_of(self, words: Iterable[str]) -> Reading[str]:
@@ -251,29 +277,6 @@ class AnswerReader:
             if not (yield from self._one_of(CLOSINGS)):
                 return found
             found = True
-
-
-def read_answer(reads: Reads, text: str) -> Answer:
-    """Return a whole text as an answer."""
-    reader = AnswerReader(reads, is_whole=True)
-    begun: list[CallBegun] = []
-    arguments: list[str] = []
-    reasoning = content = ""
-    for event in [*reader.push(text), *reader.finish()]:
-        if isinstance(event, CallBegun):
-            begun.append(event)
-            arguments.append("")
-        elif isinstance(event, CallArguments):
-            arguments[-1] += event.text
-        elif isinstance(event, Reasoning):
-            reasoning += event.text
-        elif isinstance(event, Content):
-            content += event.text
-    calls = [
-        ToolCall(id=call.id, name=call.name, arguments=text)
-        for call, text in zip(begun, arguments, strict=True)
-    ]
-    return Answer(reasoning=reasoning, content=content, calls=calls)
 
 
 def _certain(text: str, words: Iterable[str], source: Incoming) -> int:
