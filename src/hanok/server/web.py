@@ -68,6 +68,8 @@ class Exchange:
     path: str = ""
     validation_s: float = 0.0
     tickets: "list[Ticket]" = field(default_factory=list)
+    num_open: int = 0
+    """Sequences that it counts as at a time."""
     parameters: dict[str, Any] = field(default_factory=dict)
     """The effective parameters, without the prompt."""
     error: ServerError | None = None
