@@ -73,14 +73,15 @@ def as_server_error(error: BaseException) -> ServerError:
             status=500,
         )
     kinds = {408: "timeout", 424: "generation", 499: "dropped", 503: "overloaded"}
-    kind = kinds.get(error.http_status, "validation")
+    kind = kinds.get(error.http_status, "validation" if error.http_status < 500 else "internal")
     if kind == "generation":
         return ServerError(f"Request failed during generation: {error}", kind=kind, status=424)
     if isinstance(error, GrammarError):
         return invalid(f"grammar is not valid: {error}", error.pointer)
     if kind == "validation":
         return ServerError(f"Input validation error: {error}", status=422)
-    return ServerError(str(error), kind=kind, status=error.http_status)
+    status = 500 if kind == "internal" else error.http_status
+    return ServerError(str(error), kind=kind, status=status)
 
 
 def flat_body(error: ServerError) -> dict[str, Any]:

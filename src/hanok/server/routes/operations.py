@@ -1,5 +1,7 @@
 """What those ask who run a server: is it well, what is it, what does it do, what would it do."""
 
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from dataclasses import asdict
 from importlib.resources import files
 from typing import Any
@@ -16,8 +18,8 @@ from hanok.server.openai_sampling import origins, sampling_options
 from hanok.server.routes import openai, tgi
 from hanok.server.routes.openai import prompts_of
 from hanok.server.service import Service
-from hanok.server.tgi_models import Body, CompatGenerateRequest, GenerateRequest
-from hanok.server.web import Json, Route, validated
+from hanok.server.tgi_models import Body, CompatGenerateRequest, GenerateRequest, Name
+from hanok.server.web import Json, Pieces, Route, dumps, validated
 
 
 class Info(BaseModel):
@@ -30,6 +32,8 @@ class Info(BaseModel):
     max_best_of: int
     max_stop_sequences: int
     max_input_tokens: int
+    max_input_length: int
+    """`max_input_tokens`, under its name in TGI before 2.0."""
     max_total_tokens: int
     validation_workers: int
     max_client_batch_size: int
@@ -56,7 +60,7 @@ class Status(BaseModel):
 class ExplainRequest(Body):
     """A request of another route, to be explained and not carried out."""
 
-    route: str = "/v1/chat/completions"
+    route: Name = "/v1/chat/completions"
     body: dict[str, Any] = Field(default_factory=dict)
 
 
@@ -119,6 +123,7 @@ async def info(service: Service, request: Request, body: None) -> Response:
         max_best_of=options.max_best_of,
         max_stop_sequences=options.max_stop_sequences,
         max_input_tokens=service.max_input_tokens,
+        max_input_length=service.max_input_tokens,
         max_total_tokens=total,
         validation_workers=options.validation_workers,
         max_client_batch_size=options.max_client_batch_size,
@@ -148,8 +153,16 @@ async def chat_tokenize(service: Service, request: Request, body: ChatRequest) -
     """Answer with the tokens of a conversation and the text its template makes."""
     tokenizer = service.needed_tokenizer
     talk = await service.aside(conversation_of, tokenizer, body)
-    tokens = await service.aside(tgi.tokens_of, tokenizer, talk.text, False)
-    return Json({"tokenize_response": tokens, "templated_text": talk.text})
+    ids = await service.aside(tokenizer.encode, talk.text, add_special_tokens=False)
+
+    async def pieces() -> AsyncGenerator[str, None]:
+        yield '{"tokenize_response":'
+        async with aclosing(tgi.token_list(service, talk.text, ids)) as tokens:
+            async for piece in tokens:
+                yield piece
+        yield f',"templated_text":{dumps(talk.text)}}}'
+
+    return Pieces(pieces(), write_timeout_s=service.options.write_timeout_s)
 
 
 async def invocations(service: Service, request: Request, body: Anything) -> Response:

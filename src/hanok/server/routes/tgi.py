@@ -13,7 +13,9 @@ from hanok.checkpoint.tokenizer import Tokenizer
 from hanok.engine.sequence import Ranked, TokenEvent
 from hanok.engine.ticket import Ticket
 from hanok.server import tgi_limits as limits
+from hanok.server.chat import conversation_of
 from hanok.server.errors import ServerError, as_server_error, flat_body, invalid
+from hanok.server.openai_models import ChatRequest
 from hanok.server.service import Prepared, Service, give_up
 from hanok.server.tgi_models import (
     CompatGenerateRequest,
@@ -27,6 +29,7 @@ from hanok.server.times import stream_headers, timing_headers
 from hanok.server.web import (
     EventStream,
     Json,
+    Pieces,
     Route,
     dumps,
     exchange_of,
@@ -34,6 +37,8 @@ from hanok.server.web import (
     validated,
 )
 
+TOKENS_AT_ONCE = 1000
+"""Tokens that are written to JSON at once: a millisecond, in which nobody else is served."""
 UNFINISHED = ServerError(
     "Incomplete generation stream", kind="incomplete_generation_stream", status=500
 )
@@ -263,22 +268,44 @@ async def _events(tokenizer: Tokenizer, asked: Asked, ticket: Ticket) -> AsyncGe
 
 async def tokenize(service: Service, request: Request, body: GenerateRequest) -> Response:
     """Answer with the tokens of a text and where in it they stand."""
-    tokenizer = service.needed_tokenizer
-    return Json(await service.aside(tokens_of, tokenizer, body.inputs, True))
+    encode = service.needed_tokenizer.encode
+    ids = await service.aside(encode, body.inputs, add_special_tokens=True)
+    return Pieces(
+        token_list(service, body.inputs, ids), write_timeout_s=service.options.write_timeout_s
+    )
 
 
-def tokens_of(tokenizer: Tokenizer, text: str, adds_special: bool) -> list[dict[str, Any]]:
-    """Return a text's tokens; `start` and `stop` are bytes of its UTF-8, 0 for special tokens.
+async def token_list(service: Service, text: str, ids: list[int]) -> AsyncGenerator[str, None]:
+    """Yield the JSON list of a text's tokens in parts: it is dozens of times as long as the text."""
+    tokenizer, total = service.needed_tokenizer, len(text.encode())
+    stream, stop = tokenizer.stream(skip_special_tokens=True), 0
+
+    def part(part_ids: list[int]) -> str:
+        nonlocal stop
+        sizes = [len(stream.push(token).encode()) for token in part_ids]
+        stops = list(accumulate(sizes, initial=stop))[1:]
+        stop = stops[-1]
+        return dumps(tokens_of(tokenizer, part_ids, sizes, stops, total))[1:-1]
+
+    yield "["
+    for start in range(0, len(ids), TOKENS_AT_ONCE):
+        text = await service.aside(part, ids[start : start + TOKENS_AT_ONCE])
+        yield f",{text}" if start else text
+    yield "]"
+
+
+def tokens_of(
+    tokenizer: Tokenizer,
+    ids: Sequence[int],
+    sizes: Sequence[int],
+    stops: Sequence[int],
+    total: int,
+) -> list[dict[str, Any]]:
+    """Return tokens of a text; `start` and `stop` are bytes of its UTF-8, 0 for special tokens.
 
     Every token is given the bytes that it adds to the text; one that only begins a character gets
     none, and the one that ends it all of its bytes.
     """
-    ids = tokenizer.encode(text, add_special_tokens=adds_special)
-    stream = tokenizer.stream(skip_special_tokens=True)
-    pieces = [stream.push(token) for token in ids]
-    sizes = [len(piece.encode()) for piece in pieces]
-    stops = list(accumulate(sizes))
-    total = len(text.encode())
     found = []
     for token, size, stop in zip(ids, sizes, stops, strict=True):
         is_special = token in tokenizer.special_token_ids
@@ -304,8 +331,9 @@ async def vertex(service: Service, request: Request, body: VertexRequest) -> Res
         given = instance.get("parameters") if isinstance(instance.get("parameters"), dict) else {}
         chosen = {key: (given or {}).get(key) for key in ("max_new_tokens", "seed")}
         if "messages" in instance:
-            tokenizer = service.needed_tokenizer
-            prompt = await service.aside(tokenizer.render_chat, instance["messages"])
+            chat = validated({"messages": instance["messages"]}, ChatRequest)
+            talk = await service.aside(conversation_of, service.needed_tokenizer, chat)
+            prompt = talk.text
         else:
             prompt = instance.get("inputs", "")
         if not isinstance(prompt, str):
