@@ -3,6 +3,8 @@
 import json
 import subprocess
 import sys
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -195,6 +197,38 @@ def test_half_a_surrogate_pair_is_refused(tmp_path, model_file):
     (tmp_path / "tokenizer.json").unlink()
     with pytest.raises(RequestError, match="character 2 of the text"):
         open_tokenizer(sentencepiece_folder(tmp_path, model_file)).encode("ab\ud800")
+
+
+def test_other_threads_run_while_a_text_is_encoded(tmp_path, model_file):
+    """A thread that waits to run does so during the encoding: nothing else hands it the lock."""
+
+    def runs_beside(encode: Callable[[str], object]) -> bool:
+        wanted, ran = threading.Event(), threading.Event()
+
+        def run() -> None:
+            wanted.wait()
+            ran.set()
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        wanted.set()
+        encode(SENTENCES[0] * 2000)
+        found = ran.is_set()
+        thread.join()
+        return found
+
+    byte_level(tmp_path)
+    ours = open_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    pieces = open_tokenizer(sentencepiece_folder(tmp_path, model_file))
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1000)
+    try:
+        assert not runs_beside(lambda text: sum(map(ord, text)))
+        for encode in (ours.encode, pieces.encode):
+            assert any(runs_beside(encode) for _ in range(50))
+    finally:
+        sys.setswitchinterval(interval)
 
 
 # vocab.json and merges.txt

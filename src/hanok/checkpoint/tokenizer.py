@@ -70,6 +70,7 @@ class Tokenizer:
         self.vocab_size = max(self._ids.values(), default=-1) + 1
         """The largest id + 1. The embedding of a model may have more rows, for padding."""
         self.bos_token_id = self._named_id(settings, "bos_token")
+        self._bos_text = settings.named.get("bos_token", "")
         self.eos_token_id = self._named_id(settings, "eos_token")
         self.pad_token_id = self._named_id(settings, "pad_token")
         self.unk_token_id = self._named_id(settings, "unk_token")
@@ -114,6 +115,17 @@ class Tokenizer:
         if self._adds_bos and self.bos_token_id is not None:
             ids = [self.bos_token_id, *_without_leading(ids, self.bos_token_id)]
         return ids
+
+    def fewest_tokens(self, text: str) -> int:
+        """A number of tokens that no encoding of `text` falls below, known without encoding it.
+
+        It holds with special tokens and without. 0 where the vocabulary allows no certain bound.
+        """
+        bound = self._vocabulary.bound
+        if bound is None:
+            return 0
+        # However often the beginning-of-sequence token stands at the front, it is there once.
+        return bound.fewest(text.replace(self._bos_text, "") if self._bos_text else text)
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
         """The text of `ids`: the pieces of their stream, joined.

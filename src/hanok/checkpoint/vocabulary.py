@@ -11,13 +11,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import tokenizers
 from tokenizers import decoders, pre_tokenizers, processors
 from tokenizers.models import BPE
 
 from hanok.checkpoint.stream import REPLACEMENT, TokenTexts
+from hanok.checkpoint.token_bounds import TokenBound, library_bound, sentencepiece_bound
 from hanok.checkpoint.tokenizer_config import AddedToken, TokenizerConfig
 from hanok.errors import CheckpointError
 
@@ -47,6 +48,10 @@ class Vocabulary(Protocol):
 
     def encode_processed(self, text: str) -> list[int]:
         """`encode`, then what the files themselves add (a post-processor)."""
+
+    @property
+    def bound(self) -> TokenBound | None:
+        """What bounds the number of tokens of a text from below; None where nothing certain does."""
 
     def adds_by_itself(self, bos: int | None, eos: int | None) -> tuple[bool, bool]:
         """Whether BOS and EOS are added where tokenizer_config.json does not say."""
@@ -120,11 +125,13 @@ class LibraryVocabulary:
         added = library.get_added_tokens_decoder()
         self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
         self._spellings = {token_id: text for text, token_id in self.ids.items()}
-        kinds = _decoder_kinds(library)
+        parts = json.loads(library.to_str())
+        kinds = _decoder_kinds(parts["decoder"])
         self._is_byte_level = kinds == {"ByteLevel"}
         self._has_byte_tokens = "ByteFallback" in kinds
         self._bytes: dict[int, bytes] = {}
         self._alphabet = _byte_alphabet()
+        self.bound = library_bound(parts, self.ids, self._alphabet)
         candidates = (
             token_id
             for token_id, text in sorted(self._spellings.items())
@@ -164,12 +171,17 @@ class LibraryVocabulary:
 
     def encode(self, text: str) -> list[int]:
         """See `Vocabulary`."""
-        ids: list[int] = self._library.encode(text, add_special_tokens=False).ids
-        return ids
+        return self._encode(text, adds_special=False)
 
     def encode_processed(self, text: str) -> list[int]:
         """See `Vocabulary`."""
-        ids: list[int] = self._library.encode(text, add_special_tokens=True).ids
+        return self._encode(text, adds_special=True)
+
+    def _encode(self, text: str, *, adds_special: bool) -> list[int]:
+        # As a batch of one: the library's `encode` keeps the interpreter's lock, so that for the
+        # whole of a long text no other thread runs. A batch of one takes no threads of the library.
+        (encoding,) = self._library.encode_batch_fast([text], add_special_tokens=adds_special)
+        ids: list[int] = encoding.ids
         return ids
 
     def adds_by_itself(self, bos: int | None, eos: int | None) -> tuple[bool, bool]:
@@ -199,9 +211,9 @@ class LibraryVocabulary:
         return self._bytes[token_id]
 
 
-def _decoder_kinds(library: tokenizers.Tokenizer) -> set[str]:
+def _decoder_kinds(decoder: dict[str, Any] | None) -> set[str]:
     """The types in the decoder of a tokenizer, those inside sequences included."""
-    pending = [json.loads(library.to_str())["decoder"]]
+    pending = [decoder]
     kinds: set[str] = set()
     while pending:
         decoder = pending.pop() or {}
@@ -269,6 +281,12 @@ class SentencePieceVocabulary:
         pieces |= {token_id: token.text for token_id, token in self._added.items()}
         self.ids: Mapping[str, int] = {text: token_id for token_id, text in pieces.items()} | texts
         self._pieces = pieces
+        self.bound = sentencepiece_bound(
+            self._model.serialized_model_proto(),
+            pieces.values(),
+            self._added.values(),
+            has_bytes=bool(self._data),
+        )
         # The longest first: an alternation takes the first that fits.
         longest_first = sorted(self._added.values(), key=lambda token: -len(token.text))
         self._cut = re.compile("|".join(map(_token_pattern, longest_first)) or "(?!)")
