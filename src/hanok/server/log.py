@@ -19,7 +19,7 @@ OF_CLIENTS = 422
 
 
 class LineFormatter(logging.Formatter):
-    """Lines of the log: whatever a record has beyond its first line, such as a traceback, is indented."""
+    """Lines of the log: what a record has beyond its first, such as a traceback, is indented."""
 
     def format(self, record: logging.LogRecord) -> str:
         """Return a record's lines, with what cannot be seen spelled out."""

@@ -50,7 +50,7 @@ class ServerOptions:
     write_timeout_s: float = 60.0
     """A client that reads nothing for so long is given up."""
     arrival_s: float = 30.0
-    """How long a request's head may take to arrive, from its connection or first byte on, and its body."""
+    """How long a request's head may take to come, from its connection or first byte on, and its body."""
     idle_s: float = 75.0
     """How long a connection may wait for its next request. Proxies keep theirs for 60 s."""
     max_connections: int = 1000
