@@ -493,7 +493,13 @@ INFO = {
     "docker_label": (str, None),
 }
 SIMPLE_TOKEN = {"id": int, "text": str, "start": int, "stop": int}
-MODEL = {"id": str, "object": "model", "created": int, "owned_by": str}
+MODEL = {
+    "id": str,
+    "object": "model",
+    "created": int,
+    "owned_by": str,
+    "max_model_len": Differs(tgi=ABSENT, hanok=int),
+}
 
 
 def test_what_tgi_tells_beside_generating(client: httpx.Client) -> None:

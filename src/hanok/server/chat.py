@@ -8,9 +8,9 @@ from typing import Any
 from hanok.checkpoint.tokenizer import Tokenizer
 from hanok.engine.grammar_spec import GrammarSpec
 from hanok.errors import RequestError
+from hanok.server.constraints import constraint_of
 from hanok.server.errors import ServerError, invalid
 from hanok.server.openai_models import ChatRequest
-from hanok.server.openai_sampling import grammar_of
 from hanok.server.tools import ToolCall, ToolReader, ToolUse, tool_use
 
 TOOL_PROMPT = (
@@ -78,7 +78,7 @@ def conversation_of(tokenizer: Tokenizer, body: ChatRequest) -> Conversation:
     Raises ServerError for messages that are not, and where there is no template or it refuses.
     """
     messages = [_message(number, message) for number, message in enumerate(body.messages)]
-    use, grammar = tool_use(body.tools, body.tool_choice), grammar_of(body.response_format)
+    use, grammar = tool_use(body.tools, body.tool_choice), constraint_of(body)
     if use.is_forced and grammar is not None:
         raise invalid("Grammar and tools are mutually exclusive", "response_format")
     continues = _continues(body, messages)

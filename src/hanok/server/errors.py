@@ -50,6 +50,28 @@ def invalid(message: str, parameter: str | None = None) -> ServerError:
     return ServerError(f"Input validation error: {message}", parameter=parameter)
 
 
+def context_exceeded(
+    num_prompt: int, num_asked: int, *, max_input: int, max_total: int, parameter: str
+) -> ServerError:
+    """Return the error of a request that is longer than the context.
+
+    Clients that go on with a summary or a larger model know it by its message: litellm by the first
+    words, langchain-openai by the code, which it looks for in the message.
+    """
+    code = "context_length_exceeded"
+    limits = f"{max_total} tokens"
+    if max_input < max_total - 1:
+        limits += f", at most {max_input} of them in the {parameter}"
+    return ServerError(
+        f"This model's maximum context length is {limits}. However, you requested "
+        f"{num_prompt + num_asked} tokens ({num_prompt} in the {parameter}, {num_asked} in the "
+        f"completion). Shorten the {parameter}, or ask for fewer tokens ({code}).",
+        status=400,
+        parameter=parameter,
+        code=code,
+    )
+
+
 def overloaded(retry_after_s: float) -> ServerError:
     """Return the error of a request for which there is no room now."""
     seconds = max(1, round(retry_after_s))

@@ -1,18 +1,20 @@
 """The bodies of OpenAI's routes, with what other servers add to them and clients have come to send.
 
 Explicit nulls mean the same as absent fields. Unknown fields are ignored; known ones that are not served
-are refused by the route, never passed over.
+(NOT_SERVED) are refused by the route, never passed over.
 """
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, Discriminator, Field, Tag
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
 
 from hanok.server.tgi_models import Body, Name, NullFalse, Stops
 
 MOST_BIASES = 10_000
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 TokenIds = Annotated[list[TokenId], Field(fail_fast=True)]
+MOST_CHOICES = 1000
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 
 
@@ -47,6 +49,38 @@ Biases = Annotated[
 ]
 
 
+NOT_SERVED: Mapping[str, tuple[Any, ...]] = {
+    "add_special_tokens": (False,),
+    "allowed_token_ids": ([],),
+    "audio": ({},),
+    "bad_words": ([],),
+    "chat_template": ("",),
+    "documents": ([],),
+    "dry_multiplier": (0,),
+    "dynatemp_range": (0,),
+    "echo": (False,),
+    "function_call": (),
+    "functions": ([],),
+    "guidance_scale": (1,),
+    "length_penalty": (1,),
+    "logits_processors": ([],),
+    "lora": ([],),
+    "mirostat": (0,),
+    "modalities": (["text"], []),
+    "negative_prompt": ("",),
+    "n_probs": (0,),
+    "prompt_logprobs": (),
+    "return_tokens_as_token_ids": (False,),
+    "skip_special_tokens": (True,),
+    "tfs_z": (1,),
+    "top_a": (0,),
+    "use_beam_search": (False,),
+    "web_search_options": (),
+    "xtc_probability": (0,),
+}
+"""Fields that change an answer elsewhere and are not served, with the values that ask for nothing."""
+
+
 class StreamOptions(Body):
     """What a stream tells beside the text."""
 
@@ -55,6 +89,9 @@ class StreamOptions(Body):
 
 class Sampling(Body):
     """What all of OpenAI's routes that generate have in common."""
+
+    # Kept, so that those of NOT_SERVED can be told from what nobody knows.
+    model_config = ConfigDict(extra="allow", allow_inf_nan=False)
 
     model: Name | None = None
     frequency_penalty: Penalty | None = None
@@ -80,6 +117,20 @@ class Sampling(Body):
     timeout: Annotated[float, Field(gt=0)] | None = None
     cache_salt: Name | None = None
     priority: Annotated[int, Field(ge=-1000, le=1000)] | None = None
+    # What the answer has to be; see `server/constraints.py`.
+    response_format: dict[str, Any] | None = None
+    structured_outputs: dict[str, Any] | None = None
+    guided_json: dict[str, Any] | str | None = None
+    guided_regex: str | None = None
+    guided_choice: Annotated[list[str], Field(max_length=MOST_CHOICES, fail_fast=True)] | None = None
+    guided_grammar: str | None = None
+    guided_json_object: bool | None = None
+    guided_whitespace_pattern: Any = None
+    json_schema: dict[str, Any] | str | None = None
+    regex: str | None = None
+    grammar: Any = None
+    ebnf: Any = None
+    structural_tag: Any = None
 
 
 class CompletionRequest(Sampling):
@@ -91,7 +142,6 @@ class CompletionRequest(Sampling):
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     max_tokens: Annotated[int, Field(ge=0)] | None = None
     suffix: str | None = None
-    response_format: dict[str, Any] | None = None
 
 
 class ChatRequest(Sampling):
@@ -104,8 +154,12 @@ class ChatRequest(Sampling):
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+<<<<<<< HEAD
     response_format: dict[str, Any] | None = None
     tools: Annotated[list[dict[str, Any]], Field(fail_fast=True, max_length=1000)] | None = None
+=======
+    tools: list[dict[str, Any]] | None = None
+>>>>>>> protocols
     tool_choice: str | dict[str, Any] | None = None
     tool_prompt: str | None = None
     parallel_tool_calls: bool | None = None
@@ -190,6 +244,8 @@ class ModelCard(BaseModel):
     object: Literal["model"]
     created: int
     owned_by: str
+    max_model_len: int | None
+    """Tokens of one request, prompt and answer; None while the model is loading."""
 
 
 class ModelList(BaseModel):

@@ -8,7 +8,9 @@ class ServerOptions:
     """The options of a server. Limits named as TGI's have TGI's meaning."""
 
     model_id: str
-    """What clients call the model."""
+    """What clients call the model, and what answers call it."""
+    other_names: tuple[str, ...] = ()
+    """What clients may call it as well."""
     host: str = "127.0.0.1"
     port: int = 8080
     api_key: str | None = None
@@ -56,3 +58,8 @@ class ServerOptions:
     max_connections: int = 1000
     """Beyond them the one is closed that has waited longest for a request, or the new one."""
     logs_json: bool = False
+
+    @property
+    def model_names(self) -> tuple[str, ...]:
+        """All names that the model is served under, the one that answers have first."""
+        return (self.model_id, *self.other_names)

@@ -61,6 +61,11 @@ class Route:
     statuses: tuple[int, ...] = ()
     """Errors that it may answer with, beside those that every route with a body may."""
 
+    @property
+    def shown_path(self) -> str:
+        """The path without what only the router reads: "{model}" for "{model:path}"."""
+        return re.sub(r":\w+\}", "}", self.path)
+
 
 @dataclass(slots=True, kw_only=True)
 class Exchange:
@@ -322,12 +327,17 @@ class Gate:
         service: "Service",
         routes: Mapping[tuple[str, str], Route],
         methods: Mapping[str, Collection[str]],
+        patterns: Mapping[str, re.Pattern[str]],
     ) -> None:
-        """`methods` are those that each path has, paths that are no `Route` among them."""
+        """`methods` are those that each path has, paths that are no `Route` among them.
+
+        `patterns` say of paths with a parameter, such as "/v1/models/{model:path}", what they match.
+        """
         self._app = app
         self._service = service
         self._routes = routes
         self._methods = methods
+        self._patterns = patterns
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
@@ -366,24 +376,26 @@ class Gate:
                 raise
             await error_response(exchange.error, exchange.path)(scope, receive, tracked)
         finally:
-            self._service.ended(exchange, self._routes.get((scope["method"], exchange.path)))
+            route = self._routes.get((scope["method"], self._declared(exchange.path)))
+            self._service.ended(exchange, route)
 
     def _check(self, scope: Scope, headers: Mapping[str, bytes]) -> None:
         """Raise ServerError for a request that may not be answered."""
         method, path = scope["method"], scope["path"]
-        if path not in self._methods:
+        declared = self._declared(path)
+        if declared not in self._methods:
             raise ServerError(
                 f"there is no {path}; GET /docs lists what there is", kind="not_found", status=404
             )
-        if method not in self._methods[path]:
-            allowed = ", ".join(sorted(self._methods[path]))
+        if method not in self._methods[declared]:
+            allowed = ", ".join(sorted(self._methods[declared]))
             raise ServerError(
                 f"{path} takes {allowed}, not {method}",
                 kind="not_found",
                 status=405,
                 headers={"Allow": allowed},
             )
-        route = self._routes.get((scope["method"], scope["path"]))
+        route = self._routes.get((method, declared))
         key = self._service.options.api_key
         if route is not None and route.needs_key and key is not None:
             scheme, _, given = headers.get("authorization", b"").partition(b" ")
@@ -399,6 +411,13 @@ class Gate:
         length = headers.get("content-length", b"0")
         if length.isdigit() and int(length) > self._service.options.payload_limit:
             raise self._too_large()
+
+    def _declared(self, path: str) -> str:
+        """Return a path as its route declares it; itself where none matches."""
+        if path in self._methods:
+            return path
+        matching = (name for name, found in self._patterns.items() if found.match(path))
+        return next(matching, path)
 
     def _too_large(self) -> ServerError:
         limit = self._service.options.payload_limit

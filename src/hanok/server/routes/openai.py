@@ -15,16 +15,23 @@ from hanok.checkpoint.tokenizer import Tokenizer
 from hanok.engine.sequence import Ranked, TokenEvent
 from hanok.engine.ticket import Ticket
 from hanok.server.chat import Conversation, conversation_of
-from hanok.server.errors import ServerError, as_server_error, invalid, openai_body
+from hanok.server.constraints import constraint_of
+from hanok.server.errors import ServerError, as_server_error, context_exceeded, invalid, openai_body
 from hanok.server.openai_models import (
     ChatCompletion,
     ChatRequest,
     Completion,
     CompletionRequest,
+    ModelCard,
     ModelList,
     Sampling,
 )
-from hanok.server.openai_sampling import check, check_model, grammar_of, sampling_options
+from hanok.server.openai_sampling import (
+    check,
+    check_model,
+    sampling_options,
+    unknown_model,
+)
 from hanok.server.routes.tgi import batch_too_large, text_of
 from hanok.server.service import Prepared, Service, give_up
 from hanok.server.times import stream_headers, timing_headers
@@ -106,7 +113,7 @@ async def completions(service: Service, request: Request, body: CompletionReques
     """Complete prompts."""
     options = service.options
     check(body, options)
-    check_model(body.model, options.model_id)
+    check_model(body.model, options)
     if body.suffix:
         raise ServerError(
             "`suffix` is not supported", kind="suffix not supported", parameter="suffix"
@@ -128,7 +135,7 @@ async def completions(service: Service, request: Request, body: CompletionReques
         ids = prompt
         if isinstance(ids, str):
             ids = await service.aside(service.needed_tokenizer.encode, ids)
-        check_prompt(service, ids, max(1, most))
+        check_prompt(service, ids, max(1, most), "prompt")
         sampling = sampling_options(body, service.needed_model.defaults, max(1, most))
         sampling["top_logprobs"] = body.logprobs or 0
         prepared.append(
@@ -136,7 +143,7 @@ async def completions(service: Service, request: Request, body: CompletionReques
                 prompt_ids=ids,
                 options=sampling,
                 count=best_of,
-                grammar=grammar_of(body.response_format),
+                grammar=constraint_of(body),
                 scored=body.logprobs if body.echo and body.logprobs is not None else None,
                 timeout_s=body.timeout,
                 priority=body.priority or 0,
@@ -171,19 +178,20 @@ async def completions(service: Service, request: Request, body: CompletionReques
     return Json(answer, headers=headers)
 
 
-def check_prompt(service: Service, ids: list[int], most: int) -> None:
-    """Raise ServerError for a prompt that is empty or too long."""
+def check_prompt(service: Service, ids: Sequence[int], most: int | None, parameter: str) -> int:
+    """Return how many tokens to generate at the most: `most`, or what there is room for.
+
+    Raises ServerError for a prompt that is empty or too long. `parameter` is where it came from.
+    """
     if not ids:
-        raise invalid("`prompt` cannot be empty", "prompt")
-    limit, total = service.max_input_tokens, service.max_total_tokens
-    if len(ids) > limit:
-        raise invalid(f"`inputs` must have less than {limit} tokens. Given: {len(ids)}", "prompt")
-    if len(ids) + most > total:
-        raise invalid(
-            f"`inputs` tokens + `max_new_tokens` must be <= {total}. Given: {len(ids)} `inputs` "
-            f"tokens and {most} `max_new_tokens`",
-            "max_tokens",
+        raise invalid(f"`{parameter}` cannot be empty", parameter)
+    max_input, max_total = service.max_input_tokens, service.max_total_tokens
+    wanted = max(1, max_total - len(ids)) if most is None else most
+    if len(ids) > max_input or len(ids) + wanted > max_total:
+        raise context_exceeded(
+            len(ids), wanted, max_input=max_input, max_total=max_total, parameter=parameter
         )
+    return wanted
 
 
 def _mean(events: Sequence[TokenEvent]) -> float:
@@ -296,20 +304,12 @@ async def chat_completions(service: Service, request: Request, body: ChatRequest
     """Answer a conversation."""
     options = service.options
     check(body, options)
-    check_model(body.model, options.model_id)
+    check_model(body.model, options)
     if body.top_logprobs is not None and not body.logprobs:
         raise invalid("`top_logprobs` needs `logprobs` to be true", "top_logprobs")
     talk = await service.aside(conversation_of, service.needed_tokenizer, body)
-    limit, total = service.max_input_tokens, service.max_total_tokens
-    if len(talk.prompt_ids) > limit:
-        raise invalid(
-            f"`inputs` must have less than {limit} tokens. Given: {len(talk.prompt_ids)}",
-            "messages",
-        )
-    most = body.max_completion_tokens or body.max_tokens
-    if most is None:
-        most = total - len(talk.prompt_ids)
-    check_prompt(service, talk.prompt_ids, most)
+    wanted = body.max_completion_tokens or body.max_tokens
+    most = check_prompt(service, talk.prompt_ids, wanted, "messages")
     sampling = sampling_options(body, service.needed_model.defaults, most)
     sampling["top_logprobs"] = body.top_logprobs or 0
     prepared = Prepared(
@@ -487,10 +487,28 @@ async def merged(
 
 
 async def models(service: Service, request: Request, body: None) -> Response:
-    """Answer with the one model there is."""
-    name = service.options.model_id
-    card = {"id": name, "object": "model", "created": service.created, "owned_by": name}
-    return Json({"object": "list", "data": [card]})
+    """Answer with the one model there is, under each of its names."""
+    cards = [card_of(service, name) for name in service.options.model_names]
+    return Json({"object": "list", "data": cards})
+
+
+async def model(service: Service, request: Request, body: None) -> Response:
+    """Answer with the model of a name, which may have slashes."""
+    name = request.path_params["model"]
+    if name not in service.options.model_names:
+        raise unknown_model(name, service.options)
+    return Json(card_of(service, name))
+
+
+def card_of(service: Service, name: str) -> dict[str, Any]:
+    """Return what /v1/models says of the model under one of its names."""
+    return {
+        "id": name,
+        "object": "model",
+        "created": service.created,
+        "owned_by": service.options.model_id,
+        "max_model_len": None if service.engine is None else service.max_total_tokens,
+    }
 
 
 _COMMON: dict[str, Any] = {
@@ -523,5 +541,13 @@ ROUTES = (
         handler=models,
         summary="The models that can be asked",
         answer=ModelList,
+    ),
+    Route(
+        method="GET",
+        path="/v1/models/{model:path}",
+        handler=model,
+        summary="A model that can be asked, by its name",
+        answer=ModelCard,
+        statuses=(404,),
     ),
 )
