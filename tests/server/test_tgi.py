@@ -232,7 +232,7 @@ def test_inputs_too_long_and_empty(client: httpx.Client) -> None:
         (b'{"inputs": "a"}', "", 415),
         (b'{"inputs": "' + b"a" * 2_000_001 + b'"}', "application/json", 413),
     ],
-    ids="cut NaN deep deeper bytes number surrogate none kind no-kind large".split(),  # noqa: SIM905
+    ids="cut NaN deep deeper bytes number surrogate none kind no-kind large".split(),
 )
 def test_bodies_that_are_none(client: httpx.Client, content: bytes, kind: str, status: int) -> None:
     found = client.post("/generate", content=content, headers={"content-type": kind})

@@ -122,7 +122,9 @@ class Sampling(Body):
     structured_outputs: dict[str, Any] | None = None
     guided_json: dict[str, Any] | str | None = None
     guided_regex: str | None = None
-    guided_choice: Annotated[list[str], Field(max_length=MOST_CHOICES, fail_fast=True)] | None = None
+    guided_choice: Annotated[list[str], Field(max_length=MOST_CHOICES, fail_fast=True)] | None = (
+        None
+    )
     guided_grammar: str | None = None
     guided_json_object: bool | None = None
     guided_whitespace_pattern: Any = None
@@ -154,12 +156,7 @@ class ChatRequest(Sampling):
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
-<<<<<<< HEAD
-    response_format: dict[str, Any] | None = None
     tools: Annotated[list[dict[str, Any]], Field(fail_fast=True, max_length=1000)] | None = None
-=======
-    tools: list[dict[str, Any]] | None = None
->>>>>>> protocols
     tool_choice: str | dict[str, Any] | None = None
     tool_prompt: str | None = None
     parallel_tool_calls: bool | None = None
