@@ -1,7 +1,7 @@
 """A chat request as a prompt, and the model's text as a message."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,9 +72,12 @@ class Deltas:
         return found
 
 
-def conversation_of(tokenizer: Tokenizer, body: ChatRequest) -> Conversation:
+def conversation_of(
+    tokenizer: Tokenizer, body: ChatRequest, check_length: Callable[[int], None] | None = None
+) -> Conversation:
     """Return a request's conversation as the checkpoint's template writes it.
 
+    `check_length`: see `Service.encoded`.
     Raises ServerError for messages that are not, and where there is no template or it refuses.
     """
     messages = [_message(number, message) for number, message in enumerate(body.messages)]
@@ -102,6 +105,8 @@ def conversation_of(tokenizer: Tokenizer, body: ChatRequest) -> Conversation:
             text = rendered([*messages[:-1], last], tools)
     except RequestError as error:
         raise ServerError(f"Template error: {error}", kind="template_error") from error
+    if check_length is not None:
+        check_length(tokenizer.fewest_tokens(text))
     ids = tokenizer.encode(text, add_special_tokens=False)
     bos = tokenizer.bos_token_id
     while bos is not None and ids[:2] == [bos, bos]:

@@ -147,6 +147,20 @@ class Service:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._workers, lambda: function(*args, **kwargs))
 
+    async def encoded(self, text: str, check: Callable[[int], None]) -> list[int]:
+        """Return a text's tokens, in a thread.
+
+        A text that cannot be served is not worth the seconds that tokenizing it may take: `check` is
+        given the fewest tokens that it can have, and raises ServerError where those are too many.
+        """
+        tokenizer = self.needed_tokenizer
+
+        def encode() -> list[int]:
+            check(tokenizer.fewest_tokens(text))
+            return tokenizer.encode(text)
+
+        return await self.aside(encode)
+
     async def submit(self, request: Request, prompts: Sequence[Prepared]) -> list[Ticket]:
         """Queue prompts, each as often as it says, and return their tickets in that order.
 

@@ -2,7 +2,7 @@
 
 import asyncio
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -134,7 +134,7 @@ async def completions(service: Service, request: Request, body: CompletionReques
     for prompt in given:
         ids = prompt
         if isinstance(ids, str):
-            ids = await service.aside(service.needed_tokenizer.encode, ids)
+            ids = await service.encoded(ids, fitting(service, max(1, most), "prompt"))
         check_prompt(service, ids, max(1, most), "prompt")
         sampling = sampling_options(body, service.needed_model.defaults, max(1, most))
         sampling["top_logprobs"] = body.logprobs or 0
@@ -185,11 +185,32 @@ def check_prompt(service: Service, ids: Sequence[int], most: int | None, paramet
     """
     if not ids:
         raise invalid(f"`{parameter}` cannot be empty", parameter)
+    return _room(service, len(ids), most, parameter)
+
+
+def fitting(service: Service, most: int | None, parameter: str) -> Callable[[int], None]:
+    """Return what raises ServerError for a prompt of at least so many tokens, if that is too long."""
+
+    def check_length(fewest: int) -> None:
+        if fewest > service.max_input_tokens:
+            _room(service, fewest, most, parameter, are_counted=False)
+
+    return check_length
+
+
+def _room(
+    service: Service, count: int, most: int | None, parameter: str, *, are_counted: bool = True
+) -> int:
     max_input, max_total = service.max_input_tokens, service.max_total_tokens
-    wanted = max(1, max_total - len(ids)) if most is None else most
-    if len(ids) > max_input or len(ids) + wanted > max_total:
+    wanted = max(1, max_total - count) if most is None else most
+    if count > max_input or count + wanted > max_total:
         raise context_exceeded(
-            len(ids), wanted, max_input=max_input, max_total=max_total, parameter=parameter
+            count,
+            wanted,
+            max_input=max_input,
+            max_total=max_total,
+            parameter=parameter,
+            are_counted=are_counted,
         )
     return wanted
 
@@ -307,8 +328,9 @@ async def chat_completions(service: Service, request: Request, body: ChatRequest
     check_model(body.model, options)
     if body.top_logprobs is not None and not body.logprobs:
         raise invalid("`top_logprobs` needs `logprobs` to be true", "top_logprobs")
-    talk = await service.aside(conversation_of, service.needed_tokenizer, body)
     wanted = body.max_completion_tokens or body.max_tokens
+    check_length = fitting(service, wanted, "messages")
+    talk = await service.aside(conversation_of, service.needed_tokenizer, body, check_length)
     most = check_prompt(service, talk.prompt_ids, wanted, "messages")
     sampling = sampling_options(body, service.needed_model.defaults, most)
     sampling["top_logprobs"] = body.top_logprobs or 0

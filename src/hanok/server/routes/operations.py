@@ -184,10 +184,11 @@ async def explain(service: Service, request: Request, body: ExplainRequest) -> R
     prompts: list[dict[str, Any]] = []
     if body.route == "/v1/chat/completions":
         chat = validated(body.body, ChatRequest)
-        talk = await service.aside(conversation_of, service.needed_tokenizer, chat)
-        most = chat.max_completion_tokens or chat.max_tokens
-        left = service.max_total_tokens - len(talk.prompt_ids)
-        options = sampling_options(chat, model.defaults, left if most is None else most)
+        wanted = chat.max_completion_tokens or chat.max_tokens
+        check_length = openai.fitting(service, wanted, "messages")
+        talk = await service.aside(conversation_of, service.needed_tokenizer, chat, check_length)
+        most = openai.check_prompt(service, talk.prompt_ids, wanted, "messages")
+        options = sampling_options(chat, model.defaults, most)
         params = model.defaults.updated(options)
         prompts = [{"text": talk.text, "token_ids": talk.prompt_ids}]
         return Json({"prompts": prompts, "parameters": origins(chat, params, model.defaults)})
@@ -196,7 +197,8 @@ async def explain(service: Service, request: Request, body: ExplainRequest) -> R
         for prompt in prompts_of(service, completion):
             ids = prompt
             if isinstance(ids, str):
-                ids = await service.aside(service.needed_tokenizer.encode, ids)
+                ids = await service.encoded(ids, openai.fitting(service, 1, "prompt"))
+            openai.check_prompt(service, ids, 1, "prompt")
             prompts.append({"text": prompt if isinstance(prompt, str) else None, "token_ids": ids})
         wanted = completion.max_tokens
         most = openai.DEFAULT_COMPLETION_TOKENS if wanted is None else max(1, wanted)

@@ -3,6 +3,7 @@
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -70,15 +71,20 @@ async def asked_of(
     check_adapter(parameters.adapter_id)
     if not body.inputs:
         raise invalid("`inputs` cannot be empty", "inputs")
-    tokenizer = service.needed_tokenizer
-    prompt_ids = await service.aside(tokenizer.encode, body.inputs)
-    if parameters.truncate is not None:
+    check = partial(limits.check_lengths, parameters, max_input=max_input, max_total=max_total)
+    if parameters.truncate is None:
+
+        def check_fewest(count: int) -> None:
+            if count > max_input:
+                check(count, are_counted=False)
+
+        prompt_ids = await service.encoded(body.inputs, check_fewest)
+    else:
+        prompt_ids = await service.aside(service.needed_tokenizer.encode, body.inputs)
         prompt_ids = prompt_ids[-parameters.truncate :]
     if not prompt_ids:
         raise invalid("`inputs` cannot be empty", "inputs")
-    most = limits.check_lengths(
-        parameters, len(prompt_ids), max_input=max_input, max_total=max_total
-    )
+    most = check(len(prompt_ids))
     options = limits.sampling_options(parameters, service.options, most, includes_stop=True)
     wants_scores = parameters.decoder_input_details and service.options.has_prompt_logprobs
     note_parameters(request, options)
