@@ -2,12 +2,13 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
 
 from hanok.checkpoint.tokenizer import Tokenizer
 from hanok.engine.engine import Engine
@@ -22,7 +23,7 @@ from hanok.server.errors import ServerError, as_server_error, invalid, overloade
 from hanok.server.log import log_request
 from hanok.server.metrics import Metrics, RequestRecord
 from hanok.server.options import ServerOptions
-from hanok.server.web import Exchange, Route, exchange_of, until_gone
+from hanok.server.web import AT_ONCE, Exchange, Json, Route, dumps_in_parts, exchange_of, until_gone
 
 if TYPE_CHECKING:
     from hanok.server.metrics import Outcome
@@ -160,6 +161,18 @@ class Service:
             return tokenizer.encode(text)
 
         return await self.aside(encode)
+
+    async def answered(
+        self, build: Callable[[], Any], num_scores: int, headers: Mapping[str, str]
+    ) -> Response:
+        """Answer with the JSON value that `build` makes of so many scores of tokens.
+
+        Many are written in a thread, so that streams go on; few, where that would only take longer.
+        """
+        if num_scores <= AT_ONCE:
+            return Json(build(), headers=headers)
+        content = await self.aside(lambda: "".join(dumps_in_parts(build())).encode())
+        return Response(content, headers=headers, media_type=Json.media_type)
 
     async def submit(self, request: Request, prompts: Sequence[Prepared]) -> list[Ticket]:
         """Queue prompts, each as often as it says, and return their tickets in that order.

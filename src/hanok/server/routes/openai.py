@@ -32,10 +32,19 @@ from hanok.server.openai_sampling import (
     sampling_options,
     unknown_model,
 )
-from hanok.server.routes.tgi import batch_too_large, text_of
+from hanok.server.routes.tgi import batch_too_large, num_scores, text_of
 from hanok.server.service import Prepared, Service, give_up
 from hanok.server.times import stream_headers, timing_headers
-from hanok.server.web import EventStream, Json, Route, dumps, exchange_of, note_parameters
+from hanok.server.web import (
+    AT_ONCE,
+    EventStream,
+    Json,
+    Route,
+    dumps,
+    dumps_in_parts,
+    exchange_of,
+    note_parameters,
+)
 
 DEFAULT_COMPLETION_TOKENS = 16
 REASONS = {"eos_token": "stop", "stop_sequence": "stop", "length": "length"}
@@ -167,15 +176,18 @@ async def completions(service: Service, request: Request, body: CompletionReques
         parts = [writer.stream(index) for index, writer in enumerate(writers)]
         return stream(service, request, body, head, parts, tickets, len(given))
     results = await service.results(request, tickets)
-    choices: list[dict[str, Any]] = []
-    for start in range(0, len(tickets), best_of):
-        group = range(start, start + best_of)
-        if best_of > count:
-            group = sorted(group, key=lambda i: -_mean(results[i]))[:count]  # type: ignore[assignment]
-        choices += [writers[index].whole(len(choices), results[index]) for index in group]
-    answer = head.fields() | {"choices": choices, "usage": usage_of(tickets, len(given))}
+
+    def answer() -> dict[str, Any]:
+        choices: list[dict[str, Any]] = []
+        for start in range(0, len(tickets), best_of):
+            group = range(start, start + best_of)
+            if best_of > count:
+                group = sorted(group, key=lambda i: -_mean(results[i]))[:count]  # type: ignore[assignment]
+            choices += [writers[index].whole(len(choices), results[index]) for index in group]
+        return head.fields() | {"choices": choices, "usage": usage_of(tickets, len(given))}
+
     headers = timing_headers(exchange_of(request), tickets, _num_characters(given))
-    return Json(answer, headers=headers)
+    return await service.answered(answer, num_scores(tickets), headers)
 
 
 def check_prompt(service: Service, ids: Sequence[int], most: int | None, parameter: str) -> int:
@@ -253,7 +265,8 @@ class CompletionWriter:
         """Yield the choice's chunks."""
         is_first = True
         async for events in self.ticket.groups():
-            parts = [self._echo()] if is_first and self.body.echo else []
+            is_echoed = is_first and self.body.echo
+            parts = [await asyncio.to_thread(self._echo)] if is_echoed else []
             is_first = False
             if self.most:
                 parts += [self._part([event]) for event in events]
@@ -355,13 +368,16 @@ async def chat_completions(service: Service, request: Request, body: ChatRequest
         head = replace(head, object="chat.completion.chunk")
         return stream(service, request, body, head, parts, tickets, 1)
     results = await service.results(request, tickets)
-    choices = [
-        writer.whole(index, events)
-        for index, (writer, events) in enumerate(zip(writers, results, strict=True))
-    ]
-    answer = head.fields() | {"choices": choices, "usage": usage_of(tickets, 1)}
+
+    def answer() -> dict[str, Any]:
+        choices = [
+            writer.whole(index, events)
+            for index, (writer, events) in enumerate(zip(writers, results, strict=True))
+        ]
+        return head.fields() | {"choices": choices, "usage": usage_of(tickets, 1)}
+
     headers = timing_headers(exchange_of(request), tickets, len(talk.text))
-    return Json(answer, headers=headers)
+    return await service.answered(answer, num_scores(tickets), headers)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -458,7 +474,11 @@ def stream(
                     usage = None
                     if tells_each and is_last:
                         usage = usage_of([tickets[choice["index"]]], 1)
-                    yield dumps(common | {"choices": [choice], "usage": usage})
+                    chunk = common | {"choices": [choice], "usage": usage}
+                    # A prompt that is echoed may have as many scores as the context has tokens.
+                    is_long = len((choice["logprobs"] or {}).get("tokens", ())) > AT_ONCE
+                    texts = dumps_in_parts(chunk)
+                    yield await service.aside("".join, texts) if is_long else dumps(chunk)
             if asked is not None and asked.include_usage:
                 usage = usage_of(tickets, num_prompts)
                 yield dumps(common | {"choices": [], "usage": usage})

@@ -153,18 +153,22 @@ async def whole(service: Service, request: Request, asked: Asked, *, as_list: bo
     tickets = await service.submit(request, [asked.prepared])
     results = await service.results(request, tickets)
     tokenizer = service.needed_tokenizer
-    answers = [
-        _answer(tokenizer, asked, ticket, events)
-        for ticket, events in zip(tickets, results, strict=True)
-    ]
-    means = [sum(e.logprob for e in events) / len(events) for events in results]
-    best = answers.pop(means.index(max(means)))
-    text = best.pop("generated_text")
-    found: dict[str, Any] = {"generated_text": text}
-    if asked.has_details:
-        found["details"] = best | ({"best_of_sequences": answers} if answers else {})
+
+    def answer() -> Any:
+        answers = [
+            _answer(tokenizer, asked, ticket, events)
+            for ticket, events in zip(tickets, results, strict=True)
+        ]
+        means = [sum(e.logprob for e in events) / len(events) for events in results]
+        best = answers.pop(means.index(max(means)))
+        text = best.pop("generated_text")
+        found: dict[str, Any] = {"generated_text": text}
+        if asked.has_details:
+            found["details"] = best | ({"best_of_sequences": answers} if answers else {})
+        return [found] if as_list else found
+
     headers = timing_headers(exchange_of(request), tickets, len(asked.inputs))
-    return Json([found] if as_list else found, headers=headers)
+    return await service.answered(answer, num_scores(tickets), headers)
 
 
 def _answer(
@@ -350,6 +354,15 @@ async def vertex(service: Service, request: Request, body: VertexRequest) -> Res
     tickets = await service.submit(request, prepared)
     results = await service.results(request, tickets)
     return Json({"predictions": ["".join(e.text for e in events) for events in results]})
+
+
+def num_scores(tickets: Sequence[Ticket]) -> int:
+    """Return how many scores an answer may tell of: of each token, and of those likely there."""
+    return sum(
+        (len(ticket.prompt_scores) + len(ticket.request.sequence.generated_ids))
+        * (1 + ticket.request.sequence.params.top_logprobs)
+        for ticket in tickets
+    )
 
 
 def batch_too_large(service: Service) -> ServerError:
