@@ -121,6 +121,8 @@ def texts() -> Iterator[tuple[str, str, bytes]]:
         yield f"{name} to tokenize", "/tokenize", body(inputs=text)
     words = kinds["words"]
     talk = {"messages": [USER | {"content": words}]}
+    yield "words, /tokenize as in vLLM", "/tokenize", body(prompt=words, return_token_strs=True)
+    yield "ids, /detokenize", "/detokenize", listed('{"tokens":[', "9,", "9]}")
     yield "words, /chat_tokenize", "/chat_tokenize", body(**talk)
     yield "words, /explain", "/explain", body(route=CHAT, body=talk)
     yield (

@@ -224,6 +224,7 @@ def test_the_constraints_of_other_servers_are_followed(
         ({"guided_json": "{"}, "grammar is not valid"),
         ({"regex": "(a"}, "grammar is not valid"),
         ({"bad_words": ["dog"]}, "`bad_words` is not supported"),
+        ({"logprobs": 1, "prompt_logprobs": 1}, "`prompt_logprobs` is not supported"),
         ({"skip_special_tokens": False}, "`skip_special_tokens` is not supported"),
     ],
 )
@@ -245,6 +246,38 @@ def test_fields_that_ask_for_nothing_are_taken(client: httpx.Client) -> None:
     nothing |= {"structured_outputs": {"json": None}, "grammar": None, "unheard_of": 5}
     body = {"prompt": "a", "max_tokens": 1, **nothing}
     assert client.post("/v1/completions", json=body).status_code == 200
+
+
+def test_the_last_tokens_of_a_prompt_are_kept(client: httpx.Client) -> None:
+    model = hanok.load(hanok.BUNDLED, dtype="float32")
+    text = "Lily had a red ball and a cat. The dog ran to the park."
+    ids = model.encode(text)
+    options = {"max_tokens": 6, "temperature": 0}
+    for kept in (1, 5, len(ids), len(ids) + 5):
+        expected = model.generate(ids[-kept:], max_new_tokens=6).text
+        for prompt in (text, ids):
+            body = {"prompt": prompt, "truncate_prompt_tokens": kept, **options}
+            found = client.post("/v1/completions", json=body).json()
+            assert found["choices"][0]["text"] == expected
+            assert found["usage"]["prompt_tokens"] == min(kept, len(ids))
+            explained = client.post("/explain", json={"route": "/v1/completions", "body": body})
+            assert explained.json()["prompts"][0]["token_ids"] == ids[-kept:]
+    body = {"messages": [LONG], "truncate_prompt_tokens": -1, **options}
+    found = client.post("/v1/chat/completions", json=body).json()
+    assert found["usage"]["prompt_tokens"] == 1024 - 6
+    body = {"prompt": [5] * 3000, "truncate_prompt_tokens": -1, "max_tokens": 3}
+    assert client.post("/v1/completions", json=body).json()["usage"]["prompt_tokens"] == 1024 - 3
+    for kept, status in ((0, 422), (-2, 422), (1024, 400)):
+        body = {"prompt": [5] * 3000, "truncate_prompt_tokens": kept, "max_tokens": 3}
+        assert client.post("/v1/completions", json=body).status_code == status
+
+
+def test_an_echoed_prompt_is_what_was_kept_of_it(client: httpx.Client) -> None:
+    text = "Lily had a red ball and a cat."
+    body = {"prompt": text, "truncate_prompt_tokens": 3, "echo": True, "logprobs": 0}
+    found = client.post("/v1/completions", json={**body, "max_tokens": 1}).json()["choices"][0]
+    assert found["text"].startswith("".join(found["logprobs"]["tokens"][:3]))
+    assert found["logprobs"]["text_offset"][3] == len("".join(found["logprobs"]["tokens"][:3]))
 
 
 def test_tools_that_must_be_called_are(sdk: openai.OpenAI) -> None:

@@ -50,7 +50,6 @@ Biases = Annotated[
 
 
 NOT_SERVED: Mapping[str, tuple[Any, ...]] = {
-    "add_special_tokens": (False,),
     "allowed_token_ids": ([],),
     "audio": ({},),
     "bad_words": ([],),
@@ -117,6 +116,10 @@ class Sampling(Body):
     timeout: Annotated[float, Field(gt=0)] | None = None
     cache_salt: Name | None = None
     priority: Annotated[int, Field(ge=-1000, le=1000)] | None = None
+    truncate_prompt_tokens: Annotated[int, Field(ge=-1)] | None = None
+    """So many of the prompt's last tokens are used; -1: as many as there is room for."""
+    add_special_tokens: bool | None = None
+    """Default: true for a prompt, false for messages, whose template writes them."""
     # What the answer has to be; see `server/constraints.py`.
     response_format: dict[str, Any] | None = None
     structured_outputs: dict[str, Any] | None = None

@@ -4,7 +4,7 @@ from typing import Any
 
 from hanok.engine.params import SamplingOptions, SamplingParams
 from hanok.server.errors import ServerError, invalid
-from hanok.server.openai_models import NOT_SERVED, Sampling
+from hanok.server.openai_models import NOT_SERVED, ChatRequest, Sampling
 from hanok.server.options import ServerOptions
 
 DRAWING = ("top_k", "top_p", "min_p", "typical_p")
@@ -25,6 +25,11 @@ def check(asked: Sampling, options: ServerOptions) -> None:
     if len(asked.stop) > most:
         raise invalid(
             f"`stop` supports up to {most} stop sequences. Given: {len(asked.stop)}", "stop"
+        )
+    if isinstance(asked, ChatRequest) and asked.add_special_tokens:
+        raise invalid(
+            "`add_special_tokens` is not supported: a chat's template writes them. Leave it out",
+            "add_special_tokens",
         )
     if not all(asked.stop):
         raise invalid("`stop` sequences cannot be empty", "stop")

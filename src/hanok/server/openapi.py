@@ -72,11 +72,7 @@ def document(routes: Iterable[Route], *, has_key: bool) -> dict[str, Any]:
 def _operation(route: Route, found: dict[Any, Any], *, has_key: bool) -> dict[str, Any]:
     content: dict[str, Any] = {}
     if route.answer is not None:
-        schema = found[route.answer, "serialization"]
-        is_list = route.path == "/tokenize"
-        content["application/json"] = {
-            "schema": {"type": "array", "items": schema} if is_list else schema
-        }
+        content["application/json"] = {"schema": found[route.answer, "serialization"]}
     elif route.content_type:
         content[route.content_type] = {}
     if route.streams:

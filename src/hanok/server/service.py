@@ -148,7 +148,13 @@ class Service:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._workers, lambda: function(*args, **kwargs))
 
-    async def encoded(self, text: str, check: Callable[[int], None]) -> list[int]:
+    async def encoded(
+        self,
+        text: str,
+        check: Callable[[int], None] | None = None,
+        *,
+        add_special_tokens: bool = True,
+    ) -> list[int]:
         """Return a text's tokens, in a thread.
 
         A text that cannot be served is not worth the seconds that tokenizing it may take: `check` is
@@ -157,8 +163,9 @@ class Service:
         tokenizer = self.needed_tokenizer
 
         def encode() -> list[int]:
-            check(tokenizer.fewest_tokens(text))
-            return tokenizer.encode(text)
+            if check is not None:
+                check(tokenizer.fewest_tokens(text))
+            return tokenizer.encode(text, add_special_tokens=add_special_tokens)
 
         return await self.aside(encode)
 

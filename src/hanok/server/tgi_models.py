@@ -70,7 +70,7 @@ class Parameters(Body):
 
 
 class GenerateRequest(Body):
-    """The body of /generate, /generate_stream and /tokenize."""
+    """The body of /generate and /generate_stream."""
 
     inputs: str
     parameters: Parameters | None = None

@@ -139,11 +139,11 @@ async def completions(service: Service, request: Request, body: CompletionReques
     most = DEFAULT_COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
     if most == 0 and not body.echo:
         raise invalid("`max_tokens` must be >= 1 without `echo`", "max_tokens")
-    prepared = []
+    prepared, shown = [], []
     for prompt in given:
-        ids = prompt
-        if isinstance(ids, str):
-            ids = await service.encoded(ids, fitting(service, max(1, most), "prompt"))
+        whole = await encoded(service, body, prompt, max(1, most))
+        ids = truncated(service, whole, body.truncate_prompt_tokens, max(1, most))
+        shown.append(prompt if len(ids) == len(whole) else ids)
         check_prompt(service, ids, max(1, most), "prompt")
         sampling = sampling_options(body, service.needed_model.defaults, max(1, most))
         sampling["top_logprobs"] = body.logprobs or 0
@@ -167,7 +167,7 @@ async def completions(service: Service, request: Request, body: CompletionReques
             body=body,
             tokenizer=service.needed_model.tokenizer,
             ticket=ticket,
-            prompt=given[index // best_of],
+            prompt=shown[index // best_of],
             most=most,
         )
         for index, ticket in enumerate(tickets)
@@ -188,6 +188,27 @@ async def completions(service: Service, request: Request, body: CompletionReques
 
     headers = timing_headers(exchange_of(request), tickets, _num_characters(given))
     return await service.answered(answer, num_scores(tickets), headers)
+
+
+async def encoded(
+    service: Service, body: CompletionRequest, prompt: str | list[int], most: int
+) -> list[int]:
+    """Return the tokens of one of a body's prompts, of which `most` are to be generated."""
+    if not isinstance(prompt, str):
+        return prompt
+    is_cut = body.truncate_prompt_tokens is not None
+    check_length = None if is_cut else fitting(service, most, "prompt")
+    adds = body.add_special_tokens is not False
+    return await service.encoded(prompt, check_length, add_special_tokens=adds)
+
+
+def truncated(service: Service, ids: list[int], kept: int | None, most: int) -> list[int]:
+    """Return the last tokens of a prompt: `kept` of them, or with -1 what `most` leaves room for."""
+    if kept is None:
+        return ids
+    if kept == -1:
+        kept = min(service.max_input_tokens, max(1, service.max_total_tokens - most))
+    return ids[-kept:] if kept else []
 
 
 def check_prompt(service: Service, ids: Sequence[int], most: int | None, parameter: str) -> int:
@@ -342,13 +363,15 @@ async def chat_completions(service: Service, request: Request, body: ChatRequest
     if body.top_logprobs is not None and not body.logprobs:
         raise invalid("`top_logprobs` needs `logprobs` to be true", "top_logprobs")
     wanted = body.max_completion_tokens or body.max_tokens
-    check_length = fitting(service, wanted, "messages")
+    is_cut = body.truncate_prompt_tokens is not None
+    check_length = None if is_cut else fitting(service, wanted, "messages")
     talk = await service.aside(conversation_of, service.needed_tokenizer, body, check_length)
-    most = check_prompt(service, talk.prompt_ids, wanted, "messages")
+    prompt_ids = truncated(service, talk.prompt_ids, body.truncate_prompt_tokens, wanted or 1)
+    most = check_prompt(service, prompt_ids, wanted, "messages")
     sampling = sampling_options(body, service.needed_model.defaults, most)
     sampling["top_logprobs"] = body.top_logprobs or 0
     prepared = Prepared(
-        prompt_ids=talk.prompt_ids,
+        prompt_ids=prompt_ids,
         options=sampling,
         count=body.n or 1,
         grammar=talk.grammar,

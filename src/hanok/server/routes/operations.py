@@ -185,23 +185,24 @@ async def explain(service: Service, request: Request, body: ExplainRequest) -> R
     if body.route == "/v1/chat/completions":
         chat = validated(body.body, ChatRequest)
         wanted = chat.max_completion_tokens or chat.max_tokens
-        check_length = openai.fitting(service, wanted, "messages")
+        kept = chat.truncate_prompt_tokens
+        check_length = openai.fitting(service, wanted, "messages") if kept is None else None
         talk = await service.aside(conversation_of, service.needed_tokenizer, chat, check_length)
-        most = openai.check_prompt(service, talk.prompt_ids, wanted, "messages")
+        ids = openai.truncated(service, talk.prompt_ids, kept, wanted or 1)
+        most = openai.check_prompt(service, ids, wanted, "messages")
         options = sampling_options(chat, model.defaults, most)
         params = model.defaults.updated(options)
-        prompts = [{"text": talk.text, "token_ids": talk.prompt_ids}]
+        prompts = [{"text": talk.text, "token_ids": ids}]
         return Json({"prompts": prompts, "parameters": origins(chat, params, model.defaults)})
     if body.route == "/v1/completions":
         completion = validated(body.body, CompletionRequest)
-        for prompt in prompts_of(service, completion):
-            ids = prompt
-            if isinstance(ids, str):
-                ids = await service.encoded(ids, openai.fitting(service, 1, "prompt"))
-            openai.check_prompt(service, ids, 1, "prompt")
-            prompts.append({"text": prompt if isinstance(prompt, str) else None, "token_ids": ids})
         wanted = completion.max_tokens
         most = openai.DEFAULT_COMPLETION_TOKENS if wanted is None else max(1, wanted)
+        for prompt in prompts_of(service, completion):
+            ids = await openai.encoded(service, completion, prompt, most)
+            ids = openai.truncated(service, ids, completion.truncate_prompt_tokens, most)
+            openai.check_prompt(service, ids, most, "prompt")
+            prompts.append({"text": prompt if isinstance(prompt, str) else None, "token_ids": ids})
         params = model.defaults.updated(sampling_options(completion, model.defaults, most))
         return Json({"prompts": prompts, "parameters": origins(completion, params, model.defaults)})
     if body.route in ("/", "/generate", "/generate_stream"):

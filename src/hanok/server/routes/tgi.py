@@ -23,14 +23,12 @@ from hanok.server.tgi_models import (
     GenerateRequest,
     GenerateResponse,
     Parameters,
-    TokenizedToken,
     VertexRequest,
 )
 from hanok.server.times import stream_headers, timing_headers
 from hanok.server.web import (
     EventStream,
     Json,
-    Pieces,
     Route,
     dumps,
     exchange_of,
@@ -276,15 +274,6 @@ async def _events(tokenizer: Tokenizer, asked: Asked, ticket: Ticket) -> AsyncGe
         raise UNFINISHED
 
 
-async def tokenize(service: Service, request: Request, body: GenerateRequest) -> Response:
-    """Answer with the tokens of a text and where in it they stand."""
-    encode = service.needed_tokenizer.encode
-    ids = await service.aside(encode, body.inputs, add_special_tokens=True)
-    return Pieces(
-        token_list(service, body.inputs, ids), write_timeout_s=service.options.write_timeout_s
-    )
-
-
 async def token_list(service: Service, text: str, ids: list[int]) -> AsyncGenerator[str, None]:
     """Yield the JSON list of a text's tokens in parts: it is dozens of times as long as the text."""
     tokenizer, total = service.needed_tokenizer, len(text.encode())
@@ -404,14 +393,6 @@ ROUTES = (
         body=GenerateRequest,
         content_type="text/event-stream",
         streams=True,
-        **_COMMON,
-    ),
-    Route(
-        path="/tokenize",
-        handler=tokenize,
-        summary="The tokens of a text",
-        body=GenerateRequest,
-        answer=TokenizedToken,
         **_COMMON,
     ),
     Route(
