@@ -21,9 +21,8 @@ import uvicorn
 import hanok
 from hanok.engine.engine import Engine
 from hanok.engine.model import Model
-from hanok.server.app import create_app
 from hanok.server.options import ServerOptions
-from hanok.server.run import listen
+from hanok.server.run import configured, listen
 from hanok.server.service import Service
 
 PATIENCE_S = 60.0
@@ -130,10 +129,7 @@ def local_server(
     listener = listen(options)
     if send_buffer is not None:  # connections have that of their listener
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
-    config = uvicorn.Config(
-        create_app(service), lifespan="off", log_level="critical", timeout_graceful_shutdown=5
-    )
-    server = uvicorn.Server(config)
+    server = uvicorn.Server(configured(service))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     # As the server of its own: several threads wait for one another where others use the processors.
     num_threads = torch.get_num_threads()

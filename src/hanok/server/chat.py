@@ -1,7 +1,7 @@
 """A chat request as a prompt, and what is to be read of the answer."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,9 +37,12 @@ class Conversation:
     """Special tokens that are read, and so have to be spelled out."""
 
 
-def conversation_of(tokenizer: Tokenizer, body: ChatRequest) -> Conversation:
+def conversation_of(
+    tokenizer: Tokenizer, body: ChatRequest, check_length: Callable[[int], None] | None = None
+) -> Conversation:
     """Return a request's conversation as the checkpoint's template writes it.
 
+    `check_length`: see `Service.encoded`.
     Raises ServerError for messages that are not, and where there is no template or it refuses.
     """
     messages = [_message(number, message) for number, message in enumerate(body.messages)]
@@ -67,6 +70,8 @@ def conversation_of(tokenizer: Tokenizer, body: ChatRequest) -> Conversation:
             text = rendered([*messages[:-1], last], tools)
     except RequestError as error:
         raise ServerError(f"Template error: {error}", kind="template_error") from error
+    if check_length is not None:
+        check_length(tokenizer.fewest_tokens(text))
     ids = tokenizer.encode(text, add_special_tokens=False)
     bos = tokenizer.bos_token_id
     while bos is not None and ids[:2] == [bos, bos]:

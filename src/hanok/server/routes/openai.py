@@ -34,10 +34,19 @@ from hanok.server.openai_sampling import (
     sampling_options,
     unknown_model,
 )
-from hanok.server.routes.tgi import batch_too_large, text_of
+from hanok.server.routes.tgi import batch_too_large, num_scores, text_of
 from hanok.server.service import Prepared, Service, give_up
 from hanok.server.times import stream_headers, timing_headers
-from hanok.server.web import EventStream, Json, Route, dumps, exchange_of, note_parameters
+from hanok.server.web import (
+    AT_ONCE,
+    EventStream,
+    Json,
+    Route,
+    dumps,
+    dumps_in_parts,
+    exchange_of,
+    note_parameters,
+)
 
 DEFAULT_COMPLETION_TOKENS = 16
 REASONS = {"eos_token": "stop", "stop_sequence": "stop", "length": "length"}
@@ -137,7 +146,7 @@ async def completions(service: Service, request: Request, body: CompletionReques
         raise invalid("`max_tokens` must be >= 1 without `echo`", "max_tokens")
     prepared, shown = [], []
     for prompt in given:
-        whole = await encoded(service, body, prompt)
+        whole = await encoded(service, body, prompt, max(1, most))
         ids = truncated(service, whole, body.truncate_prompt_tokens, max(1, most))
         shown.append(prompt if len(ids) == len(whole) else ids)
         check_prompt(service, ids, max(1, most), "prompt")
@@ -174,23 +183,30 @@ async def completions(service: Service, request: Request, body: CompletionReques
             service, request, body, head, parts, tickets, lambda: usage_of(tickets, len(given))
         )
     results = await service.results(request, tickets)
-    choices: list[dict[str, Any]] = []
-    for start in range(0, len(tickets), best_of):
-        group = range(start, start + best_of)
-        if best_of > count:
-            group = sorted(group, key=lambda i: -_mean(results[i]))[:count]  # type: ignore[assignment]
-        choices += [writers[index].whole(len(choices), results[index]) for index in group]
-    answer = head.fields() | {"choices": choices, "usage": usage_of(tickets, len(given))}
+
+    def answer() -> dict[str, Any]:
+        choices: list[dict[str, Any]] = []
+        for start in range(0, len(tickets), best_of):
+            group = range(start, start + best_of)
+            if best_of > count:
+                group = sorted(group, key=lambda i: -_mean(results[i]))[:count]  # type: ignore[assignment]
+            choices += [writers[index].whole(len(choices), results[index]) for index in group]
+        return head.fields() | {"choices": choices, "usage": usage_of(tickets, len(given))}
+
     headers = timing_headers(exchange_of(request), tickets, _num_characters(given))
-    return Json(answer, headers=headers)
+    return await service.answered(answer, num_scores(tickets), headers)
 
 
-async def encoded(service: Service, body: CompletionRequest, prompt: str | list[int]) -> list[int]:
-    """Return the tokens of one of a body's prompts."""
+async def encoded(
+    service: Service, body: CompletionRequest, prompt: str | list[int], most: int
+) -> list[int]:
+    """Return the tokens of one of a body's prompts, of which `most` are to be generated."""
     if not isinstance(prompt, str):
         return prompt
+    is_cut = body.truncate_prompt_tokens is not None
+    check_length = None if is_cut else fitting(service, most, "prompt")
     adds = body.add_special_tokens is not False
-    return await service.aside(service.needed_tokenizer.encode, prompt, add_special_tokens=adds)
+    return await service.encoded(prompt, check_length, add_special_tokens=adds)
 
 
 def truncated(service: Service, ids: list[int], kept: int | None, most: int) -> list[int]:
@@ -209,11 +225,32 @@ def check_prompt(service: Service, ids: Sequence[int], most: int | None, paramet
     """
     if not ids:
         raise invalid(f"`{parameter}` cannot be empty", parameter)
+    return _room(service, len(ids), most, parameter)
+
+
+def fitting(service: Service, most: int | None, parameter: str) -> Callable[[int], None]:
+    """Return what raises ServerError for a prompt of at least so many tokens, if that is too long."""
+
+    def check_length(fewest: int) -> None:
+        if fewest > service.max_input_tokens:
+            _room(service, fewest, most, parameter, are_counted=False)
+
+    return check_length
+
+
+def _room(
+    service: Service, count: int, most: int | None, parameter: str, *, are_counted: bool = True
+) -> int:
     max_input, max_total = service.max_input_tokens, service.max_total_tokens
-    wanted = max(1, max_total - len(ids)) if most is None else most
-    if len(ids) > max_input or len(ids) + wanted > max_total:
+    wanted = max(1, max_total - count) if most is None else most
+    if count > max_input or count + wanted > max_total:
         raise context_exceeded(
-            len(ids), wanted, max_input=max_input, max_total=max_total, parameter=parameter
+            count,
+            wanted,
+            max_input=max_input,
+            max_total=max_total,
+            parameter=parameter,
+            are_counted=are_counted,
         )
     return wanted
 
@@ -256,7 +293,8 @@ class CompletionWriter:
         """Yield the choice's chunks."""
         is_first = True
         async for events in self.ticket.groups():
-            parts = [self._echo()] if is_first and self.body.echo else []
+            is_echoed = is_first and self.body.echo
+            parts = [await asyncio.to_thread(self._echo)] if is_echoed else []
             is_first = False
             if self.most:
                 parts += [self._part([event]) for event in events]
@@ -336,8 +374,10 @@ async def submitted(
     check_model(body.model, options)
     if body.top_logprobs is not None and not body.logprobs:
         raise invalid("`top_logprobs` needs `logprobs` to be true", "top_logprobs")
-    talk = await service.aside(conversation_of, service.needed_tokenizer, body)
     wanted = body.max_completion_tokens or body.max_tokens
+    is_cut = body.truncate_prompt_tokens is not None
+    check_length = None if is_cut else fitting(service, wanted, "messages")
+    talk = await service.aside(conversation_of, service.needed_tokenizer, body, check_length)
     prompt_ids = truncated(service, talk.prompt_ids, body.truncate_prompt_tokens, wanted or 1)
     most = check_prompt(service, prompt_ids, wanted, "messages")
     sampling = sampling_options(body, service.needed_model.defaults, most)
@@ -373,13 +413,16 @@ async def chat_completions(service: Service, request: Request, body: ChatRequest
         head = replace(head, object="chat.completion.chunk")
         return stream(service, request, body, head, parts, tickets, usage)
     results = await service.results(request, tickets)
-    choices = [
-        writer.whole(index, events)
-        for index, (writer, events) in enumerate(zip(writers, results, strict=True))
-    ]
-    answer = head.fields() | {"choices": choices, "usage": usage()}
+
+    def answer() -> dict[str, Any]:
+        choices = [
+            writer.whole(index, events)
+            for index, (writer, events) in enumerate(zip(writers, results, strict=True))
+        ]
+        return head.fields() | {"choices": choices, "usage": usage()}
+
     headers = timing_headers(exchange_of(request), tickets, len(talk.text))
-    return Json(answer, headers=headers)
+    return await service.answered(answer, num_scores(tickets), headers)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -509,7 +552,11 @@ def stream(
                     own = None
                     if tells_each and is_last:
                         own = usage_of([tickets[choice["index"]]], 1)
-                    yield dumps(common | {"choices": [choice], "usage": own})
+                    chunk = common | {"choices": [choice], "usage": own}
+                    # A prompt that is echoed may have as many scores as the context has tokens.
+                    is_long = len((choice["logprobs"] or {}).get("tokens", ())) > AT_ONCE
+                    texts = dumps_in_parts(chunk)
+                    yield await service.aside("".join, texts) if is_long else dumps(chunk)
             if asked is not None and asked.include_usage:
                 yield dumps(common | {"choices": [], "usage": usage()})
         except Exception as error:
