@@ -282,3 +282,11 @@ def test_an_interrupt_while_verifying_leaves_nothing_unverified(tmp_path: Path) 
     with pytest.raises(KeyboardInterrupt):
         convert(tmp_path, progress=interrupt)
     assert names(tmp_path) == ["pytorch_model.bin"]
+
+
+def test_refuses_an_index_that_lists_more_than_its_shards_have(tmp_path: Path) -> None:
+    torch.save({"a": torch.ones(2)}, tmp_path / "part.bin")
+    index = {"weight_map": {"a": "part.bin", "b": "part.bin"}}
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="lists 1 tensors that no shard has: b"):
+        convert(tmp_path)

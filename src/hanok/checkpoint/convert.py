@@ -78,6 +78,11 @@ def convert(
     """
     entry = _find_source(Path(source))
     checkpoint = open_checkpoint(entry, needs_config=False)
+    if checkpoint.disagreements:
+        raise CheckpointError(
+            f"{entry}: {'; '.join(checkpoint.disagreements)}. A conversion could not be known to be "
+            "whole; get index and shards again"
+        )
     folder = Path(destination) if destination is not None else checkpoint.folder
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"{folder}: is a file; the destination must be a folder")
