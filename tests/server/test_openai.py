@@ -1,15 +1,18 @@
 """OpenAI's contract, against a live server and with its own client."""
 
 import json
+import re
 from typing import Any
 
 import httpx
 import openai
 import pytest
+from langchain_core.exceptions import ContextOverflowError
 from langchain_openai import ChatOpenAI
-from tests.server.conftest import Server
+from tests.server.conftest import Server, start_server, stop, wait_until_ready
 
 import hanok
+from hanok.server.openai_models import NOT_SERVED
 
 PROMPT = "Once upon a time"
 MESSAGES: Any = [{"role": "user", "content": "Tell me of a dog."}]
@@ -26,11 +29,6 @@ WEATHER: Any = {
         },
     },
 }
-
-
-@pytest.fixture
-def sdk(server: Server) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="k", max_retries=0)
 
 
 def test_models_and_completions(sdk: openai.OpenAI) -> None:
@@ -169,6 +167,114 @@ def test_response_formats_in_all_spellings(client: httpx.Client, spelling: dict[
     assert json.loads(found["choices"][0]["message"]["content"])["kind"] in ("dog", "cat")
 
 
+ANIMAL = {"type": "object", "properties": {"kind": {"const": "dog"}}, "required": ["kind"]}
+CLOSED = {**ANIMAL, "additionalProperties": False}
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        ({"structured_outputs": {"json": CLOSED}}, r'\{ ?"kind" ?: ?"dog" ?\}'),
+        ({"structured_outputs": {"regex": "(ab){3}"}}, "ababab"),
+        ({"structured_outputs": {"choice": ["a|b", "c.d"]}}, r"a\|b|c\.d"),
+        ({"structured_outputs": {"grammar": 'start: "x" "y"', "regex": None}}, "xy"),
+        ({"structured_outputs": {"choice": ["no"], "disable_any_whitespace": False}}, "no"),
+        ({"guided_json": json.dumps(CLOSED), "guided_regex": None}, r'\{ ?"kind" ?: ?"dog" ?\}'),
+        ({"guided_regex": "[0-9]{4}"}, "[0-9]{4}"),
+        ({"guided_choice": ["positive", "negative"]}, "positive|negative"),
+        ({"guided_grammar": 'start: "yes" | "no"'}, "yes|no"),
+        ({"json_schema": CLOSED}, r'\{ ?"kind" ?: ?"dog" ?\}'),
+        ({"regex": "dog"}, "dog"),
+        ({"response_format": {"type": "regex", "value": "cat"}}, "cat"),
+        ({"response_format": {"type": "text"}, "regex": "dog"}, "dog"),
+    ],
+)
+def test_the_constraints_of_other_servers_are_followed(
+    client: httpx.Client, asked: dict[str, Any], expected: str
+) -> None:
+    options = {"max_tokens": 40, "temperature": 1.5, "seed": 3, **asked}
+    chat = client.post("/v1/chat/completions", json={"messages": MESSAGES, **options})
+    assert chat.status_code == 200, chat.text
+    assert re.fullmatch(expected, chat.json()["choices"][0]["message"]["content"])
+    completion = client.post("/v1/completions", json={"prompt": PROMPT, **options}).json()
+    assert re.fullmatch(expected, completion["choices"][0]["text"])
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ({"grammar": 'root ::= "a"'}, "`grammar` is not supported"),
+        ({"ebnf": 'root ::= "a"'}, "`ebnf` is not supported"),
+        ({"structural_tag": "{}"}, "`structural_tag` is not supported"),
+        ({"guided_whitespace_pattern": " "}, "`guided_whitespace_pattern` is not supported"),
+        ({"guided_grammar": 'root ::= "a"'}, "`guided_grammar` is in GBNF or EBNF"),
+        ({"structured_outputs": {"grammar": 'root ::= "a"'}}, "`structured_outputs.grammar` is in"),
+        ({"structured_outputs": {"structural_tag": "{}"}}, "`structured_outputs.structural_tag`"),
+        ({"structured_outputs": {"whitespace_pattern": " "}}, "structured_outputs.whitespace_pat"),
+        ({"structured_outputs": {"choice": []}}, "`structured_outputs.choice` must be a list of"),
+        ({"structured_outputs": {"json": 5}}, "`structured_outputs.json` must be a JSON schema"),
+        ({"structured_outputs": {"regex": "a", "choice": ["a"]}}, "say what the answer is"),
+        ({"guided_regex": "a", "guided_choice": ["a"]}, "`guided_regex` and `guided_choice` both"),
+        ({"response_format": {"type": "json_object"}, "regex": "a"}, "and `regex` both say"),
+        ({"guided_json": "{"}, "grammar is not valid"),
+        ({"regex": "(a"}, "grammar is not valid"),
+        ({"bad_words": ["dog"]}, "`bad_words` is not supported"),
+        ({"logprobs": 1, "prompt_logprobs": 1}, "`prompt_logprobs` is not supported"),
+        ({"skip_special_tokens": False}, "`skip_special_tokens` is not supported"),
+    ],
+)
+def test_what_cannot_be_followed_is_refused(
+    client: httpx.Client, asked: dict[str, Any], words: str
+) -> None:
+    for route, given in (
+        ("chat/completions", {"messages": MESSAGES}),
+        ("completions", {"prompt": "a"}),
+    ):
+        found = client.post(f"/v1/{route}", json={**given, "max_tokens": 2, **asked})
+        assert found.status_code == 422, found.text
+        assert words in found.json()["error"]["message"]
+
+
+def test_fields_that_ask_for_nothing_are_taken(client: httpx.Client) -> None:
+    nothing: dict[str, Any] = {name: None for name in NOT_SERVED}
+    nothing |= {name: values[0] for name, values in NOT_SERVED.items() if values}
+    nothing |= {"structured_outputs": {"json": None}, "grammar": None, "unheard_of": 5}
+    body = {"prompt": "a", "max_tokens": 1, **nothing}
+    assert client.post("/v1/completions", json=body).status_code == 200
+
+
+def test_the_last_tokens_of_a_prompt_are_kept(client: httpx.Client) -> None:
+    model = hanok.load(hanok.BUNDLED, dtype="float32")
+    text = "Lily had a red ball and a cat. The dog ran to the park."
+    ids = model.encode(text)
+    options = {"max_tokens": 6, "temperature": 0}
+    for kept in (1, 5, len(ids), len(ids) + 5):
+        expected = model.generate(ids[-kept:], max_new_tokens=6).text
+        for prompt in (text, ids):
+            body = {"prompt": prompt, "truncate_prompt_tokens": kept, **options}
+            found = client.post("/v1/completions", json=body).json()
+            assert found["choices"][0]["text"] == expected
+            assert found["usage"]["prompt_tokens"] == min(kept, len(ids))
+            explained = client.post("/explain", json={"route": "/v1/completions", "body": body})
+            assert explained.json()["prompts"][0]["token_ids"] == ids[-kept:]
+    body = {"messages": [LONG], "truncate_prompt_tokens": -1, **options}
+    found = client.post("/v1/chat/completions", json=body).json()
+    assert found["usage"]["prompt_tokens"] == 1024 - 6
+    body = {"prompt": [5] * 3000, "truncate_prompt_tokens": -1, "max_tokens": 3}
+    assert client.post("/v1/completions", json=body).json()["usage"]["prompt_tokens"] == 1024 - 3
+    for kept, status in ((0, 422), (-2, 422), (1024, 400)):
+        body = {"prompt": [5] * 3000, "truncate_prompt_tokens": kept, "max_tokens": 3}
+        assert client.post("/v1/completions", json=body).status_code == status
+
+
+def test_an_echoed_prompt_is_what_was_kept_of_it(client: httpx.Client) -> None:
+    text = "Lily had a red ball and a cat."
+    body = {"prompt": text, "truncate_prompt_tokens": 3, "echo": True, "logprobs": 0}
+    found = client.post("/v1/completions", json={**body, "max_tokens": 1}).json()["choices"][0]
+    assert found["text"].startswith("".join(found["logprobs"]["tokens"][:3]))
+    assert found["logprobs"]["text_offset"][3] == len("".join(found["logprobs"]["tokens"][:3]))
+
+
 def test_tools_that_must_be_called_are(sdk: openai.OpenAI) -> None:
     options: Any = {"model": "bundled", "messages": MESSAGES, "tools": [WEATHER], "max_tokens": 80}
     for choice in ("required", {"type": "function", "function": {"name": "weather"}}):
@@ -198,7 +304,7 @@ def test_tools_that_must_be_called_are(sdk: openai.OpenAI) -> None:
         ("completions", {"prompt": []}, 422, "`prompt` cannot be empty"),
         ("completions", {"prompt": ["a"] * 33}, 422, "maximum allowed batch size of 32"),
         ("completions", {"prompt": [999999]}, 422, "is not a token id"),
-        ("completions", {"prompt": "a", "max_tokens": 9999}, 422, "must be <= 1024"),
+        ("completions", {"prompt": "a", "max_tokens": 9999}, 400, "context length is 1024 tokens"),
         ("completions", {"prompt": "a", "temperature": -1}, 422, "temperature"),
         ("completions", {"prompt": "a", "model": "gpt-9"}, 404, "does not exist"),
         ("completions", {"prompt": "a", "logit_bias": {"99999": 1}}, 424, "names token 99999"),
@@ -236,6 +342,71 @@ def test_errors_have_both_shapes(
     assert found.status_code == status, found.text
     assert words in found.json()["error"]["message"]
     assert found.json()["error_type"]
+
+
+def test_a_model_is_found_by_its_names() -> None:
+    server = start_server("--model-name", "org/small", "--model-name", "gpt-4o-mini")
+    try:
+        wait_until_ready(server)
+        sdk = openai.OpenAI(base_url=f"{server.url}/v1", api_key="k", max_retries=0)
+        for name in ("org/small", "gpt-4o-mini"):
+            card = sdk.models.retrieve(name)
+            assert (card.id, card.owned_by) == (name, "org/small")
+            assert card.model_extra == {"max_model_len": 1024}
+        assert [card.id for card in sdk.models.list()] == ["org/small", "gpt-4o-mini"]
+        for name in ("org/small", "gpt-4o-mini", "tgi", "http://127.0.0.1:1/", "https://a.b/v1"):
+            found = sdk.completions.create(model=name, prompt=PROMPT, max_tokens=1)
+            assert found.model == "org/small"
+        for name in ("small", "org", "org/small/", "bundled"):
+            with pytest.raises(openai.NotFoundError) as raised:
+                sdk.models.retrieve(name)
+            assert raised.value.code == "model_not_found"
+            with pytest.raises(openai.NotFoundError, match="'org/small', 'gpt-4o-mini'"):
+                sdk.completions.create(model=name, prompt=PROMPT, max_tokens=1)
+        with server.client() as client:
+            described = client.get("/openapi.json").json()["paths"]["/v1/models/{model}"]["get"]
+            assert described["parameters"][0]["name"] == "model"
+            assert client.post("/v1/models/org/small").status_code == 405
+            assert client.get("/v1/models/").json()["error"]["code"] == "model_not_found"
+    finally:
+        stop(server)
+
+
+LONG = {"role": "user", "content": "dog " * 1100}
+
+
+@pytest.mark.parametrize(
+    ("route", "body", "parameter", "asked"),
+    [
+        ("completions", {"prompt": [5] * 1020, "max_tokens": 5}, "prompt", (1020, 5)),
+        ("completions", {"prompt": [5] * 1024}, "prompt", (1024, 16)),
+        ("completions", {"prompt": "a", "max_tokens": 1024}, "prompt", (2, 1024)),
+        ("chat/completions", {"messages": [LONG]}, "messages", None),
+        ("chat/completions", {"messages": [LONG], "stream": True}, "messages", None),
+        ("chat/completions", {"messages": MESSAGES, "max_tokens": 1024}, "messages", None),
+    ],
+)
+def test_a_request_beyond_the_context_is_told_apart(
+    sdk: openai.OpenAI, route: str, body: dict[str, Any], parameter: str, asked: tuple[int, int]
+) -> None:
+    with pytest.raises(openai.BadRequestError) as raised:
+        sdk.post(f"/{route}", body=body, cast_to=object)
+    error = raised.value
+    assert (error.code, error.type) == ("context_length_exceeded", "invalid_request_error")
+    assert error.param == parameter
+    words = error.body["message"]  # type: ignore[index,call-overload]
+    assert words.lower().startswith("this model's maximum context length is 1024 tokens.")
+    numbers = re.search(rf"requested (\d+) tokens \((\d+) in the {parameter}, (\d+) in the", words)
+    assert numbers is not None
+    requested, prompt, completion = map(int, numbers.groups())
+    assert requested == prompt + completion > 1024
+    assert asked in (None, (prompt, completion))
+
+
+def test_langchain_knows_that_a_conversation_is_too_long(server: Server) -> None:
+    chat = ChatOpenAI(base_url=f"{server.url}/v1", api_key="k", model="bundled", max_retries=0)
+    with pytest.raises(ContextOverflowError):
+        chat.invoke(LONG["content"])
 
 
 def test_langchain(server: Server) -> None:

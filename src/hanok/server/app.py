@@ -1,5 +1,6 @@
 """The application: every route of `server/routes`, behind the gate that all requests pass."""
 
+import re
 from collections.abc import Sequence
 from html import escape
 
@@ -44,14 +45,18 @@ def create_app(service: Service) -> ASGIApp:
         ]
     )
     methods: dict[str, set[str]] = {}
+    patterns: dict[str, re.Pattern[str]] = {}
     for item in router.routes:
         if isinstance(item, StarletteRoute):
             methods.setdefault(item.path, set()).update(item.methods or ())
+            if item.param_convertors:
+                patterns[item.path] = item.path_regex
     gate = Gate(
         router,
         service=service,
         routes={(route.method, route.path): route for route in routes},
         methods=methods,
+        patterns=patterns,
     )
     return CORSMiddleware(
         gate,
@@ -68,7 +73,7 @@ def _route(route: Route, service: Service) -> StarletteRoute:
             _ = service.needed_engine
         body = None
         if route.body is not None:
-            body = await read_body(request, route.body, service.options.max_json_depth)
+            body = await read_body(request, route.body, service.options)
         return await route.handler(service, request, body)
 
     return StarletteRoute(route.path, answer, methods=[route.method], name=route.summary)
@@ -77,7 +82,7 @@ def _route(route: Route, service: Service) -> StarletteRoute:
 def _listing(routes: Sequence[Route]) -> str:
     """Return a page that lists the routes."""
     rows = "".join(
-        f"<tr><td>{route.method}</td><td><code>{escape(route.path)}</code></td>"
+        f"<tr><td>{route.method}</td><td><code>{escape(route.shown_path)}</code></td>"
         f"<td>{escape(route.summary)}</td></tr>"
         for route in routes
     )

@@ -2,44 +2,61 @@
 
 from typing import Any
 
-from hanok.engine.grammar_spec import GrammarSpec
 from hanok.engine.params import SamplingOptions, SamplingParams
-from hanok.server import tgi_limits
 from hanok.server.errors import ServerError, invalid
-from hanok.server.openai_models import Sampling
+from hanok.server.openai_models import NOT_SERVED, ChatRequest, Sampling
 from hanok.server.options import ServerOptions
-from hanok.server.tgi_models import Grammar
 
 DRAWING = ("top_k", "top_p", "min_p", "typical_p")
 """What says how to draw, and means nothing at temperature 0."""
 
+MOST_STOPS = 64
+"""Stop texts on OpenAI's routes, where editors send a dozen; OpenAI itself takes 4."""
+
 
 def check(asked: Sampling, options: ServerOptions) -> None:
-    """Raise ServerError for what goes beyond the server's limits."""
+    """Raise ServerError for what goes beyond the server's limits, and for what it does not serve."""
+    for name, value in (asked.model_extra or {}).items():
+        if name in NOT_SERVED and value is not None and value not in NOT_SERVED[name]:
+            raise invalid(f"`{name}` is not supported: leave it out", name)
     if (asked.n or 1) > options.max_choices:
         raise invalid(f"`n` must be <= {options.max_choices}. Given: {asked.n}", "n")
-    most = options.max_stop_sequences
+    most = max(MOST_STOPS, options.max_stop_sequences)
     if len(asked.stop) > most:
         raise invalid(
             f"`stop` supports up to {most} stop sequences. Given: {len(asked.stop)}", "stop"
+        )
+    if isinstance(asked, ChatRequest) and asked.add_special_tokens:
+        raise invalid(
+            "`add_special_tokens` is not supported: a chat's template writes them. Leave it out",
+            "add_special_tokens",
         )
     if not all(asked.stop):
         raise invalid("`stop` sequences cannot be empty", "stop")
 
 
-def check_model(name: str | None, model_id: str) -> None:
+def check_model(name: str | None, options: ServerOptions) -> None:
     """Raise ServerError for a model that is not served: never another one in its place.
 
-    Clients written for TGI call the model "tgi", and huggingface_hub's "dummy".
+    Clients written for TGI call the model "tgi", huggingface_hub's "dummy", and @huggingface/inference
+    puts the address that it asks there.
     """
-    if name not in (None, "", "tgi", "dummy", model_id):
-        raise ServerError(
-            f"the model {name!r} does not exist; this server has {model_id!r}",
-            kind="model_not_found",
-            status=404,
-            parameter="model",
-            code="model_not_found",
-        )
+    if name in (None, "", "tgi", "dummy") or str(name).startswith(("http://", "https://")):
+        return
+    if name not in options.model_names:
+        raise unknown_model(str(name), options)
+
+
+def unknown_model(name: str, options: ServerOptions) -> ServerError:
+    """Return the error of a model that is not served."""
+    served = ", ".join(map(repr, options.model_names))
+    return ServerError(
+        f"the model {name!r} does not exist; this server has {served}",
+        kind="model_not_found",
+        status=404,
+        parameter="model",
+        code="model_not_found",
+    )
 
 
 def sampling_options(
@@ -107,32 +124,3 @@ def origins(
             origin = "protocol"
         found[name] = {"value": value, "origin": origin}
     return found
-
-
-def grammar_of(response_format: dict[str, Any] | None) -> GrammarSpec | None:
-    """Return what an answer has to be, in any of the spellings that clients have.
-
-    OpenAI's json_object and json_schema, and TGI's json, json_object with a value, json_schema, regex.
-    """
-    if response_format is None:
-        return None
-    kind = response_format.get("type")
-    if kind in (None, "text"):
-        return None
-    if kind not in ("json", "json_object", "json_schema", "regex"):
-        raise invalid(
-            f"`response_format.type` is {kind!r}; it must be text, json_object, json_schema, json "
-            "or regex",
-            "response_format",
-        )
-    value = response_format.get("value")
-    if kind == "json_schema" and value is None:
-        described = response_format.get("json_schema")
-        if not isinstance(described, dict) or "schema" not in described:
-            raise invalid("`response_format.json_schema.schema` is missing", "response_format")
-        value = described["schema"]
-    if kind == "json" and value is None:
-        value = response_format.get("schema")
-    if kind == "json_object" and value is None and "schema" in response_format:
-        value = response_format["schema"]
-    return tgi_limits.grammar_of(Grammar(type=kind, value=value))

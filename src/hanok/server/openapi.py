@@ -1,5 +1,6 @@
 """The OpenAPI 3.1 document of the routes, made from the bodies and answers that they declare."""
 
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -24,6 +25,7 @@ MEANINGS = {
     500: "The server failed",
     503: "Not ready",
 }
+PARAMETER = re.compile(r"\{(\w+)")
 OF_BODIES = (400, 408, 413, 415, 422)
 
 
@@ -51,7 +53,7 @@ def document(routes: Iterable[Route], *, has_key: bool) -> dict[str, Any]:
     paths: dict[str, Any] = {}
     for route in routes:
         operation = _operation(route, found, has_key=has_key)
-        paths.setdefault(route.path, {})[route.method.lower()] = operation
+        paths.setdefault(route.shown_path, {})[route.method.lower()] = operation
     components: dict[str, Any] = {"schemas": definitions.get("$defs", {})}
     if has_key:
         components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
@@ -70,22 +72,23 @@ def document(routes: Iterable[Route], *, has_key: bool) -> dict[str, Any]:
 def _operation(route: Route, found: dict[Any, Any], *, has_key: bool) -> dict[str, Any]:
     content: dict[str, Any] = {}
     if route.answer is not None:
-        schema = found[route.answer, "serialization"]
-        is_list = route.path == "/tokenize"
-        content["application/json"] = {
-            "schema": {"type": "array", "items": schema} if is_list else schema
-        }
+        content["application/json"] = {"schema": found[route.answer, "serialization"]}
     elif route.content_type:
         content[route.content_type] = {}
     if route.streams:
         content["text/event-stream"] = {}
     operation: dict[str, Any] = {
         "summary": route.summary,
-        "operationId": f"{route.method.lower()}{route.path.replace('/', '_')}",
+        "operationId": "_".join([route.method.lower(), *re.findall(r"[\w-]+", route.shown_path)]),
         "responses": {
             "200": {"description": "The answer", **({"content": content} if content else {})}
         },
     }
+    if names := PARAMETER.findall(route.shown_path):
+        operation["parameters"] = [
+            {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
+            for name in names
+        ]
     statuses = set(route.statuses)
     if route.body is not None:
         statuses |= {*OF_BODIES}

@@ -14,7 +14,12 @@ from hanok.errors import OptionError
 @click.argument("path", required=False, type=click.Path(path_type=Path))
 @click.option("--host", default="127.0.0.1", show_default=True, help="Where to listen.")
 @click.option("--port", default=8080, show_default=True, help="0 takes a free one.")
-@click.option("--model-name", help="What clients call the model.  [default: the path's last name]")
+@click.option(
+    "--model-name",
+    multiple=True,
+    help="What clients call the model. Repeatable: answers have the first.  "
+    "[default: the path's last name]",
+)
 @click.option(
     "--api-key",
     envvar="HANOK_API_KEY",
@@ -58,6 +63,12 @@ from hanok.errors import OptionError
 @click.option("--max-stop-sequences", type=click.IntRange(0), default=4, show_default=True)
 @click.option("--max-client-batch-size", type=click.IntRange(1), default=32, show_default=True)
 @click.option(
+    "--pooling",
+    type=click.Choice(["last", "mean"]),
+    help="What an embedding is made of: the hidden state of the last token, or the mean of all.  "
+    "[default: as the checkpoint says, else last]",
+)
+@click.option(
     "--timeout",
     type=click.FloatRange(0, min_open=True),
     help="Seconds of a request that names no timeout.  [default: none]",
@@ -87,8 +98,12 @@ def command(path: Path | None, **options: Any) -> None:
         path = BUNDLED
     elif not path.exists():
         raise OptionError(f"{path}: no such file or folder. Check the path.")
+    names = tuple(dict.fromkeys(options["model_name"])) or (path.resolve().name,)
+    if not all(names):
+        raise OptionError("--model-name is empty. Give the name that clients ask for.")
     server = ServerOptions(
-        model_id=options["model_name"] or path.resolve().name,
+        model_id=names[0],
+        other_names=names[1:],
         host=options["host"],
         port=options["port"],
         api_key=options["api_key"] or None,
@@ -98,6 +113,7 @@ def command(path: Path | None, **options: Any) -> None:
         max_best_of=options["max_best_of"],
         max_stop_sequences=options["max_stop_sequences"],
         max_client_batch_size=options["max_client_batch_size"],
+        pooling=options["pooling"],
         timeout_s=options["timeout"],
         termination_s=options["termination_seconds"],
         logs_json=options["json_log"],

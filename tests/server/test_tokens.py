@@ -1,0 +1,63 @@
+"""vLLM's /tokenize and /detokenize beside TGI's /tokenize."""
+
+from typing import Any
+
+import httpx
+import pytest
+
+import hanok
+from hanok.checkpoint.tokenizer import open_tokenizer
+
+TEXTS = ("Once upon a time", "", "김 é ☺ <|endoftext|>", " a  b\n")
+MESSAGES: Any = [{"role": "user", "content": "Tell me of a dog."}]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize("adds", [None, True, False])
+def test_a_prompt_to_tokens_and_back(client: httpx.Client, text: str, adds: bool | None) -> None:
+    tokenizer = open_tokenizer(hanok.BUNDLED)
+    body = {"model": "bundled", "prompt": text, "add_special_tokens": adds}
+    found = client.post("/tokenize", json={**body, "return_token_strs": True}).json()
+    ids = tokenizer.encode(text, add_special_tokens=adds is not False)
+    assert found == {
+        "count": len(ids),
+        "max_model_len": 1024,
+        "tokens": ids,
+        "token_strs": [tokenizer.token_text(token) for token in ids],
+    }
+    back = client.post("/detokenize", json={"model": "bundled", "tokens": ids}).json()
+    assert back == {"prompt": tokenizer.decode(ids, skip_special_tokens=False)}
+    plain = tokenizer.encode(text, add_special_tokens=False)
+    assert client.post("/detokenize", json={"tokens": plain}).json() == {"prompt": text}
+
+
+def test_a_conversation_has_the_tokens_that_a_chat_is_charged_for(client: httpx.Client) -> None:
+    found = client.post("/tokenize", json={"messages": MESSAGES}).json()
+    body = {"messages": MESSAGES, "max_tokens": 1}
+    usage = client.post("/v1/chat/completions", json=body).json()["usage"]
+    assert (found["count"], found["token_strs"]) == (usage["prompt_tokens"], None)
+    told = client.post("/chat_tokenize", json={"messages": MESSAGES}).json()
+    assert found["tokens"] == [token["id"] for token in told["tokenize_response"]]
+    shorter = {"messages": MESSAGES, "add_generation_prompt": False}
+    assert client.post("/tokenize", json=shorter).json()["count"] < found["count"]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "words"),
+    [
+        ("tokenize", {}, 422, "exactly one of inputs, prompt, messages must be given, not 0"),
+        ("tokenize", {"inputs": "a", "prompt": "b"}, 422, "must be given, not 2"),
+        ("tokenize", {"prompt": "a", "model": "other"}, 404, "does not exist"),
+        ("tokenize", {"messages": [{"content": "a"}]}, 422, "role must be a text"),
+        ("tokenize", {"messages": []}, 422, "messages"),
+        ("detokenize", {"tokens": [1, 99999]}, 422, "99999, which is not a token id"),
+        ("detokenize", {"tokens": [-1]}, 422, "tokens.0"),
+        ("detokenize", {"tokens": "a"}, 422, "tokens"),
+    ],
+)
+def test_what_is_wrong_is_told(
+    client: httpx.Client, path: str, body: dict[str, Any], status: int, words: str
+) -> None:
+    found = client.post(f"/{path}", json=body)
+    assert found.status_code == status
+    assert words in found.json()["error"]
