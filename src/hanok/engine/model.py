@@ -547,7 +547,10 @@ def _tokenizer_of(checkpoint: Checkpoint) -> "Tokenizer | None":
 
 
 def _end_ids(checkpoint: Checkpoint, tokenizer: "Tokenizer | None") -> frozenset[int]:
-    """Return the end tokens: generation_config.json's, else config.json's, else the tokenizer's."""
+    """Return the end tokens: generation_config.json's, else config.json's, else the tokenizer's.
+
+    A model that sees as well may say them in the part of its config that is about text.
+    """
     text_config = checkpoint.config.get("text_config")
     text_config = text_config if isinstance(text_config, Mapping) else {}
     for values in (checkpoint.generation_config, checkpoint.config, text_config):
