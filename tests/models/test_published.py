@@ -611,6 +611,7 @@ GRANITE = PUBLISHED["granite-4.0-micro"]
         ("starcoderbase-1b", "multi_query", False, "multi_query is False"),
         ("aya-23-8B", "use_qk_norm", True, "use_qk_norm is True"),
         ("stablelm-2-1_6b", "qk_layernorm", True, "qk_layernorm is True"),
+        ("stablelm-2-1_6b", "rotary_scaling_factor", 4.0, "rotary_scaling_factor is 4.0"),
         ("Qwen3-Coder-30B-A3B", "shared_expert_intermediate_size", 512, "is 512"),
         ("Qwen3-Coder-30B-A3B", "use_qk_norm", False, "use_qk_norm is False"),
         ("Qwen3-Coder-30B-A3B", "qkv_bias", True, "qkv_bias is True"),
