@@ -11,12 +11,14 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from hanok import __version__
+from hanok.checkpoint.infill import Infill
 from hanok.checkpoint.tokenizer import Tokenizer
+from hanok.engine.params import SamplingOptions
 from hanok.engine.sequence import Ranked, TokenEvent
 from hanok.engine.ticket import Ticket
 from hanok.server.chat import Conversation, conversation_of
 from hanok.server.constraints import constraint_of
-from hanok.server.errors import ServerError, as_server_error, context_exceeded, invalid, openai_body
+from hanok.server.errors import as_server_error, context_exceeded, invalid, openai_body
 from hanok.server.openai_models import (
     ChatCompletion,
     ChatRequest,
@@ -114,10 +116,7 @@ async def completions(service: Service, request: Request, body: CompletionReques
     options = service.options
     check(body, options)
     check_model(body.model, options)
-    if body.suffix:
-        raise ServerError(
-            "`suffix` is not supported", kind="suffix not supported", parameter="suffix"
-        )
+    infill = infill_of(service, body)
     given = prompts_of(service, body)
     count = body.n or 1
     best_of = body.best_of or count
@@ -132,12 +131,14 @@ async def completions(service: Service, request: Request, body: CompletionReques
         raise invalid("`max_tokens` must be >= 1 without `echo`", "max_tokens")
     prepared, shown = [], []
     for prompt in given:
-        whole = await encoded(service, body, prompt)
+        whole = await encoded(service, body, prompt, infill)
         ids = truncated(service, whole, body.truncate_prompt_tokens, max(1, most))
         shown.append(prompt if len(ids) == len(whole) else ids)
         check_prompt(service, ids, max(1, most), "prompt")
         sampling = sampling_options(body, service.needed_model.defaults, max(1, most))
         sampling["top_logprobs"] = body.logprobs or 0
+        if infill is not None:
+            end_with(sampling, infill)
         prepared.append(
             Prepared(
                 prompt_ids=ids,
@@ -178,8 +179,40 @@ async def completions(service: Service, request: Request, body: CompletionReques
     return Json(answer, headers=headers)
 
 
-async def encoded(service: Service, body: CompletionRequest, prompt: str | list[int]) -> list[int]:
-    """Return the tokens of one of a body's prompts."""
+def infill_of(service: Service, body: CompletionRequest) -> Infill | None:
+    """Return what writes a prompt with its `suffix`; None where there is none.
+
+    Raises ServerError where the tokenizer has no markers for it, and for options that a prompt in
+    another order than its text leaves no meaning.
+    """
+    if not body.suffix:
+        return None
+    given = {
+        "echo": body.echo or None,
+        "truncate_prompt_tokens": body.truncate_prompt_tokens,
+        "add_special_tokens": body.add_special_tokens,
+    }
+    for name, value in given.items():
+        if value is not None:
+            raise invalid(f"`{name}` cannot be given beside `suffix`", name)
+    return service.needed_infill
+
+
+def end_with(sampling: SamplingOptions, infill: Infill) -> None:
+    """Let a text in a gap end where its model writes a marker, which is no part of it."""
+    sampling["stop_token_ids"] = [*sampling.get("stop_token_ids", ()), *infill.end_ids]
+    sampling["stop"] = [*sampling.get("stop", ()), *infill.end_texts()]
+
+
+async def encoded(
+    service: Service,
+    body: CompletionRequest,
+    prompt: str | list[int],
+    infill: Infill | None = None,
+) -> list[int]:
+    """Return the tokens of one of a body's prompts, with its suffix where there is one."""
+    if infill is not None:
+        return await service.aside(infill.encode, prompt, body.suffix or "")
     if not isinstance(prompt, str):
         return prompt
     adds = body.add_special_tokens is not False
