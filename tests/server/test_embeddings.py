@@ -168,10 +168,20 @@ def test_nothing_is_guessed_for_a_text_that_is_not_gone_on_with(
         ids = local_model.encode(STORY * 3)
         request = Request(sequence=local_model.sequence(ids, {}), pooling="last")
         engine._pace.prompt_tokens = lambda num_decoding: len(ids) - 1  # type: ignore[method-assign]
+        speculator, guessed_for = engine._speculator, set()
+        assert speculator is not None
+        drafts = speculator.drafts
+
+        def watched(sequences: Any) -> Any:
+            guessed_for.update(sequences)
+            return drafts(sequences)
+
+        speculator.drafts = watched  # type: ignore[method-assign]
         other = engine.submit(STORY * 3, max_new_tokens=30)
         ticket = engine.submit_request(request)
         assert ticket.result() == []
         assert other.result()
+        assert guessed_for == {other.id}
         assert ticket.pooled is not None
         row = ticket.pooled.numpy()
         found = row / np.linalg.norm(row)
