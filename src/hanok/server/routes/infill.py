@@ -39,6 +39,7 @@ NOT_HERE: Mapping[str, Any] = {
     "echo": False,
     "logprobs": None,
     "n": 1,
+    "prompt_logprobs": None,
     "suffix": None,
     "truncate_prompt_tokens": None,
 }

@@ -145,7 +145,7 @@ async def completions(service: Service, request: Request, body: CompletionReques
                 options=sampling,
                 count=best_of,
                 grammar=constraint_of(body),
-                scored=body.logprobs if body.echo and body.logprobs is not None else None,
+                scored=_scored(body),
                 timeout_s=body.timeout,
                 priority=body.priority or 0,
                 salt=body.cache_salt,
@@ -244,6 +244,34 @@ def check_prompt(service: Service, ids: Sequence[int], most: int | None, paramet
     return wanted
 
 
+def _scored(body: CompletionRequest) -> int | None:
+    """Return how many likeliest tokens the prompt is scored with; None: it is not."""
+    wanted = (body.logprobs if body.echo else None, body.prompt_logprobs)
+    return max((number for number in wanted if number is not None), default=None)
+
+
+def prompt_logprobs_of(
+    tokenizer: Tokenizer | None, ticket: Ticket, number: int
+) -> list[dict[str, dict[str, Any]] | None]:
+    """Return each prompt token's log-probability with those of the `number` likeliest, None first."""
+    found: list[dict[str, dict[str, Any]] | None] = [None]
+    for score in ticket.prompt_scores:
+        ranks = enumerate(score.top_logprobs[:number], 1)
+        table = {token: (logprob, rank) for rank, (token, logprob) in ranks}
+        table.setdefault(score.token_id, (score.logprob, score.rank))
+        found.append(
+            {
+                str(token): {
+                    "logprob": logprob,
+                    "rank": rank,
+                    "decoded_token": text_of(tokenizer, token) if tokenizer else None,
+                }
+                for token, (logprob, rank) in table.items()
+            }
+        )
+    return found[: len(ticket.request.sequence.prompt_ids)]
+
+
 def _mean(events: Sequence[TokenEvent]) -> float:
     return sum(event.logprob for event in events) / len(events)
 
@@ -276,7 +304,11 @@ class CompletionWriter:
             logprobs = {name: [x for part in parts for x in part[1][name]] for name in names}
         reason = REASONS[events[-1].finish_reason or "length"] if self.most else "length"
         text = "".join(part[0] for part in parts)
-        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
+        found = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
+        number = self.body.prompt_logprobs
+        if number is not None:
+            found["prompt_logprobs"] = prompt_logprobs_of(self.tokenizer, self.ticket, number)
+        return found
 
     async def stream(self, index: int) -> AsyncIterator[dict[str, Any]]:
         """Yield the choice's chunks."""
@@ -303,7 +335,7 @@ class CompletionWriter:
             text = self.prompt
         else:
             text = self.tokenizer.decode(ids) if self.tokenizer else ""
-        scores = self.ticket.prompt_scores
+        scores, most = self.ticket.prompt_scores, self.body.logprobs or 0
         texts = [self._text(token) for token in ids]
         special = self.tokenizer.special_token_ids if self.tokenizer else frozenset()
         shown = ["" if token in special else name for token, name in zip(ids, texts, strict=True)]
@@ -312,7 +344,7 @@ class CompletionWriter:
             "token_logprobs": [None, *(score.logprob for score in scores)],
             "top_logprobs": [
                 None,
-                *(self._top(s.top_logprobs, s.token_id, s.logprob) for s in scores),
+                *(self._top(s.top_logprobs[:most], s.token_id, s.logprob) for s in scores),
             ],
             "text_offset": _offsets(shown, len(text)),
         }
@@ -368,6 +400,7 @@ async def chat_completions(service: Service, request: Request, body: ChatRequest
         options=sampling,
         count=body.n or 1,
         grammar=talk.grammar,
+        scored=body.prompt_logprobs,
         timeout_s=body.timeout,
         priority=body.priority or 0,
         salt=body.cache_salt,
@@ -389,6 +422,10 @@ async def chat_completions(service: Service, request: Request, body: ChatRequest
         for index, (writer, events) in enumerate(zip(writers, results, strict=True))
     ]
     answer = head.fields() | {"choices": choices, "usage": usage_of(tickets, 1)}
+    if body.prompt_logprobs is not None:
+        answer["prompt_logprobs"] = prompt_logprobs_of(
+            service.needed_tokenizer, tickets[0], body.prompt_logprobs
+        )
     headers = timing_headers(exchange_of(request), tickets, len(talk.text))
     return Json(answer, headers=headers)
 
