@@ -3,6 +3,8 @@
 import json
 import subprocess
 import sys
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from transformers import GPT2Tokenizer, PreTrainedTokenizerFast
 from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
 
-from hanok.checkpoint.tokenizer import open_tokenizer
+from hanok.checkpoint.tokenizer import Tokenizer, open_tokenizer
 from hanok.errors import CheckpointError, RequestError
 
 SENTENCES = (
@@ -188,6 +190,47 @@ def test_token_text(tmp_path):
         tokenizer.token_text(330)
 
 
+ADDED_WORDS = ("naïve", "đem", "čaj", "Ġthe", "é", "ß!", "마당", "<x>", "  ")
+
+
+@pytest.fixture(scope="module", params=["bytes alone", "bytes and more"])
+def with_added_words(request, tmp_path_factory) -> Tokenizer:
+    folder = tmp_path_factory.mktemp("added")
+    library = byte_level(folder)
+    library.add_tokens(list(ADDED_WORDS))
+    if request.param == "bytes and more":
+        library.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Fuse()])
+    library.save(str(folder / "tokenizer.json"))
+    return open_tokenizer(folder)
+
+
+@given(
+    words=st.lists(
+        st.sampled_from(
+            ["naïve", "đem", "čaj", "ß!", "마당", "<x>", "  ", " the", "e", "\r", "\x11em"]
+        )
+    )
+)
+def test_added_tokens_keep_their_letters(with_added_words, words):
+    """Each of their letters may be what a byte is spelled with elsewhere."""
+    tokenizer = with_added_words
+    text = "".join(words)
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    if tokenizer._vocabulary.texts.is_bytes_only:
+        assert b"".join(map(tokenizer.token_bytes, ids)) == text.encode()
+
+
+def test_what_the_model_makes_of_bytes_stays_bytes(with_added_words):
+    """Also where it is listed as added: ` the`, and the byte of é, come from other texts too."""
+    tokenizer = with_added_words
+    assert tokenizer.token_text(tokenizer.token_to_id("Ġthe")) == " the"
+    assert tokenizer.decode(tokenizer.encode("in the")) == "in the"
+    assert tokenizer.token_text(tokenizer.token_to_id("é")) == "\ufffd"
+    for word in ("naïve", "đem", "čaj", "ß!", "마당"):
+        assert tokenizer.token_text(tokenizer.token_to_id(word)) == word
+
+
 def test_half_a_surrogate_pair_is_refused(tmp_path, model_file):
     byte_level(tmp_path)
     with pytest.raises(RequestError, match="character 2 of the text"):
@@ -195,6 +238,38 @@ def test_half_a_surrogate_pair_is_refused(tmp_path, model_file):
     (tmp_path / "tokenizer.json").unlink()
     with pytest.raises(RequestError, match="character 2 of the text"):
         open_tokenizer(sentencepiece_folder(tmp_path, model_file)).encode("ab\ud800")
+
+
+def test_other_threads_run_while_a_text_is_encoded(tmp_path, model_file):
+    """A thread that waits to run does so during the encoding: nothing else hands it the lock."""
+
+    def runs_beside(encode: Callable[[str], object]) -> bool:
+        wanted, ran = threading.Event(), threading.Event()
+
+        def run() -> None:
+            wanted.wait()
+            ran.set()
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        wanted.set()
+        encode(SENTENCES[0] * 2000)
+        found = ran.is_set()
+        thread.join()
+        return found
+
+    byte_level(tmp_path)
+    ours = open_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    pieces = open_tokenizer(sentencepiece_folder(tmp_path, model_file))
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1000)
+    try:
+        assert not runs_beside(lambda text: sum(map(ord, text)))
+        for encode in (ours.encode, pieces.encode):
+            assert any(runs_beside(encode) for _ in range(50))
+    finally:
+        sys.setswitchinterval(interval)
 
 
 # vocab.json and merges.txt

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import httpx
+import openai
 import pytest
 import torch
 import uvicorn
@@ -20,9 +21,8 @@ import uvicorn
 import hanok
 from hanok.engine.engine import Engine
 from hanok.engine.model import Model
-from hanok.server.app import create_app
 from hanok.server.options import ServerOptions
-from hanok.server.run import listen
+from hanok.server.run import configured, listen
 from hanok.server.service import Service
 
 PATIENCE_S = 60.0
@@ -98,6 +98,11 @@ def client(server: Server) -> Iterator[httpx.Client]:
         yield found
 
 
+@pytest.fixture
+def sdk(server: Server) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="k", max_retries=0)
+
+
 @dataclass(frozen=True)
 class LocalServer:
     """A server in a thread of this process, whose engine can be tampered with."""
@@ -124,10 +129,7 @@ def local_server(
     listener = listen(options)
     if send_buffer is not None:  # connections have that of their listener
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
-    config = uvicorn.Config(
-        create_app(service), lifespan="off", log_level="critical", timeout_graceful_shutdown=5
-    )
-    server = uvicorn.Server(config)
+    server = uvicorn.Server(configured(service))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     # As the server of its own: several threads wait for one another where others use the processors.
     num_threads = torch.get_num_threads()

@@ -12,7 +12,7 @@ Cost: opening reads the files once; encoding and decoding are linear. Chat templ
 Streaming: `stream.py`.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 
@@ -70,6 +70,7 @@ class Tokenizer:
         self.vocab_size = max(self._ids.values(), default=-1) + 1
         """The largest id + 1. The embedding of a model may have more rows, for padding."""
         self.bos_token_id = self._named_id(settings, "bos_token")
+        self._bos_text = settings.named.get("bos_token", "")
         self.eos_token_id = self._named_id(settings, "eos_token")
         self.pad_token_id = self._named_id(settings, "pad_token")
         self.unk_token_id = self._named_id(settings, "unk_token")
@@ -115,6 +116,17 @@ class Tokenizer:
             ids = [self.bos_token_id, *_without_leading(ids, self.bos_token_id)]
         return ids
 
+    def fewest_tokens(self, text: str) -> int:
+        """A number of tokens that no encoding of `text` falls below, known without encoding it.
+
+        It holds with special tokens and without. 0 where the vocabulary allows no certain bound.
+        """
+        bound = self._vocabulary.bound
+        if bound is None:
+            return 0
+        # However often the beginning-of-sequence token stands at the front, it is there once.
+        return bound.fewest(text.replace(self._bos_text, "") if self._bos_text else text)
+
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
         """The text of `ids`: the pieces of their stream, joined.
 
@@ -125,9 +137,21 @@ class Tokenizer:
         pieces = [stream.push(token_id) for token_id in ids]
         return "".join(pieces) + stream.finish()
 
-    def stream(self, skip_special_tokens: bool = True) -> StreamDecoder:
-        """A decoder that takes one id at a time, for one sequence."""
-        return self._texts.stream(self.special_token_ids if skip_special_tokens else frozenset())
+    def stream(
+        self,
+        skip_special_tokens: bool = True,
+        *,
+        after: Sequence[int] = (),
+        spelled: Collection[int] = (),
+    ) -> StreamDecoder:
+        """A decoder that takes one id at a time, for one sequence.
+
+        It goes on behind the ids `after`, so that its pieces and their text are the text of all of
+        them: a space between the two belongs to the first piece. Special tokens in `spelled` are not
+        skipped.
+        """
+        skipped = self.special_token_ids.difference(spelled) if skip_special_tokens else frozenset()
+        return self._texts.stream(skipped, after)
 
     def token_text(self, token_id: int) -> str:
         """The text of one token as it reads in the middle of a text; a part of a character as U+FFFD.

@@ -11,13 +11,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import tokenizers
 from tokenizers import decoders, pre_tokenizers, processors
 from tokenizers.models import BPE
 
 from hanok.checkpoint.stream import REPLACEMENT, TokenTexts
+from hanok.checkpoint.token_bounds import TokenBound, library_bound, sentencepiece_bound
 from hanok.checkpoint.tokenizer_config import AddedToken, TokenizerConfig
 from hanok.errors import CheckpointError
 
@@ -47,6 +48,10 @@ class Vocabulary(Protocol):
 
     def encode_processed(self, text: str) -> list[int]:
         """`encode`, then what the files themselves add (a post-processor)."""
+
+    @property
+    def bound(self) -> TokenBound | None:
+        """What bounds the number of tokens of a text from below; None where nothing certain does."""
 
     def adds_by_itself(self, bos: int | None, eos: int | None) -> tuple[bool, bool]:
         """Whether BOS and EOS are added where tokenizer_config.json does not say."""
@@ -120,11 +125,16 @@ class LibraryVocabulary:
         added = library.get_added_tokens_decoder()
         self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
         self._spellings = {token_id: text for text, token_id in self.ids.items()}
-        kinds = _decoder_kinds(library)
+        parts = json.loads(library.to_str())
+        kinds = _decoder_kinds(parts["decoder"])
         self._is_byte_level = kinds == {"ByteLevel"}
         self._has_byte_tokens = "ByteFallback" in kinds
         self._bytes: dict[int, bytes] = {}
         self._alphabet = _byte_alphabet()
+        texts = {token.content: token_id for token_id, token in added.items()}
+        misread = _misread(texts, parts["model"], self._alphabet) if "ByteLevel" in kinds else ()
+        self._misread = {texts[text]: text.encode() for text in misread}
+        self.bound = library_bound(parts, self.ids, self._alphabet)
         candidates = (
             token_id
             for token_id, text in sorted(self._spellings.items())
@@ -164,12 +174,17 @@ class LibraryVocabulary:
 
     def encode(self, text: str) -> list[int]:
         """See `Vocabulary`."""
-        ids: list[int] = self._library.encode(text, add_special_tokens=False).ids
-        return ids
+        return self._encode(text, adds_special=False)
 
     def encode_processed(self, text: str) -> list[int]:
         """See `Vocabulary`."""
-        ids: list[int] = self._library.encode(text, add_special_tokens=True).ids
+        return self._encode(text, adds_special=True)
+
+    def _encode(self, text: str, *, adds_special: bool) -> list[int]:
+        # As a batch of one: the library's `encode` keeps the interpreter's lock, so that for the
+        # whole of a long text no other thread runs. A batch of one takes no threads of the library.
+        (encoding,) = self._library.encode_batch_fast([text], add_special_tokens=adds_special)
+        ids: list[int] = encoding.ids
         return ids
 
     def adds_by_itself(self, bos: int | None, eos: int | None) -> tuple[bool, bool]:
@@ -179,7 +194,17 @@ class LibraryVocabulary:
         return adds_bos, eos is not None and frame[int(adds_bos) :][-1:] == [eos]
 
     def _decode(self, ids: Sequence[int]) -> str:
-        text: str = self._library.decode(list(ids), skip_special_tokens=False)
+        if self._misread.keys().isdisjoint(ids):
+            text: str = self._library.decode(list(ids), skip_special_tokens=False)
+        else:
+            character = {byte: letter for letter, byte in self._alphabet.items()}
+            tokens = [
+                "".join(map(character.__getitem__, self._misread[token_id]))
+                if token_id in self._misread
+                else self._spellings[token_id]
+                for token_id in ids
+            ]
+            text = self._library.decoder.decode(tokens)
         return text
 
     def _token_bytes(self, token_id: int) -> bytes | None:
@@ -190,18 +215,37 @@ class LibraryVocabulary:
             found = _BYTE_TOKEN.fullmatch(spelling)
             return bytes.fromhex(found[1]) if found else None
         if token_id not in self._bytes:
-            try:
-                data = bytes(self._alphabet[character] for character in spelling)
-            except KeyError:
-                # A token that was added as text, not in the alphabet of bytes.
-                data = spelling.encode()
+            data = self._misread.get(token_id)
+            if data is None:
+                try:
+                    data = bytes(self._alphabet[character] for character in spelling)
+                except KeyError:
+                    # A token that was added as text, not in the alphabet of bytes.
+                    data = spelling.encode()
             self._bytes[token_id] = data
         return self._bytes[token_id]
 
 
-def _decoder_kinds(library: tokenizers.Tokenizer) -> set[str]:
+def _misread(
+    added: Iterable[str], model: Mapping[str, Any], alphabet: Mapping[str, int]
+) -> set[str]:
+    """The added tokens that are text, and that the library reads as if they were spelled in bytes.
+
+    `naïve` in a text is the token of that name, but in the alphabet of bytes its ï is no character.
+    What the model itself makes of bytes (one of them, or a merge) is spelled in bytes, also where it
+    is listed as added.
+    """
+    readable = {text for text in added if not text.isascii() and set(text) <= alphabet.keys()}
+    in_model = {text for text in readable if text in model.get("vocab", ())}
+    made = {text for text in in_model if len(text) == 1}
+    if in_model:
+        made |= in_model.intersection(map("".join, model.get("merges", ())))
+    return readable - made
+
+
+def _decoder_kinds(decoder: dict[str, Any] | None) -> set[str]:
     """The types in the decoder of a tokenizer, those inside sequences included."""
-    pending = [json.loads(library.to_str())["decoder"]]
+    pending = [decoder]
     kinds: set[str] = set()
     while pending:
         decoder = pending.pop() or {}
@@ -269,6 +313,12 @@ class SentencePieceVocabulary:
         pieces |= {token_id: token.text for token_id, token in self._added.items()}
         self.ids: Mapping[str, int] = {text: token_id for token_id, text in pieces.items()} | texts
         self._pieces = pieces
+        self.bound = sentencepiece_bound(
+            self._model.serialized_model_proto(),
+            pieces.values(),
+            self._added.values(),
+            has_bytes=bool(self._data),
+        )
         # The longest first: an alternation takes the first that fits.
         longest_first = sorted(self._added.values(), key=lambda token: -len(token.text))
         self._cut = re.compile("|".join(map(_token_pattern, longest_first)) or "(?!)")

@@ -51,9 +51,17 @@ def invalid(message: str, parameter: str | None = None) -> ServerError:
 
 
 def context_exceeded(
-    num_prompt: int, num_asked: int, *, max_input: int, max_total: int, parameter: str
+    num_prompt: int,
+    num_asked: int,
+    *,
+    max_input: int,
+    max_total: int,
+    parameter: str,
+    are_counted: bool = True,
 ) -> ServerError:
     """Return the error of a request that is longer than the context.
+
+    Tokens of the prompt that are not counted are the fewest that there can be.
 
     Clients that go on with a summary or a larger model know it by its message: litellm by the first
     words, langchain-openai by the code, which it looks for in the message.
@@ -62,10 +70,11 @@ def context_exceeded(
     limits = f"{max_total} tokens"
     if max_input < max_total - 1:
         limits += f", at most {max_input} of them in the {parameter}"
+    more = "" if are_counted else ", or more"
     return ServerError(
         f"This model's maximum context length is {limits}. However, you requested "
         f"{num_prompt + num_asked} tokens ({num_prompt} in the {parameter}, {num_asked} in the "
-        f"completion). Shorten the {parameter}, or ask for fewer tokens ({code}).",
+        f"completion){more}. Shorten the {parameter}, or ask for fewer tokens ({code}).",
         status=400,
         parameter=parameter,
         code=code,
@@ -95,14 +104,15 @@ def as_server_error(error: BaseException) -> ServerError:
             status=500,
         )
     kinds = {408: "timeout", 424: "generation", 499: "dropped", 503: "overloaded"}
-    kind = kinds.get(error.http_status, "validation")
+    kind = kinds.get(error.http_status, "validation" if error.http_status < 500 else "internal")
     if kind == "generation":
         return ServerError(f"Request failed during generation: {error}", kind=kind, status=424)
     if isinstance(error, GrammarError):
         return invalid(f"grammar is not valid: {error}", error.pointer)
     if kind == "validation":
         return ServerError(f"Input validation error: {error}", status=422)
-    return ServerError(str(error), kind=kind, status=error.http_status)
+    status = 500 if kind == "internal" else error.http_status
+    return ServerError(str(error), kind=kind, status=status)
 
 
 def flat_body(error: ServerError) -> dict[str, Any]:

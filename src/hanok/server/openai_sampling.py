@@ -10,6 +10,9 @@ from hanok.server.options import ServerOptions
 DRAWING = ("top_k", "top_p", "min_p", "typical_p")
 """What says how to draw, and means nothing at temperature 0."""
 
+MOST_STOPS = 64
+"""Stop texts on OpenAI's routes, where editors send a dozen; OpenAI itself takes 4."""
+
 
 def check(asked: Sampling, options: ServerOptions) -> None:
     """Raise ServerError for what goes beyond the server's limits, and for what it does not serve."""
@@ -18,7 +21,7 @@ def check(asked: Sampling, options: ServerOptions) -> None:
             raise invalid(f"`{name}` is not supported: leave it out", name)
     if (asked.n or 1) > options.max_choices:
         raise invalid(f"`n` must be <= {options.max_choices}. Given: {asked.n}", "n")
-    most = options.max_stop_sequences
+    most = max(MOST_STOPS, options.max_stop_sequences)
     if len(asked.stop) > most:
         raise invalid(
             f"`stop` supports up to {most} stop sequences. Given: {len(asked.stop)}", "stop"

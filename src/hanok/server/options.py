@@ -26,6 +26,7 @@ class ServerOptions:
     max_choices: int = 16
     """The largest `n` of OpenAI's routes."""
     max_stop_sequences: int = 4
+    """Of TGI's routes; see also `openai_sampling.MOST_STOPS`."""
     max_top_n_tokens: int = 5
     max_client_batch_size: int = 32
     """Prompts of one request."""
@@ -40,6 +41,8 @@ class ServerOptions:
     payload_limit: int = 2_000_000
     """Bytes of a request's body."""
     max_json_depth: int = 64
+    max_json_containers: int = 50_000
+    """Lists and objects of one body."""
     has_grammars: bool = True
     has_prompt_logprobs: bool = True
     watermark_gamma: float = 0.5
@@ -54,6 +57,12 @@ class ServerOptions:
     """Without an event a stream sends a comment."""
     write_timeout_s: float = 60.0
     """A client that reads nothing for so long is given up."""
+    arrival_s: float = 30.0
+    """How long a request's head may take to come, from its connection or first byte on, and its body."""
+    idle_s: float = 75.0
+    """How long a connection may wait for its next request. Proxies keep theirs for 60 s."""
+    max_connections: int = 1000
+    """Beyond them the one is closed that has waited longest for a request, or the new one."""
     logs_json: bool = False
 
     @property

@@ -3,12 +3,13 @@
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
 
 from hanok.checkpoint.infill import Infill, find_infill
 from hanok.checkpoint.pooling import Pooling, read_pooling
@@ -26,7 +27,7 @@ from hanok.server.errors import ServerError, as_server_error, invalid, overloade
 from hanok.server.log import log_request
 from hanok.server.metrics import Metrics, RequestRecord
 from hanok.server.options import ServerOptions
-from hanok.server.web import Exchange, Route, exchange_of, until_gone
+from hanok.server.web import AT_ONCE, Exchange, Json, Route, dumps_in_parts, exchange_of, until_gone
 
 if TYPE_CHECKING:
     from hanok.server.metrics import Outcome
@@ -173,6 +174,39 @@ class Service:
         """Run what takes long, such as tokenizing, in a thread, so that streams go on."""
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._workers, lambda: function(*args, **kwargs))
+
+    async def encoded(
+        self,
+        text: str,
+        check: Callable[[int], None] | None = None,
+        *,
+        add_special_tokens: bool = True,
+    ) -> list[int]:
+        """Return a text's tokens, in a thread.
+
+        A text that cannot be served is not worth the seconds that tokenizing it may take: `check` is
+        given the fewest tokens that it can have, and raises ServerError where those are too many.
+        """
+        tokenizer = self.needed_tokenizer
+
+        def encode() -> list[int]:
+            if check is not None:
+                check(tokenizer.fewest_tokens(text))
+            return tokenizer.encode(text, add_special_tokens=add_special_tokens)
+
+        return await self.aside(encode)
+
+    async def answered(
+        self, build: Callable[[], Any], num_scores: int, headers: Mapping[str, str]
+    ) -> Response:
+        """Answer with the JSON value that `build` makes of so many scores of tokens.
+
+        Many are written in a thread, so that streams go on; few, where that would only take longer.
+        """
+        if num_scores <= AT_ONCE:
+            return Json(build(), headers=headers)
+        content = await self.aside(lambda: "".join(dumps_in_parts(build())).encode())
+        return Response(content, headers=headers, media_type=Json.media_type)
 
     async def submit(self, request: Request, prompts: Sequence[Prepared]) -> list[Ticket]:
         """Queue prompts, each as often as it says, and return their tickets in that order.

@@ -18,7 +18,7 @@ from hanok.server.constraints import constraint_of
 from hanok.server.errors import as_server_error, flat_body, invalid
 from hanok.server.openai_models import CompletionRequest
 from hanok.server.openai_sampling import check, check_model, sampling_options
-from hanok.server.routes.openai import check_prompt, end_with
+from hanok.server.routes.openai import check_prompt, end_with, gapped
 from hanok.server.service import Prepared, Service, give_up
 from hanok.server.tgi_models import Body, NullFalse
 from hanok.server.times import stream_headers, timing_headers
@@ -60,7 +60,7 @@ class InfillRequest(Body):
 
     input_prefix: str
     input_suffix: str
-    input_extra: list[InfillFile] | None = None
+    input_extra: Annotated[list[InfillFile], Field(fail_fast=True, max_length=1000)] | None = None
     prompt: str | None = None
     """How the text in the gap begins; it is not part of the answer."""
     n_predict: Annotated[int, Field(ge=-1)] | None = None
@@ -69,7 +69,7 @@ class InfillRequest(Body):
     """-1: another one each time."""
     repeat_penalty: Annotated[float, Field(gt=0)] | None = None
     stream: NullFalse = False
-    response_fields: list[str] | None = None
+    response_fields: Annotated[list[str], Field(fail_fast=True, max_length=100)] | None = None
     """Only these are answered; "a/b" is the field b of the field a."""
 
 
@@ -95,10 +95,12 @@ async def infill(service: Service, request: Request, body: InfillRequest) -> Res
     check(asked, service.options)
     check_model(asked.model, service.options)
     markers = service.needed_infill
-    prompt_ids = await service.aside(
-        markers.encode,
+    prompt_ids = await gapped(
+        service,
+        markers,
         body.input_prefix,
         body.input_suffix,
+        most=None,
         files=[(file.filename or "", file.text) for file in body.input_extra or ()],
         middle=body.prompt or "",
     )

@@ -2,9 +2,9 @@
 
 import asyncio
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from starlette.requests import Request
@@ -16,6 +16,8 @@ from hanok.checkpoint.tokenizer import Tokenizer
 from hanok.engine.params import SamplingOptions
 from hanok.engine.sequence import Ranked, TokenEvent
 from hanok.engine.ticket import Ticket
+from hanok.server.answer import Answer, AnswerReader, Content, Event, Reasoning
+from hanok.server.calls import CallArguments, CallBegun
 from hanok.server.chat import Conversation, conversation_of
 from hanok.server.constraints import constraint_of
 from hanok.server.errors import as_server_error, context_exceeded, invalid, openai_body
@@ -34,10 +36,19 @@ from hanok.server.openai_sampling import (
     sampling_options,
     unknown_model,
 )
-from hanok.server.routes.tgi import batch_too_large, text_of
+from hanok.server.routes.tgi import batch_too_large, num_scores, text_of
 from hanok.server.service import Prepared, Service, give_up
 from hanok.server.times import stream_headers, timing_headers
-from hanok.server.web import EventStream, Json, Route, dumps, exchange_of, note_parameters
+from hanok.server.web import (
+    AT_ONCE,
+    EventStream,
+    Json,
+    Route,
+    dumps,
+    dumps_in_parts,
+    exchange_of,
+    note_parameters,
+)
 
 DEFAULT_COMPLETION_TOKENS = 16
 REASONS = {"eos_token": "stop", "stop_sequence": "stop", "length": "length"}
@@ -74,7 +85,9 @@ def head_of(service: Service, request: Request, kind: str, prefix: str) -> Head:
     )
 
 
-def usage_of(tickets: Sequence[Ticket], num_prompts: int) -> dict[str, Any]:
+def usage_of(
+    tickets: Sequence[Ticket], num_prompts: int, reasoning_tokens: int = 0
+) -> dict[str, Any]:
     """Return the tokens of a request; several answers to one prompt count it once."""
     each = max(1, len(tickets) // num_prompts)
     firsts = tickets[::each]
@@ -89,6 +102,7 @@ def usage_of(tickets: Sequence[Ticket], num_prompts: int) -> dict[str, Any]:
             "cached_tokens": sum(ticket.num_cached_tokens for ticket in firsts)
         },
         "completion_tokens_details": {
+            **({"reasoning_tokens": reasoning_tokens} if reasoning_tokens else {}),
             "accepted_prediction_tokens": sum(counts.accepted for counts in guessed),
             "rejected_prediction_tokens": sum(
                 counts.proposed - counts.accepted for counts in guessed
@@ -131,7 +145,7 @@ async def completions(service: Service, request: Request, body: CompletionReques
         raise invalid("`max_tokens` must be >= 1 without `echo`", "max_tokens")
     prepared, shown = [], []
     for prompt in given:
-        whole = await encoded(service, body, prompt, infill)
+        whole = await encoded(service, body, prompt, max(1, most), infill)
         ids = truncated(service, whole, body.truncate_prompt_tokens, max(1, most))
         shown.append(prompt if len(ids) == len(whole) else ids)
         check_prompt(service, ids, max(1, most), "prompt")
@@ -166,17 +180,22 @@ async def completions(service: Service, request: Request, body: CompletionReques
     ]
     if body.stream:
         parts = [writer.stream(index) for index, writer in enumerate(writers)]
-        return stream(service, request, body, head, parts, tickets, len(given))
+        return stream(
+            service, request, body, head, parts, tickets, lambda: usage_of(tickets, len(given))
+        )
     results = await service.results(request, tickets)
-    choices: list[dict[str, Any]] = []
-    for start in range(0, len(tickets), best_of):
-        group = range(start, start + best_of)
-        if best_of > count:
-            group = sorted(group, key=lambda i: -_mean(results[i]))[:count]  # type: ignore[assignment]
-        choices += [writers[index].whole(len(choices), results[index]) for index in group]
-    answer = head.fields() | {"choices": choices, "usage": usage_of(tickets, len(given))}
+
+    def answer() -> dict[str, Any]:
+        choices: list[dict[str, Any]] = []
+        for start in range(0, len(tickets), best_of):
+            group = range(start, start + best_of)
+            if best_of > count:
+                group = sorted(group, key=lambda i: -_mean(results[i]))[:count]  # type: ignore[assignment]
+            choices += [writers[index].whole(len(choices), results[index]) for index in group]
+        return head.fields() | {"choices": choices, "usage": usage_of(tickets, len(given))}
+
     headers = timing_headers(exchange_of(request), tickets, _num_characters(given))
-    return Json(answer, headers=headers)
+    return await service.answered(answer, num_scores(tickets), headers)
 
 
 def infill_of(service: Service, body: CompletionRequest) -> Infill | None:
@@ -208,15 +227,45 @@ async def encoded(
     service: Service,
     body: CompletionRequest,
     prompt: str | list[int],
+    most: int,
     infill: Infill | None = None,
 ) -> list[int]:
-    """Return the tokens of one of a body's prompts, with its suffix where there is one."""
+    """Return the tokens of one of a body's prompts, of which `most` are to be generated.
+
+    With `infill` they are those of a text with a gap, before the body's suffix.
+    """
     if infill is not None:
-        return await service.aside(infill.encode, prompt, body.suffix or "")
+        return await gapped(service, infill, prompt, body.suffix or "", most=most)
     if not isinstance(prompt, str):
         return prompt
+    is_cut = body.truncate_prompt_tokens is not None
+    check_length = None if is_cut else fitting(service, most, "prompt")
     adds = body.add_special_tokens is not False
-    return await service.aside(service.needed_tokenizer.encode, prompt, add_special_tokens=adds)
+    return await service.encoded(prompt, check_length, add_special_tokens=adds)
+
+
+async def gapped(
+    service: Service,
+    infill: Infill,
+    prefix: str | list[int],
+    suffix: str,
+    *,
+    most: int | None,
+    files: Sequence[tuple[str, str]] = (),
+    middle: str = "",
+) -> list[int]:
+    """Return the tokens of a text with a gap (see `Infill.encode`), in which `most` are to be generated.
+
+    A text that cannot be served is refused before it is tokenized, as by `Service.encoded`.
+    """
+
+    def encode() -> list[int]:
+        texts = [suffix, middle, *(part for file in files for part in file)]
+        texts += [prefix] if isinstance(prefix, str) else []
+        fitting(service, most, "prompt")(sum(map(service.needed_tokenizer.fewest_tokens, texts)))
+        return infill.encode(prefix, suffix, files=files, middle=middle)
+
+    return await service.aside(encode)
 
 
 def truncated(service: Service, ids: list[int], kept: int | None, most: int) -> list[int]:
@@ -235,11 +284,32 @@ def check_prompt(service: Service, ids: Sequence[int], most: int | None, paramet
     """
     if not ids:
         raise invalid(f"`{parameter}` cannot be empty", parameter)
+    return _room(service, len(ids), most, parameter)
+
+
+def fitting(service: Service, most: int | None, parameter: str) -> Callable[[int], None]:
+    """Return what raises ServerError for a prompt of at least so many tokens, if that is too long."""
+
+    def check_length(fewest: int) -> None:
+        if fewest > service.max_input_tokens:
+            _room(service, fewest, most, parameter, are_counted=False)
+
+    return check_length
+
+
+def _room(
+    service: Service, count: int, most: int | None, parameter: str, *, are_counted: bool = True
+) -> int:
     max_input, max_total = service.max_input_tokens, service.max_total_tokens
-    wanted = max(1, max_total - len(ids)) if most is None else most
-    if len(ids) > max_input or len(ids) + wanted > max_total:
+    wanted = max(1, max_total - count) if most is None else most
+    if count > max_input or count + wanted > max_total:
         raise context_exceeded(
-            len(ids), wanted, max_input=max_input, max_total=max_total, parameter=parameter
+            count,
+            wanted,
+            max_input=max_input,
+            max_total=max_total,
+            parameter=parameter,
+            are_counted=are_counted,
         )
     return wanted
 
@@ -314,7 +384,8 @@ class CompletionWriter:
         """Yield the choice's chunks."""
         is_first = True
         async for events in self.ticket.groups():
-            parts = [self._echo()] if is_first and self.body.echo else []
+            is_echoed = is_first and self.body.echo
+            parts = [await asyncio.to_thread(self._echo)] if is_echoed else []
             is_first = False
             if self.most:
                 parts += [self._part([event]) for event in events]
@@ -382,19 +453,27 @@ def _offsets(texts: Sequence[str], total: int) -> list[int]:
     return offsets
 
 
-async def chat_completions(service: Service, request: Request, body: ChatRequest) -> Response:
-    """Answer a conversation."""
+async def submitted(
+    service: Service, request: Request, body: ChatRequest
+) -> tuple[Conversation, list[Ticket]]:
+    """Queue the answers that a conversation asks for.
+
+    Raises ServerError, with nothing queued, for a request that is not valid or does not fit.
+    """
     options = service.options
     check(body, options)
     check_model(body.model, options)
     if body.top_logprobs is not None and not body.logprobs:
         raise invalid("`top_logprobs` needs `logprobs` to be true", "top_logprobs")
-    talk = await service.aside(conversation_of, service.needed_tokenizer, body)
     wanted = body.max_completion_tokens or body.max_tokens
+    is_cut = body.truncate_prompt_tokens is not None
+    check_length = None if is_cut else fitting(service, wanted, "messages")
+    talk = await service.aside(conversation_of, service.needed_tokenizer, body, check_length)
     prompt_ids = truncated(service, talk.prompt_ids, body.truncate_prompt_tokens, wanted or 1)
     most = check_prompt(service, prompt_ids, wanted, "messages")
     sampling = sampling_options(body, service.needed_model.defaults, most)
     sampling["top_logprobs"] = body.top_logprobs or 0
+    sampling["spelled_token_ids"] = talk.spelled_token_ids
     prepared = Prepared(
         prompt_ids=prompt_ids,
         options=sampling,
@@ -406,28 +485,41 @@ async def chat_completions(service: Service, request: Request, body: ChatRequest
         salt=body.cache_salt,
     )
     note_parameters(request, sampling)
-    tickets = await service.submit(request, [prepared])
+    return talk, await service.submit(request, [prepared])
+
+
+async def chat_completions(service: Service, request: Request, body: ChatRequest) -> Response:
+    """Answer a conversation."""
+    talk, tickets = await submitted(service, request, body)
     head = head_of(service, request, "chat.completion", "chatcmpl")
     writers = [
         ChatWriter(body=body, talk=talk, tokenizer=service.needed_tokenizer, ticket=ticket)
         for ticket in tickets
     ]
+
+    def usage() -> dict[str, Any]:
+        return usage_of(tickets, 1, sum(writer.num_reasoning_tokens for writer in writers))
+
     if body.stream:
         parts = [writer.stream(index) for index, writer in enumerate(writers)]
         head = replace(head, object="chat.completion.chunk")
-        return stream(service, request, body, head, parts, tickets, 1)
+        return stream(service, request, body, head, parts, tickets, usage)
     results = await service.results(request, tickets)
-    choices = [
-        writer.whole(index, events)
-        for index, (writer, events) in enumerate(zip(writers, results, strict=True))
-    ]
-    answer = head.fields() | {"choices": choices, "usage": usage_of(tickets, 1)}
-    if body.prompt_logprobs is not None:
-        answer["prompt_logprobs"] = prompt_logprobs_of(
-            service.needed_tokenizer, tickets[0], body.prompt_logprobs
-        )
+
+    def answer() -> dict[str, Any]:
+        choices = [
+            writer.whole(index, events)
+            for index, (writer, events) in enumerate(zip(writers, results, strict=True))
+        ]
+        found = head.fields() | {"choices": choices, "usage": usage()}
+        if body.prompt_logprobs is not None:
+            found["prompt_logprobs"] = prompt_logprobs_of(
+                service.needed_tokenizer, tickets[0], body.prompt_logprobs
+            )
+        return found
+
     headers = timing_headers(exchange_of(request), tickets, len(talk.text))
-    return Json(answer, headers=headers)
+    return await service.answered(answer, num_scores(tickets), headers)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -438,30 +530,38 @@ class ChatWriter:
     talk: Conversation
     tokenizer: Tokenizer
     ticket: Ticket
-    has_begun: bool = field(default=False)
+    num_reasoning_tokens: int = 0
 
     def whole(self, index: int, events: Sequence[TokenEvent]) -> dict[str, Any]:
         """Return the choice of a finished answer."""
-        text = "".join(event.text for event in events)
-        message, has_calls = self.talk.message(text)
+        answer = Answer.of(self._events(events, AnswerReader(self.talk.reads, is_whole=True)))
+        message: dict[str, Any] = {"role": "assistant", "content": answer.content}
+        if answer.reasoning:
+            message["reasoning_content"] = answer.reasoning
+        if answer.calls:
+            message["content"] = answer.content or None
+            message["tool_calls"] = [call.body() for call in answer.calls]
         reason = REASONS[events[-1].finish_reason or "length"]
         logprobs = [self._logprob(event) for event in events] if self.body.logprobs else None
         return {
             "index": index,
             "message": message,
             "logprobs": None if logprobs is None else {"content": logprobs},
-            "finish_reason": "tool_calls" if has_calls and reason == "stop" else reason,
+            "finish_reason": "tool_calls" if answer.calls and reason == "stop" else reason,
         }
 
     async def stream(self, index: int) -> AsyncIterator[dict[str, Any]]:
         """Yield the choice's chunks; the first says who speaks."""
-        deltas = self.talk.deltas()
+        reader, has_calls = AnswerReader(self.talk.reads), False
         yield self._chunk(index, {"role": "assistant", "content": ""}, None, None)
         async for events in self.ticket.groups():
             for event in events:
-                found = deltas.push(event.text)
-                if event.finish_reason is not None:
-                    found += deltas.finish()
+                found = [
+                    delta
+                    for item in self._events([event], reader)
+                    if (delta := _delta(item)) is not None
+                ]
+                has_calls = has_calls or any("tool_calls" in delta for delta in found)
                 logprobs = [self._logprob(event)] if self.body.logprobs else None
                 if not found and logprobs:
                     found = [{"content": ""}]
@@ -469,10 +569,19 @@ class ChatWriter:
                     yield self._chunk(index, delta, logprobs if number == 0 else None, None)
                 if event.finish_reason is not None:
                     reason = REASONS[event.finish_reason]
-                    if deltas.has_calls and reason == "stop":
+                    if has_calls and reason == "stop":
                         reason = "tool_calls"
-                    end = {} if deltas.has_calls else {"content": ""}
-                    yield self._chunk(index, end, None, reason)
+                    yield self._chunk(index, {} if has_calls else {"content": ""}, None, reason)
+
+    def _events(self, events: Sequence[TokenEvent], reader: AnswerReader) -> list[Event]:
+        """Return what some tokens add to an answer."""
+        found: list[Event] = []
+        for event in events:
+            found += reader.push(event.text)
+            self.num_reasoning_tokens += reader.is_reasoning
+            if event.finish_reason is not None:
+                found += reader.finish()
+        return found
 
     def _chunk(
         self,
@@ -498,6 +607,22 @@ class ChatWriter:
         return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
 
 
+def _delta(event: Event) -> dict[str, Any] | None:
+    """Return what a chunk says of an event; None of the end of a call, of which it says nothing."""
+    if isinstance(event, Content):
+        return {"content": event.text}
+    if isinstance(event, Reasoning):
+        return {"reasoning_content": event.text}
+    if isinstance(event, CallBegun):
+        function = {"name": event.name, "arguments": ""}
+        call = {"index": event.index, "id": event.id, "type": "function", "function": function}
+        return {"tool_calls": [call]}
+    if isinstance(event, CallArguments):
+        call = {"index": event.index, "function": {"arguments": event.text}}
+        return {"tool_calls": [call]}
+    return None
+
+
 def stream(
     service: Service,
     request: Request,
@@ -505,7 +630,7 @@ def stream(
     head: Head,
     parts: Sequence[AsyncIterator[dict[str, Any]]],
     tickets: Sequence[Ticket],
-    num_prompts: int,
+    usage: Callable[[], dict[str, Any]],
 ) -> Response:
     """Answer with the chunks of all choices as they come, usage if asked for, and [DONE].
 
@@ -521,13 +646,16 @@ def stream(
             async with aclosing(merged(parts)) as chunks:
                 async for choice in chunks:
                     is_last = choice["finish_reason"] is not None
-                    usage = None
+                    own = None
                     if tells_each and is_last:
-                        usage = usage_of([tickets[choice["index"]]], 1)
-                    yield dumps(common | {"choices": [choice], "usage": usage})
+                        own = usage_of([tickets[choice["index"]]], 1)
+                    chunk = common | {"choices": [choice], "usage": own}
+                    # A prompt that is echoed may have as many scores as the context has tokens.
+                    is_long = len((choice["logprobs"] or {}).get("tokens", ())) > AT_ONCE
+                    texts = dumps_in_parts(chunk)
+                    yield await service.aside("".join, texts) if is_long else dumps(chunk)
             if asked is not None and asked.include_usage:
-                usage = usage_of(tickets, num_prompts)
-                yield dumps(common | {"choices": [], "usage": usage})
+                yield dumps(common | {"choices": [], "usage": usage()})
         except Exception as error:
             exchange.error = as_server_error(error)
             yield dumps(openai_body(exchange.error))

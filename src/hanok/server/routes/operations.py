@@ -1,5 +1,7 @@
 """What those ask who run a server: is it well, what is it, what does it do, what would it do."""
 
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from dataclasses import asdict
 from importlib.resources import files
 from typing import Any
@@ -16,8 +18,8 @@ from hanok.server.openai_sampling import origins, sampling_options
 from hanok.server.routes import openai, tgi
 from hanok.server.routes.openai import prompts_of
 from hanok.server.service import Service
-from hanok.server.tgi_models import Body, CompatGenerateRequest, GenerateRequest
-from hanok.server.web import Json, Route, validated
+from hanok.server.tgi_models import Body, CompatGenerateRequest, GenerateRequest, Name
+from hanok.server.web import Json, Pieces, Route, dumps, validated
 
 
 class Info(BaseModel):
@@ -30,6 +32,8 @@ class Info(BaseModel):
     max_best_of: int
     max_stop_sequences: int
     max_input_tokens: int
+    max_input_length: int
+    """`max_input_tokens`, under its name in TGI before 2.0."""
     max_total_tokens: int
     validation_workers: int
     max_client_batch_size: int
@@ -56,7 +60,7 @@ class Status(BaseModel):
 class ExplainRequest(Body):
     """A request of another route, to be explained and not carried out."""
 
-    route: str = "/v1/chat/completions"
+    route: Name = "/v1/chat/completions"
     body: dict[str, Any] = Field(default_factory=dict)
 
 
@@ -119,6 +123,7 @@ async def info(service: Service, request: Request, body: None) -> Response:
         max_best_of=options.max_best_of,
         max_stop_sequences=options.max_stop_sequences,
         max_input_tokens=service.max_input_tokens,
+        max_input_length=service.max_input_tokens,
         max_total_tokens=total,
         validation_workers=options.validation_workers,
         max_client_batch_size=options.max_client_batch_size,
@@ -148,8 +153,16 @@ async def chat_tokenize(service: Service, request: Request, body: ChatRequest) -
     """Answer with the tokens of a conversation and the text its template makes."""
     tokenizer = service.needed_tokenizer
     talk = await service.aside(conversation_of, tokenizer, body)
-    tokens = await service.aside(tgi.tokens_of, tokenizer, talk.text, False)
-    return Json({"tokenize_response": tokens, "templated_text": talk.text})
+    ids = await service.aside(tokenizer.encode, talk.text, add_special_tokens=False)
+
+    async def pieces() -> AsyncGenerator[str, None]:
+        yield '{"tokenize_response":'
+        async with aclosing(tgi.token_list(service, talk.text, ids)) as tokens:
+            async for piece in tokens:
+                yield piece
+        yield f',"templated_text":{dumps(talk.text)}}}'
+
+    return Pieces(pieces(), write_timeout_s=service.options.write_timeout_s)
 
 
 async def invocations(service: Service, request: Request, body: Anything) -> Response:
@@ -171,11 +184,13 @@ async def explain(service: Service, request: Request, body: ExplainRequest) -> R
     prompts: list[dict[str, Any]] = []
     if body.route == "/v1/chat/completions":
         chat = validated(body.body, ChatRequest)
-        talk = await service.aside(conversation_of, service.needed_tokenizer, chat)
-        most = chat.max_completion_tokens or chat.max_tokens
-        ids = openai.truncated(service, talk.prompt_ids, chat.truncate_prompt_tokens, most or 1)
-        left = service.max_total_tokens - len(ids)
-        options = sampling_options(chat, model.defaults, left if most is None else most)
+        wanted = chat.max_completion_tokens or chat.max_tokens
+        kept = chat.truncate_prompt_tokens
+        check_length = openai.fitting(service, wanted, "messages") if kept is None else None
+        talk = await service.aside(conversation_of, service.needed_tokenizer, chat, check_length)
+        ids = openai.truncated(service, talk.prompt_ids, kept, wanted or 1)
+        most = openai.check_prompt(service, ids, wanted, "messages")
+        options = sampling_options(chat, model.defaults, most)
         params = model.defaults.updated(options)
         prompts = [{"text": talk.text, "token_ids": ids}]
         return Json({"prompts": prompts, "parameters": origins(chat, params, model.defaults)})
@@ -184,8 +199,9 @@ async def explain(service: Service, request: Request, body: ExplainRequest) -> R
         wanted, infill = completion.max_tokens, openai.infill_of(service, completion)
         most = openai.DEFAULT_COMPLETION_TOKENS if wanted is None else max(1, wanted)
         for prompt in prompts_of(service, completion):
-            ids = await openai.encoded(service, completion, prompt, infill)
+            ids = await openai.encoded(service, completion, prompt, most, infill)
             ids = openai.truncated(service, ids, completion.truncate_prompt_tokens, most)
+            openai.check_prompt(service, ids, most, "prompt")
             prompts.append({"text": prompt if isinstance(prompt, str) else None, "token_ids": ids})
         params = model.defaults.updated(sampling_options(completion, model.defaults, most))
         return Json({"prompts": prompts, "parameters": origins(completion, params, model.defaults)})
