@@ -235,6 +235,7 @@ def test_a_client_that_goes_is_not_computed_for(
         ({"input": ["a"] * 2049}, 422, "has 2049 texts and may have 2048"),
         ({"input": [[99999]]}, 422, "is not a token id"),
         ({"input": [5] * 1024}, 400, "context length is 1024 tokens. However, you requested 1024"),
+        ({"input": ["a", "a" * 10**6]}, 400, "0 in the completion), or more."),
         ({"input": "a", "dimensions": 257}, 422, "`dimensions` must be <= 256"),
         ({"input": "a", "dimensions": 0}, 422, "dimensions"),
         ({"input": "a", "encoding_format": "int8"}, 422, "encoding_format"),
