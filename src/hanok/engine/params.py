@@ -135,6 +135,15 @@ class SamplingParams:
         self._check("watermark_delta", 0 <= self.watermark_delta <= 100, "0 (none) to 100")
         self._check("top_logprobs", 0 <= self.top_logprobs <= 1000, "0 to 1000")
 
+    def check_ids(self, vocab_size: int) -> None:
+        """Raise OptionError where an option names a token that a vocabulary of this size lacks."""
+        for name in ("logit_bias", "stop_token_ids", "spelled_token_ids"):
+            wrong = [token for token in getattr(self, name) if not 0 <= token < vocab_size]
+            if wrong:
+                raise OptionError(
+                    f"{name} names token {wrong[0]}; this model's tokens are 0 to {vocab_size - 1}."
+                )
+
     def _check(self, name: str, is_right: bool, expected: str) -> None:
         if not is_right:
             raise OptionError(f"{name} is {getattr(self, name)!r}; it must be {expected}.")
