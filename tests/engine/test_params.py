@@ -12,6 +12,7 @@ from hanok.engine.params import (
     SamplingOptions,
     SamplingParams,
     from_generation_config,
+    seed_of_answer,
     unsupported_defaults,
 )
 from hanok.errors import OptionError
@@ -141,6 +142,15 @@ def test_updating_leaves_the_original_as_it_is() -> None:
     assert params.updated({"seed": 4, "max_new_tokens": 2}).seed == 4
     assert params == SamplingParams(seed=3)
     assert params.updated({"max_new_tokens": 2}).seed == 3
+
+
+def test_each_answer_of_a_seed_has_a_seed_of_its_own() -> None:
+    seeds = [seed_of_answer(seed, index) for seed in (0, 1, -1, 2**64 - 1) for index in range(50)]
+    assert len(set(seeds)) == len(seeds)
+    assert [seed_of_answer(seed, 0) for seed in (7, None)] == [7, None]
+    assert seed_of_answer(None, 3) is None
+    for seed in seeds:
+        assert SamplingParams(seed=seed).seed == seed
 
 
 RECOMMENDED = {

@@ -5,6 +5,7 @@ Imports no torch, so that the command line can list the options with their help.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from hashlib import sha256
 from typing import Any, TypedDict
 
 from hanok.errors import OptionError
@@ -175,6 +176,17 @@ class SamplingParams:
                     "likeliest token. Give a temperature above 0 as well."
                 )
         return changed
+
+
+def seed_of_answer(seed: int | None, index: int) -> int | None:
+    """Return the seed of one of several answers to a prompt; the first has the seed itself.
+
+    The others' depend on nothing else, and are not those of the seeds beside it.
+    """
+    if seed is None or index == 0:
+        return seed
+    digest = sha256(f"{seed} {index}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
 
 
 def from_generation_config(values: Mapping[str, Any]) -> SamplingParams:
