@@ -73,6 +73,15 @@ def test_top_p_is_transformers(logits: Tensor, top_p: float) -> None:
 
 
 @quick
+@given(logits=LOGITS)
+def test_top_p_of_0_keeps_the_likeliest_and_top_k_of_minus_1_all(logits: Tensor) -> None:
+    found = processed(logits, drawing(top_p=0.0), [], [])
+    assert found.isfinite().nonzero().flatten().tolist() == [int(logits.argmax())]
+    assert torch.equal(found, theirs(TopPLogitsWarper(0.0), logits))
+    assert torch.equal(processed(logits, drawing(top_k=-1), [], []), logits)
+
+
+@quick
 @given(logits=LOGITS, min_p=FRACTIONS)
 def test_min_p_is_transformers(logits: Tensor, min_p: float) -> None:
     assert torch.equal(keep_min_p(logits, min_p), theirs(MinPLogitsWarper(min_p), logits))

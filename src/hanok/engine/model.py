@@ -147,7 +147,7 @@ class Model:
         self.end_ids, end_notes = _end_ids(checkpoint, tokenizer, self.config.vocab_size)
         self.notes: tuple[str, ...] = (
             *loaded.report.notes,
-            *unsupported_defaults(checkpoint.generation_config),
+            *unsupported_defaults(checkpoint.generation_config, self.config.max_context_tokens),
             *end_notes,
         )
         """What was decided for the user, or asked for by the checkpoint and not done."""
@@ -410,7 +410,7 @@ class Model:
             raise RequestError(
                 f"the prompt fills the model's context of {limit} tokens; no token can follow it."
             )
-        if params.stop:
+        if options.get("stop"):  # a checkpoint's own stop nothing where there is no text
             self._needed_tokenizer()
         end_ids = frozenset(params.stop_token_ids)
         if not params.ignore_eos:

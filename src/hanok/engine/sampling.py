@@ -69,9 +69,11 @@ def processed(
     if params.temperature == 0:
         return scores
     scores = scores / params.temperature
-    if params.top_k:
+    if params.top_k > 0:
         scores = keep_top_k(scores, params.top_k)
-    if params.top_p < 1:
+    if params.top_p == 0:
+        scores = keep_top_k(scores, 1)
+    elif params.top_p < 1:
         scores = keep_top_p(scores, params.top_p)
     if params.min_p > 0:
         scores = keep_min_p(scores, params.min_p)
