@@ -9,7 +9,6 @@ as each alone.
 """
 
 import math
-import os
 import shutil
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from hanok.attention.base import ForwardBatch
 from hanok.attention.cache import KVCache
+from hanok.checkpoint.aside import folder_aside
 from hanok.checkpoint.files import Checkpoint, open_checkpoint
 from hanok.checkpoint.writer import write_json
 from hanok.engine.generate import generate
@@ -379,9 +379,7 @@ class Model:
         folder = Path(path)
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise CheckpointError(f"{folder} exists and is not empty; choose another folder.")
-        unfinished = folder.with_name(f".{folder.name}.unfinished-{os.getpid()}")
-        unfinished.mkdir(parents=True)
-        try:
+        with folder_aside(folder) as unfinished:
             save_weights(unfinished, self.decoder, self._sources, left_out=self._left_out)
             config = dict(self.checkpoint.config)
             spellings = [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]
@@ -394,11 +392,6 @@ class Model:
                 target = unfinished / file.relative_to(self.checkpoint.folder)
                 target.parent.mkdir(exist_ok=True)
                 shutil.copyfile(file, target)
-            if folder.exists():
-                folder.rmdir()
-            unfinished.rename(folder)
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
         return folder
 
     def sequence(self, prompt: Prompt, options: SamplingOptions) -> GenerationSequence:

@@ -66,6 +66,7 @@ def understand(checkpoint: Checkpoint) -> Understood:
         *(_left_out_note(name, refs) for name, refs in left_out.items()),
         spelling_note(family, checkpoint.tensors),
         adapter_note(checkpoint.folder),
+        *(f"index: {text}, and none of them is needed" for text in checkpoint.disagreements),
     )
     return Understood(
         checkpoint=checkpoint,
@@ -129,8 +130,8 @@ def _account_for(
             copies = f" Layers lie below {' and '.join(map(repr, prefixes))}: keep one of them."
         raise CheckpointError(
             f"{checkpoint.folder}: the tensors are not those of the {config.model_type} model that "
-            f"config.json describes. {'; '.join(complaints)}.{copies} Check that config.json and the "
-            "weights belong together and that every file was downloaded."
+            f"config.json describes. {'; '.join([*complaints, *checkpoint.disagreements])}.{copies} "
+            "Check that config.json and the weights belong together and that every file was downloaded."
         )
     _check_dtypes(checkpoint, [tensors[name] for name in expected])
     return head
