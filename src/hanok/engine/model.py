@@ -22,6 +22,7 @@ from hanok.attention.base import ForwardBatch
 from hanok.attention.cache import KVCache
 from hanok.checkpoint.aside import folder_aside
 from hanok.checkpoint.files import Checkpoint, open_checkpoint
+from hanok.checkpoint.tokenizer_files import has_tokenizer
 from hanok.checkpoint.writer import write_json
 from hanok.engine.generate import generate
 from hanok.engine.params import (
@@ -544,8 +545,7 @@ def _check_fits(plan: LoadPlan, path: Path) -> None:
 
 
 def _tokenizer_of(checkpoint: Checkpoint) -> "Tokenizer | None":
-    names = ("tokenizer.json", "tokenizer.model", "vocab.json")
-    if not any((checkpoint.folder / name).is_file() for name in names):
+    if not has_tokenizer(checkpoint.folder):
         return None
     # Imported here: a checkpoint without a tokenizer starts without its libraries.
     from hanok.checkpoint.tokenizer import open_tokenizer
