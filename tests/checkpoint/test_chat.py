@@ -178,6 +178,8 @@ def templates(text: str) -> ChatTemplates:
 @pytest.mark.parametrize("conversation", CONVERSATIONS)
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_the_text_of_transformers(oracle, template, conversation, ending):
+    if conversation == "tools" and template != "tools":
+        pytest.skip("transformers leaves the calls out; see test_calls.py")
     text = TEMPLATES[template]
     messages, extra = CONVERSATIONS[conversation]
     mode = {

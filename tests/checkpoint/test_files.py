@@ -128,9 +128,9 @@ def test_lists_only_the_first_of_many_names(tmp_path: Path) -> None:
 
 
 def test_refuses_a_file_of_another_kind(folder: Path) -> None:
-    (folder / "model.gguf").touch()
-    with pytest.raises(CheckpointError, match=r"model\.gguf: is no weights file; known endings"):
-        open_checkpoint(folder / "model.gguf")
+    (folder / "model.npz").touch()
+    with pytest.raises(CheckpointError, match=r"model\.npz: is no weights file; known endings"):
+        open_checkpoint(folder / "model.npz")
 
 
 def test_needs_a_config_unless_told_otherwise(tmp_path: Path) -> None:

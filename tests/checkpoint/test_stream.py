@@ -130,6 +130,76 @@ def test_text_survives(cases, kind, text):
         assert case.tokenizer.decode(ids) == text
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_behind_other_ids_a_stream_is_what_follows_them(cases, kind, data):
+    """Whether the ids before were pushed or the stream began behind them, the pieces are the same."""
+    tokenizer = cases[kind].tokenizer
+    any_ids = st.integers(0, tokenizer.vocab_size + 2)
+    # Valid characters and plain tokens: what bytes without a character leave depends on all of them.
+    texts = [tokenizer.encode(text, add_special_tokens=False) for text in SENTENCES]
+    before = data.draw(st.lists(any_ids, max_size=HOLD_LIMIT) | st.sampled_from(texts))
+    before = before[: data.draw(st.integers(0, len(before)))]
+    following = data.draw(st.lists(any_ids, max_size=8))
+    whole = tokenizer.stream()
+    for token_id in before:
+        whole.push(token_id)
+    expected = [*(whole.push(token_id) for token_id in following), whole.finish()]
+    stream = tokenizer.stream(after=before)
+    assert [*(stream.push(token_id) for token_id in following), stream.finish()] == expected
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_prompt_and_pieces_are_the_text_of_both(cases, kind, data):
+    """As the library that owns the vocabulary writes it, wherever a text is cut in two."""
+    case = cases[kind]
+    text = data.draw(st.sampled_from(SENTENCES)) * data.draw(st.integers(1, 2))
+    ids = case.tokenizer.encode(text, add_special_tokens=False)
+    cuts = [at for at in range(len(ids)) if "\ufffd" not in case.whole(ids[:at])]
+    at = data.draw(st.sampled_from(cuts))
+    stream = case.tokenizer.stream(after=ids[:at])
+    pieces = [*(stream.push(token_id) for token_id in ids[at:]), stream.finish()]
+    assert case.whole(ids[:at]) + "".join(pieces) == case.whole(ids)
+
+
+def test_the_first_piece_keeps_its_space_behind_a_prompt(cases):
+    for kind in ("byte_fallback", "sentencepiece"):
+        tokenizer = cases[kind].tokenizer
+        bos, the = tokenizer.token_to_id("<s>"), tokenizer.token_to_id("▁the")
+        assert tokenizer.stream(after=[bos, the]).push(the) == " the"
+        # A special token does not take the space, but is no text that a space could follow.
+        assert tokenizer.stream(after=[bos, the, bos]).push(the) == " the"
+        assert tokenizer.stream(after=[bos]).push(the) == "the"
+        assert tokenizer.stream(after=[the] * 100).push(the) == " the"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_character_that_a_prompt_begins_is_completed(cases, kind):
+    tokenizer = cases[kind].tokenizer
+    ids = [byte_id(tokenizer, byte) for byte in "집".encode()]
+    stream = tokenizer.stream(after=ids[:2])
+    assert [stream.push(ids[2]), stream.finish()] == ["집", ""]
+
+
+def test_a_special_token_is_passed_over_or_spelled(cases):
+    for kind in KINDS:
+        tokenizer = cases[kind].tokenizer
+        special, other = min(tokenizer.special_token_ids), tokenizer.token_to_id("a")
+        stream = tokenizer.stream()
+        assert (stream.push(special), stream.passed_over(special)) == (
+            "",
+            tokenizer.token_text(special),
+        )
+        assert stream.passed_over(other) == ""
+        assert stream.passed_over(tokenizer.vocab_size + 7) == ""
+        spelling = tokenizer.stream(spelled=[special], after=[other])
+        assert spelling.push(special) == tokenizer.token_text(special)
+        assert spelling.passed_over(special) == ""
+
+
 def test_a_space_that_a_byte_spells_is_kept(cases):
     """The space before the first word is the model's own and goes; this one is the text's."""
     case = cases["sentencepiece"]

@@ -1,7 +1,8 @@
 """Generation: the same tokens however they are computed, and text that ends where it should."""
 
-from itertools import pairwise
+from itertools import compress, pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -147,6 +148,56 @@ def test_text_held_back_for_a_stop_is_not_lost(model: Model) -> None:
     assert out.finish_reason == "length"
 
 
+# With this bias the bundled model says " He", then a turn's opening and a new line, again and again.
+TURNS: dict[str, Any] = {"logit_bias": {2: 10.0}, "max_new_tokens": 8}
+
+
+@pytest.mark.parametrize(
+    ("stop", "shown"),
+    [
+        ("<|user|>", " He"),
+        ("<|user|>\n", " He"),
+        ("He<|user|>", " "),
+        (">\n<|us", " He"),
+        ("\n", " He"),
+    ],
+)
+def test_a_stop_text_may_hold_special_tokens(
+    stop: str, shown: str, model: Model, oracle: transformers.PreTrainedModel
+) -> None:
+    """transformers stops at the same token; what is shown has no special tokens, and no stop text."""
+    assert model.tokenizer is not None
+    out = model.generate("Tom had a dog.", stop=[stop], **TURNS)
+    expected = oracle.generate(
+        torch.tensor([out.prompt_ids]),
+        max_new_tokens=8,
+        do_sample=False,
+        sequence_bias=[[[2], 10.0]],
+        stop_strings=[stop],
+        tokenizer=transformers.AutoTokenizer.from_pretrained(hanok.BUNDLED),
+        pad_token_id=1,
+    )[0]
+    assert out.token_ids == expected[len(out.prompt_ids) :].tolist()
+    assert (out.text, out.finish_reason) == (shown, "stop_sequence")
+    included = model.generate("Tom had a dog.", stop=[stop], include_stop=True, **TURNS)
+    assert included.text == model.tokenizer.decode(out.token_ids)
+
+
+def test_special_tokens_are_spelled_where_they_are_asked_for(model: Model) -> None:
+    plain = model.generate("Tom had a dog.", **TURNS)
+    assert plain.text == " He\n\n\n"
+    out = model.generate("Tom had a dog.", spelled_token_ids=[2], **TURNS)
+    assert (out.text, out.token_ids) == (" He" + "<|user|>\n" * 3 + "<|user|>", plain.token_ids)
+    ended = model.generate("Tom had a dog.", spelled_token_ids=[2], stop_token_ids=[2], **TURNS)
+    assert (ended.text, ended.finish_reason) == (" He", "eos_token")
+
+
+def test_an_end_token_is_no_stop_text(model: Model) -> None:
+    options: dict[str, Any] = {"stop": ["<|user|>"], "stop_token_ids": [2]}
+    out = model.generate("Tom had a dog.", **options, **TURNS)
+    assert (out.text, out.finish_reason) == (" He", "eos_token")
+
+
 TEXTS = st.text(alphabet="abAB \n", max_size=40)
 
 
@@ -179,6 +230,32 @@ def test_what_is_shown_is_the_text_before_the_first_stop(
         starts = [text[:first_seen].find(stop) for stop in stops]
         assert shown == text[: min(start for start in starts if start >= 0)]
     assert is_stopped == bool(ends)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    parts=st.lists(st.tuples(st.text("abc", max_size=3), st.text("abc", max_size=3)), max_size=6),
+    stops=st.lists(st.text("abc", min_size=1, max_size=4), min_size=1, max_size=3),
+    are_included=st.booleans(),
+)
+def test_what_is_not_shown_counts_as_text_for_stops(
+    parts: list[tuple[str, str]], stops: list[str], are_included: bool
+) -> None:
+    """What is shown is what would be if all were, less the parts that are passed over."""
+    hidden, plain = (StopTexts(stops, are_included=are_included) for _ in range(2))
+    marks: list[bool] = []
+    spelled = shown = ""
+    for text, passed_over in parts:
+        marks += [True] * len(text) + [False] * len(passed_over)
+        piece, is_stopped = hidden.push(text, passed_over=passed_over)
+        whole, is_expected = plain.push(text + passed_over)
+        shown, spelled = shown + piece, spelled + whole
+        assert is_stopped == is_expected
+        if is_stopped:
+            break
+    else:
+        shown, spelled = shown + hidden.finish(), spelled + plain.finish()
+    assert shown == "".join(compress(spelled, marks))
 
 
 def test_logprobs_are_the_models_own(model: Model) -> None:

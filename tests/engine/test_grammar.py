@@ -19,9 +19,10 @@ from hanok.engine.grammar_spec import (
     MAX_PATTERN_BYTES,
     GrammarError,
     GrammarSpec,
-    keywords,
+    embedded,
     read_schema,
 )
+from hanok.engine.json_schema import keywords
 
 ROWS = 2060  # more than the tokenizer has tokens, as padded embeddings do
 LIMIT = 300
@@ -128,6 +129,7 @@ OTHERS: list[Any] = [
     {"type": "integer", "anyOf": [{"minimum": 100}, {"maximum": -100}]},
     {"$ref": "#/$defs/n", "$defs": {"n": {"type": "integer", "maximum": 0}}},
     {"$ref": "#/definitions/n", "minimum": -9, "definitions": {"n": {"type": "integer"}}},
+    {"$ref": "#/$defs/List<Ünit>", "$defs": {"List<Ünit>": {"type": "null"}}},
     {"title": "A title", "description": "…", "default": 1, "examples": [1], "type": "integer"},
 ]
 ARRAYS: list[Any] = [
@@ -282,6 +284,32 @@ def test_what_is_finished_is_valid(
             assert error is None, f"{text!r}: {error.message}"
             assert "  " not in re.sub(r'"(?:[^"\\]|\\.)*"', '""', text)
     assert finished
+
+
+def test_a_schema_means_the_same_inside_of_another(
+    compiler: GrammarCompiler, tokenizer: Tokenizer, end_id: int
+) -> None:
+    """Two schemas with definitions of one name, moved into one that has both."""
+    kinds = [
+        {"type": "array", "items": {"$ref": "#/$defs/Of<T>"}, "$defs": {"Of<T>": {"const": value}}}
+        for value in ("a", "b")
+    ]
+    moved = [embedded(schema, f"f/{number}") for number, schema in enumerate(kinds)]
+    around = {
+        "type": "object",
+        "properties": {"x": moved[0][0], "y": moved[1][0]},
+        "required": ["x", "y"],
+        "additionalProperties": False,
+        "$defs": moved[0][1] | moved[1][1],
+    }
+    grammar = compiler.compile(schema_spec(around))
+    values = [
+        json.loads(text) for seed in range(6) if (text := written(grammar, tokenizer, end_id, seed))
+    ]
+    assert any(value["x"] for value in values)
+    for value in values:
+        assert set(value["x"]) <= {"a"}
+        assert set(value["y"]) <= {"b"}
 
 
 def test_any_object_is_an_object(

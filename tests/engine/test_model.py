@@ -5,8 +5,10 @@ import math
 from pathlib import Path
 
 import pytest
+import tokenizers
 import torch
 import transformers
+from tokenizers import decoders, models
 
 import hanok
 from hanok.engine import model as model_module
@@ -209,6 +211,42 @@ def test_without_a_tokenizer_only_ids_can_be_given(model: Model, tmp_path: Path)
     for call in (lambda: bare.generate("hi"), lambda: bare.generate([3], stop=["x"])):
         with pytest.raises(hanok.RequestError, match="has no tokenizer"):
             call()
+
+
+def save_with_dropped_space(folder: Path) -> Path:
+    """A tiny random llama whose vocabulary drops the first space of a text, as SentencePiece does."""
+    texts = ["<unk>", "<s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁the", "▁big", "e"]
+    library = tokenizers.Tokenizer(
+        models.BPE({text: i for i, text in enumerate(texts)}, [], byte_fallback=True)
+    )
+    rules = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    library.decoder = decoders.Sequence([*rules, decoders.Strip(" ", left=1)])
+    library.add_special_tokens(["<s>"])
+    sizes = {"vocab_size": len(texts), "hidden_size": 32, "intermediate_size": 48}
+    heads = {"num_hidden_layers": 1, "num_attention_heads": 4, "eos_token_id": None}
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **heads)).save_pretrained(
+        folder
+    )
+    library.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def test_the_space_behind_the_prompt_is_the_texts(tmp_path: Path) -> None:
+    """Prompt and answer join to what the vocabulary's library makes of both."""
+    found = hanok.load(save_with_dropped_space(tmp_path))
+    library = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    assert found.tokenizer is not None
+    the, big = (found.tokenizer.token_to_id(text) for text in ("▁the", "▁big"))
+    bias: dict[int, float] = {big: 100.0}  # type: ignore[dict-item]
+    prompt: list[int] = [1, the, the]  # type: ignore[list-item]
+    out = found.generate(prompt, max_new_tokens=3, logit_bias=bias)
+    assert library.decode(prompt) + out.text == library.decode([*prompt, *out.token_ids])
+    assert out.text == " big big big"
+    stopped = found.generate(prompt, max_new_tokens=3, logit_bias=bias, stop=[" big"])
+    assert (stopped.text, stopped.finish_reason) == ("", "stop_sequence")
+    speculation = hanok.Speculation(method="ngram")
+    guessed = found.generate(prompt, max_new_tokens=3, logit_bias=bias, speculation=speculation)
+    assert guessed.text == out.text
 
 
 def test_generation_config_gives_the_defaults(model: Model, tmp_path: Path) -> None:

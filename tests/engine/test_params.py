@@ -58,6 +58,7 @@ WRONG_TYPES = [
     ("stop_token_ids", ["a"]),
     ("stop_token_ids", [True]),
     ("stop_token_ids", 1.0),
+    ("spelled_token_ids", ["a"]),
     ("ignore_eos", 1),
     ("ignore_eos", "yes"),
     ("top_logprobs", 2.0),

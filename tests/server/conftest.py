@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import httpx
+import openai
 import pytest
 import torch
 import uvicorn
@@ -95,6 +96,11 @@ def server() -> Iterator[Server]:
 def client(server: Server) -> Iterator[httpx.Client]:
     with server.client() as found:
         yield found
+
+
+@pytest.fixture
+def sdk(server: Server) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="k", max_retries=0)
 
 
 @dataclass(frozen=True)

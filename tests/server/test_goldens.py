@@ -193,10 +193,17 @@ CALL_DELTA = {
     "index": int,
     "id": str,
     "type": "function",
-    # TGI sends arguments as they come, with the name in the first; hanok each call when it is whole.
     "function": {"name": Differs(tgi=(str, None), hanok=str), "arguments": str},
 }
 CALL_CHUNK = chat_chunk({"content": MAYBE, "tool_calls": [CALL_DELTA]}, None)
+MORE_DELTA = {
+    "index": 0,
+    "id": Differs(tgi=str, hanok=ABSENT),
+    "type": Differs(tgi="function", hanok=ABSENT),
+    "function": {"name": Differs(tgi=(str, None), hanok=ABSENT), "arguments": str},
+}
+"""More of a call's arguments; what came with its beginning is not said again, as OpenAI does it."""
+MORE_CHUNK = chat_chunk({"content": MAYBE, "tool_calls": [MORE_DELTA]}, None)
 CALL_LAST = chat_chunk({"content": MAYBE, "tool_calls": MAYBE}, TOOL_REASON)
 COMPLETION = completion(FINAL_REASON, USAGE)
 COMPLETION_CHUNK = completion(Differs(tgi="", hanok=None), None)
@@ -393,7 +400,7 @@ STREAMS: list[tuple[str, str, dict[str, Any], list[Shape]]] = [
         "chat, a tool",
         "/v1/chat/completions",
         talk(stream=True, max_tokens=60, tools=[WEATHER], tool_choice=NAMED),
-        [(CHAT_CHUNK, CALL_CHUNK), CALL_LAST],
+        [(CHAT_CHUNK, CALL_CHUNK, MORE_CHUNK), CALL_LAST],
     ),
     (
         "chat, no tool",

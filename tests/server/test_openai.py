@@ -31,11 +31,6 @@ WEATHER: Any = {
 }
 
 
-@pytest.fixture
-def sdk(server: Server) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="k", max_retries=0)
-
-
 def test_models_and_completions(sdk: openai.OpenAI) -> None:
     assert [model.id for model in sdk.models.list()] == ["bundled"]
     model = hanok.load(hanok.BUNDLED, dtype="float32")

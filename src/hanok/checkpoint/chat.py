@@ -2,11 +2,12 @@
 
 A template is a foreign program: it runs in jinja2's immutable sandbox, on plain copies of the data,
 and with a bound on its loops. It sees the names that published templates use: messages, tools,
-documents, add_generation_prompt, the special tokens, `raise_exception`, `strftime_now`, `tojson`,
-loop controls and the `{% generation %}` tag.
+documents, functions (the tools as text), add_generation_prompt, the special tokens, `raise_exception`,
+`strftime_now`, datetime, `tojson`, loop controls and the `{% generation %}` tag.
 
-Invariants: the text is the one that the transformers library renders; the caller's messages are
-never changed; whatever goes wrong inside a template is a RequestError for that one conversation.
+Invariants: the text is the one that the transformers library renders, given tool calls in the form
+that the template writes out (`checkpoint/calls.py`); the caller's messages are never changed; whatever
+goes wrong inside a template is a RequestError for that one conversation.
 
 Cost: a template is compiled once per `ChatTemplates`; a rendering is linear in its output. The
 bound is on loop steps, not on memory: a template can still build a very large string.
@@ -25,6 +26,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
+from hanok.checkpoint.calls import form_of, has_calls
 from hanok.errors import CheckpointError, RequestError
 
 DEFAULT_TEMPLATE = "default"
@@ -45,6 +47,10 @@ _SPAN_START, _SPAN_END = "\ufdd0", "\ufdd1"
 # Variables that begin with a digit: no template can spell them, so none can read or replace them.
 _SPAN_START_NAME, _SPAN_END_NAME, _COUNT_STEPS = "0span_start", "0span_end", "0count_steps"
 _END_OF_CONTENT = "HANOK_END_OF_FINAL_MESSAGE "
+_NO_FINAL_TEXT = (
+    "continue_final_message is set, but the last message has no text content to go on with; "
+    "give it one, or set continue_final_message=False"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,13 +113,15 @@ class ChatTemplates:
                 "with the last message."
             )
         text, origin = self._choose(template, has_tools=tools is not None)
-        conversation = _plain_messages(messages)
-        final = ""
-        if continue_final_message:
-            final = _mark_final_message(conversation)
         variables = self._template_variables(
             tools, documents, add_generation_prompt, template_variables
         )
+        conversation = self._written(messages, text, origin, variables)
+        final = ""
+        if continue_final_message:
+            if messages[-1].get("content") is None:
+                raise RequestError(_NO_FINAL_TEXT)
+            final = _mark_final_message(conversation)
         rendered = self._run(text, origin, conversation, variables, self._now)
         return _cut_after_final(rendered, final) if continue_final_message else rendered
 
@@ -133,10 +141,10 @@ class ChatTemplates:
         around the ranges, and refuses a template whose text the marks would change.
         """
         text, origin = self._choose(template, has_tools=tools is not None)
-        conversation = _plain_messages(messages)
         variables = self._template_variables(
             tools, documents, add_generation_prompt, template_variables
         )
+        conversation = self._written(messages, text, origin, variables)
         # Both renderings must see the same moment.
         moment = self._now()
         plain = self._run(text, origin, conversation, variables, lambda: moment)
@@ -155,6 +163,25 @@ class ChatTemplates:
                 "move the filter inside the tag"
             )
         return rendered
+
+    def _written(
+        self,
+        messages: Sequence[Mapping[str, object]],
+        text: str,
+        origin: str,
+        variables: Mapping[str, object],
+    ) -> list[dict[str, Any]]:
+        """A plain copy of the messages, in the form in which the template writes all of them out."""
+        conversation, moment = _plain_messages(messages), self._now()
+
+        def render(form: list[dict[str, Any]]) -> str:
+            return self._run(text, origin, form, variables, lambda: moment)
+
+        in_parts = "text" in text and _reads_parts_only(conversation, render)
+        if has_calls(conversation):
+            shape = _with_parts if in_parts else list
+            conversation = form_of(conversation, lambda form: render(shape(form)))
+        return _with_parts(conversation) if in_parts else conversation
 
     def _choose(self, template: str | None, *, has_tools: bool) -> tuple[str, str]:
         """The text of the template to use, and what to call it in a message."""
@@ -197,6 +224,7 @@ class ChatTemplates:
         return {
             **self._variables,
             "tools": _plain(tools),
+            "functions": _to_json(_plain(tools), indent=4),
             "documents": _plain(documents),
             "add_generation_prompt": add_generation_prompt,
             **{name: _plain(value) for name, value in (template_variables or {}).items()},
@@ -232,6 +260,7 @@ class ChatTemplates:
             return compiled.render(
                 {
                     "strftime_now": lambda pattern: now().strftime(pattern),
+                    "datetime": now().strftime("%Y-%m-%d %H:%M:%S"),
                     _COUNT_STEPS: _StepCounter(),
                     **variables,
                     "messages": conversation,
@@ -330,7 +359,11 @@ def _to_json(
 ) -> str:
     """JSON as models were trained on; jinja2's own filter escapes it for HTML."""
     return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+        list(value) if isinstance(value, Iterator) else value,  # of `map` and its like
+        ensure_ascii=ensure_ascii,
+        indent=indent,
+        separators=separators,
+        sort_keys=sort_keys,
     )
 
 
@@ -365,13 +398,52 @@ def _plain_messages(messages: Sequence[Mapping[str, object]]) -> list[dict[str, 
                 f"message {number} is {type(message).__name__}, not an object with a role and a "
                 "content: pass a list of such objects"
             )
-        # Clients send null for what is not there; templates test for the key, not for null.
-        fields = {_plain(key): _plain(value) for key, value in message.items() if value is not None}
+        # Clients send null, and empty lists, for what is not there; templates test for the key.
+        fields = {
+            _plain(key): _plain(value) for key, value in message.items() if not _says_nothing(value)
+        }
+        if message.get("content", "") is None and message.get("role") == "assistant":
+            fields["content"] = None if fields.get("tool_calls") else ""
         reasoning = next((fields[name] for name in REASONING_FIELDS if name in fields), None)
         if reasoning is not None:
             fields = {"thinking": reasoning, **fields, "reasoning_content": reasoning}
         conversation.append(fields)
     return conversation
+
+
+def _reads_parts_only(
+    conversation: list[dict[str, Any]], render: Callable[[list[dict[str, Any]]], str]
+) -> bool:
+    """Whether the template writes a user's words only where they are a list of parts.
+
+    Templates of models that see pictures go over the parts, and find none in a text.
+    """
+    first = next((n for n, m in enumerate(conversation) if m.get("role") == "user"), None)
+    if first is None:
+        return False
+    begun, words = conversation[: first + 1], conversation[first].get("content")
+    if not isinstance(words, str) or not words.strip():
+        return False
+    for form in (begun, _with_parts(begun)):
+        try:
+            if words.strip() in render(form):
+                return form is not begun
+        except RequestError:
+            continue
+    return False
+
+
+def _with_parts(conversation: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [
+        {**message, "content": [{"type": "text", "text": message["content"]}]}
+        if isinstance(message.get("content"), str)
+        else message
+        for message in conversation
+    ]
+
+
+def _says_nothing(value: object) -> bool:
+    return value is None or (isinstance(value, list | tuple | Mapping) and not value)
 
 
 def _mark_final_message(conversation: list[dict[str, Any]]) -> str:
@@ -387,10 +459,7 @@ def _mark_final_message(conversation: list[dict[str, Any]]) -> str:
                 final: str = part["text"]
                 part["text"] = final + _END_OF_CONTENT
                 return final
-    raise RequestError(
-        "continue_final_message is set, but the last message has no text content to go on with; "
-        "give it one, or set continue_final_message=False"
-    )
+    raise RequestError(_NO_FINAL_TEXT)
 
 
 def _cut_after_final(rendered: str, final: str) -> str:

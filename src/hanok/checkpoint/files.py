@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, Literal
 
+from hanok.checkpoint.formats import ADAPTER_WEIGHTS, no_weights_error, refuse_other_layouts
 from hanok.checkpoint.pickles import read_pickle_header
 from hanok.checkpoint.safetensors import (
     DTYPE_BITS,
@@ -37,6 +38,7 @@ __all__ = [
     "read_header",
     "read_object",
     "read_tensor_bytes",
+    "weights_in",
 ]
 
 
@@ -90,6 +92,8 @@ def open_checkpoint(path: str | Path, *, needs_config: bool = True) -> Checkpoin
     path = Path(path)
     if not path.exists():
         raise CheckpointError(f"{path}: no such file or folder; check the path")
+    if needs_config:
+        refuse_other_layouts(path, weights_in(path))
     folder, entry = (path, _find_entry(path)) if path.is_dir() else (path.parent, path)
     config_path = folder / "config.json"
     if needs_config and not config_path.is_file():
@@ -126,13 +130,21 @@ def find_entries(folder: Path, kind: WeightsKind) -> list[Path]:
     for name in (kind.whole, kind.index):
         if (folder / name).is_file():
             return [folder / name]
-    return sorted(
+    found = sorted(
         file
         for file in folder.iterdir()
         if file.suffix in kind.suffixes
         and file.is_file()
         and not file.name.startswith((".", *kind.ignored))
     )
+    return [file for file in found if file.name not in ADAPTER_WEIGHTS] or found
+
+
+def weights_in(path: Path) -> list[Path]:
+    """Return the files of a folder that could be its checkpoint, of either kind."""
+    if not path.is_dir():
+        return [path]
+    return [entry for kind in (SAFETENSORS, PICKLES) for entry in find_entries(path, kind)]
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -209,10 +221,7 @@ def _find_entry(folder: Path) -> Path:
             )
         if entries:
             return entries[0]
-    raise CheckpointError(
-        f"{folder}: holds no weights (*.safetensors, *.bin, *.pt, *.pth); it holds "
-        f"{_listed(sorted(file.name for file in folder.iterdir())) or 'nothing'}"
-    )
+    raise no_weights_error(folder, _listed(sorted(file.name for file in folder.iterdir())))
 
 
 def _read_weights(file: Path) -> tuple[dict[str, TensorRef], dict[str, str]]:

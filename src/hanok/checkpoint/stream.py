@@ -5,6 +5,9 @@ of bytes (byte-level BPE), the bytes go through an incremental UTF-8 decoder. El
 a token depends on what stands before it (the first space of a text is dropped), so a piece is the
 difference between two decodes that begin with the same context: the group emitted before.
 
+What follows other tokens reads as it does behind them: a stream may begin with the last of these,
+whose own text is then not given again.
+
 Invariants: a piece never ends in half a character; what was emitted is never taken back. A byte
 that cannot belong to a character becomes U+FFFD at once, so at most three bytes are ever held back.
 Only a decoder which mixes bytes with other rules holds tokens by looking at the text, and then at
@@ -63,11 +66,12 @@ class TokenTexts:
         text = self.token_text(token_id)
         return b"" if self.can_split_characters and REPLACEMENT in text else text.encode()
 
-    def stream(self, skipped: frozenset[int]) -> "StreamDecoder":
-        """A new stream that passes over the ids in `skipped`."""
-        if self.is_bytes_only:
-            return ByteStream(self, skipped)
-        return WindowStream(self, skipped)
+    def stream(self, skipped: frozenset[int], after: Sequence[int] = ()) -> "StreamDecoder":
+        """A new stream that passes over the ids in `skipped`, behind the text of the ids `after`."""
+        kind = ByteStream if self.is_bytes_only else WindowStream
+        stream = kind(self, skipped)
+        stream.begin_behind(after)
+        return stream
 
 
 class StreamDecoder(ABC):
@@ -77,11 +81,35 @@ class StreamDecoder(ABC):
         self._texts = texts
         self._skipped = skipped
 
+    def begin_behind(self, ids: Sequence[int]) -> None:
+        """Begin where these ids have been pushed already: what they gave is not given again.
+
+        A character that they leave unfinished is given whole once its last byte comes.
+        """
+        last: list[int] = []
+        is_whole = True
+        for token_id in reversed(ids):
+            if self._adds_text(token_id):
+                if len(last) == HOLD_LIMIT:
+                    is_whole = False
+                    break
+                last.append(token_id)
+        if not is_whole:
+            self._begin_in_a_text()
+        for token_id in reversed(last):
+            self._take(token_id)
+
     def push(self, token_id: int) -> str:
         """The text that is certain now and was not before; often "", never half a character."""
-        if token_id in self._skipped or not self._texts.is_known(token_id):
-            return ""
-        return self._take(token_id)
+        return self._take(token_id) if self._adds_text(token_id) else ""
+
+    def passed_over(self, token_id: int) -> str:
+        """The text that `push` leaves out for this id: how it reads where none is skipped."""
+        is_left_out = token_id in self._skipped and self._texts.is_known(token_id)
+        return self._texts.token_text(token_id) if is_left_out else ""
+
+    def _adds_text(self, token_id: int) -> bool:
+        return token_id not in self._skipped and self._texts.is_known(token_id)
 
     @abstractmethod
     def finish(self) -> str:
@@ -90,6 +118,10 @@ class StreamDecoder(ABC):
     @abstractmethod
     def _take(self, token_id: int) -> str:
         """`push` for an id which is known and not passed over."""
+
+    @abstractmethod
+    def _begin_in_a_text(self) -> None:
+        """Go on as behind some text that nobody knows."""
 
 
 class ByteStream(StreamDecoder):
@@ -105,6 +137,9 @@ class ByteStream(StreamDecoder):
 
     def _take(self, token_id: int) -> str:
         return self._decoder.decode(self._texts.token_bytes(token_id) or b"")
+
+    def _begin_in_a_text(self) -> None:
+        """Bytes read alike at the beginning of a text and in the middle."""
 
 
 class WindowStream(StreamDecoder):
@@ -150,7 +185,7 @@ class WindowStream(StreamDecoder):
                 del self._bytes[: error.end]
                 # The library has not seen these tokens, but the text has begun: a space that
                 # follows is no longer its first.
-                self._begin_with(self._texts.anchor)
+                self._begin_in_a_text()
                 continue
             if not text:
                 break
@@ -182,6 +217,9 @@ class WindowStream(StreamDecoder):
         else:
             self._begin_with((extended[0], *extended[1 - HOLD_LIMIT :]))
         return piece
+
+    def _begin_in_a_text(self) -> None:
+        self._begin_with(self._texts.anchor)
 
     def _begin_with(self, context: tuple[int, ...]) -> None:
         self._context, self._context_text = context, self._texts.decode(context)

@@ -12,7 +12,7 @@ Cost: opening reads the files once; encoding and decoding are linear. Chat templ
 Streaming: `stream.py`.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 
@@ -137,9 +137,21 @@ class Tokenizer:
         pieces = [stream.push(token_id) for token_id in ids]
         return "".join(pieces) + stream.finish()
 
-    def stream(self, skip_special_tokens: bool = True) -> StreamDecoder:
-        """A decoder that takes one id at a time, for one sequence."""
-        return self._texts.stream(self.special_token_ids if skip_special_tokens else frozenset())
+    def stream(
+        self,
+        skip_special_tokens: bool = True,
+        *,
+        after: Sequence[int] = (),
+        spelled: Collection[int] = (),
+    ) -> StreamDecoder:
+        """A decoder that takes one id at a time, for one sequence.
+
+        It goes on behind the ids `after`, so that its pieces and their text are the text of all of
+        them: a space between the two belongs to the first piece. Special tokens in `spelled` are not
+        skipped.
+        """
+        skipped = self.special_token_ids.difference(spelled) if skip_special_tokens else frozenset()
+        return self._texts.stream(skipped, after)
 
     def token_text(self, token_id: int) -> str:
         """The text of one token as it reads in the middle of a text; a part of a character as U+FFFD.

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 # Named otherwise on the command line, where one value is given at a time.
-MULTIPLE = ("stop", "stop_token_ids", "logit_bias")
+MULTIPLE = ("stop", "stop_token_ids", "spelled_token_ids", "logit_bias")
 
 
 def field_texts(owner: type) -> dict[str, str]:
@@ -255,8 +255,9 @@ def _sampling_option(item: "Field[Any]", text: str) -> Callable[[Command], Comma
             name, multiple=True, metavar="ID=BIAS", callback=_read_bias, help=f"{text} Repeatable."
         )
     if item.name in MULTIPLE:
-        kind: type = int if item.name == "stop_token_ids" else str
-        singular = {"stop_token_ids": "--stop-token-id"}.get(item.name, name)
+        is_ids = item.name.endswith("_ids")
+        kind: type = int if is_ids else str
+        singular = name.removesuffix("s") if is_ids else name
         return click.option(
             singular, item.name, type=kind, multiple=True, help=f"{text} Repeatable."
         )

@@ -24,11 +24,11 @@ from hanok.checkpoint.tokenizer import Tokenizer
 from hanok.engine.grammar_spec import (
     GrammarError,
     GrammarSpec,
-    Schema,
     check_size,
     find_culprit,
     read_schema,
 )
+from hanok.engine.json_schema import Schema
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLParserLimits, LLTokenizer

@@ -12,8 +12,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
-from typing import Any, Literal
+from typing import Literal
+from urllib.parse import unquote
 
+from hanok.engine.json_schema import Document, Schema, escape, keywords, reference_to
 from hanok.errors import RequestError
 
 MAX_BYTES = 128 * 1024
@@ -30,17 +32,6 @@ MAX_DEPTH = 64
 
 MAX_MULTIPLE = 50_000
 """Largest common multiple of a schema's `multipleOf`. Time to compile grows with its square."""
-
-Schema = dict[str, Any]
-
-_HOLDS_SCHEMA = frozenset(
-    "items additionalItems additionalProperties unevaluatedItems unevaluatedProperties contains "
-    "propertyNames not if then else contentSchema".split()
-)
-_HOLDS_LIST = frozenset("anyOf oneOf allOf prefixItems items".split())
-_HOLDS_NAMED = frozenset(
-    "properties patternProperties $defs definitions dependentSchemas dependencies".split()
-)
 
 
 class GrammarError(RequestError):
@@ -95,6 +86,7 @@ def read_schema(text: str) -> Schema:
     schema.pop("x-guidance", None)  # llguidance's own options, which are not the request's to set
     _check_depth(schema, "", MAX_DEPTH)
     _check_promises(schema)
+    _encode_references(schema)
     return schema
 
 
@@ -127,24 +119,53 @@ def find_culprit(
     return None
 
 
-def keywords(schema: Schema, pointer: str = "") -> Iterator[tuple[str, str, Schema]]:
-    """Each keyword of a schema and of the schemas in it: pointer, name, and the schema it is in.
+def embedded(schema: Schema, name: str) -> tuple[Schema, dict[str, Schema]]:
+    """A schema as it may stand anywhere in another one, and what that one's `$defs` need for it.
 
-    What a keyword holds comes before the keyword. Names of properties are no keywords.
+    References are to places of the document they stand in. A schema that has any is moved whole to
+    `#/$defs/{name}` and its references with it, so that it means the same there; `name` is its own.
+    GrammarError for a reference to what is not there, or that may mean several places.
     """
-    for keyword, value in schema.items():
-        place = f"{pointer}/{_escape(keyword)}"
-        inner: list[tuple[str, Any]] = []
-        if keyword in _HOLDS_SCHEMA:
-            inner.append((place, value))
-        if keyword in _HOLDS_LIST and isinstance(value, list):
-            inner += ((f"{place}/{index}", item) for index, item in enumerate(value))
-        if keyword in _HOLDS_NAMED and isinstance(value, dict):
-            inner += ((f"{place}/{_escape(name)}", item) for name, item in value.items())
-        for where, item in inner:
-            if isinstance(item, dict):
-                yield from keywords(item, where)
-        yield place, keyword, schema
+    moved = copy.deepcopy(schema)
+    document = Document(moved)
+    root = f"/$defs/{escape(name)}"
+    found: list[tuple[Schema, str, str]] = []
+    pending = list(document.schemas)
+    for pointer in pending:
+        for keyword in ("$ref", "$dynamicRef"):
+            target = _target(document, pointer, keyword)
+            if target is not None:
+                found.append((document.schemas[pointer], keyword, reference_to(root + target)))
+        if len(document.schemas) > len(pending):  # what is only referred to
+            pending += list(document.schemas)[len(pending) :]
+    for holder, keyword, reference in found:
+        holder.pop(keyword, None)
+        holder["$ref"] = reference
+    for holder in document.schemas.values():
+        for keyword in ("$schema", "$id", "$anchor", "$dynamicAnchor", "$vocabulary"):
+            holder.pop(keyword, None)
+    return ({"$ref": reference_to(root)}, {name: moved}) if found else (moved, {})
+
+
+def _target(document: Document, pointer: str, keyword: str) -> str | None:
+    """The pointer that a referring keyword of the schema at `pointer` means, if any in its document."""
+    schema = document.schemas[pointer]
+    reference = schema.get(keyword)
+    if not isinstance(reference, str):
+        return None
+    place = f"{pointer}/{keyword}"
+    if keyword == "$dynamicRef" and ("$ref" in schema or document.has_several(reference)):
+        raise GrammarError(
+            f"{place} of the JSON schema is {reference!r}, and what it means depends on how it is "
+            "reached: refer to one place with $ref",
+            place,
+        )
+    try:
+        return document.target(pointer, reference)
+    except LookupError as error:
+        raise GrammarError(
+            f"{place} of the JSON schema is {reference!r}, and there is no such place in it", place
+        ) from error
 
 
 def _check_depth(value: object, pointer: str, depth: int) -> None:
@@ -161,7 +182,15 @@ def _check_depth(value: object, pointer: str, depth: int) -> None:
         items = iter(enumerate(value))
     for key, item in items:
         if isinstance(item, dict | list):
-            _check_depth(item, f"{pointer}/{_escape(str(key))}", depth - 1)
+            _check_depth(item, f"{pointer}/{escape(str(key))}", depth - 1)
+
+
+def _encode_references(schema: Schema) -> None:
+    """Write references as URIs. Many hold names of types as they are: `#/$defs/List<Item>`."""
+    for _, keyword, holder in keywords(schema):
+        reference = holder[keyword]
+        if keyword == "$ref" and isinstance(reference, str) and reference.startswith("#/"):
+            holder[keyword] = reference_to(unquote(reference[1:]))
 
 
 def _check_promises(schema: Schema) -> None:
@@ -212,10 +241,6 @@ def _size(text: str) -> int:
 
 def _common_multiple(a: Fraction, b: Fraction) -> Fraction:
     return Fraction(math.lcm(a.numerator, b.numerator), math.gcd(a.denominator, b.denominator))
-
-
-def _escape(name: str) -> str:
-    return name.replace("~", "~0").replace("/", "~1")
 
 
 def _finite(text: str) -> float:

@@ -405,12 +405,18 @@ class Model:
         if params.stop:
             self._needed_tokenizer()
         end_ids = frozenset(params.stop_token_ids)
+        if not params.ignore_eos:
+            end_ids |= self.end_ids
+        decoder = None
+        if self.tokenizer is not None:
+            spelled = frozenset(params.spelled_token_ids) - end_ids
+            decoder = self.tokenizer.stream(after=token_ids, spelled=spelled)
         return GenerationSequence(
             prompt_ids=token_ids,
             params=params,
-            end_ids=end_ids if params.ignore_eos else end_ids | self.end_ids,
+            end_ids=end_ids,
             max_tokens=limit,
-            decoder=self.tokenizer.stream() if self.tokenizer else None,
+            decoder=decoder,
         )
 
     def _needed_tokenizer(self) -> "Tokenizer":

@@ -61,6 +61,7 @@ class SamplingOptions(TypedDict, total=False):
     model_logprobs: bool
     watermark_gamma: float
     watermark_delta: float
+    spelled_token_ids: Sequence[int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,6 +108,8 @@ class SamplingParams:
     """Share of the vocabulary that a watermark prefers at each step (arXiv 2301.10226)."""
     watermark_delta: float = 0.0
     """Added to the scores of preferred tokens; 0: no watermark."""
+    spelled_token_ids: tuple[int, ...] = ()
+    """Special token ids that are spelled out in the text, unless they end it; others are left out."""
 
     def __post_init__(self) -> None:
         self._check("max_new_tokens", self.max_new_tokens >= 1, "at least 1")
@@ -150,7 +153,7 @@ class SamplingParams:
             if not _is_like(value, getattr(self, name), name):
                 raise OptionError(f"{name} is {value!r}, which is not of the right type.")
         values = dict(options)
-        for name in ("stop", "stop_token_ids"):
+        for name in ("stop", "stop_token_ids", "spelled_token_ids"):
             if name in values:
                 given = values[name]
                 values[name] = (given,) if isinstance(given, str | int) else tuple(given)

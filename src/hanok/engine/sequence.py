@@ -7,6 +7,7 @@ prompt, options and seed alone.
 import secrets
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from itertools import compress
 from math import isfinite
 from typing import Literal, Protocol
 
@@ -59,38 +60,53 @@ class Mask(Protocol):
 
 
 class StopTexts:
-    """Cuts a text where the first stop text begins, or ends, and holds back what may become one."""
+    """Cuts a text where the first stop text begins, or ends, and holds back what may become one.
+
+    Stop texts are looked for in the text with special tokens spelled out, shown or not.
+    """
 
     def __init__(self, stops: Sequence[str], *, are_included: bool = False) -> None:
         self._stops = tuple(stops)
         self._are_included = are_included
         self._held = ""
-        """Not shown yet; where stop texts are included: shown, and perhaps the beginning of one."""
+        """Perhaps the beginning of a stop text. Where these are included, it is given already."""
+        self._shows: list[bool] = []
+        """Of each character held: whether it is shown, or of a special token that is not."""
 
-    def push(self, text: str) -> tuple[str, bool]:
-        """Return what can be shown, and whether a stop text was reached (nothing follows then)."""
+    def push(self, text: str, *, passed_over: str = "") -> tuple[str, bool]:
+        """Return what can be shown, and whether a stop text was reached (nothing follows then).
+
+        `passed_over` follows `text` and is never shown: how a special token is spelled.
+        """
         if not self._stops:
             return text, False
-        shown = len(self._held) if self._are_included else 0
-        known = self._held + text
+        begin = len(self._held) if self._are_included else 0
+        known = self._held + text + passed_over
+        shows = [*self._shows, *[True] * len(text), *[False] * len(passed_over)]
         found = [(at, stop) for stop in self._stops if (at := known.find(stop)) >= 0]
         if found:
-            self._held = ""
             at, stop = min(found)
-            return known[shown : at + len(stop) if self._are_included else at], True
-        cut = len(known) - max(self._overlap(known, stop) for stop in self._stops)
-        self._held = known[cut:]
-        return known[shown:] if self._are_included else known[:cut], False
+            end, kept = at + len(stop) if self._are_included else at, len(known)
+        else:
+            kept = len(known) - max(self._overlap(known, stop) for stop in self._stops)
+            end = len(known) if self._are_included else kept
+        self._held, self._shows = known[kept:], shows[kept:]
+        return _shown(known[begin:end], shows[begin:end]), bool(found)
 
     def finish(self) -> str:
         """Return what was held back, when no more text comes."""
-        held, self._held = self._held, ""
-        return "" if self._are_included else held
+        held = "" if self._are_included else _shown(self._held, self._shows)
+        self._held, self._shows = "", []
+        return held
 
     def _overlap(self, text: str, stop: str) -> int:
         """Return how many of the last characters are the first ones of `stop`."""
         longest = min(len(text), len(stop) - 1)
         return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
+
+
+def _shown(text: str, shows: Sequence[bool]) -> str:
+    return "".join(compress(text, shows))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -191,16 +207,17 @@ class GenerationSequence:
 
     def _advance(self, token: int) -> str:
         """Decide whether the token ends the sequence; return the text that can be shown."""
-        piece = self.decoder.push(token) if self.decoder else ""
-        text, is_stopped = self.stops.push(piece)
-        if is_stopped:
-            self.finish_reason = "stop_sequence"
-            return text
+        piece, passed_over = "", ""
+        if self.decoder is not None:
+            piece, passed_over = self.decoder.push(token), self.decoder.passed_over(token)
+        text, is_stopped = self.stops.push(piece, passed_over=passed_over)
         if token in self.end_ids:
             self.finish_reason = "eos_token"
+        elif is_stopped:
+            self.finish_reason = "stop_sequence"
         elif len(self.generated_ids) >= self.room:
             self.finish_reason = "length"
-        if self.finish_reason is None:
+        if is_stopped or self.finish_reason is None:
             return text
         rest, is_stopped = self.stops.push(self.decoder.finish() if self.decoder else "")
         if is_stopped:

@@ -2,11 +2,13 @@
 
 Our own names are Llama's; a family whose files use others says so in `names`, and says in `layouts`
 where a matrix lies differently. `sources` joins both into one answer: which checkpoint tensors each
-parameter is made of. Imports no torch.
+parameter is made of. Files may put another prefix before the names, or none: a base model without
+"model.", a wrapper's "module." or "_orig_mod.", "language_model.". It is whatever the embedding and the
+layers lie below; wrappers of single modules are left out of their names. Imports no torch.
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Literal
@@ -32,13 +34,19 @@ LLAMA_NAMES: Mapping[str, str | tuple[str, ...]] = {
 }
 
 
+# What torch.compile, FSDP and activation checkpointing put before the names of the modules they wrap.
+_WRAPPERS = re.compile(r"\.(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.)")
+# The `names` that are not relative to a block.
+_WHOLE_PATHS = ("embed_tokens", "embed_positions", "layers", "norm", "lm_head")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
     """One file of `models/families`: `FAMILY = Family(...)` is all the registration there is.
 
     `names` maps our module paths to the files' (paths inside a block are relative to it, and an
     expert's number is written `{}`); a tuple lists the parts that a fused weight is made of.
-    `optional_prefix` may be absent from the files; `ignored_tensors` are regular expressions.
+    `ignored_tensors` are regular expressions.
     """
 
     model_types: tuple[str, ...]
@@ -46,7 +54,57 @@ class Family:
     names: Mapping[str, str | tuple[str, ...]] = field(default_factory=lambda: LLAMA_NAMES)
     layouts: Mapping[str, Layout] = field(default_factory=dict)
     ignored_tensors: tuple[str, ...] = (r".*\.rotary_emb\.inv_freq",)
-    optional_prefix: str = ""
+
+    @property
+    def prefix(self) -> str:
+        """What the names of the layers begin with, such as "model."; it may be empty."""
+        return _parent(str(self.names["layers"]))
+
+    def prefixes_in(self, present: Collection[str]) -> list[str]:
+        """Return below which prefixes of these tensor names a decoder lies, the largest first.
+
+        One that is as large as the largest is a second copy; the usual prefix comes before it.
+        """
+        embedding = f"{self.names['embed_tokens']}.weight".removeprefix(self.prefix)
+        layers = f"{self.names['layers']}.".removeprefix(self.prefix)
+        sizes = {
+            prefix: sum(other.startswith(prefix + layers) for other in present)
+            for prefix in _before(embedding, present)
+        }
+        found = [prefix for prefix, size in sizes.items() if size]
+        return sorted(found, key=lambda prefix: (-sizes[prefix], prefix != self.prefix, prefix))
+
+    def names_in(self, present: Collection[str]) -> Mapping[str, str | tuple[str, ...]]:
+        """Return `names` as files with these tensors spell them."""
+        prefix = next(iter(self.prefixes_in(present)), self.prefix)
+        if prefix == self.prefix:
+            return self.names
+        paths = {key: str(self.names[key]) for key in _WHOLE_PATHS if key in self.names}
+        head = paths["lm_head"].rpartition(".")[2]
+        heads = [place for place in _before(f"{head}.weight", present) if prefix.startswith(place)]
+        outer = prefix.removesuffix(self.prefix) if prefix.endswith(self.prefix) else ""
+        spelled = {
+            key: prefix + path.removeprefix(self.prefix)
+            if path.startswith(self.prefix)
+            else outer + path
+            for key, path in paths.items()
+        }
+        if heads:
+            spelled["lm_head"] = max(heads, key=len) + head
+        return {**self.names, **spelled}
+
+    def ignores(self, name: str, prefix: str) -> bool:
+        """Return whether a tensor is no part of the decoder, in files with this prefix."""
+        usual = name
+        if prefix.endswith(self.prefix):
+            usual = name.removeprefix(prefix.removesuffix(self.prefix))
+        elif self.prefix.endswith(prefix):
+            usual = self.prefix.removesuffix(prefix) + name
+        return any(
+            re.fullmatch(pattern, spelling)
+            for pattern in self.ignored_tensors
+            for spelling in {name, usual}
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,28 +163,58 @@ def read_config(config: Mapping[str, object], where: str) -> tuple[Family, Model
     return family, model_config
 
 
-def sources(family: Family, config: ModelConfig, present: Iterable[str]) -> dict[str, Source]:
+def sources(family: Family, config: ModelConfig, present: Collection[str]) -> dict[str, Source]:
     """Return the source of every parameter, by its name in `Decoder`.
 
-    `present` are the checkpoint's tensor names; they only decide whether `optional_prefix` is there.
+    `present` are the checkpoint's tensor names; they only decide how the files spell them.
     """
-    prefix = family.optional_prefix
-    drop = bool(prefix and present) and not any(name.startswith(prefix) for name in present)
+    in_files = unwrapped(present)
+    names = family.names_in(in_files)
     found = {}
     for name, shape in config.parameter_shapes().items():
         module, _, leaf = name.rpartition(".")
-        paths = _file_paths(module, family.names)
-        if drop:
-            paths = tuple(path.removeprefix(prefix) for path in paths)
+        paths = _file_paths(module, names)
         key = _layer_relative(module)[1]
         found[name] = Source(
-            names=tuple(f"{path}.{leaf}" for path in paths),
+            names=tuple(in_files.get(f"{path}.{leaf}", f"{path}.{leaf}") for path in paths),
             rows=_part_rows(config, key, shape[0], len(paths)),
             shape=shape,
             layout=family.layouts.get(key, "rows"),
             head_rows=config.head_dim,
         )
     return found
+
+
+def unwrapped(present: Collection[str]) -> dict[str, str]:
+    """Return the names in the files by what they are without the wrappers of single modules."""
+    return {_WRAPPERS.sub("", name): name for name in present}
+
+
+def spelling_note(family: Family, present: Collection[str]) -> str | None:
+    """Return how the names in the files differ from the family's; None where they do not."""
+    in_files = unwrapped(present)
+    usual = f"{family.names['embed_tokens']}.weight"
+    prefix = next(iter(family.prefixes_in(in_files)), family.prefix)
+    found = in_files.get(prefix + usual.removeprefix(family.prefix), usual)
+    if found == usual:
+        wrapped = (pair for pair in in_files.items() if pair[0] != pair[1])
+        usual, found = next(wrapped, (usual, found))
+    if found == usual:
+        return None
+    return f"tensor names: {found} in the files is read as {usual}, and the others likewise"
+
+
+def _before(tail: str, present: Collection[str]) -> list[str]:
+    """Return what stands before `tail` in the names that end with it."""
+    return [
+        name.removesuffix(tail) for name in present if name == tail or name.endswith(f".{tail}")
+    ]
+
+
+def _parent(path: str) -> str:
+    """Return a path up to its last component: "model." of "model.layers"."""
+    outer, dot, _ = path.rpartition(".")
+    return outer + dot
 
 
 def _layer_relative(module: str) -> tuple[str, str]:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from hanok.checkpoint.formats import quantization_of, quantized_error
 from hanok.errors import CheckpointError, UnsupportedError
 from hanok.models.config import (
     Activation,
@@ -24,19 +25,10 @@ from hanok.models.config import (
     RopeScaling,
     YarnScaling,
 )
+from hanok.models.neutral import says_nothing
 
-# What says nothing about the forward pass: provenance, training, and generation defaults that old
-# files keep here.
-IGNORED_KEYS = frozenset(
-    "_name_or_path architectures auto_map model_type transformers_version torch_dtype dtype use_cache"
-    " initializer_range attention_dropout bos_token_id eos_token_id pad_token_id unk_token_id"
-    " sep_token_id tokenizer_class pretraining_tp rope_theta rope_scaling rope_parameters"
-    " output_attentions output_hidden_states return_dict is_decoder task_specific_params"
-    " keys_to_ignore_at_inference problem_type id2label label2id num_labels finetuning_task"
-    " do_sample temperature top_k top_p max_length max_new_tokens repetition_penalty"
-    " gradient_checkpointing _attn_implementation attn_implementation chunk_size_feed_forward"
-    " unsloth_version unsloth_fixed _flash_attn_2_enabled".split()
-)
+# What old files call a key: read where the key itself is not there.
+OLD_NAMES: Mapping[str, str] = {"max_position_embeddings": "max_sequence_length"}
 ACTIVATIONS: Mapping[str, Activation] = {
     "silu": "silu",
     "swish": "silu",
@@ -63,9 +55,12 @@ class Keys:
         return str(self._config["model_type"])
 
     def get(self, name: str, default: Any = None) -> Any:
-        """Return the value of a key, `default` when it is absent or null."""
+        """Return the value of a key or its old name, `default` when both are absent or null."""
         self._read.add(name)
         value = self._config.get(name)
+        if name in OLD_NAMES:
+            self._read.add(OLD_NAMES[name])
+            value = self._config.get(OLD_NAMES[name]) if value is None else value
         return default if value is None else value
 
     def whole(self, name: str, default: int | object = _REQUIRED, *, least: int = 1) -> int:
@@ -166,7 +161,14 @@ class Keys:
 
         `kind` picks the entry when `rope_parameters` holds one for each kind of layer.
         """
-        values = self._object("rope_parameters") or self._object("rope_scaling")
+        values, scaling = self._object("rope_parameters"), self._object("rope_scaling")
+        if values and not scaling.items() <= values.items():
+            raise CheckpointError(
+                f"{self._where} has rope_parameters {values!r} and, in contradiction to them, "
+                f"rope_scaling {scaling!r}. Write into rope_parameters what is meant, and remove "
+                "rope_scaling."
+            )
+        values = values or scaling
         if isinstance(values.get(kind), Mapping):
             values = dict(values[kind])
         kind_name = values.pop("rope_type", None) or values.pop("type", None) or "default"
@@ -179,14 +181,14 @@ class Keys:
         if partial > 1:
             raise self._wrong("partial_rotary_factor", partial, "at most 1")
         rotary_dim = int(head_dim * partial)
-        scaling = self._scaling(kind_name, values, rotary_dim)
+        scaled = self._scaling(kind_name, values, rotary_dim)
         if values and kind_name != "default":
             raise UnsupportedError(
                 f"{self._where}: rope type {kind_name!r} has parameters that hanok does not know: "
                 f"{', '.join(sorted(values))}."
             )
         return Rope(
-            theta=theta, rotary_dim=rotary_dim, is_interleaved=is_interleaved, scaling=scaling
+            theta=theta, rotary_dim=rotary_dim, is_interleaved=is_interleaved, scaling=scaled
         )
 
     def _scaling(self, kind: str, values: dict[str, Any], rotary_dim: int) -> RopeScaling | None:
@@ -200,7 +202,7 @@ class Keys:
             if kind == "default":
                 return None
             if kind == "linear":
-                return LinearScaling(factor=float(factor))
+                return LinearScaling(factor=float(factor), original_max_positions=int(original))
             if kind == "dynamic":
                 return DynamicScaling(factor=float(factor), max_positions=max_positions)
             if kind == "llama3":
@@ -253,14 +255,13 @@ class Keys:
 
     def refuse_unread(self) -> None:
         """Raise unless every key was read or is ignored."""
-        if "quantization_config" in self._config and "quantization_config" not in self._read:
-            method = self._config["quantization_config"]
-            name = method.get("quant_method") if isinstance(method, Mapping) else method
-            raise UnsupportedError(
-                f"{self._where}: the checkpoint is quantized ({name!r}). This version reads "
-                "unquantized checkpoints; use the one it was made from."
-            )
-        unread = sorted(set(self._config) - self._read - IGNORED_KEYS)
+        if method := quantization_of(self._config):
+            raise quantized_error(self._where, method)
+        unread = sorted(
+            name
+            for name, value in self._config.items()
+            if name not in self._read and not says_nothing(name, value)
+        )
         if unread:
             shown = ", ".join(f"{name} = {self._config[name]!r}" for name in unread)
             raise UnsupportedError(

@@ -1,22 +1,27 @@
-"""A chat request as a prompt, and the model's text as a message."""
+"""A chat request as a prompt, and what is to be read of the answer."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from hanok.checkpoint.tokenizer import Tokenizer
 from hanok.engine.grammar_spec import GrammarSpec
 from hanok.errors import RequestError
+from hanok.server.answer import MARKERS, REASONING, Reads
 from hanok.server.constraints import constraint_of
 from hanok.server.errors import ServerError, invalid
+from hanok.server.incoming import MAX_DEPTH
 from hanok.server.openai_models import ChatRequest
-from hanok.server.tools import ToolCall, ToolReader, ToolUse, tool_use
+from hanok.server.tools import ToolUse, tool_use
+from hanok.server.web import has_many_containers
 
 TOOL_PROMPT = (
     "These functions can be called. To call one, answer with a JSON object and nothing else: "
     '{"name": its name, "arguments": an object of its arguments}.'
 )
+TEXT_PARTS = ("text", "input_text", "output_text", "refusal")
+"""Kinds of parts that are text, in OpenAI's protocols."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,49 +32,10 @@ class Conversation:
     """What the template made of it."""
     prompt_ids: list[int]
     grammar: GrammarSpec | None
-    tools: ToolUse
-
-    def message(self, text: str) -> tuple[dict[str, Any], bool]:
-        """Return the model's text as a message, and whether it calls tools."""
-        reader = ToolReader(use=self.tools)
-        content = reader.push(text)[0] + reader.finish()[0]
-        message: dict[str, Any] = {"role": "assistant", "content": content}
-        if reader.calls:
-            message["content"] = content.strip() or None
-            message["tool_calls"] = [call.body() for call in reader.calls]
-        return message, bool(reader.calls)
-
-    def deltas(self) -> "Deltas":
-        """Return what turns pieces of the model's text into pieces of a message."""
-        return Deltas(ToolReader(use=self.tools))
-
-
-class Deltas:
-    """Pieces of text to pieces of a message."""
-
-    def __init__(self, reader: ToolReader) -> None:
-        self._reader = reader
-        self._num_calls = 0
-
-    @property
-    def has_calls(self) -> bool:
-        """Whether tools were called."""
-        return self._num_calls > 0
-
-    def push(self, text: str) -> list[dict[str, Any]]:
-        """Return the pieces that are certain now."""
-        return self._pieces(*self._reader.push(text))
-
-    def finish(self) -> list[dict[str, Any]]:
-        """Return what was held back."""
-        return self._pieces(*self._reader.finish())
-
-    def _pieces(self, content: str, calls: list[ToolCall]) -> list[dict[str, Any]]:
-        found: list[dict[str, Any]] = [{"content": content}] if content else []
-        for call in calls:
-            index, self._num_calls = self._num_calls, self._num_calls + 1
-            found.append({"tool_calls": [{"index": index, **call.body()}]})
-        return found
+    reads: Reads
+    """What is read of the answer."""
+    spelled_token_ids: tuple[int, ...]
+    """Special tokens that are read, and so have to be spelled out."""
 
 
 def conversation_of(
@@ -101,7 +67,7 @@ def conversation_of(
         text = rendered(messages, tools)
         if tools and text == rendered(messages, None):  # a template that knows no tools, as in TGI
             told = f"\n---\n{json.dumps(tools)}\n{body.tool_prompt or TOOL_PROMPT}"
-            last = {**messages[-1], "content": messages[-1]["content"] + told}
+            last = {**messages[-1], "content": (messages[-1].get("content") or "") + told}
             text = rendered([*messages[:-1], last], tools)
     except RequestError as error:
         raise ServerError(f"Template error: {error}", kind="template_error") from error
@@ -111,7 +77,36 @@ def conversation_of(
     bos = tokenizer.bos_token_id
     while bos is not None and ids[:2] == [bos, bos]:
         del ids[0]
-    return Conversation(text=text, prompt_ids=ids, grammar=use.grammar or grammar, tools=use)
+    reads = _reads(body, use, text, is_free=grammar is None)
+    return Conversation(
+        text=text,
+        prompt_ids=ids,
+        grammar=use.grammar or grammar,
+        reads=reads,
+        spelled_token_ids=_spelled(tokenizer, reads),
+    )
+
+
+def _reads(body: ChatRequest, use: ToolUse, prompt: str, *, is_free: bool) -> Reads:
+    """Return what is read of the answer: nothing where a grammar says what it is."""
+    if not is_free:
+        return Reads(reasoning=False)
+    ending = prompt.rstrip()
+    return Reads(
+        functions=use.functions,
+        is_forced=use.is_forced,
+        allows_several=body.parallel_tool_calls is not False,
+        reasoning=body.separate_reasoning is not False and not use.is_forced,
+        opening=next((opening for opening in REASONING if ending.endswith(opening)), ""),
+    )
+
+
+def _spelled(tokenizer: Tokenizer, reads: Reads) -> tuple[int, ...]:
+    if not reads.functions and not reads.reasoning:
+        return ()
+    ids = (tokenizer.token_to_id(marker) for marker in MARKERS)
+    special = tokenizer.special_token_ids
+    return tuple(sorted(token for token in ids if token is not None and token in special))
 
 
 def _continues(body: ChatRequest, messages: list[dict[str, Any]]) -> bool:
@@ -135,15 +130,25 @@ def _variables(given: Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 def _message(number: int, message: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a message as templates read it: text for content, objects for a call's arguments."""
+    """Return a message with text for content, and its calls checked.
+
+    A call of OpenAI's older form, `function_call` and the role "function", becomes one of today's.
+    """
     place = f"messages.{number}"
     role = message.get("role")
     if not isinstance(role, str):
         raise invalid(f"{place}.role must be a text", place)
     found = {key: value for key, value in message.items() if value is not None}
+    older = found.pop("function_call", None)
+    calls = found.pop("tool_calls", None) or ([{"function": older}] if older else [])
+    if not isinstance(calls, Sequence) or isinstance(calls, str):
+        raise invalid(f"{place}.tool_calls must be a list of calls", place)
     found["content"] = _content(message.get("content"), f"{place}.content")
-    if calls := message.get("tool_calls"):
+    if role == "function":
+        found |= {"role": "tool", "tool_call_id": _id_of(message.get("name"))}
+    if calls:
         found["tool_calls"] = [_call(call, f"{place}.tool_calls") for call in calls]
+        found["content"] = found["content"] or None
     return found
 
 
@@ -157,26 +162,58 @@ def _content(content: Any, place: str) -> str:
     texts = []
     for part in content:
         kind = part.get("type") if isinstance(part, Mapping) else None
-        if kind != "text":
+        if kind not in TEXT_PARTS:
             name = str(kind).removesuffix("_url").removeprefix("input_")
             raise invalid(f"{name} modality is not supported.", place)
-        if not isinstance(part.get("text"), str):
+        text = part.get("refusal" if kind == "refusal" else "text")
+        if not isinstance(text, str):
             raise invalid(f"{place} has a part without a text", place)
-        texts.append(part["text"])
+        texts.append(text)
     return "".join(texts)
 
 
 def _call(call: Any, place: str) -> dict[str, Any]:
-    """Return a tool call with its arguments as an object, as published templates want it."""
+    """Return a tool call whose function has a name; its arguments are as they were sent."""
     function = call.get("function") if isinstance(call, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise invalid(f"{place} has a call without a function's name", place)
     arguments = function.get("arguments", {})
+    value = arguments
     if isinstance(arguments, str):
+        if has_many_containers(arguments.encode()):
+            raise invalid(f"{place} has arguments with too many lists and objects", place)
         try:
-            arguments = json.loads(arguments) if arguments.strip() else {}
-        except (ValueError, RecursionError):
-            raise invalid(
-                f"{place} has arguments that are not JSON: {arguments!r}", place
-            ) from None
-    return {**call, "type": "function", "function": {**function, "arguments": arguments}}
+            value = json.loads(arguments) if arguments.strip() else {}
+        except ValueError:
+            value = arguments  # half a call, from an answer that was cut off
+        except RecursionError:
+            raise _too_deep(place) from None
+    if _depth(value) > MAX_DEPTH:
+        raise _too_deep(place)
+    name = function["name"]
+    return {
+        **call,
+        "id": call.get("id") or _id_of(name),
+        "type": "function",
+        "function": {**function, "arguments": {} if arguments is None else arguments},
+    }
+
+
+def _id_of(name: Any) -> str:
+    """Return the id of a call that was sent without one; so is its answer found."""
+    return f"call_{name}"
+
+
+def _too_deep(place: str) -> ServerError:
+    return invalid(f"{place} has arguments nested deeper than {MAX_DEPTH} levels", place)
+
+
+def _depth(value: Any) -> int:
+    """Return how deep lists and objects are nested."""
+    depth, level = 0, [value]
+    while level := [item for item in level if isinstance(item, list | dict)]:
+        depth += 1
+        level = [
+            item for each in level for item in (each.values() if isinstance(each, dict) else each)
+        ]
+    return depth

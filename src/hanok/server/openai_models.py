@@ -163,6 +163,7 @@ class ChatRequest(Sampling):
     tool_choice: str | dict[str, Any] | None = None
     tool_prompt: str | None = None
     parallel_tool_calls: bool | None = None
+    separate_reasoning: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
@@ -213,6 +214,7 @@ class ChatMessage(BaseModel):
 
     role: Literal["assistant"]
     content: str | None
+    reasoning_content: str | None = None
     tool_calls: list[dict[str, Any]] | None = None
 
 

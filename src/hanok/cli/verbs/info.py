@@ -105,12 +105,11 @@ def _checkpoint(path: Path) -> "tuple[dict[str, Any], ModelConfig]":
     from hanok.checkpoint.files import open_checkpoint
     from hanok.checkpoint.tokenizer import open_tokenizer
     from hanok.errors import CheckpointError
-    from hanok.memory.load import account_for
-    from hanok.models.family import read_config, sources
+    from hanok.memory.account import understand
 
     checkpoint = open_checkpoint(path)
-    family, config = read_config(checkpoint.config, str(checkpoint.folder / "config.json"))
-    account_for(checkpoint, family, config, sources(family, config, checkpoint.tensors))
+    found = understand(checkpoint)
+    config = found.config
     sizes: dict[str, int] = {}
     for ref in checkpoint.tensors.values():
         sizes[ref.dtype] = sizes.get(ref.dtype, 0) + ref.size_bytes
@@ -144,6 +143,7 @@ def _checkpoint(path: Path) -> "tuple[dict[str, Any], ModelConfig]":
         "tied head": "yes" if config.tie_embeddings else "no",
         "tokenizer": vocabulary,
         "chat templates": templates,
+        "notes": "; ".join(found.notes) or "none",
     }
     return rows, config
 

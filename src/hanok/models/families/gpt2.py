@@ -60,5 +60,4 @@ FAMILY = Family(
     },
     layouts=dict.fromkeys(_MATRICES, "columns"),
     ignored_tensors=(r".*\.attn\.(bias|masked_bias)",),
-    optional_prefix="transformer.",
 )

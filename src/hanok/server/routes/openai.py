@@ -4,7 +4,7 @@ import asyncio
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from starlette.requests import Request
@@ -14,6 +14,8 @@ from hanok import __version__
 from hanok.checkpoint.tokenizer import Tokenizer
 from hanok.engine.sequence import Ranked, TokenEvent
 from hanok.engine.ticket import Ticket
+from hanok.server.answer import Answer, AnswerReader, Content, Event, Reasoning
+from hanok.server.calls import CallArguments, CallBegun
 from hanok.server.chat import Conversation, conversation_of
 from hanok.server.constraints import constraint_of
 from hanok.server.errors import ServerError, as_server_error, context_exceeded, invalid, openai_body
@@ -81,7 +83,9 @@ def head_of(service: Service, request: Request, kind: str, prefix: str) -> Head:
     )
 
 
-def usage_of(tickets: Sequence[Ticket], num_prompts: int) -> dict[str, Any]:
+def usage_of(
+    tickets: Sequence[Ticket], num_prompts: int, reasoning_tokens: int = 0
+) -> dict[str, Any]:
     """Return the tokens of a request; several answers to one prompt count it once."""
     each = max(1, len(tickets) // num_prompts)
     firsts = tickets[::each]
@@ -96,6 +100,7 @@ def usage_of(tickets: Sequence[Ticket], num_prompts: int) -> dict[str, Any]:
             "cached_tokens": sum(ticket.num_cached_tokens for ticket in firsts)
         },
         "completion_tokens_details": {
+            **({"reasoning_tokens": reasoning_tokens} if reasoning_tokens else {}),
             "accepted_prediction_tokens": sum(counts.accepted for counts in guessed),
             "rejected_prediction_tokens": sum(
                 counts.proposed - counts.accepted for counts in guessed
@@ -174,7 +179,9 @@ async def completions(service: Service, request: Request, body: CompletionReques
     ]
     if body.stream:
         parts = [writer.stream(index) for index, writer in enumerate(writers)]
-        return stream(service, request, body, head, parts, tickets, len(given))
+        return stream(
+            service, request, body, head, parts, tickets, lambda: usage_of(tickets, len(given))
+        )
     results = await service.results(request, tickets)
 
     def answer() -> dict[str, Any]:
@@ -355,8 +362,13 @@ def _offsets(texts: Sequence[str], total: int) -> list[int]:
     return offsets
 
 
-async def chat_completions(service: Service, request: Request, body: ChatRequest) -> Response:
-    """Answer a conversation."""
+async def submitted(
+    service: Service, request: Request, body: ChatRequest
+) -> tuple[Conversation, list[Ticket]]:
+    """Queue the answers that a conversation asks for.
+
+    Raises ServerError, with nothing queued, for a request that is not valid or does not fit.
+    """
     options = service.options
     check(body, options)
     check_model(body.model, options)
@@ -370,6 +382,7 @@ async def chat_completions(service: Service, request: Request, body: ChatRequest
     most = check_prompt(service, prompt_ids, wanted, "messages")
     sampling = sampling_options(body, service.needed_model.defaults, most)
     sampling["top_logprobs"] = body.top_logprobs or 0
+    sampling["spelled_token_ids"] = talk.spelled_token_ids
     prepared = Prepared(
         prompt_ids=prompt_ids,
         options=sampling,
@@ -380,16 +393,25 @@ async def chat_completions(service: Service, request: Request, body: ChatRequest
         salt=body.cache_salt,
     )
     note_parameters(request, sampling)
-    tickets = await service.submit(request, [prepared])
+    return talk, await service.submit(request, [prepared])
+
+
+async def chat_completions(service: Service, request: Request, body: ChatRequest) -> Response:
+    """Answer a conversation."""
+    talk, tickets = await submitted(service, request, body)
     head = head_of(service, request, "chat.completion", "chatcmpl")
     writers = [
         ChatWriter(body=body, talk=talk, tokenizer=service.needed_tokenizer, ticket=ticket)
         for ticket in tickets
     ]
+
+    def usage() -> dict[str, Any]:
+        return usage_of(tickets, 1, sum(writer.num_reasoning_tokens for writer in writers))
+
     if body.stream:
         parts = [writer.stream(index) for index, writer in enumerate(writers)]
         head = replace(head, object="chat.completion.chunk")
-        return stream(service, request, body, head, parts, tickets, 1)
+        return stream(service, request, body, head, parts, tickets, usage)
     results = await service.results(request, tickets)
 
     def answer() -> dict[str, Any]:
@@ -397,7 +419,7 @@ async def chat_completions(service: Service, request: Request, body: ChatRequest
             writer.whole(index, events)
             for index, (writer, events) in enumerate(zip(writers, results, strict=True))
         ]
-        return head.fields() | {"choices": choices, "usage": usage_of(tickets, 1)}
+        return head.fields() | {"choices": choices, "usage": usage()}
 
     headers = timing_headers(exchange_of(request), tickets, len(talk.text))
     return await service.answered(answer, num_scores(tickets), headers)
@@ -411,30 +433,38 @@ class ChatWriter:
     talk: Conversation
     tokenizer: Tokenizer
     ticket: Ticket
-    has_begun: bool = field(default=False)
+    num_reasoning_tokens: int = 0
 
     def whole(self, index: int, events: Sequence[TokenEvent]) -> dict[str, Any]:
         """Return the choice of a finished answer."""
-        text = "".join(event.text for event in events)
-        message, has_calls = self.talk.message(text)
+        answer = Answer.of(self._events(events, AnswerReader(self.talk.reads, is_whole=True)))
+        message: dict[str, Any] = {"role": "assistant", "content": answer.content}
+        if answer.reasoning:
+            message["reasoning_content"] = answer.reasoning
+        if answer.calls:
+            message["content"] = answer.content or None
+            message["tool_calls"] = [call.body() for call in answer.calls]
         reason = REASONS[events[-1].finish_reason or "length"]
         logprobs = [self._logprob(event) for event in events] if self.body.logprobs else None
         return {
             "index": index,
             "message": message,
             "logprobs": None if logprobs is None else {"content": logprobs},
-            "finish_reason": "tool_calls" if has_calls and reason == "stop" else reason,
+            "finish_reason": "tool_calls" if answer.calls and reason == "stop" else reason,
         }
 
     async def stream(self, index: int) -> AsyncIterator[dict[str, Any]]:
         """Yield the choice's chunks; the first says who speaks."""
-        deltas = self.talk.deltas()
+        reader, has_calls = AnswerReader(self.talk.reads), False
         yield self._chunk(index, {"role": "assistant", "content": ""}, None, None)
         async for events in self.ticket.groups():
             for event in events:
-                found = deltas.push(event.text)
-                if event.finish_reason is not None:
-                    found += deltas.finish()
+                found = [
+                    delta
+                    for item in self._events([event], reader)
+                    if (delta := _delta(item)) is not None
+                ]
+                has_calls = has_calls or any("tool_calls" in delta for delta in found)
                 logprobs = [self._logprob(event)] if self.body.logprobs else None
                 if not found and logprobs:
                     found = [{"content": ""}]
@@ -442,10 +472,19 @@ class ChatWriter:
                     yield self._chunk(index, delta, logprobs if number == 0 else None, None)
                 if event.finish_reason is not None:
                     reason = REASONS[event.finish_reason]
-                    if deltas.has_calls and reason == "stop":
+                    if has_calls and reason == "stop":
                         reason = "tool_calls"
-                    end = {} if deltas.has_calls else {"content": ""}
-                    yield self._chunk(index, end, None, reason)
+                    yield self._chunk(index, {} if has_calls else {"content": ""}, None, reason)
+
+    def _events(self, events: Sequence[TokenEvent], reader: AnswerReader) -> list[Event]:
+        """Return what some tokens add to an answer."""
+        found: list[Event] = []
+        for event in events:
+            found += reader.push(event.text)
+            self.num_reasoning_tokens += reader.is_reasoning
+            if event.finish_reason is not None:
+                found += reader.finish()
+        return found
 
     def _chunk(
         self,
@@ -471,6 +510,22 @@ class ChatWriter:
         return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
 
 
+def _delta(event: Event) -> dict[str, Any] | None:
+    """Return what a chunk says of an event; None of the end of a call, of which it says nothing."""
+    if isinstance(event, Content):
+        return {"content": event.text}
+    if isinstance(event, Reasoning):
+        return {"reasoning_content": event.text}
+    if isinstance(event, CallBegun):
+        function = {"name": event.name, "arguments": ""}
+        call = {"index": event.index, "id": event.id, "type": "function", "function": function}
+        return {"tool_calls": [call]}
+    if isinstance(event, CallArguments):
+        call = {"index": event.index, "function": {"arguments": event.text}}
+        return {"tool_calls": [call]}
+    return None
+
+
 def stream(
     service: Service,
     request: Request,
@@ -478,7 +533,7 @@ def stream(
     head: Head,
     parts: Sequence[AsyncIterator[dict[str, Any]]],
     tickets: Sequence[Ticket],
-    num_prompts: int,
+    usage: Callable[[], dict[str, Any]],
 ) -> Response:
     """Answer with the chunks of all choices as they come, usage if asked for, and [DONE].
 
@@ -494,17 +549,16 @@ def stream(
             async with aclosing(merged(parts)) as chunks:
                 async for choice in chunks:
                     is_last = choice["finish_reason"] is not None
-                    usage = None
+                    own = None
                     if tells_each and is_last:
-                        usage = usage_of([tickets[choice["index"]]], 1)
-                    chunk = common | {"choices": [choice], "usage": usage}
+                        own = usage_of([tickets[choice["index"]]], 1)
+                    chunk = common | {"choices": [choice], "usage": own}
                     # A prompt that is echoed may have as many scores as the context has tokens.
                     is_long = len((choice["logprobs"] or {}).get("tokens", ())) > AT_ONCE
                     texts = dumps_in_parts(chunk)
                     yield await service.aside("".join, texts) if is_long else dumps(chunk)
             if asked is not None and asked.include_usage:
-                usage = usage_of(tickets, num_prompts)
-                yield dumps(common | {"choices": [], "usage": usage})
+                yield dumps(common | {"choices": [], "usage": usage()})
         except Exception as error:
             exchange.error = as_server_error(error)
             yield dumps(openai_body(exchange.error))

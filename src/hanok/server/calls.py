@@ -1,0 +1,481 @@
+"""Tool calls in a model's text, in the spellings that models were taught, read while they come.
+
+A call is one of a function that was declared; whatever names another one is content. Two things make a
+call: the marker of a family before it, or its place, an answer's beginning or after another call.
+"""
+
+import ast
+import json
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hanok.server.incoming import (
+    Incoming,
+    NotJsonError,
+    Reading,
+    expect,
+    read_string,
+    read_value,
+)
+
+ID_LENGTH = 9  # Mistral's templates refuse conversations with any other
+
+OPENINGS = (
+    "<tool_call>",  # Hermes, Qwen, SmolLM3, EXAONE 4, Granite 4, GLM-4.5, Qwen3-Coder
+    "[TOOL_CALLS]",  # Mistral
+    "<|tool_call|>",  # Granite 3, Phi-4-mini
+    "<function_call>",  # Granite 3.0
+    "<|python_tag|>",  # Llama 3
+    "<function=",  # Llama 3.1's own functions, Functionary; Qwen3-Coder and Seed-OSS within theirs
+    "<|START_ACTION|>",  # Command-R7B and later
+    "Action: ```json",  # Command-R
+    "<seed:tool_call>",  # Seed-OSS
+    "<function_calls>",  # OLMo 3
+    "<|tool_call_start|>",  # LFM2
+    "<｜tool▁calls▁begin｜>",  # DeepSeek
+    "<｜tool▁call▁begin｜>",
+    "functools[",  # Phi-4-mini, Firefunction
+    "```tool_code",  # Gemma 3
+)
+"""What announces a call."""
+FIRST_OF_CALL: Mapping[str, str] = {"<function=": "<function=", "functools[": "["}
+"""Of openings that end in the beginning of the call itself: that."""
+CLOSINGS = (
+    "</tool_call>",
+    "<|/tool_call|>",
+    "</function_call>",
+    "</function>",
+    "<|END_ACTION|>",
+    "</seed:tool_call>",
+    "</function_calls>",
+    "<|tool_call_end|>",
+    "<｜tool▁call▁end｜>",
+    "<｜tool▁calls▁end｜>",
+    "```",
+)
+INNER = (
+    "[ARGS]",
+    "[CALL_ID]",
+    "<｜tool▁sep｜>",
+    "<arg_key>",
+    "</arg_key>",
+    "<arg_value>",
+    "</arg_value>",
+)
+"""What stands inside of calls."""
+
+NAME_KEYS = ("name", "tool_name")
+ARGUMENT_KEYS = ("arguments", "parameters")
+OTHER_KEYS = ("type", "id", "tool_call_id", "index")
+
+
+@dataclass(frozen=True, slots=True)
+class CallBegun:
+    """A call whose function is known; its arguments follow."""
+
+    index: int
+    id: str
+    """No other call of a conversation may have the same: the call's answer names it."""
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class CallArguments:
+    """More of the JSON text of a call's arguments."""
+
+    index: int
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class CallEnded:
+    """The end of a call; where it is not whole, the model's text ended or went wrong within it."""
+
+    index: int
+    is_whole: bool
+
+
+CallEvent = CallBegun | CallArguments | CallEnded
+
+
+class NotACallError(Exception):
+    """The text is not a call, or none of a function that was declared."""
+
+
+class CallReader:
+    """Reads calls at the place where a source stands, and passes them on while they come.
+
+    `functions` are the declared ones, as requests give them, by name.
+    """
+
+    def __init__(
+        self,
+        source: Incoming,
+        functions: Mapping[str, Mapping[str, Any]],
+        emit: Callable[[CallEvent], object],
+    ) -> None:
+        self._source = source
+        self._functions = functions
+        self._emit = emit
+        self._names = sorted(functions, key=len, reverse=True)
+        self.num_begun = 0
+        self.is_open = False
+        """Whether a call has begun and not ended."""
+        self.restart = 0
+        """Where the text that is in no call goes on, should what follows be none."""
+
+    def read(self, *, is_marked: bool) -> Reading[None]:
+        """Read what follows a marker, or stands where a call may: one call, or a list of calls.
+
+        Raises NotACallError where it is neither; calls before the fault were passed on.
+        """
+        source = self._source
+        self.restart = source.at
+        try:
+            yield from source.skip_space()
+            if (yield from source.starts_with("[CALL_ID]")):
+                raise NotACallError
+            if (yield from source.starts_with("[")):
+                yield from self._list(is_marked=is_marked)
+            else:
+                yield from self._call(is_marked=is_marked)
+        except NotJsonError as error:
+            raise NotACallError from error
+
+    def end(self, *, is_whole: bool) -> None:
+        """End the call that is open."""
+        self.is_open = False
+        self._emit(CallEnded(self.num_begun - 1, is_whole))
+        self.restart = self._source.at
+
+    def take_back(self) -> None:
+        """Forget the call that is open."""
+        self.is_open = False
+        self.num_begun -= 1
+
+    def _list(self, *, is_marked: bool) -> Reading[None]:
+        source = self._source
+        source.at += 1
+        while True:
+            yield from source.skip_space()
+            yield from self._call(is_marked=is_marked, is_listed=True)
+            yield from source.skip_space()
+            if (yield from source.takes("]")):
+                self.restart = source.at
+                return
+            yield from expect(source, ",")
+
+    def _call(self, *, is_marked: bool, is_listed: bool = False) -> Reading[None]:
+        source = self._source
+        fence = "```json"
+        if not is_listed and (yield from source.takes(fence)):
+            yield from source.skip_space()
+        if (yield from source.starts_with("{")):
+            yield from self._object(is_marked=is_marked)
+        elif (yield from source.takes("<function=")):
+            yield from self._tagged()
+        else:
+            yield from self._named(is_marked=is_marked, is_listed=is_listed)
+        if self.is_open:
+            self.end(is_whole=True)
+
+    def _begin(self, name: str) -> None:
+        if name not in self._functions:
+            raise NotACallError
+        self._emit(CallBegun(self.num_begun, uuid.uuid4().hex[:ID_LENGTH], name))
+        self.num_begun += 1
+        self.is_open = True
+
+    def _write(self, text: str) -> None:
+        if text:
+            self._emit(CallArguments(self.num_begun - 1, text))
+
+    def _begin_with(self, name: str, arguments: Mapping[str, Any]) -> None:
+        self._begin(name)
+        self._write(json.dumps(arguments, ensure_ascii=False, allow_nan=False))
+
+    # {"name": …, "arguments": {…}}
+
+    def _object(self, *, is_marked: bool) -> Reading[None]:
+        """Read a call as a JSON object, whose keys come in any order."""
+        source, name, held = self._source, "", ""
+        source.at += 1
+        while True:
+            yield from source.skip_space()
+            key = yield from self._string()
+            yield from source.skip_space()
+            yield from expect(source, ":")
+            yield from source.skip_space()
+            if key == "function" and (yield from source.starts_with("{")):
+                yield from self._object(is_marked=is_marked)
+                name = "" if self.is_open else name
+            elif key in NAME_KEYS or key == "function":
+                name = yield from self._string()
+                if name not in self._functions:
+                    raise NotACallError
+            elif key in ARGUMENT_KEYS and not self.is_open:
+                held = yield from self._arguments(name)
+            elif is_marked or self.is_open or key in OTHER_KEYS:
+                yield from read_value(source, lambda _: None)
+            else:
+                raise NotACallError
+            yield from source.skip_space()
+            if (yield from source.takes("}")):
+                break
+            yield from expect(source, ",")
+        if not self.is_open:
+            self._begin(name)
+            self._write(held or "{}")
+
+    def _string(self) -> Reading[str]:
+        pieces: list[str] = []
+        yield from read_string(self._source, pieces.append)
+        return str(json.loads("".join(pieces)))
+
+    def _arguments(self, name: str) -> Reading[str]:
+        """Read an object, or one within a JSON string; null stands for an empty one.
+
+        The call begins where the name is known; if it is not, return the text.
+        """
+        source = self._source
+        held: list[str] = []
+        if (yield from source.starts_with("{")):
+            if name:
+                self._begin(name)
+            yield from read_value(source, self._write if name else held.append)
+            return "".join(held)
+        is_null = yield from source.takes("null")
+        text = "{}" if is_null else _object_text((yield from self._string()))
+        if not name:
+            return text
+        self._begin(name)
+        self._write(text)
+        return ""
+
+    # <function=name>{…}</function> and <function=name><parameter=key>value</parameter></function>
+
+    def _tagged(self) -> Reading[None]:
+        source = self._source
+        name, closing = yield from source.until(">")
+        if not closing:
+            raise NotACallError
+        yield from source.skip_space()
+        self._begin(name.strip())
+        if (yield from source.starts_with("{")):
+            yield from read_value(source, self._write)
+            yield from source.skip_space()
+            yield from source.takes("</function>")
+            return
+        self._write("{")
+        count = 0
+        while (yield from source.takes("<parameter=")):
+            key, _ = yield from source.until(">")
+            value, closing = yield from source.until("</parameter>", "<parameter=", "</function>")
+            if not closing:
+                raise NotACallError
+            if closing != "</parameter>":  # it was forgotten
+                source.at -= len(closing)
+            self._member(count, name.strip(), key.strip(), value)
+            count += 1
+            yield from source.skip_space()
+        yield from expect(source, "</function>")
+        self._write("}")
+
+    def _member(self, count: int, function: str, key: str, value: str) -> None:
+        schema = _parameters_of(self._functions[function])
+        comma = ", " if count else ""
+        text = json.dumps(_typed(value, key, schema), ensure_ascii=False, allow_nan=False)
+        self._write(f"{comma}{json.dumps(key, ensure_ascii=False)}: {text}")
+
+    # name{…}, name[ARGS]{…}, name\n{…}, name(key=value), name<arg_key>…
+
+    def _named(self, *, is_marked: bool, is_listed: bool) -> Reading[None]:
+        source = self._source
+        is_printed = is_marked and (yield from source.takes("print("))
+        for prefix in ("functions.", "function<｜tool▁sep｜>"):
+            if is_marked and (yield from source.takes(prefix)):
+                break
+        name = yield from self._name()
+        if (is_marked or is_listed) and (yield from source.starts_with("(")):
+            yield from self._python(name)
+            if is_printed:
+                yield from expect(source, ")")
+            return
+        if is_listed:
+            raise NotACallError
+        if is_marked:
+            yield from self._skip_separators()
+        space = yield from source.skip_space()
+        if is_marked and (yield from source.takes("```json")):
+            yield from source.skip_space()
+        if (yield from source.starts_with("{")) and (is_marked or "\n" in space):
+            self._begin(name)
+            yield from read_value(source, self._write)
+        elif is_marked and (yield from source.starts_with("<arg_key>")):
+            yield from self._pairs(name)
+        elif is_marked and (yield from self._is_closed()):
+            self._begin_with(name, {})
+        else:
+            raise NotACallError
+
+    def _name(self) -> Reading[str]:
+        for name in self._names:
+            if (yield from self._source.takes(name)):
+                return name
+        raise NotACallError
+
+    def _skip_separators(self) -> Reading[None]:
+        source = self._source
+        if (yield from source.takes("<｜tool▁sep｜>")):
+            return
+        if (yield from source.takes("[CALL_ID]")):
+            yield from source.until("[ARGS]")
+            return
+        yield from source.takes("[ARGS]")
+
+    def _is_closed(self) -> Reading[bool]:
+        for closing in CLOSINGS:
+            if (yield from self._source.starts_with(closing)):
+                return True
+        return False
+
+    def _pairs(self, name: str) -> Reading[None]:
+        source, count = self._source, 0
+        self._begin(name)
+        self._write("{")
+        while (yield from source.takes("<arg_key>")):
+            key, _ = yield from source.until("</arg_key>")
+            yield from source.skip_space()
+            yield from expect(source, "<arg_value>")
+            value, closing = yield from source.until("</arg_value>")
+            if not closing:
+                raise NotACallError
+            self._member(count, name, key.strip(), value)
+            count += 1
+            yield from source.skip_space()
+        self._write("}")
+
+    def _python(self, name: str) -> Reading[None]:
+        """Read a call as Python has it, with literals as arguments."""
+        text = yield from self._parenthesized()
+        try:
+            call = ast.parse(f"f{text}", mode="eval").body
+            if not isinstance(call, ast.Call):
+                raise NotACallError
+            keys = list(_parameters_of(self._functions[name]).get("properties", {}))
+            given = dict(zip(keys, map(_literal, call.args), strict=False))
+            if len(call.args) > len(keys) or any(word.arg is None for word in call.keywords):
+                raise NotACallError
+            given |= {str(word.arg): _literal(word.value) for word in call.keywords}
+            arguments = json.loads(json.dumps(given, allow_nan=False))
+        except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError) as error:
+            raise NotACallError from error
+        self._begin_with(name, arguments)
+
+    def _parenthesized(self) -> Reading[str]:
+        source, depth, quote = self._source, 0, ""
+        start = source.at
+        while True:
+            char = yield from source.peek()
+            if not char:
+                raise NotACallError
+            source.at += 1
+            if quote:
+                if char == "\\":
+                    yield from source.peek()
+                    source.at += 1
+                elif char == quote:
+                    quote = ""
+            elif char in "\"'":
+                quote = char
+            elif char in "([{":
+                depth += 1
+            elif char in ")]}":
+                depth -= 1
+                if depth == 0:
+                    return source.text[start : source.at]
+
+
+def _literal(node: ast.expr) -> Any:
+    """Return a literal's value; true, false and null may be spelled as in JSON."""
+    names = {"true": True, "false": False, "null": None}
+
+    class Named(ast.NodeTransformer):
+        def visit_Name(self, node: ast.Name) -> ast.expr:
+            return ast.Constant(names[node.id]) if node.id in names else node
+
+    return ast.literal_eval(Named().visit(node))
+
+
+def _object_text(text: str) -> str:
+    """Return JSON text of an object as it stands."""
+    try:
+        value = json.loads(text) if text.strip() else {}
+    except (ValueError, RecursionError) as error:
+        raise NotACallError from error
+    if not isinstance(value, dict):
+        raise NotACallError
+    return text if text.strip() else "{}"
+
+
+def _parameters_of(function: Mapping[str, Any]) -> Mapping[str, Any]:
+    found = function.get("parameters", function.get("arguments"))
+    return found if isinstance(found, Mapping) else {}
+
+
+_TYPES: Mapping[str, tuple[type, ...]] = {
+    "string": (str,),
+    "integer": (int,),
+    "number": (int, float),
+    "boolean": (bool,),
+    "array": (list,),
+    "object": (dict,),
+    "null": (type(None),),
+}
+
+
+def _typed(text: str, key: str, parameters: Mapping[str, Any]) -> Any:
+    """Return the value that a tagged argument's text stands for, by the function's schema.
+
+    A text where the schema has a text, or where the text is nothing that the schema has.
+    """
+    text = text.removeprefix("\n").removesuffix("\n")
+    properties = parameters.get("properties")
+    schema = properties.get(key) if isinstance(properties, Mapping) else None
+    types = _types_of(schema, parameters)
+    if types == {"string"}:
+        return text
+    try:
+        value = json.loads(text)
+        json.dumps(value, allow_nan=False)
+    except (ValueError, RecursionError):
+        value = {"True": True, "False": False, "None": None}.get(text, text)
+    is_boolean = isinstance(value, bool)
+    fits = any(
+        isinstance(value, _TYPES[name]) and (not is_boolean or name == "boolean")
+        for name in types or _TYPES
+    )
+    return value if fits else text
+
+
+def _types_of(schema: Any, root: Mapping[str, Any], depth: int = 0) -> set[str]:
+    """Return the types that a schema names; none where it names none."""
+    if not isinstance(schema, Mapping) or depth > 8:
+        return set()
+    given = schema.get("type")
+    if isinstance(given, str):
+        return {given} & set(_TYPES)
+    if isinstance(given, Sequence):
+        return {name for name in given if name in _TYPES}
+    reference = schema.get("$ref")
+    if isinstance(reference, str) and reference.startswith("#/"):
+        target: Any = root
+        for step in reference[2:].split("/"):
+            target = target.get(step) if isinstance(target, Mapping) else None
+        return _types_of(target, root, depth + 1)
+    if isinstance(values := schema.get("enum"), list):
+        return {n for n, kinds in _TYPES.items() if any(isinstance(v, kinds) for v in values)}
+    options = [*(schema.get("anyOf") or ()), *(schema.get("oneOf") or ())]
+    return set().union(*(_types_of(option, root, depth + 1) for option in options))

@@ -1,0 +1,216 @@
+"""Text that comes in pieces, for readers written as if it were all there.
+
+A reader is a generator: where it needs more text it yields, and it is resumed when there is some, or
+when the text has ended. JSON is checked as it comes, character by character: what is passed on is JSON.
+"""
+
+import json
+import re
+from collections.abc import Callable, Generator
+from typing import TypeVar
+
+T = TypeVar("T")
+Reading = Generator[None, None, T]
+"""A reader: it yields where more text is needed, and returns what it read."""
+Write = Callable[[str], object]
+
+MAX_DEPTH = 64
+"""Levels of nesting; deeper JSON is taken for a fault of the model."""
+
+_PLAIN = re.compile(r'[^"\\\x00-\x1f]+')
+_WORD = re.compile(r"[A-Za-z0-9+\-.]+")
+_NUMBER = re.compile(r"-?(0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?")
+_LITERALS = {
+    "true": "true",
+    "false": "false",
+    "null": "null",
+    # What models write as Python and JavaScript have it; JSON has no number that is none.
+    "True": "true",
+    "False": "false",
+    "None": "null",
+    "NaN": "null",
+    "Infinity": "null",
+    "-Infinity": "null",
+}
+
+
+class NotJsonError(Exception):
+    """The text that came is not JSON."""
+
+
+class Incoming:
+    """Text of which the beginning is there."""
+
+    def __init__(self) -> None:
+        self.text = ""
+        self.at = 0
+        """Where the next character is read."""
+        self.is_ended = False
+
+    @property
+    def rest(self) -> str:
+        """What is there and not read."""
+        return self.text[self.at :]
+
+    def push(self, text: str) -> None:
+        """Append text, and forget none: readers go back to where a call might have begun."""
+        self.text += text
+
+    def forget(self) -> None:
+        """Let go of what was read."""
+        self.text, self.at = self.text[self.at :], 0
+
+    def peek(self) -> Reading[str]:
+        """Return the next character, "" where the text has ended."""
+        while self.at >= len(self.text):
+            if self.is_ended:
+                return ""
+            yield
+        return self.text[self.at]
+
+    def starts_with(self, word: str) -> Reading[bool]:
+        """Return whether the text goes on with a word."""
+        while True:
+            found = self.text[self.at : self.at + len(word)]
+            if found == word:
+                return True
+            if self.is_ended or not word.startswith(found):
+                return False
+            yield
+
+    def takes(self, word: str) -> Reading[bool]:
+        """Read a word if the text goes on with it."""
+        found = yield from self.starts_with(word)
+        if found:
+            self.at += len(word)
+        return found
+
+    def until(self, *words: str) -> Reading[tuple[str, str]]:
+        """Read up to the first of some words, and it; return the text before it and the word.
+
+        The word is "" where the text ended without any of them.
+        """
+        start = self.at
+        while True:
+            found = [(at, word) for word in words if (at := self.text.find(word, start)) >= 0]
+            if found:
+                at, word = min(found)
+                self.at = at + len(word)
+                return self.text[start:at], word
+            if self.is_ended:
+                self.at = len(self.text)
+                return self.text[start:], ""
+            yield
+
+    def skip_space(self) -> Reading[str]:
+        """Read whitespace and return it."""
+        start = self.at
+        while (yield from self.peek()).isspace():
+            self.at += 1
+        return self.text[start : self.at]
+
+
+def read_value(source: Incoming, write: Write, depth: int = 0) -> Reading[None]:
+    """Read a JSON value, and write it as it stands, with what JSON does not know made JSON.
+
+    Raises NotJsonError, with everything before the fault written; `source` stands at the fault.
+    """
+    write((yield from source.skip_space()))
+    char = yield from source.peek()
+    if depth >= MAX_DEPTH:
+        raise NotJsonError
+    if char == '"':
+        yield from read_string(source, write)
+    elif char == "{":
+        yield from _read_items(source, write, depth, is_object=True)
+    elif char == "[":
+        yield from _read_items(source, write, depth, is_object=False)
+    else:
+        yield from _read_word(source, write)
+
+
+def _read_items(source: Incoming, write: Write, depth: int, *, is_object: bool) -> Reading[None]:
+    closing = "}" if is_object else "]"
+    write(source.text[source.at])
+    source.at += 1
+    write((yield from source.skip_space()))
+    if (yield from source.takes(closing)):
+        write(closing)
+        return
+    while True:
+        if is_object:
+            write((yield from source.skip_space()))
+            yield from read_string(source, write)
+            write((yield from source.skip_space()))
+            yield from expect(source, ":")
+            write(":")
+        yield from read_value(source, write, depth + 1)
+        write((yield from source.skip_space()))
+        if (yield from source.takes(closing)):
+            write(closing)
+            return
+        yield from expect(source, ",")
+        write(",")
+
+
+def expect(source: Incoming, char: str) -> Reading[None]:
+    """Read a character that has to be there."""
+    if not (yield from source.takes(char)):
+        raise NotJsonError
+
+
+def read_string(source: Incoming, write: Write) -> Reading[None]:
+    """Read a JSON string; control characters, which JSON forbids in it, are written escaped."""
+    yield from expect(source, '"')
+    write('"')
+    while True:
+        char = yield from source.peek()
+        if not char:
+            raise NotJsonError
+        if plain := _PLAIN.match(source.text, source.at):
+            write(plain[0])
+            source.at = plain.end()
+            continue
+        source.at += 1
+        if char == '"':
+            write(char)
+            return
+        if char == "\\":
+            write((yield from _escape(source)))
+        else:
+            write(json.dumps(char)[1:-1])
+
+
+def _escape(source: Incoming) -> Reading[str]:
+    char = yield from source.peek()
+    if not char or char not in "\"\\/bfnrtu'":
+        raise NotJsonError
+    source.at += 1
+    if char == "'":
+        return char
+    if char != "u":
+        return "\\" + char
+    digits = ""
+    while len(digits) < 4:
+        digit = yield from source.peek()
+        if not digit or digit not in "0123456789abcdefABCDEF":
+            raise NotJsonError
+        digits += digit
+        source.at += 1
+    return "\\u" + digits
+
+
+def _read_word(source: Incoming, write: Write) -> Reading[None]:
+    """Read a number, or true, false and null however they are spelled."""
+    start = end = source.at
+    while True:
+        found = _WORD.match(source.text, start)
+        end = found.end() if found else start
+        if end < len(source.text) or source.is_ended:
+            break
+        yield
+    word = source.text[start:end]
+    if word not in _LITERALS and not _NUMBER.fullmatch(word):
+        raise NotJsonError
+    source.at = end
+    write(_LITERALS.get(word, word))

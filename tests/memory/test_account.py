@@ -1,0 +1,258 @@
+"""What a checkpoint is, from its headers alone: loading, planning and `hanok info` agree on it."""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from tests.memory.test_load import (
+    CONFIG,
+    HIDDEN,
+    LAYERS,
+    MLP,
+    load,
+    logits,
+    notes_of,
+    tensors_of,
+    write,
+)
+from torch import Tensor
+
+from hanok.checkpoint.files import open_checkpoint
+from hanok.errors import CheckpointError, HanokError, UnsupportedError
+from hanok.memory.load import load_decoder
+from hanok.memory.planning import describe
+
+Rename = Callable[[str], str]
+EMBEDDING = "model.embed_tokens.weight"
+SPELLINGS: Mapping[str, Rename] = {
+    "DDP": lambda name: f"module.{name}",
+    "compile": lambda name: f"_orig_mod.{name}",
+    "DDP of compile": lambda name: f"module._orig_mod.{name}",
+    "text part": lambda name: f"language_model.{name}",
+    "text part inside": lambda name: name.replace("model.", "model.language_model."),
+    "another base": lambda name: name.replace("model.", "transformer."),
+    "base model": lambda name: name.removeprefix("model."),
+    "DDP of a base model": lambda name: f"module.{name.removeprefix('model.')}",
+    "FSDP": lambda name: name.replace("layers.1.", "layers.1._fsdp_wrapped_module."),
+    "blocks compiled": lambda name: f"module.{name}".replace(".mlp.", "._orig_mod.mlp."),
+}
+
+
+@pytest.mark.parametrize("is_tied", [True, False])
+@pytest.mark.parametrize("name", SPELLINGS)
+def test_another_prefix_is_recognised_and_told(tmp_path: Path, name: str, is_tied: bool) -> None:
+    rename = SPELLINGS[name]
+    tensors = tensors_of(tied=is_tied)
+    if is_tied:  # a second copy is as good under the other name
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    keys = {"tie_word_embeddings": is_tied}
+    buffer = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+    plain = load(write(tmp_path / "plain", tensors, **keys))
+    renamed = {rename(key): tensor for key, tensor in (tensors | buffer).items()}
+    folder = write(tmp_path / "renamed", renamed, **keys)
+    found = load(folder)
+    assert torch.equal(logits(found), logits(plain))
+    assert notes_of(plain) == []
+    told = rename(EMBEDDING)
+    if told == EMBEDDING:
+        told = "model.layers.1._fsdp_wrapped_module."
+    assert [note for note in notes_of(found) if f"tensor names: {told}" in note]
+    understood = describe(folder)
+    assert list(understood.notes) == notes_of(found)
+    assert {name for source in understood.table.values() for name in source.names} <= set(renamed)
+
+
+def test_what_is_missing_below_another_prefix_is_named_as_the_files_name_it(tmp_path: Path) -> None:
+    tensors = {f"module.{name}": tensor for name, tensor in tensors_of().items()}
+    del tensors["module.model.layers.1.mlp.up_proj.weight"]
+    missing = r"1 missing: module\.model\.layers\.1\.mlp\.up_proj\.weight\."
+    with pytest.raises(CheckpointError, match=missing):
+        load(write(tmp_path, tensors))
+
+
+def test_a_second_copy_is_told_and_the_usual_one_is_not_guessed(tmp_path: Path) -> None:
+    tensors = tensors_of()
+    names = [f"{who}.{name}" for who in ("student", "teacher") for name in tensors]
+    copies = {name: tensors[name.partition(".")[2]].clone() for name in names}
+    both = "Layers lie below 'student.model.' and 'teacher.model.': keep one"
+    with pytest.raises(CheckpointError, match=both):
+        load(write(tmp_path / "two", copies))
+    averaged = {f"ema.{name}": tensor.clone() for name, tensor in tensors.items()}
+    with pytest.raises(CheckpointError, match=r"left over: ema\..*'model\.' and 'ema\.model\.'"):
+        load(write(tmp_path / "ema", tensors | averaged))
+
+
+def quantized(kind: str) -> Mapping[str, Tensor]:
+    """Tensors of one matrix as formats of quantized weights name them."""
+    stem = "model.layers.0.mlp.up_proj"
+    parts = {
+        "GPTQ": ("qweight", "qzeros", "scales", "g_idx"),
+        "AWQ": ("qweight", "qzeros", "scales"),
+        "EXL2": ("q_weight", "q_scale", "q_groups", "q_invperm"),
+        "MLX": ("weight", "scales", "biases"),
+        "NVFP4": ("weight", "weight_scale", "weight_scale_2"),
+    }[kind]
+    tensors = tensors_of()
+    del tensors[f"{stem}.weight"]
+    return tensors | {f"{stem}.{part}": torch.zeros(3, dtype=torch.int32) for part in parts}
+
+
+def without_head() -> Mapping[str, Tensor]:
+    tensors = tensors_of()
+    del tensors["lm_head.weight"]
+    return tensors
+
+
+def with_extra_layer() -> Mapping[str, Tensor]:
+    return tensors_of() | {f"model.layers.{LAYERS}.eh_proj.weight": torch.zeros(HIDDEN, 2 * HIDDEN)}
+
+
+def with_wrong_shape() -> Mapping[str, Tensor]:
+    return tensors_of() | {"model.layers.0.mlp.up_proj.weight": torch.zeros(MLP + 1, HIDDEN)}
+
+
+def narrow(dtype: torch.dtype) -> Mapping[str, Tensor]:
+    found = tensors_of()
+    name = "model.layers.0.mlp.up_proj.weight"
+    return found | {name: found[name].to(dtype)}
+
+
+REFUSED: Mapping[str, tuple[Callable[[], Mapping[str, Tensor]], str]] = {
+    "GPTQ": (lambda: quantized("GPTQ"), r"is quantized \(GPTQ, by its tensors\)"),
+    "AWQ": (lambda: quantized("AWQ"), r"is quantized \(AWQ or GPTQ, by its tensors\)"),
+    "EXL2": (lambda: quantized("EXL2"), r"is quantized \(EXL2, by its tensors\)"),
+    "MLX": (lambda: quantized("MLX"), r"is quantized \(MLX, by its tensors\)"),
+    "NVFP4": (lambda: quantized("NVFP4"), r"is quantized \(NVFP4, by its tensors\)"),
+    "float8": (
+        lambda: narrow(torch.float8_e4m3fn),
+        r"1 weights are F8_E4M3, .*compute with: model\.layers\.0\.mlp\.up_proj\.weight",
+    ),
+    "int8": (lambda: narrow(torch.int8), "1 weights are I8"),
+    "no head": (without_head, r"1 missing: lm_head\.weight"),
+    "another layer": (with_extra_layer, r"1 left over: model\.layers\.2\.eh_proj"),
+    "shape": (with_wrong_shape, "1 of the wrong shape"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_loading_refuses_is_not_planned_either(tmp_path: Path, name: str) -> None:
+    make, message = REFUSED[name]
+    folder = write(tmp_path, make())
+    with pytest.raises(HanokError, match=message) as loading:
+        load(folder)
+    with pytest.raises(type(loading.value), match=message) as planning:
+        describe(folder)
+    assert str(planning.value) == str(loading.value)
+
+
+FILES: Mapping[str, tuple[Mapping[str, Any], str]] = {
+    "ModelOpt": (
+        {"hf_quant_config.json": {"quantization": {"quant_algo": "FP8"}}},
+        r"quantized \(ModelOpt FP8\)",
+    ),
+    "AutoGPTQ": ({"quantize_config.json": {"bits": 4}}, r"quantized \(GPTQ, by quantize_config"),
+    "AutoAWQ": ({"quant_config.json": {"w_bit": 4}}, r"quantized \(AWQ, by quant_config\.json"),
+    "ModelOpt in the config": (
+        {"config.json": {"quantization_config": {"quant_method": None, "quant_algo": "NVFP4"}}},
+        r"quantized \(ModelOpt NVFP4\)",
+    ),
+    "MLX": (
+        {"config.json": {"quantization": {"group_size": 64, "bits": 4}}},
+        r"quantized \(MLX, 4 bits\)",
+    ),
+    "HQQ": ({"config.json": {"quantization_config": {"quant_method": "hqq"}}}, r"\('hqq'\)"),
+}
+
+
+@pytest.mark.parametrize("has_weights", [True, False])
+@pytest.mark.parametrize("name", FILES)
+def test_quantization_is_known_by_the_files_that_say_it(
+    tmp_path: Path, name: str, has_weights: bool
+) -> None:
+    files, message = FILES[name]
+    write(tmp_path, tensors_of())
+    if not has_weights:
+        (tmp_path / "model.safetensors").unlink()
+    for file, content in files.items():
+        beneath = CONFIG if file == "config.json" else {}
+        (tmp_path / file).write_text(json.dumps({**beneath, **content}))
+    with pytest.raises(UnsupportedError, match=message):
+        describe(tmp_path)
+    if has_weights:
+        with pytest.raises(UnsupportedError, match=message):
+            load_decoder(open_checkpoint(tmp_path))
+
+
+def test_a_cache_of_fewer_bits_is_no_quantization_of_the_weights(tmp_path: Path) -> None:
+    write(tmp_path, tensors_of())
+    said = {"quantization": {"quant_algo": None, "kv_cache_quant_algo": "FP8"}}
+    (tmp_path / "hf_quant_config.json").write_text(json.dumps(said))
+    assert describe(tmp_path).notes == ()
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        ("a-Q4_K_M.gguf", r"holds GGUF \(a-Q4_K_M\.gguf\) weights"),
+        ("model.onnx", "holds ONNX"),
+        ("onnx/model.onnx", "holds ONNX"),
+        ("tf_model.h5", "holds TensorFlow"),
+        ("flax_model.msgpack", "holds Flax"),
+    ],
+)
+def test_weights_of_another_program_are_no_config_alone(
+    tmp_path: Path, file: str, message: str
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    assert describe(tmp_path).config.vocab_size == CONFIG["vocab_size"]
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).touch()
+    for open_it in (describe, open_checkpoint):
+        with pytest.raises(CheckpointError, match=message):
+            open_it(tmp_path)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=message):
+        describe(tmp_path)
+
+
+def test_a_gguf_file_is_named_for_what_it_is(tmp_path: Path) -> None:
+    (tmp_path / "a.gguf").touch()
+    for open_it in (describe, open_checkpoint):
+        with pytest.raises(CheckpointError, match=r"a\.gguf: holds GGUF weights.*made from"):
+            open_it(tmp_path / "a.gguf")
+
+
+@pytest.mark.parametrize("weights", ["consolidated.safetensors", "consolidated.00.pth"])
+def test_the_makers_own_layout_is_named_for_what_it_is(tmp_path: Path, weights: str) -> None:
+    (tmp_path / "params.json").write_text('{"dim": 4096}')
+    (tmp_path / weights).touch()
+    (tmp_path / weights.replace("00", "01")).touch()
+    for open_it in (describe, open_checkpoint):
+        with pytest.raises(UnsupportedError, match=r"own layout \(params\.json, without config"):
+            open_it(tmp_path)
+
+
+def test_an_adapter_alone_names_its_base(tmp_path: Path) -> None:
+    adapter = {"peft_type": "LORA", "base_model_name_or_path": "org/base"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(adapter))
+    save_file({"a.lora_A.weight": torch.zeros(2, 2)}, tmp_path / "adapter_model.safetensors")
+    for has_config in (False, True):
+        if has_config:
+            (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+        for open_it in (describe, open_checkpoint):
+            with pytest.raises(UnsupportedError, match="a PEFT adapter of org/base, not a model"):
+                open_it(tmp_path)
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "weights.safetensors"])
+def test_an_adapter_beside_weights_is_told(tmp_path: Path, file: str) -> None:
+    write(tmp_path, tensors_of())
+    (tmp_path / "model.safetensors").rename(tmp_path / file)
+    save_file({"a.lora_A.weight": torch.zeros(2, 2)}, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text("{}")
+    assert [note for note in notes_of(load(tmp_path)) if "PEFT adapter beside the weights" in note]
+    assert [note for note in describe(tmp_path).notes if "is left out" in note]

@@ -1,0 +1,36 @@
+"""The names of tensors in files, for every family and every prefix they may have."""
+
+import json
+
+import pytest
+import transformers
+
+from hanok.models.family import families, read_config, sources
+
+
+@pytest.fixture(scope="module", params=sorted(families()))
+def usual(request: pytest.FixtureRequest) -> tuple[str, ...]:
+    """The names of a family's tensors as its files usually have them."""
+    return names_in(request.param, ())
+
+
+def names_in(model_type: str, present: tuple[str, ...]) -> tuple[str, ...]:
+    written = transformers.CONFIG_MAPPING[model_type]().to_json_string(use_diff=False)
+    family, config = read_config(json.loads(written), "config.json")
+    found = sources(family, config, present).values()
+    return (model_type, *(name for source in found for name in source.names))
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "language_model.", "a.b.", None])
+def test_names_are_found_below_any_prefix(usual: tuple[str, ...], prefix: str | None) -> None:
+    model_type, *names = usual
+    base = names[0].partition(".")[0] + "."
+    renamed = tuple(name.removeprefix(base) if prefix is None else prefix + name for name in names)
+    assert names_in(model_type, renamed)[1:] == renamed
+
+
+def test_names_that_are_usual_stay_so_beside_others(usual: tuple[str, ...]) -> None:
+    model_type, *names = usual
+    others = tuple(f"ema.{name}" for name in names)
+    assert names_in(model_type, (*others, *names))[1:] == tuple(names)
+    assert names_in(model_type, ("a.weight", "layers.0.b.weight"))[1:] == tuple(names)
