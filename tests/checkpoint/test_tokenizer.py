@@ -16,7 +16,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from transformers import GPT2Tokenizer, PreTrainedTokenizerFast
 from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
 
-from hanok.checkpoint.tokenizer import open_tokenizer
+from hanok.checkpoint.tokenizer import Tokenizer, open_tokenizer
 from hanok.errors import CheckpointError, RequestError
 
 SENTENCES = (
@@ -188,6 +188,47 @@ def test_token_text(tmp_path):
     assert tokenizer.token_text(1) == "<s>"
     with pytest.raises(RequestError, match=r"no token 330: ids go from 0 to 329"):
         tokenizer.token_text(330)
+
+
+ADDED_WORDS = ("naïve", "đem", "čaj", "Ġthe", "é", "ß!", "마당", "<x>", "  ")
+
+
+@pytest.fixture(scope="module", params=["bytes alone", "bytes and more"])
+def with_added_words(request, tmp_path_factory) -> Tokenizer:
+    folder = tmp_path_factory.mktemp("added")
+    library = byte_level(folder)
+    library.add_tokens(list(ADDED_WORDS))
+    if request.param == "bytes and more":
+        library.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Fuse()])
+    library.save(str(folder / "tokenizer.json"))
+    return open_tokenizer(folder)
+
+
+@given(
+    words=st.lists(
+        st.sampled_from(
+            ["naïve", "đem", "čaj", "ß!", "마당", "<x>", "  ", " the", "e", "\r", "\x11em"]
+        )
+    )
+)
+def test_added_tokens_keep_their_letters(with_added_words, words):
+    """Each of their letters may be what a byte is spelled with elsewhere."""
+    tokenizer = with_added_words
+    text = "".join(words)
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    if tokenizer._vocabulary.texts.is_bytes_only:
+        assert b"".join(map(tokenizer.token_bytes, ids)) == text.encode()
+
+
+def test_what_the_model_makes_of_bytes_stays_bytes(with_added_words):
+    """Also where it is listed as added: ` the`, and the byte of é, come from other texts too."""
+    tokenizer = with_added_words
+    assert tokenizer.token_text(tokenizer.token_to_id("Ġthe")) == " the"
+    assert tokenizer.decode(tokenizer.encode("in the")) == "in the"
+    assert tokenizer.token_text(tokenizer.token_to_id("é")) == "\ufffd"
+    for word in ("naïve", "đem", "čaj", "ß!", "마당"):
+        assert tokenizer.token_text(tokenizer.token_to_id(word)) == word
 
 
 def test_half_a_surrogate_pair_is_refused(tmp_path, model_file):

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
 from tests.memory.test_load import (
     CONFIG,
     HIDDEN,
@@ -21,10 +22,12 @@ from tests.memory.test_load import (
 )
 from torch import Tensor
 
+import hanok
 from hanok.checkpoint.files import open_checkpoint
+from hanok.cli.main import cli
 from hanok.errors import CheckpointError, HanokError, UnsupportedError
 from hanok.memory.load import load_decoder
-from hanok.memory.planning import describe
+from hanok.memory.planning import describe, plan_load
 
 Rename = Callable[[str], str]
 EMBEDDING = "model.embed_tokens.weight"
@@ -256,3 +259,62 @@ def test_an_adapter_beside_weights_is_told(tmp_path: Path, file: str) -> None:
     (tmp_path / "adapter_config.json").write_text("{}")
     assert [note for note in notes_of(load(tmp_path)) if "PEFT adapter beside the weights" in note]
     assert [note for note in describe(tmp_path).notes if "is left out" in note]
+
+
+VISION = {"model_type": "qwen2_vl", "vision_config": {"depth": 1}}
+TOWER = "left out: the vision tower and its projector, 2 tensors of 2,016 bytes"
+
+
+def with_tower(folder: Path) -> Path:
+    """Write a model whose files hold a tower of 8 + 1000 bfloat16 numbers, and none that is read."""
+    biases = {
+        f"model.layers.{layer}.self_attn.{part}_proj.bias": torch.ones(rows)
+        for layer in range(LAYERS)
+        for part, rows in (("q", HIDDEN), ("k", HIDDEN // 2), ("v", HIDDEN // 2))
+    }
+    tower = {
+        "visual.patch_embed.proj.weight": torch.arange(8, dtype=torch.bfloat16),
+        "visual.blocks.0.norm.weight": torch.ones(10, 100, dtype=torch.bfloat16),
+    }
+    return write(folder, tensors_of() | biases | tower, **VISION)
+
+
+def test_a_tower_is_said_wherever_a_checkpoint_is_looked_at(tmp_path: Path) -> None:
+    folder = with_tower(tmp_path / "model")
+    assert describe(folder).notes == (TOWER,)
+    assert load(folder).report.notes[0] == TOWER
+    run = CliRunner().invoke
+    assert (
+        TOWER in json.loads(run(cli, ["info", str(folder), "--json"]).stdout)["checkpoint"]["notes"]
+    )
+    plan = ["plan", str(folder), "--cache-folder", str(tmp_path / "rates")]
+    assert f"Note: {TOWER}." in run(cli, plan).stdout
+    assert json.loads(run(cli, [*plan, "--json"]).stdout)["notes"] == [TOWER]
+
+
+def test_a_tower_takes_no_memory(tmp_path: Path) -> None:
+    folder = with_tower(tmp_path)
+    found = plan_load(folder, may_measure=False)
+    files = sum(ref.size_bytes for ref in describe(folder).checkpoint.tensors.values())
+    assert sum(unit.file_bytes for unit in found.needs.units) == files - 2016
+    report = load_decoder(describe(folder).checkpoint, plan=found).report
+    assert report.mapped_bytes + report.copied_bytes == sum(
+        unit.weight_bytes for unit in found.needs.units
+    )
+    assert report.planned_bytes is not None
+    assert report.held_bytes <= report.planned_bytes
+
+
+def test_a_saved_model_keeps_what_was_left_out(tmp_path: Path) -> None:
+    folder = with_tower(tmp_path / "original")
+    saved = hanok.load(folder).save(tmp_path / "saved")
+    before, after = (load_file(path / "model.safetensors") for path in (folder, saved))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_what_is_left_out_is_named_as_a_whole(tmp_path: Path) -> None:
+    tensors = {**load_file(with_tower(tmp_path / "a") / "model.safetensors")}
+    tensors["model.visually.weight"] = torch.ones(3)
+    with pytest.raises(CheckpointError, match=r"1 left over: model\.visually\.weight"):
+        load(write(tmp_path / "b", tensors, **VISION))

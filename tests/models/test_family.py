@@ -1,9 +1,11 @@
 """The names of tensors in files, for every family and every prefix they may have."""
 
 import json
+from typing import Any
 
 import pytest
 import transformers
+from tests.models.test_published import PUBLISHED
 
 from hanok.models.family import families, read_config, sources
 
@@ -14,9 +16,18 @@ def usual(request: pytest.FixtureRequest) -> tuple[str, ...]:
     return names_in(request.param, ())
 
 
+def written(model_type: str) -> dict[str, Any]:
+    """A config.json of a family: a published one, or what transformers has as its defaults."""
+    published = [config for config in PUBLISHED.values() if config["model_type"] == model_type]
+    if published:
+        return published[0]
+    dump = transformers.CONFIG_MAPPING[model_type]().to_json_string(use_diff=False)
+    found: dict[str, Any] = json.loads(dump)
+    return found
+
+
 def names_in(model_type: str, present: tuple[str, ...]) -> tuple[str, ...]:
-    written = transformers.CONFIG_MAPPING[model_type]().to_json_string(use_diff=False)
-    family, config = read_config(json.loads(written), "config.json")
+    family, config = read_config(written(model_type), "config.json")
     found = sources(family, config, present).values()
     return (model_type, *(name for source in found for name in source.names))
 

@@ -131,6 +131,9 @@ class LibraryVocabulary:
         self._has_byte_tokens = "ByteFallback" in kinds
         self._bytes: dict[int, bytes] = {}
         self._alphabet = _byte_alphabet()
+        texts = {token.content: token_id for token_id, token in added.items()}
+        misread = _misread(texts, parts["model"], self._alphabet) if "ByteLevel" in kinds else ()
+        self._misread = {texts[text]: text.encode() for text in misread}
         self.bound = library_bound(parts, self.ids, self._alphabet)
         candidates = (
             token_id
@@ -191,7 +194,17 @@ class LibraryVocabulary:
         return adds_bos, eos is not None and frame[int(adds_bos) :][-1:] == [eos]
 
     def _decode(self, ids: Sequence[int]) -> str:
-        text: str = self._library.decode(list(ids), skip_special_tokens=False)
+        if self._misread.keys().isdisjoint(ids):
+            text: str = self._library.decode(list(ids), skip_special_tokens=False)
+        else:
+            character = {byte: letter for letter, byte in self._alphabet.items()}
+            tokens = [
+                "".join(map(character.__getitem__, self._misread[token_id]))
+                if token_id in self._misread
+                else self._spellings[token_id]
+                for token_id in ids
+            ]
+            text = self._library.decoder.decode(tokens)
         return text
 
     def _token_bytes(self, token_id: int) -> bytes | None:
@@ -202,13 +215,32 @@ class LibraryVocabulary:
             found = _BYTE_TOKEN.fullmatch(spelling)
             return bytes.fromhex(found[1]) if found else None
         if token_id not in self._bytes:
-            try:
-                data = bytes(self._alphabet[character] for character in spelling)
-            except KeyError:
-                # A token that was added as text, not in the alphabet of bytes.
-                data = spelling.encode()
+            data = self._misread.get(token_id)
+            if data is None:
+                try:
+                    data = bytes(self._alphabet[character] for character in spelling)
+                except KeyError:
+                    # A token that was added as text, not in the alphabet of bytes.
+                    data = spelling.encode()
             self._bytes[token_id] = data
         return self._bytes[token_id]
+
+
+def _misread(
+    added: Iterable[str], model: Mapping[str, Any], alphabet: Mapping[str, int]
+) -> set[str]:
+    """The added tokens that are text, and that the library reads as if they were spelled in bytes.
+
+    `naïve` in a text is the token of that name, but in the alphabet of bytes its ï is no character.
+    What the model itself makes of bytes (one of them, or a merge) is spelled in bytes, also where it
+    is listed as added.
+    """
+    readable = {text for text in added if not text.isascii() and set(text) <= alphabet.keys()}
+    in_model = {text for text in readable if text in model.get("vocab", ())}
+    made = {text for text in in_model if len(text) == 1}
+    if in_model:
+        made |= in_model.intersection(map("".join, model.get("merges", ())))
+    return readable - made
 
 
 def _decoder_kinds(decoder: dict[str, Any] | None) -> set[str]:

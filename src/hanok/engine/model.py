@@ -154,6 +154,7 @@ class Model:
         self.plan = plan
         """What it was loaded by."""
         self._sources = loaded.sources
+        self._left_out = loaded.left_out
         self._promotion = loaded.promotion
         self._pipeline_depth = pipeline_depth
 
@@ -374,7 +375,7 @@ class Model:
         unfinished = folder.with_name(f".{folder.name}.unfinished-{os.getpid()}")
         unfinished.mkdir(parents=True)
         try:
-            save_weights(unfinished, self.decoder, self._sources)
+            save_weights(unfinished, self.decoder, self._sources, left_out=self._left_out)
             config = dict(self.checkpoint.config)
             spellings = [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]
             config |= dict.fromkeys(spellings, str(self.dtype).removeprefix("torch."))
@@ -554,7 +555,9 @@ def _tokenizer_of(checkpoint: Checkpoint) -> "Tokenizer | None":
 
 def _end_ids(checkpoint: Checkpoint, tokenizer: "Tokenizer | None") -> frozenset[int]:
     """Return the end tokens: generation_config.json's, else config.json's, else the tokenizer's."""
-    for values in (checkpoint.generation_config, checkpoint.config):
+    text_config = checkpoint.config.get("text_config")
+    text_config = text_config if isinstance(text_config, Mapping) else {}
+    for values in (checkpoint.generation_config, checkpoint.config, text_config):
         given = values.get("eos_token_id")
         if given is not None:
             return frozenset([given] if isinstance(given, int) else given)

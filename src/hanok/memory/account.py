@@ -4,6 +4,7 @@ Loading, planning and `hanok info` ask here, so that none of them accepts what a
 tensor is accounted for by name, shape and dtype; only the values are not looked at. Imports no torch.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -41,6 +42,8 @@ class Understood:
     """Where each parameter lies, by its name in `Decoder`."""
     tied_head: TensorRef | None
     """A second copy of the embedding in the files, whose values should be the same."""
+    left_out: Mapping[str, tuple[TensorRef, ...]]
+    """Weights in the files that are no part of the decoder, by what they are; they are never read."""
     notes: tuple[str, ...]
     """What is unusual about the files and was decided on the user's behalf."""
 
@@ -58,13 +61,19 @@ def understand(checkpoint: Checkpoint) -> Understood:
     tied_head = None
     if checkpoint.files:
         tied_head = _account_for(checkpoint, family, config, table)
-    notes = (spelling_note(family, checkpoint.tensors), adapter_note(checkpoint.folder))
+    left_out = _left_out(family, checkpoint.tensors)
+    notes = (
+        *(_left_out_note(name, refs) for name, refs in left_out.items()),
+        spelling_note(family, checkpoint.tensors),
+        adapter_note(checkpoint.folder),
+    )
     return Understood(
         checkpoint=checkpoint,
         family=family,
         config=config,
         table=table,
         tied_head=tied_head,
+        left_out=left_out,
         notes=tuple(note for note in notes if note is not None),
     )
 
@@ -125,6 +134,20 @@ def _account_for(
         )
     _check_dtypes(checkpoint, [tensors[name] for name in expected])
     return head
+
+
+def _left_out(family: Family, tensors: Mapping[str, TensorRef]) -> dict[str, tuple[TensorRef, ...]]:
+    in_files = unwrapped(tensors).items()
+    found = {
+        what: tuple(tensors[name] for plain, name in in_files if re.fullmatch(pattern, plain))
+        for what, pattern in family.left_out.items()
+    }
+    return {what: refs for what, refs in found.items() if refs}
+
+
+def _left_out_note(what: str, refs: tuple[TensorRef, ...]) -> str:
+    count = f"{len(refs)} tensor{'s' * (len(refs) > 1)}"
+    return f"left out: {what}, {count} of {sum(ref.size_bytes for ref in refs):,} bytes"
 
 
 def _check_dtypes(checkpoint: Checkpoint, refs: list[TensorRef]) -> None:

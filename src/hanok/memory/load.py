@@ -70,6 +70,8 @@ class Loaded:
     decoder: Decoder
     family: Family
     sources: Mapping[str, Source]
+    left_out: tuple[TensorRef, ...]
+    """Weights in the files that the decoder does not use."""
     report: LoadReport
     promotion: Promotion | None
     """Moves the mapped weights into memory once the model has answered; None: they stay."""
@@ -157,6 +159,7 @@ def load_decoder(
         decoder=decoder,
         family=family,
         sources=table,
+        left_out=tuple(ref for refs in found.left_out.values() for ref in refs),
         report=report,
         promotion=Promotion(mapped, placer.files) if moves else None,
         streamer=streamer,

@@ -1,17 +1,18 @@
 """Writes a decoder's weights under the names and in the order of its family's files.
 
-Fused weights are written as the parts that the files have, tied ones once. One tensor is in memory
-beyond the model.
+Fused weights are written as the parts that the files have, tied ones once. What the decoder left out (a
+vision tower) is copied from the files it came from. One tensor is in memory beyond the model.
 """
 
 import ctypes
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor
 
+from hanok.checkpoint.files import TensorRef
 from hanok.checkpoint.writer import TensorData, write_safetensors
-from hanok.memory.tensors import DTYPE_NAMES, to_file_order
+from hanok.memory.tensors import DTYPE_NAMES, MappedFiles, to_file_order
 from hanok.models.decoder import Decoder
 from hanok.models.family import Source
 
@@ -21,10 +22,20 @@ def save_weights(
     decoder: Decoder,
     sources: Mapping[str, Source],
     *,
+    left_out: Sequence[TensorRef] = (),
     progress: Callable[[int], None] | None = None,
 ) -> tuple[Path, ...]:
     """Write the weights as safetensors (sharded when large) and return the files."""
-    tensors = []
+    files = MappedFiles()
+    tensors = [
+        TensorData(
+            name=ref.name,
+            dtype=ref.dtype,
+            shape=ref.shape,
+            read=lambda ref=ref: _bytes_of(files.view(ref)),  # type: ignore[misc]
+        )
+        for ref in left_out
+    ]
     for name, parameter in decoder.named_parameters():
         source = sources[name]
         start = 0
@@ -46,12 +57,15 @@ def save_weights(
 
 def _reader(part: Tensor, source: Source) -> Callable[[], memoryview]:
     def read() -> memoryview:
-        ordered = part if source.layout == "rows" else to_file_order(part, source)
-        host = ordered.cpu().contiguous()
-        if host.numel() == 0:
-            return memoryview(b"")
-        view = memoryview((ctypes.c_char * host.nbytes).from_address(host.data_ptr())).cast("B")
-        # The view does not own the memory; a copy of one tensor keeps it alive while it is written.
-        return memoryview(bytes(view))
+        return _bytes_of(part if source.layout == "rows" else to_file_order(part, source))
 
     return read
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    host = tensor.cpu().contiguous()
+    if host.numel() == 0:
+        return memoryview(b"")
+    view = memoryview((ctypes.c_char * host.nbytes).from_address(host.data_ptr())).cast("B")
+    # The view does not own the memory; a copy of one tensor keeps it alive while it is written.
+    return memoryview(bytes(view))

@@ -51,6 +51,8 @@ class YarnScaling:
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     truncate: bool = True
+    query_growth: float = 0.0
+    """Queries are multiplied by 1 + this x ln(1 + position // `original_max_positions`)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +76,11 @@ class Rope:
     rotary_dim: int
     is_interleaved: bool = False  # pairs are neighbours (GLM) instead of halves (GPT-NeoX, Llama)
     scaling: RopeScaling | None = None
+
+    @property
+    def query_growth(self) -> float:
+        """How much queries grow with their position; 0: they do not."""
+        return self.scaling.query_growth if isinstance(self.scaling, YarnScaling) else 0.0
 
     def angles_for(self, num_tokens: int) -> int:
         """Return the length that the angles of a sequence of `num_tokens` are computed for.
@@ -163,7 +170,7 @@ class ModelConfig:
     tie_embeddings: bool = False
     has_qkv_bias: bool = False
     has_output_bias: bool = False
-    norm_placement: Literal["pre", "post", "sandwich", "parallel"] = "pre"
+    norm_placement: Literal["pre", "post", "sandwich", "parallel", "shared"] = "pre"
     qk_norm: Literal["head", "full"] | None = None
     has_learned_positions: bool = False
     attention_scale: float = field(default=0.0)  # 0: 1 / sqrt(head_dim)
@@ -208,6 +215,7 @@ class ModelConfig:
         return {
             "pre": ("attention_norm", "mlp_norm"),
             "parallel": ("attention_norm", "mlp_norm"),
+            "shared": ("attention_norm",),  # parallel, and both read the same norm
             "post": ("attention_post_norm", "mlp_post_norm"),
             "sandwich": ("attention_norm", "attention_post_norm", "mlp_norm", "mlp_post_norm"),
         }[self.norm_placement]

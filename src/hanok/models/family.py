@@ -46,7 +46,9 @@ class Family:
 
     `names` maps our module paths to the files' (paths inside a block are relative to it, and an
     expert's number is written `{}`); a tuple lists the parts that a fused weight is made of.
-    `ignored_tensors` are regular expressions.
+    `ignored_tensors` are regular expressions. `left_out` are weights that are no part of the decoder:
+    what they are, and a regular expression of their names. `other_prefixes` are those that published
+    files have as often as that of `names`.
     """
 
     model_types: tuple[str, ...]
@@ -54,6 +56,8 @@ class Family:
     names: Mapping[str, str | tuple[str, ...]] = field(default_factory=lambda: LLAMA_NAMES)
     layouts: Mapping[str, Layout] = field(default_factory=dict)
     ignored_tensors: tuple[str, ...] = (r".*\.rotary_emb\.inv_freq",)
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    other_prefixes: tuple[str, ...] = ()
 
     @property
     def prefix(self) -> str:
@@ -102,7 +106,7 @@ class Family:
             usual = self.prefix.removesuffix(prefix) + name
         return any(
             re.fullmatch(pattern, spelling)
-            for pattern in self.ignored_tensors
+            for pattern in (*self.ignored_tensors, *self.left_out.values())
             for spelling in {name, usual}
         )
 
@@ -196,7 +200,8 @@ def spelling_note(family: Family, present: Collection[str]) -> str | None:
     usual = f"{family.names['embed_tokens']}.weight"
     prefix = next(iter(family.prefixes_in(in_files)), family.prefix)
     found = in_files.get(prefix + usual.removeprefix(family.prefix), usual)
-    if found == usual:
+    if found == usual or prefix in family.other_prefixes:
+        usual = found
         wrapped = (pair for pair in in_files.items() if pair[0] != pair[1])
         usual, found = next(wrapped, (usual, found))
     if found == usual:

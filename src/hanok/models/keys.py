@@ -54,6 +54,11 @@ class Keys:
         """The `model_type` of the file."""
         return str(self._config["model_type"])
 
+    @property
+    def where(self) -> str:
+        """The file, for messages."""
+        return self._where
+
     def get(self, name: str, default: Any = None) -> Any:
         """Return the value of a key or its old name, `default` when both are absent or null."""
         self._read.add(name)
@@ -127,6 +132,14 @@ class Keys:
         """Account for keys that do not change what the model computes."""
         self._read.update(names)
 
+    def inside(self, name: str, beneath: Mapping[str, Any], *, model_type: str) -> "Keys":
+        """Return the keys of an object in the file, read as those of a `model_type`.
+
+        What the object leaves out is taken from `beneath`.
+        """
+        values = {**beneath, **self.object(name), "model_type": model_type}
+        return Keys(values, f"{self._where}: {name}")
+
     def activation(self, *names: str, default: str = "silu") -> Activation:
         """Return the activation that the first present of `names` names."""
         values = [value for name in names if (value := self.get(name)) is not None]
@@ -155,13 +168,14 @@ class Keys:
         kind: str = "full_attention",
         default_theta: float = 10000.0,
         default_partial: float = 1.0,
+        default_positions: int | object = _REQUIRED,
         is_interleaved: bool = False,
     ) -> Rope:
         """Return the rotary embedding, from `rope_parameters` or `rope_theta` and `rope_scaling`.
 
         `kind` picks the entry when `rope_parameters` holds one for each kind of layer.
         """
-        values, scaling = self._object("rope_parameters"), self._object("rope_scaling")
+        values, scaling = self.object("rope_parameters"), self.object("rope_scaling")
         if values and not scaling.items() <= values.items():
             raise CheckpointError(
                 f"{self._where} has rope_parameters {values!r} and, in contradiction to them, "
@@ -173,6 +187,11 @@ class Keys:
             values = dict(values[kind])
         kind_name = values.pop("rope_type", None) or values.pop("type", None) or "default"
         values.pop("type", None)
+        # A token of text has the same position in time, height and width, which mrope turns by: it is
+        # the plain rotation then.
+        values.pop("mrope_section", None)
+        values.pop("mrope_interleaved", None)
+        kind_name = "default" if kind_name == "mrope" else kind_name
         top_theta = self.get("rope_theta", default_theta)
         theta = self._above_zero("rope_theta", values.pop("rope_theta", None) or top_theta)
         top_partial = self.get("partial_rotary_factor", default_partial)
@@ -181,8 +200,10 @@ class Keys:
         if partial > 1:
             raise self._wrong("partial_rotary_factor", partial, "at most 1")
         rotary_dim = int(head_dim * partial)
-        scaled = self._scaling(kind_name, values, rotary_dim)
-        if values and kind_name != "default":
+        max_positions = self.whole("max_position_embeddings", default_positions)
+        scaled = self._scaling(kind_name, values, rotary_dim, max_positions)
+        values.pop("max_position_embeddings", None)  # the file's own, once more
+        if values and (kind_name != "default" or "llama_4_scaling_beta" in values):
             raise UnsupportedError(
                 f"{self._where}: rope type {kind_name!r} has parameters that hanok does not know: "
                 f"{', '.join(sorted(values))}."
@@ -191,8 +212,9 @@ class Keys:
             theta=theta, rotary_dim=rotary_dim, is_interleaved=is_interleaved, scaling=scaled
         )
 
-    def _scaling(self, kind: str, values: dict[str, Any], rotary_dim: int) -> RopeScaling | None:
-        max_positions = self.whole("max_position_embeddings")
+    def _scaling(
+        self, kind: str, values: dict[str, Any], rotary_dim: int, max_positions: int
+    ) -> RopeScaling | None:
         inner_original = values.pop("original_max_position_embeddings", None)
         # Phi-3 keeps the original length beside the rope, and that one counts.
         original = self.get("original_max_position_embeddings") or inner_original or max_positions
@@ -221,6 +243,7 @@ class Keys:
                     beta_fast=float(values.pop("beta_fast", None) or 32),
                     beta_slow=float(values.pop("beta_slow", None) or 1),
                     truncate=bool(values.pop("truncate", True)),
+                    query_growth=float(values.pop("llama_4_scaling_beta", None) or 0),
                 )
             if kind in ("longrope", "su"):
                 return self._longrope(values, int(original), ratio, rotary_dim)
@@ -287,7 +310,8 @@ class Keys:
             raise self._wrong(name, value, "a number above 0")
         return float(value)
 
-    def _object(self, name: str) -> dict[str, Any]:
+    def object(self, name: str) -> dict[str, Any]:
+        """Return an object of names and values, a copy; an empty one when it is absent."""
         value = self.get(name, {})
         if not isinstance(value, Mapping):
             raise self._wrong(name, value, "an object of names and values")

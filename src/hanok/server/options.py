@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from hanok.checkpoint.pooling import Pooling
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerOptions:
@@ -32,6 +34,10 @@ class ServerOptions:
     """None: one less than `max_total_tokens`."""
     max_total_tokens: int | None = None
     """Of one request, prompt and answer; None: what the engine holds."""
+    max_embedding_inputs: int = 2048
+    """Texts of one request for embeddings."""
+    pooling: Pooling | None = None
+    """How a text's hidden states become its embedding; None: as the checkpoint says, else "last"."""
     payload_limit: int = 2_000_000
     """Bytes of a request's body."""
     max_json_depth: int = 64

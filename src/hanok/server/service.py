@@ -1,6 +1,7 @@
 """What the routes share: the model behind them, who is let in, and how a request becomes tickets."""
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
+from hanok.checkpoint.pooling import Pooling, read_pooling
 from hanok.checkpoint.tokenizer import Tokenizer
 from hanok.engine.engine import Engine
 from hanok.engine.grammar import GrammarCompiler
@@ -19,6 +21,7 @@ from hanok.engine.params import SamplingOptions
 from hanok.engine.sequence import GenerationSequence, TokenEvent
 from hanok.engine.ticket import Request as EngineRequest
 from hanok.engine.ticket import Ticket
+from hanok.errors import CheckpointError, UnsupportedError
 from hanok.server.errors import ServerError, as_server_error, invalid, overloaded
 from hanok.server.log import log_request
 from hanok.server.metrics import Metrics, RequestRecord
@@ -28,6 +31,7 @@ from hanok.server.web import AT_ONCE, Exchange, Json, Route, dumps_in_parts, exc
 if TYPE_CHECKING:
     from hanok.server.metrics import Outcome
 
+LOG = logging.getLogger("hanok.server")
 State = Literal["loading", "ready", "draining", "failed"]
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -55,6 +59,8 @@ class Prepared:
     timeout_s: float | None = None
     priority: int = 0
     salt: str | None = None
+    pooling: Pooling | None = None
+    """See `engine.ticket.Request`."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -75,6 +81,8 @@ class Service:
     created: int = field(default_factory=lambda: int(time.time()))
     num_open: int = 0
     """Sequences whose answer is not sent."""
+    pooling: Pooling | UnsupportedError | CheckpointError = "last"
+    """How a text becomes a vector, or why it does not."""
     _workers: ThreadPoolExecutor = field(init=False)
 
     def __post_init__(self) -> None:
@@ -83,6 +91,11 @@ class Service:
     def open(self, model: Model, engine: Engine) -> None:
         """Begin to serve with an engine that was not started."""
         self.model, self.engine = model, engine
+        try:
+            self.pooling = self.options.pooling or read_pooling(model.checkpoint.folder) or "last"
+        except (UnsupportedError, CheckpointError) as error:
+            LOG.warning("there are no embeddings: %s", error)
+            self.pooling = error
         self.metrics = Metrics(
             max_input_tokens=self.max_input_tokens, max_total_tokens=self.max_total_tokens
         )
@@ -186,17 +199,26 @@ class Service:
 
         Raises ServerError, with nothing queued, where one is not valid or there is no room.
         """
+        self._admit(exchange_of(request), sum(prompt.count for prompt in prompts))
+        return await self._queued(request, prompts)
+
+    async def in_turn(
+        self, request: Request, prompts: Sequence[Prepared], at_once: int
+    ) -> list[Ticket]:
+        """Queue prompts as `submit` does, but only so many at once, and return when all are finished."""
+        self._admit(exchange_of(request), min(at_once, len(prompts)))
+        found: list[Ticket] = []
+        for start in range(0, len(prompts), at_once):
+            tickets = await self._queued(request, prompts[start : start + at_once])
+            await self.results(request, tickets)
+            found += tickets
+        return found
+
+    async def _queued(self, request: Request, prompts: Sequence[Prepared]) -> list[Ticket]:
         engine, exchange = self.needed_engine, exchange_of(request)
-        total = sum(prompt.count for prompt in prompts)
-        self._admit(engine, total, sum(len(prompt.prompt_ids) for prompt in prompts))
-        self.num_open += total  # at once, so that nobody else is let in for it meanwhile
-        try:
-            sequences = await self.aside(self._sequences, prompts)
-        except BaseException:
-            self.num_open -= total
-            raise
+        sequences = await self.aside(self._sequences, prompts)
         tickets: list[Ticket] = []
-        exchange.validation_s = time.monotonic() - exchange.began
+        exchange.validation_s = exchange.validation_s or time.monotonic() - exchange.began
         try:
             for prompt, copies in zip(prompts, sequences, strict=True):
                 leader = None
@@ -209,11 +231,11 @@ class Service:
                         salt=prompt.salt,
                         scored=prompt.scored,
                         leader=leader,
+                        pooling=prompt.pooling,
                     )
                     tickets.append(engine.submit_request(asked))
                     leader = leader or tickets[-1]
         except BaseException:
-            self.num_open -= total - len(tickets)
             give_up(tickets)
             raise
         finally:
@@ -239,12 +261,14 @@ class Service:
     def ended(self, exchange: Exchange, route: Route | None) -> None:
         """Count and log a request whose answer is sent, or cannot be any more."""
         give_up(exchange.tickets)
-        self.num_open -= len(exchange.tickets)
+        self.num_open -= exchange.num_open
         if route is not None and route.needs_key and self.metrics is not None:
             self._count(exchange, self.metrics)
         log_request(exchange, as_json=self.options.logs_json)
 
-    def _admit(self, engine: Engine, count: int, num_tokens: int) -> None:
+    def _admit(self, exchange: Exchange, count: int) -> None:
+        """Let a request in with so many sequences at a time, until its answer is sent."""
+        engine = self.needed_engine
         stats = engine.stats()
         rate = engine.drain_rate
         wait_s = stats.waiting_tokens / rate if rate else 0.0
@@ -252,6 +276,8 @@ class Service:
             raise overloaded(wait_s)
         if wait_s > self.options.max_queue_s:
             raise overloaded(wait_s - self.options.max_queue_s)
+        self.num_open += count  # at once, so that nobody else is let in for it meanwhile
+        exchange.num_open += count
 
     def _sequences(self, prompts: Sequence[Prepared]) -> list[list[GenerationSequence]]:
         """Make the sequences of some prompts, their grammars compiled."""

@@ -80,6 +80,8 @@ class Exchange:
     path: str = ""
     validation_s: float = 0.0
     tickets: "list[Ticket]" = field(default_factory=list)
+    num_open: int = 0
+    """Sequences that it counts as at a time."""
     parameters: dict[str, float] = field(default_factory=dict)
     """The effective parameters; of lists and tables their length, so that no text is among them."""
     error: ServerError | None = None

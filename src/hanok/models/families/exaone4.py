@@ -14,6 +14,8 @@ from hanok.models.keys import Keys, llama_config
 def read_config(keys: Keys) -> ModelConfig:
     """Read an EXAONE 4 config.json."""
     config = llama_config(keys, default_eps=1e-5)
+    keys.demand("reorder_qk_norm", True)
+    keys.ignore("max_window_layers", "num_kv_heads")
     window = keys.whole_or_none("sliding_window", 4096)
     default = ["full_attention"] * config.num_layers
     if window:

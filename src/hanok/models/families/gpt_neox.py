@@ -12,6 +12,7 @@ def read_config(keys: Keys) -> ModelConfig:
     """Read a GPT-NeoX config.json."""
     hidden, heads = keys.whole("hidden_size"), keys.whole("num_attention_heads")
     keys.ignore("hidden_dropout", "classifier_dropout", "use_cache")
+    keys.ignore("attention_probs_dropout_prob", "hidden_dropout_prob")
     has_bias = keys.flag("attention_bias", True)
     rope: Rope = keys.rope(
         hidden // heads,

@@ -20,6 +20,10 @@ def read_config(keys: Keys) -> ModelConfig:
     if not keys.flag("use_sliding_window", False):
         window = None
     keys.ignore("output_router_logits", "router_aux_loss_coef")
+    # Qwen3-Coder says what the other files leave out.
+    keys.demand("qkv_bias", False)
+    keys.demand("use_qk_norm", True)
+    keys.demand("shared_expert_intermediate_size", 0)
     step, dense = keys.whole("decoder_sparse_step", 1), keys.listed("mlp_only_layers", [])
     return replace(
         config,
