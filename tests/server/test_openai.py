@@ -219,7 +219,7 @@ def test_the_constraints_of_other_servers_are_followed(
         ({"guided_json": "{"}, "grammar is not valid"),
         ({"regex": "(a"}, "grammar is not valid"),
         ({"bad_words": ["dog"]}, "`bad_words` is not supported"),
-        ({"logprobs": 1, "prompt_logprobs": 1}, "`prompt_logprobs` is not supported"),
+        ({"stream": True, "prompt_logprobs": 1}, "`prompt_logprobs` is not supported when str"),
         ({"skip_special_tokens": False}, "`skip_special_tokens` is not supported"),
     ],
 )
@@ -241,6 +241,32 @@ def test_fields_that_ask_for_nothing_are_taken(client: httpx.Client) -> None:
     nothing |= {"structured_outputs": {"json": None}, "grammar": None, "unheard_of": 5}
     body = {"prompt": "a", "max_tokens": 1, **nothing}
     assert client.post("/v1/completions", json=body).status_code == 200
+
+
+@pytest.mark.parametrize("number", [0, 3])
+def test_a_prompt_is_scored_as_the_library_scores_it(client: httpx.Client, number: int) -> None:
+    model = hanok.load(hanok.BUNDLED, dtype="float32")
+    asked = {"prompt_logprobs": number, "max_tokens": 2, "n": 2, "temperature": 1}
+    chat = client.post("/v1/chat/completions", json={"messages": MESSAGES, **asked}).json()
+    ids = client.post("/tokenize", json={"messages": MESSAGES}).json()["tokens"]
+    text = "The dog ran to the park."
+    both = [[text, text], {"echo": True, "logprobs": 1}]
+    answer = client.post("/v1/completions", json={"prompt": both[0], **asked, **both[1]}).json()
+    assert all(len(table) <= 2 for table in answer["choices"][0]["logprobs"]["top_logprobs"][1:])
+    choices = [choice["prompt_logprobs"] for choice in answer["choices"]]
+    for tokens, found in (
+        (ids, chat["prompt_logprobs"]),
+        *((model.encode(text), c) for c in choices),
+    ):
+        logprobs = model.logits(tokens)[:-1].log_softmax(-1)
+        assert (len(found), found[0]) == (len(tokens), None)
+        for row, token, table in zip(logprobs, tokens[1:], found[1:], strict=True):
+            best = {str(i) for i in row.topk(number).indices.tolist()}
+            assert set(table) == best | {str(token)}
+            for key, told in table.items():
+                assert told["logprob"] == pytest.approx(float(row[int(key)]), abs=1e-4)
+                assert told["rank"] == 1 + int((row > row[int(key)]).sum())
+                assert told["decoded_token"] == model.tokenizer.token_text(int(key))  # type: ignore[union-attr]
 
 
 def test_the_last_tokens_of_a_prompt_are_kept(client: httpx.Client) -> None:

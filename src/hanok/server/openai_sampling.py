@@ -31,6 +31,8 @@ def check(asked: Sampling, options: ServerOptions) -> None:
             "`add_special_tokens` is not supported: a chat's template writes them. Leave it out",
             "add_special_tokens",
         )
+    if asked.stream and asked.prompt_logprobs is not None:
+        raise invalid("`prompt_logprobs` is not supported when streaming", "prompt_logprobs")
     if not all(asked.stop):
         raise invalid("`stop` sequences cannot be empty", "stop")
 

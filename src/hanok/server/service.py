@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
+from hanok.checkpoint.infill import Infill, find_infill
 from hanok.checkpoint.pooling import Pooling, read_pooling
 from hanok.checkpoint.tokenizer import Tokenizer
 from hanok.engine.engine import Engine
@@ -133,6 +134,19 @@ class Service:
         found = self.needed_model.tokenizer
         if found is None:
             raise invalid("this checkpoint has no tokenizer: send token ids")
+        return found
+
+    @property
+    def needed_infill(self) -> Infill:
+        """The markers of texts with a gap; ServerError where the tokenizer has none."""
+        found = find_infill(self.needed_tokenizer)
+        if found is None:
+            raise ServerError(
+                "`suffix` is not supported: this model's tokenizer has none of the markers that are "
+                "known for filling in the middle. Serve a model that was trained for it",
+                kind="suffix not supported",
+                parameter="suffix",
+            )
         return found
 
     @property
