@@ -19,7 +19,7 @@ from hanok.engine.engine import Engine
 from hanok.engine.grammar import GrammarCompiler
 from hanok.engine.grammar_spec import GrammarSpec
 from hanok.engine.model import Model
-from hanok.engine.params import SamplingOptions
+from hanok.engine.params import SamplingOptions, seed_of_answer
 from hanok.engine.sequence import GenerationSequence, TokenEvent
 from hanok.engine.ticket import Request as EngineRequest
 from hanok.engine.ticket import Ticket
@@ -313,8 +313,10 @@ class Service:
                 if self.metrics is not None:
                     self.metrics.grammar(time.monotonic() - began)
             copies = []
-            for _ in range(prompt.count):
-                sequence = model.sequence(prompt.prompt_ids, prompt.options)
+            for index in range(prompt.count):
+                options = prompt.options.copy()
+                options["seed"] = seed_of_answer(options.get("seed"), index)
+                sequence = model.sequence(prompt.prompt_ids, options)
                 sequence.max_tokens = min(sequence.max_tokens, self.max_total_tokens)
                 sequence.grammar = grammar.matcher() if grammar is not None else None
                 copies.append(sequence)
