@@ -292,6 +292,20 @@ def test_info_reads_headers_only(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "parameters" in run("info", str(hanok.BUNDLED)).stdout
 
 
+def test_info_of_a_config_alone_and_of_what_is_no_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes((hanok.BUNDLED / "config.json").read_bytes())
+    bundled, alone = (
+        json.loads(run("info", str(folder), "--json").stdout)["checkpoint"]
+        for folder in (hanok.BUNDLED, tmp_path)
+    )
+    same = ("family", "parameters", "context", "layers", "tied head")
+    assert [alone[name] for name in same] == [bundled[name] for name in same]
+    assert (alone["files"], alone["bytes by dtype"]) == ("none", "none")
+    (tmp_path / "a.gguf").touch()
+    refused = run("info", str(tmp_path)).exception
+    assert "holds GGUF (a.gguf) weights" in str(refused)
+
+
 def test_convert_then_nothing_to_do(tmp_path: Path) -> None:
     source = tmp_path / "source"
     model = hanok.load(hanok.BUNDLED)
