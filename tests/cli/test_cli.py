@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -280,6 +281,20 @@ def test_a_turn_that_cannot_be_served_is_taken_back() -> None:
     assert result.exit_code == 0
     assert "context holds 1024" in result.stderr
     assert "4 tokens; first after" in result.stderr
+
+
+def test_info_says_why_a_tokenizer_cannot_be_read(tmp_path: Path) -> None:
+    folder = shutil.copytree(hanok.BUNDLED, tmp_path / "model")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).unlink()
+    assert (
+        json.loads(run("info", str(folder), "--json").stdout)["checkpoint"]["tokenizer"] == "none"
+    )
+    for name in ("vocab.json", "merges.txt"):
+        (folder / name).write_text("{}", encoding="utf-8")
+    found = json.loads(run("info", str(folder), "--json").stdout)["checkpoint"]["tokenizer"]
+    assert found.startswith("cannot be read: ")
+    assert "no file says its tokenizer_class" in found
 
 
 def test_info_says_what_multiplies_each_quantization(monkeypatch: pytest.MonkeyPatch) -> None:
