@@ -101,7 +101,7 @@ class Sampling(Body):
     stream: NullFalse = False
     stream_options: StreamOptions | None = None
     temperature: Annotated[float, Field(ge=0, le=100)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
     user: Name | None = None
     # Beyond OpenAI's:
     top_k: Annotated[int, Field(ge=-1)] | None = None

@@ -407,11 +407,10 @@ class CompletionWriter:
         else:
             text = self.tokenizer.decode(ids) if self.tokenizer else ""
         scores, most = self.ticket.prompt_scores, self.body.logprobs or 0
-        texts = [self._text(token) for token in ids]
-        special = self.tokenizer.special_token_ids if self.tokenizer else frozenset()
-        shown = ["" if token in special else name for token, name in zip(ids, texts, strict=True)]
+        stream = self.tokenizer.stream() if self.tokenizer else None
+        shown = [stream.push(token) if stream else "" for token in ids]
         logprobs = {
-            "tokens": texts,
+            "tokens": [self._text(token) for token in ids],
             "token_logprobs": [None, *(score.logprob for score in scores)],
             "top_logprobs": [
                 None,
@@ -435,7 +434,12 @@ class CompletionWriter:
         }
 
     def _text(self, token: int) -> str:
-        return text_of(self.tokenizer, token) if self.tokenizer else f"token_id:{token}"
+        """Return a token's text; of a part of a character, which has none, its bytes as OpenAI does."""
+        if self.tokenizer is None:
+            return f"token_id:{token}"
+        text, data = text_of(self.tokenizer, token), self.tokenizer.token_bytes(token)
+        is_part = bool(data) and text.encode() != data
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data) if is_part else text
 
     def _top(self, found: Ranked, token: int, logprob: float) -> dict[str, float]:
         """Return the likeliest texts, the chosen one among them."""
@@ -603,8 +607,10 @@ class ChatWriter:
         return found | {"top_logprobs": top}
 
     def _one(self, token: int, logprob: float) -> dict[str, Any]:
-        text = text_of(self.tokenizer, token)
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+        text, data = text_of(self.tokenizer, token), self.tokenizer.token_bytes(token)
+        # Null where no library tells what part of a character it is.
+        shown = list(data) if data or not text else None
+        return {"token": text, "logprob": logprob, "bytes": shown}
 
 
 def _delta(event: Event) -> dict[str, Any] | None:
