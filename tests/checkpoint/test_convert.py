@@ -1,4 +1,5 @@
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -240,16 +241,15 @@ def test_refuses_a_source_without_weights(tmp_path: Path) -> None:
 
 def test_a_copy_that_differs_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     put(tmp_path)
-    write = convert_module.write_safetensors
+    verify = convert_module._verify
 
-    def write_damaged(*args: Any, **kwargs: Any) -> tuple[Path, ...]:
-        files = write(*args, **kwargs)
+    def damage(files: Sequence[Path], *args: Any) -> None:
         data = bytearray(files[0].read_bytes())
         data[-1] ^= 1
         files[0].write_bytes(data)
-        return files
+        verify(files, *args)
 
-    monkeypatch.setattr(convert_module, "write_safetensors", write_damaged)
+    monkeypatch.setattr(convert_module, "_verify", damage)
     with pytest.raises(CheckpointError, match=r"differs from .*pytorch_model\.bin after byte 0"):
         convert(tmp_path)
     assert names(tmp_path) == ["pytorch_model.bin"]
@@ -282,3 +282,11 @@ def test_an_interrupt_while_verifying_leaves_nothing_unverified(tmp_path: Path) 
     with pytest.raises(KeyboardInterrupt):
         convert(tmp_path, progress=interrupt)
     assert names(tmp_path) == ["pytorch_model.bin"]
+
+
+def test_refuses_an_index_that_lists_more_than_its_shards_have(tmp_path: Path) -> None:
+    torch.save({"a": torch.ones(2)}, tmp_path / "part.bin")
+    index = {"weight_map": {"a": "part.bin", "b": "part.bin"}}
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="lists 1 tensors that no shard has: b"):
+        convert(tmp_path)

@@ -89,6 +89,31 @@ def test_a_second_copy_is_told_and_the_usual_one_is_not_guessed(tmp_path: Path) 
         load(write(tmp_path / "ema", tensors | averaged))
 
 
+def with_index(folder: Path, tensors: Mapping[str, Tensor], *listed: str, **keys: Any) -> Path:
+    write(folder, tensors, **keys)
+    (folder / "model.safetensors").rename(folder / "s.safetensors")
+    index = {"weight_map": dict.fromkeys([*tensors, *listed], "s.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return folder
+
+
+def test_an_index_may_list_what_nobody_needs(tmp_path: Path) -> None:
+    buffer = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    tensors = tensors_of(tied=True)
+    folder = with_index(tmp_path, tensors, "lm_head.weight", buffer, tie_word_embeddings=True)
+    note = "lists 2 tensors that no shard has: lm_head.weight, model.layers.0.self_attn.rotary_emb"
+    assert [found for found in notes_of(load(folder)) if note in found]
+    assert [found for found in describe(folder).notes if note in found]
+
+
+def test_what_an_index_lists_and_the_decoder_needs_is_missing(tmp_path: Path) -> None:
+    tensors = tensors_of()
+    name = "model.layers.1.mlp.up_proj.weight"
+    del tensors[name]
+    with pytest.raises(CheckpointError, match=rf"1 missing: {name}; .* no shard has: {name}\."):
+        load(with_index(tmp_path, tensors, name))
+
+
 def quantized(kind: str) -> Mapping[str, Tensor]:
     """Tensors of one matrix as formats of quantized weights name them."""
     stem = "model.layers.0.mlp.up_proj"

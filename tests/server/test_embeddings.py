@@ -21,7 +21,10 @@ from torch import Tensor
 import hanok
 from hanok.attention.base import ForwardBatch
 from hanok.checkpoint.tokenizer import open_tokenizer
+from hanok.engine.engine import Engine
 from hanok.engine.model import Model
+from hanok.engine.speculate import Speculation
+from hanok.engine.ticket import Request
 
 STORY = "Once upon a time, there was a little dog. The dog had a red ball and a big friend. "
 TEXTS = ["Lily had a cat.", "a", STORY * 12, "The sun went down.", STORY]
@@ -155,6 +158,34 @@ def test_many_texts_count_as_few_and_leave_nothing_behind(local: LocalServer) ->
         metrics = client.get("/metrics").text
     assert "hanok_cache_used_blocks 0.0" in metrics
     assert local.service.num_open == 0
+
+
+def test_nothing_is_guessed_for_a_text_that_is_not_gone_on_with(
+    local_model: Model, oracle: Any
+) -> None:
+    speculation = Speculation()
+    with Engine(local_model, speculation=speculation) as engine:
+        ids = local_model.encode(STORY * 3)
+        request = Request(sequence=local_model.sequence(ids, {}), pooling="last")
+        engine._pace.prompt_tokens = lambda num_decoding: len(ids) - 1  # type: ignore[method-assign]
+        speculator, guessed_for = engine._speculator, set()
+        assert speculator is not None
+        drafts = speculator.drafts
+
+        def watched(sequences: Any) -> Any:
+            guessed_for.update(sequences)
+            return drafts(sequences)
+
+        speculator.drafts = watched  # type: ignore[method-assign]
+        other = engine.submit(STORY * 3, max_new_tokens=30)
+        ticket = engine.submit_request(request)
+        assert ticket.result() == []
+        assert other.result()
+        assert guessed_for == {other.id}
+        assert ticket.pooled is not None
+        row = ticket.pooled.numpy()
+        found = row / np.linalg.norm(row)
+        np.testing.assert_allclose(found, expected(oracle, [STORY * 3], "last")[0], atol=2e-5)
 
 
 def test_what_is_not_finite_is_an_error(

@@ -9,19 +9,20 @@ as each alone.
 """
 
 import math
-import os
 import shutil
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Unpack, overload
+from typing import TYPE_CHECKING, Any, TypeGuard, Unpack, overload
 
 import torch
 from torch import Tensor
 
 from hanok.attention.base import ForwardBatch
 from hanok.attention.cache import KVCache
+from hanok.checkpoint.aside import folder_aside
 from hanok.checkpoint.files import Checkpoint, open_checkpoint
+from hanok.checkpoint.tokenizer_files import has_tokenizer
 from hanok.checkpoint.writer import write_json
 from hanok.engine.generate import generate
 from hanok.engine.params import (
@@ -144,13 +145,14 @@ class Model:
         self.config: ModelConfig = loaded.decoder.config
         self.tokenizer = tokenizer
         self.report: LoadReport = loaded.report
+        self.end_ids, end_notes = _end_ids(checkpoint, tokenizer, self.config.vocab_size)
         self.notes: tuple[str, ...] = (
             *loaded.report.notes,
-            *unsupported_defaults(checkpoint.generation_config),
+            *unsupported_defaults(checkpoint.generation_config, self.config.max_context_tokens),
+            *end_notes,
         )
         """What was decided for the user, or asked for by the checkpoint and not done."""
         self.defaults: SamplingParams = from_generation_config(checkpoint.generation_config)
-        self.end_ids = _end_ids(checkpoint, tokenizer)
         self.plan = plan
         """What it was loaded by."""
         self._sources = loaded.sources
@@ -346,6 +348,12 @@ class Model:
             token_ids = [self._checked_id(item) for item in prompt]
         if not token_ids:
             raise RequestError("the prompt has no tokens; give at least one.")
+        largest, size = max(token_ids), self.config.vocab_size
+        if largest >= size:
+            raise RequestError(
+                f"the tokenizer makes token {largest} of the prompt, and this model's tokens are 0 to "
+                f"{size - 1}: it was added without making the embedding larger. Leave its text out."
+            )
         limit = self.config.max_context_tokens
         if len(token_ids) > limit:
             raise RequestError(
@@ -372,9 +380,7 @@ class Model:
         folder = Path(path)
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise CheckpointError(f"{folder} exists and is not empty; choose another folder.")
-        unfinished = folder.with_name(f".{folder.name}.unfinished-{os.getpid()}")
-        unfinished.mkdir(parents=True)
-        try:
+        with folder_aside(folder) as unfinished:
             save_weights(unfinished, self.decoder, self._sources, left_out=self._left_out)
             config = dict(self.checkpoint.config)
             spellings = [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]
@@ -387,23 +393,19 @@ class Model:
                 target = unfinished / file.relative_to(self.checkpoint.folder)
                 target.parent.mkdir(exist_ok=True)
                 shutil.copyfile(file, target)
-            if folder.exists():
-                folder.rmdir()
-            unfinished.rename(folder)
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
         return folder
 
     def sequence(self, prompt: Prompt, options: SamplingOptions) -> GenerationSequence:
         """Return a prompt with its options, checked, of which nothing is generated yet."""
         params = self.defaults.updated(options)
+        params.check_ids(self.config.vocab_size)
         token_ids = self.encode(prompt)
         limit = self.config.max_context_tokens
         if len(token_ids) >= limit:
             raise RequestError(
                 f"the prompt fills the model's context of {limit} tokens; no token can follow it."
             )
-        if params.stop:
+        if options.get("stop"):  # a checkpoint's own stop nothing where there is no text
             self._needed_tokenizer()
         end_ids = frozenset(params.stop_token_ids)
         if not params.ignore_eos:
@@ -429,8 +431,7 @@ class Model:
         return self.tokenizer
 
     def _checked_id(self, token: Any) -> int:
-        is_id = isinstance(token, int) and not isinstance(token, bool)
-        if not is_id or not 0 <= token < self.config.vocab_size:
+        if not _is_token(token, self.config.vocab_size):
             raise RequestError(
                 f"{token!r} is not a token id; this model's are 0 to {self.config.vocab_size - 1}. "
                 "A prompt is a text, token ids, or messages with role and content."
@@ -544,8 +545,7 @@ def _check_fits(plan: LoadPlan, path: Path) -> None:
 
 
 def _tokenizer_of(checkpoint: Checkpoint) -> "Tokenizer | None":
-    names = ("tokenizer.json", "tokenizer.model", "vocab.json")
-    if not any((checkpoint.folder / name).is_file() for name in names):
+    if not has_tokenizer(checkpoint.folder):
         return None
     # Imported here: a checkpoint without a tokenizer starts without its libraries.
     from hanok.checkpoint.tokenizer import open_tokenizer
@@ -553,16 +553,38 @@ def _tokenizer_of(checkpoint: Checkpoint) -> "Tokenizer | None":
     return open_tokenizer(checkpoint.folder)
 
 
-def _end_ids(checkpoint: Checkpoint, tokenizer: "Tokenizer | None") -> frozenset[int]:
-    """Return the end tokens: generation_config.json's, else config.json's, else the tokenizer's."""
+def _end_ids(
+    checkpoint: Checkpoint, tokenizer: "Tokenizer | None", vocab_size: int
+) -> tuple[frozenset[int], tuple[str, ...]]:
+    """Return the end tokens: generation_config.json's, else config.json's, else the tokenizer's.
+
+    With notes of those that the model does not have, which are as if they were not there.
+    """
+    notes: list[str] = []
     text_config = checkpoint.config.get("text_config")
-    text_config = text_config if isinstance(text_config, Mapping) else {}
-    for values in (checkpoint.generation_config, checkpoint.config, text_config):
+    files = {
+        "generation_config.json": checkpoint.generation_config,
+        "config.json": checkpoint.config,
+        "config.json's text_config": text_config if isinstance(text_config, Mapping) else {},
+    }
+    for file, values in files.items():
         given = values.get("eos_token_id")
-        if given is not None:
-            return frozenset([given] if isinstance(given, int) else given)
+        listed = given if isinstance(given, list) else [given]
+        known = {token for token in listed if _is_token(token, vocab_size)}
+        notes += (
+            f"{file} names {token!r} as an end token, which this model does not have (its tokens are 0 "
+            f"to {vocab_size - 1}): it ends nothing"
+            for token in listed
+            if token is not None and not _is_token(token, vocab_size)
+        )
+        if known or given == []:
+            return frozenset(known), tuple(notes)
     found = tokenizer.eos_token_id if tokenizer is not None else None
-    return frozenset() if found is None else frozenset([found])
+    return frozenset([found] if _is_token(found, vocab_size) else []), tuple(notes)
+
+
+def _is_token(value: object, vocab_size: int) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < vocab_size
 
 
 def _as_list(prompt: Prompt | Sequence[Prompt]) -> tuple[list[Prompt], bool]:

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
+from hanok.checkpoint.infill import Infill, find_infill
 from hanok.checkpoint.pooling import Pooling, read_pooling
 from hanok.checkpoint.tokenizer import Tokenizer
 from hanok.engine.engine import Engine
 from hanok.engine.grammar import GrammarCompiler
 from hanok.engine.grammar_spec import GrammarSpec
 from hanok.engine.model import Model
-from hanok.engine.params import SamplingOptions
+from hanok.engine.params import SamplingOptions, seed_of_answer
 from hanok.engine.sequence import GenerationSequence, TokenEvent
 from hanok.engine.ticket import Request as EngineRequest
 from hanok.engine.ticket import Ticket
@@ -133,6 +134,19 @@ class Service:
         found = self.needed_model.tokenizer
         if found is None:
             raise invalid("this checkpoint has no tokenizer: send token ids")
+        return found
+
+    @property
+    def needed_infill(self) -> Infill:
+        """The markers of texts with a gap; ServerError where the tokenizer has none."""
+        found = find_infill(self.needed_tokenizer)
+        if found is None:
+            raise ServerError(
+                "`suffix` is not supported: this model's tokenizer has none of the markers that are "
+                "known for filling in the middle. Serve a model that was trained for it",
+                kind="suffix not supported",
+                parameter="suffix",
+            )
         return found
 
     @property
@@ -292,8 +306,10 @@ class Service:
                 if self.metrics is not None:
                     self.metrics.grammar(time.monotonic() - began)
             copies = []
-            for _ in range(prompt.count):
-                sequence = model.sequence(prompt.prompt_ids, prompt.options)
+            for index in range(prompt.count):
+                options = prompt.options.copy()
+                options["seed"] = seed_of_answer(options.get("seed"), index)
+                sequence = model.sequence(prompt.prompt_ids, options)
                 sequence.max_tokens = min(sequence.max_tokens, self.max_total_tokens)
                 sequence.grammar = grammar.matcher() if grammar is not None else None
                 copies.append(sequence)

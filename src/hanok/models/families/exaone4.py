@@ -48,7 +48,9 @@ def _kinds(period: int, num_layers: int) -> list[str]:
 
 
 FAMILY = Family(
-    model_types=("exaone4",),
+    model_types={
+        "exaone4": "EXAONE 4.0 1.2B and 32B",
+    },
     read_config=read_config,
     names={
         **LLAMA_NAMES,

@@ -14,4 +14,9 @@ def read_config(keys: Keys) -> ModelConfig:
     return replace(config, layers=tuple(replace(layer, window=window) for layer in config.layers))
 
 
-FAMILY = Family(model_types=("ministral3",), read_config=read_config)
+FAMILY = Family(
+    model_types={
+        "ministral3": "text files of Ministral 3 and Devstral 2",
+    },
+    read_config=read_config,
+)

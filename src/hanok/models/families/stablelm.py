@@ -22,4 +22,9 @@ def read_config(keys: Keys) -> ModelConfig:
     )
 
 
-FAMILY = Family(model_types=("stablelm",), read_config=read_config)
+FAMILY = Family(
+    model_types={
+        "stablelm": "StableLM 3B, StableLM Zephyr 3B, StableLM 2 1.6B",
+    },
+    read_config=read_config,
+)

@@ -196,10 +196,10 @@ async def explain(service: Service, request: Request, body: ExplainRequest) -> R
         return Json({"prompts": prompts, "parameters": origins(chat, params, model.defaults)})
     if body.route == "/v1/completions":
         completion = validated(body.body, CompletionRequest)
-        wanted = completion.max_tokens
+        wanted, infill = completion.max_tokens, openai.infill_of(service, completion)
         most = openai.DEFAULT_COMPLETION_TOKENS if wanted is None else max(1, wanted)
         for prompt in prompts_of(service, completion):
-            ids = await openai.encoded(service, completion, prompt, most)
+            ids = await openai.encoded(service, completion, prompt, most, infill)
             ids = openai.truncated(service, ids, completion.truncate_prompt_tokens, most)
             openai.check_prompt(service, ids, most, "prompt")
             prompts.append({"text": prompt if isinstance(prompt, str) else None, "token_ids": ids})
