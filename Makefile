@@ -53,4 +53,5 @@ $(VENV)/.installed: pyproject.toml constraints.txt hatch_build.py $(wildcard src
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(PIP) --editable '.[dev]'
+	$(PIP) --no-deps instructor # it asks for an older jiter than openai does, and works with this one
 	touch $@
