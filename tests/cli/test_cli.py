@@ -43,7 +43,8 @@ def test_every_sampling_parameter_is_an_option_with_its_text() -> None:
     shown = " ".join(run("generate", "--help").stdout.split())
     texts = field_texts(SamplingParams)
     for item in fields(SamplingParams):
-        name = "stop-token-id" if item.name == "stop_token_ids" else item.name.replace("_", "-")
+        name = item.name.replace("_", "-")
+        name = name.removesuffix("s") if name.endswith("-ids") else name
         assert f"--{name}" in shown
         assert texts[item.name] in shown
     assert "[default: the checkpoint's, else 256]" in shown
