@@ -58,6 +58,8 @@ class Cuts:
     begins_with: tuple[str, ...] = ()
     """Tokens that the class puts before a text."""
     ends_with: tuple[str, ...] = ()
+    hidden: Mapping[int, bytes] = field(default_factory=dict)
+    """Tokens that no text becomes, for their text is a special token's; they are only decoded."""
 
     def library(self, vocabulary: BPE, *, adds_prefix_space: bool) -> tokenizers.Tokenizer:
         """A tokenizer of the library with these cuts."""
@@ -133,7 +135,18 @@ GPT_NEOX = Cuts(
 QWEN2 = Cuts(
     title="Qwen2",
     classes=("Qwen2Tokenizer", "QWenTokenizer"),
-    model_types=("qwen", "qwen2", "qwen2_moe", "qwen2_vl", "qwen2_5_vl", "qwen3", "qwen3_moe"),
+    model_types=(
+        "qwen",
+        "qwen2",
+        "qwen2_moe",
+        "qwen2_vl",
+        "qwen2_5_vl",
+        "qwen3",
+        "qwen3_moe",
+        "qwen3_vl",
+        "qwen3_vl_moe",
+        "qwen3_next",
+    ),
     composes=True,
     pattern=rf"{_WORDS}|\p{{N}}|{_REST}",
     names={"eos_token": END_OF_TEXT, "pad_token": END_OF_TEXT},
