@@ -73,6 +73,11 @@ def test_openais_client_fills_a_gap(coder: Model, infill: Infill, server: LocalS
     assert found.usage.prompt_tokens == sum(map(len, ids))
     stream = sdk.completions.create(prompt=PREFIX, suffix=SUFFIX, stream=True, **options)
     assert "".join(c.choices[0].text for c in stream if c.choices) == expected(coder, ids[0])
+    body = {"route": "/v1/completions", "body": {"prompt": PREFIX, "suffix": SUFFIX}}
+    with server.client() as client:
+        explained = client.post("/explain", json=body).json()
+    assert explained["prompts"][0]["token_ids"] == ids[0]
+    assert explained["parameters"]["stop_token_ids"]["value"] == list(infill.end_ids)
     without = sdk.completions.create(prompt=PREFIX, suffix="", **options)
     assert without.choices[0].text == expected(coder, coder.encode(PREFIX))
 
@@ -145,6 +150,8 @@ def test_infill_takes_the_room_that_there_is(coder: Model, coding: httpx.Client)
         ("infill", {"mirostat": 2}, 422, "`mirostat` is not supported"),
         ("infill", {"model": "other"}, 404, "does not exist"),
         ("infill", {"input_prefix": "dog " * 1100}, 400, "context length is 1024 tokens"),
+        ("infill", {"input_prefix": "a" * 10**6}, 400, "in the completion), or more."),
+        ("v1/completions", {"suffix": "a" * 10**6}, 400, "in the completion), or more."),
         ("infill", {"input_suffix": None}, 422, "input_suffix"),
         ("infill", {"temperature": "hot"}, 422, "temperature"),
     ],

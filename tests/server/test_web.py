@@ -406,3 +406,28 @@ def test_a_body_says_that_it_is_json(fuzzed: LocalServer, kind: str | None, stat
     assert found.status_code == status
     if status == 415:
         assert "Content-Type: application/json" in found.json()["error"]
+
+
+def lists_and_tables(schema: Any) -> Iterator[dict[str, Any]]:
+    """Yield the lists and tables that a model's schema is made of."""
+    if isinstance(schema, dict):
+        if schema.get("type") in ("list", "dict") and isinstance(schema["type"], str):
+            yield schema
+        for item in schema.values():
+            yield from lists_and_tables(item)
+    elif isinstance(schema, list | tuple):
+        for item in schema:
+            yield from lists_and_tables(item)
+
+
+@pytest.mark.parametrize("path", POSTS)
+def test_no_list_of_a_body_is_looked_at_beyond_its_first_fault(path: str) -> None:
+    """Each fault is reported, and a body has room for a million."""
+    for route in all_routes():
+        if (route.method, route.path) != ("POST", path) or route.body is None:
+            continue
+        for schema in lists_and_tables(route.body.__pydantic_core_schema__):
+            if schema["type"] == "list":
+                assert schema.get("fail_fast"), schema
+            elif schema.get("values_schema", {"type": "any"})["type"] != "any":
+                assert schema.get("max_length"), schema

@@ -558,7 +558,8 @@ def _end_ids(
 ) -> tuple[frozenset[int], tuple[str, ...]]:
     """Return the end tokens: generation_config.json's, else config.json's, else the tokenizer's.
 
-    With notes of those that the model does not have, which are as if they were not there.
+    A model that sees as well may say them in the part of its config that is about text. With notes of
+    those that the model does not have, which are as if they were not there.
     """
     notes: list[str] = []
     text_config = checkpoint.config.get("text_config")

@@ -44,8 +44,8 @@ Prompt = Annotated[
 ]
 Biases = Annotated[
     dict[Annotated[str, Field(pattern=r"^\d{1,9}$")], Annotated[float, Field(ge=-100, le=100)]],
-    BeforeValidator(_few),
     Field(max_length=MOST_BIASES),
+    BeforeValidator(_few),
 ]
 
 

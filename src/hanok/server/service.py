@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import accumulate, takewhile
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
@@ -217,13 +218,19 @@ class Service:
         return await self._queued(request, prompts)
 
     async def in_turn(
-        self, request: Request, prompts: Sequence[Prepared], at_once: int
+        self, request: Request, prompts: Sequence[Prepared], *, at_once: int, num_tokens: int
     ) -> list[Ticket]:
-        """Queue prompts as `submit` does, but only so many at once, and return when all are finished."""
+        """Queue prompts as `submit` does, but only some at once, and return when all are finished.
+
+        So many, or fewer where they have more tokens together: whoever comes in between waits for these.
+        """
         self._admit(exchange_of(request), min(at_once, len(prompts)))
         found: list[Ticket] = []
-        for start in range(0, len(prompts), at_once):
-            tickets = await self._queued(request, prompts[start : start + at_once])
+        while len(found) < len(prompts):
+            following = prompts[len(found) : len(found) + at_once]
+            totals = accumulate(len(prompt.prompt_ids) for prompt in following)
+            count = sum(1 for _ in takewhile(lambda total: total <= num_tokens, totals))
+            tickets = await self._queued(request, following[: max(1, count)])
             await self.results(request, tickets)
             found += tickets
         return found
@@ -242,6 +249,7 @@ class Service:
                         sequence=sequence,
                         priority=prompt.priority,
                         deadline=None if timeout_s is None else exchange.began + timeout_s,
+                        asked_at=exchange.began,
                         salt=prompt.salt,
                         scored=prompt.scored,
                         leader=leader,

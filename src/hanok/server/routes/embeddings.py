@@ -22,7 +22,8 @@ from hanok.server.times import timing_headers
 from hanok.server.web import Route, dumps, exchange_of
 
 AT_ONCE = 32
-"""Texts of a request that wait or are computed at a time: others come in between."""
+AT_ONCE_TOKENS = 4096
+"""Texts of a request that wait or are computed at a time, and their tokens: others come in between."""
 
 
 class EmbeddingRequest(Body):
@@ -94,7 +95,7 @@ async def embeddings(service: Service, request: Request, body: EmbeddingRequest)
         )
         for ids in all_ids
     ]
-    tickets = await service.in_turn(request, prepared, AT_ONCE)
+    tickets = await service.in_turn(request, prepared, at_once=AT_ONCE, num_tokens=AT_ONCE_TOKENS)
     count = sum(map(len, all_ids))
     answer = {
         "object": "list",
