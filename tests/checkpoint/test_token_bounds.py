@@ -44,6 +44,10 @@ TEXTS = st.lists(st.sampled_from(PIECES) | st.text(max_size=4), max_size=30).map
 ) | st.tuples(st.sampled_from(PIECES), st.integers(1, 40)).map(lambda pair: pair[0] * pair[1])
 
 
+def is_unassigned(character: str) -> bool:
+    return unicodedata.category(character) == "Cn"
+
+
 def trained(normalizer=None, cut=None, **bpe) -> tokenizers.Tokenizer:
     """A tokenizer of the library over SENTENCES; in bytes unless it falls back to them."""
     library = tokenizers.Tokenizer(models.BPE(**bpe))
@@ -173,6 +177,11 @@ def test_characters_that_are_composed(tmp_path):
     assert len(tokenizer.encode(text)) == 100
     assert len(text.encode()) == 700
     assert 0 < tokenizer.fewest_tokens(text) <= 100
+    # What is composed already stays as it is, but for characters of which nothing is known yet.
+    composed = "\u0390우"
+    assert tokenizer.fewest_tokens(composed * 100) == len((composed * 100).encode()) // len("</s>")
+    unassigned = next(chr(code) for code in range(0x800, 0x10FFFF) if is_unassigned(chr(code)))
+    assert 0 < tokenizer.fewest_tokens(composed * 100 + unassigned) < 100
 
 
 def test_beginnings_that_become_one_are_not_counted(bounded, tmp_path):

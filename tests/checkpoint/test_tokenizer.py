@@ -136,6 +136,23 @@ def test_beginning_and_end_come_once(tmp_path, adds, adds_bos, adds_eos, text):
         assert ids.count(2) == inner.count(2)
 
 
+@pytest.mark.parametrize("adds_bos", [None, True, False])
+def test_flags_of_two_tokens_leave_others_in_place(tmp_path, adds_bos):
+    """A post-processor that puts more than the two around a text, as GLM-4's and Whisper's do."""
+    library = byte_level(tmp_path)
+    library.add_special_tokens(["[gMASK]", "<sop>"])
+    ids = (library.token_to_id("[gMASK]"), library.token_to_id("<sop>"))
+    library.post_processor = processors.TemplateProcessing(
+        single="[gMASK] <sop> $A </s>",
+        special_tokens=[("[gMASK]", ids[0]), ("<sop>", ids[1]), ("</s>", 2)],
+    )
+    library.save(str(tmp_path / "tokenizer.json"))
+    write(tmp_path, "tokenizer_config.json", {**NAMES, "add_bos_token": adds_bos})
+    tokenizer = open_tokenizer(tmp_path)
+    assert tokenizer.encode("well") == library.encode("well").ids
+    assert tokenizer.encode("well")[:2] == list(ids)
+
+
 def test_names_may_stand_in_either_file_and_new_ones_are_added(tmp_path):
     library = byte_level(tmp_path)
     write(
@@ -279,6 +296,7 @@ def test_vocab_and_merges(tmp_path):
     library = byte_level(tmp_path)
     library.model.save(str(tmp_path))
     (tmp_path / "tokenizer.json").unlink()
+    write(tmp_path, "config.json", {"model_type": "gpt2"})
     vocab = json.loads((tmp_path / "vocab.json").read_text(encoding="utf-8"))
     assert open_tokenizer(tmp_path).bos_token_id is None
     write(tmp_path, "vocab.json", {**vocab, "<|endoftext|>": 330})
@@ -368,6 +386,32 @@ def test_sentencepiece_added_tokens(tmp_path, model_file):
     assert tokenizer.token_text(piece) == model.id_to_piece(piece).replace("\u2581", " ")
 
 
+@pytest.mark.parametrize(
+    "named", ["ChatGLMTokenizer", "BaichuanTokenizer", "InternLM2Tokenizer", "T5TokenizerFast"]
+)
+def test_sentencepiece_under_rules_of_its_own_is_refused(tmp_path, model_file, named):
+    folder = sentencepiece_folder(tmp_path, model_file, tokenizer_class=named)
+    with pytest.raises(CheckpointError, match=rf"read by {named}.*tokenizer\.json.*LlamaTokenizer"):
+        open_tokenizer(folder)
+    write(folder, "tokenizer_config.json", {})
+    write(folder, "config.json", {"tokenizer_class": named})
+    with pytest.raises(CheckpointError, match=f"read by {named}"):
+        open_tokenizer(folder)
+
+
+@pytest.mark.parametrize(
+    "named",
+    [
+        *(None, "LlamaTokenizer", "LlamaTokenizerFast", "CodeLlamaTokenizer", "GemmaTokenizerFast"),
+        *("PreTrainedTokenizerFast", "TokenizersBackend", "MistralCommonBackend"),
+    ],
+)
+def test_sentencepiece_alone(tmp_path, model_file, named):
+    model = sentencepiece.SentencePieceProcessor(model_file=str(model_file))
+    tokenizer = open_tokenizer(sentencepiece_folder(tmp_path, model_file, tokenizer_class=named))
+    assert tokenizer.encode(SENTENCES[1], add_special_tokens=False) == model.encode(SENTENCES[1])
+
+
 # Files
 
 
@@ -390,7 +434,9 @@ def test_files_are_those_that_exist(tmp_path):
 def test_a_folder_without_tokenizer_says_what_is_there(tmp_path):
     with pytest.raises(CheckpointError, match=r"is not a folder; looked in it for tokenizer\.json"):
         open_tokenizer(tmp_path / "nowhere")
-    with pytest.raises(CheckpointError, match=r"tokenizer\.model.*there is nothing\. Copy"):
+    with pytest.raises(
+        CheckpointError, match=r"tokenizer\.model.*tekken\.json.*there is nothing\. Copy"
+    ):
         open_tokenizer(tmp_path)
     for number in range(22):
         write(tmp_path, f"part{number:02}.json", {})
@@ -432,6 +478,7 @@ def test_damaged_files(tmp_path, name, content, message):
 def test_damaged_models(tmp_path):
     (tmp_path / "vocab.json").write_text("{", encoding="utf-8")
     (tmp_path / "merges.txt").write_text("", encoding="utf-8")
+    write(tmp_path, "config.json", {"model_type": "gpt2"})
     with pytest.raises(CheckpointError, match=r"merges\.txt cannot be read as byte-level BPE"):
         open_tokenizer(tmp_path)
     (tmp_path / "tokenizer.model").write_bytes(b"not a model")

@@ -25,10 +25,12 @@ from torch import Tensor
 from hanok.attention.base import ForwardBatch
 from hanok.checkpoint.files import open_checkpoint
 from hanok.memory.load import load_decoder
+from hanok.memory.planning import plan_load
 from hanok.memory.save import save_weights
 from hanok.models.config import Mlp, ModelConfig, Norm, Rope
 from hanok.models.decoder import Decoder
 from hanok.models.family import families
+from hanok.quant.recipe import read_recipe
 
 TOLERANCE = 1e-4
 # What a switched-off rule must change the logits by, at the least: far above the tolerance.
@@ -47,6 +49,8 @@ class Published:
     """Regular expressions and what is put in the place of what they match."""
     dropped: tuple[str, ...] = ()
     """Keys of transformers' config that the published files do not have."""
+    turned: str = "nothing"
+    """A regular expression of the tensors whose last two axes are the other way about."""
     added: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     """Tensors that the file has beside the model's, with their shapes."""
 
@@ -61,6 +65,8 @@ class Published:
         (folder / "config.json").write_text(json.dumps(config))
         rename_tensors(folder, self._renamed)
         tensors = load_file(folder / "model.safetensors")
+        for name in filter(re.compile(self.turned).fullmatch, tensors):
+            tensors[name] = tensors[name].mT.contiguous()
         tensors |= {name: torch.ones(shape) for name, shape in self.added.items()}
         save_file(tensors, folder / "model.safetensors")
 
@@ -526,6 +532,25 @@ CASES = {
         vision={**QWEN_VISION, "deepstack_visual_indexes": [0], "num_position_embeddings": 16},
         without={"norms on heads": with_fields(qk_norm=None)},
     ),
+    "qwen3_vl_moe": Case(
+        config="Qwen3VLMoeConfig",
+        options={
+            "model_type": "qwen3_vl_moe_text",
+            "head_dim": 16,
+            "num_experts": 6,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 24,
+            "mlp_only_layers": [1],
+            "rope_parameters": {**MROPE, "mrope_interleaved": True},
+        },
+        vision={**QWEN_VISION, "deepstack_visual_indexes": [0], "num_position_embeddings": 16},
+        published=Published(model_type="qwen3_vl_moe", turned=r".*\.experts\.(gate_up|down)_proj"),
+        without={
+            "norms on heads": with_fields(qk_norm=None),
+            "renormalised": with_experts(is_renormalised=False),
+            "three experts": with_experts(num_experts_per_token=1),
+        },
+    ),
     "gemma3": Case(
         config="Gemma3Config",
         options={
@@ -567,6 +592,46 @@ CASES = {
         options={"model_type": "llama"},
         vision={**TOWER, "model_type": "clip_vision_model"},
         without={"rope": each_layer(rope=None)},
+    ),
+    "llava-mistral": Case(
+        config="LlavaConfig",
+        options={"model_type": "mistral", "sliding_window": 6},
+        vision={**TOWER, "model_type": "clip_vision_model"},
+        without={"window": each_layer(window=None)},
+    ),
+    "llava_next": Case(
+        config="LlavaNextConfig",
+        options={"model_type": "mistral", "sliding_window": None},
+        vision={**TOWER, "model_type": "clip_vision_model"},
+        without={"rope": each_layer(rope=None)},
+    ),
+    "llava_onevision": Case(
+        config="LlavaOnevisionConfig",
+        options={"model_type": "qwen2"},
+        vision={**TOWER, "model_type": "siglip_vision_model"},
+        without={"qkv bias": with_fields(has_qkv_bias=False)},
+    ),
+    "internvl": Case(
+        config="InternVLConfig",
+        options={"model_type": "qwen3", "head_dim": 24},
+        vision={**TOWER, "model_type": "internvl_vision", "image_size": [56, 56]},
+        without={"norms on heads": with_fields(qk_norm=None)},
+    ),
+    "hyperclovax_vision_v2": Case(
+        config="HyperCLOVAXVisionV2Config",
+        options={"model_type": "hyperclovax", "logits_scaling": 0.5},
+        vision={**QWEN_VISION, "model_type": "qwen2_5_vl_vision"},
+        without={
+            "norms on both sides": with_fields(norm_placement="pre"),
+            "logits": with_fields(logit_scale=1.0),
+        },
+    ),
+    "vlm": Case(
+        config="HyperCLOVAXVisionV2Config",
+        options={"model_type": "hyperclovax", "attention_multiplier": 0.1},
+        vision={**QWEN_VISION, "model_type": "qwen2_5_vl_vision"},
+        published=Published(model_type="vlm"),
+        without={"attention": with_fields(attention_scale=16**-0.5)},
     ),
     "exaone4_5": Case(
         config="Exaone4_5_Config",
@@ -980,18 +1045,16 @@ SPELLINGS = {
     "flat": ("model.", "lm_head.", ""),
     "inner": ("model.language_model.", "lm_head.", "model."),
     "outer": ("language_model.model.", "language_model.lm_head.", ""),
+    "both": ("model.language_model.model.", "model.language_model.lm_head.", "model."),
 }
 
 
 def respelt(name: str, spelling: str) -> str:
     text, head, tower = SPELLINGS[spelling]
     for pattern, new in (
-        (
-            r"(model\.language_model|language_model\.model|model)\.(?=layers|norm|embed_tokens)",
-            text,
-        ),
-        (r"(language_model\.)?lm_head\.", head),
-        (r"(model\.)?(?=visual|vision_tower|multi_modal_projector)", tower),
+        (r"(model\.)?(language_model\.)?(model\.)?(?=layers|norm|embed_tokens)", text),
+        (r"(model\.)?(language_model\.)?lm_head\.", head),
+        (r"(model\.)?(?=visual|vision_|multi_modal_projector|projector|image_newline)", tower),
     ):
         if match := re.match(pattern, name):
             return new + name[match.end() :]
@@ -1011,7 +1074,7 @@ def test_a_tower_is_left_out_however_its_files_are_spelt(
     torch.testing.assert_close(
         prefill(loaded.decoder, made.tokens), oracle(made, made.tokens), atol=TOLERANCE, rtol=0
     )
-    used = {name for source in loaded.sources.values() for name in source.names}
+    used = {name for source in loaded.sources.values() for name in (*source.names, source.stack)}
     beside = {name for name in checkpoint.tensors if name not in used}
     num_bytes = sum(checkpoint.tensors[name].size_bytes for name in beside)
     assert {ref.name for ref in loaded.left_out} == beside
@@ -1023,3 +1086,47 @@ def test_a_tower_is_left_out_however_its_files_are_spelt(
     saved, original = (load_file(path / "model.safetensors") for path in (tmp_path, folder))
     assert saved.keys() == original.keys()
     assert all(torch.equal(saved[name], original[name]) for name in saved)
+
+
+def test_stacked_experts_are_read_in_either_order(
+    built: Callable[[str], Built], tmp_path: Path
+) -> None:
+    """Published files have (experts, in, out); transformers 5 writes (experts, out, in)."""
+    made = built("qwen3_vl_moe")
+    made.model.save_pretrained(tmp_path)
+    folders = (made.folder, tmp_path)
+    published, written = (load_decoder(open_checkpoint(path), dtype="float32") for path in folders)
+    stack = "model.language_model.layers.0.mlp.experts.gate_up_proj"
+    shapes = [load_file(path / "model.safetensors")[stack].shape for path in folders]
+    assert shapes == [(6, 64, 48), (6, 48, 64)]
+    torch.testing.assert_close(
+        written.decoder.state_dict(), published.decoder.state_dict(), atol=0, rtol=0
+    )
+    assert written.report.mapped_bytes > published.report.mapped_bytes
+    recipe = read_recipe("int8")
+    first, second = (
+        load_decoder(open_checkpoint(path), dtype="float32", recipe=recipe).decoder
+        for path in folders
+    )
+    assert torch.equal(prefill(first, made.tokens), prefill(second, made.tokens))
+    for loaded, folder in zip((published, written), folders, strict=True):
+        plan = plan_load(folder, dtype="float32", may_measure=False)
+        report = load_decoder(open_checkpoint(folder), dtype="float32", plan=plan).report
+        units = plan.needs.units
+        held = report.mapped_bytes + report.copied_bytes
+        assert held == sum(unit.weight_bytes for unit in units)
+        assert report.mapped_bytes == sum(unit.mapped_bytes for unit in units)
+        saved = tmp_path / folder.name / "saved"
+        saved.mkdir(parents=True)
+        save_weights(saved, loaded.decoder, loaded.sources, left_out=loaded.left_out)
+        original, again = (load_file(path / "model.safetensors") for path in (folder, saved))
+        assert original.keys() == again.keys()
+        assert all(torch.equal(original[name], again[name]) for name in original)
+
+
+def test_layers_that_guess_ahead_are_left_out(built: Callable[[str], Built]) -> None:
+    loaded = load_decoder(open_checkpoint(built("mimo").folder), dtype="float32")
+    num_bytes = 4 * (64 * 128 + 64)
+    assert loaded.report.notes[0] == (
+        f"left out: the layers that guess tokens ahead, 2 tensors of {num_bytes:,} bytes"
+    )

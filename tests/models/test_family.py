@@ -21,7 +21,9 @@ def written(model_type: str) -> dict[str, Any]:
     published = [config for config in PUBLISHED.values() if config["model_type"] == model_type]
     if published:
         return published[0]
-    dump = transformers.CONFIG_MAPPING[model_type]().to_json_string(use_diff=False)
+    # What HyperCLOVA X publishes as "vlm" is what transformers calls otherwise.
+    known = {"vlm": "hyperclovax_vision_v2"}.get(model_type, model_type)
+    dump = transformers.CONFIG_MAPPING[known]().to_json_string(use_diff=False)
     found: dict[str, Any] = json.loads(dump)
     return found
 

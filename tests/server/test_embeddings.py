@@ -21,7 +21,10 @@ from torch import Tensor
 import hanok
 from hanok.attention.base import ForwardBatch
 from hanok.checkpoint.tokenizer import open_tokenizer
+from hanok.engine.engine import Engine
 from hanok.engine.model import Model
+from hanok.engine.speculate import Speculation
+from hanok.engine.ticket import Request
 
 STORY = "Once upon a time, there was a little dog. The dog had a red ball and a big friend. "
 TEXTS = ["Lily had a cat.", "a", STORY * 12, "The sun went down.", STORY]
@@ -157,6 +160,54 @@ def test_many_texts_count_as_few_and_leave_nothing_behind(local: LocalServer) ->
     assert local.service.num_open == 0
 
 
+def test_others_wait_for_few_of_a_requests_texts(
+    local: LocalServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waiting: list[tuple[int, int]] = []
+    plan = local.engine._scheduler.plan
+
+    def watched(*given: Any) -> Any:
+        rows = [*local.engine._scheduler.running, *local.engine._scheduler.waiting]
+        waiting.append((len(rows), sum(len(row.tokens) for row in rows)))
+        return plan(*given)
+
+    monkeypatch.setattr(local.engine._scheduler, "plan", watched)
+    lengths = [1000] * 9 + [1] * 70 + [1000] * 2
+    with local.client() as client:
+        rows = vectors(client, [[5] * length for length in lengths])
+    assert len(rows) == len(lengths)
+    assert max(number for number, _ in waiting) <= 32
+    assert 3000 < max(total for _, total in waiting) <= 4096
+
+
+def test_nothing_is_guessed_for_a_text_that_is_not_gone_on_with(
+    local_model: Model, oracle: Any
+) -> None:
+    speculation = Speculation()
+    with Engine(local_model, speculation=speculation) as engine:
+        ids = local_model.encode(STORY * 3)
+        request = Request(sequence=local_model.sequence(ids, {}), pooling="last")
+        engine._pace.prompt_tokens = lambda num_decoding: len(ids) - 1  # type: ignore[method-assign]
+        speculator, guessed_for = engine._speculator, set()
+        assert speculator is not None
+        drafts = speculator.drafts
+
+        def watched(sequences: Any) -> Any:
+            guessed_for.update(sequences)
+            return drafts(sequences)
+
+        speculator.drafts = watched  # type: ignore[method-assign]
+        other = engine.submit(STORY * 3, max_new_tokens=30)
+        ticket = engine.submit_request(request)
+        assert ticket.result() == []
+        assert other.result()
+        assert guessed_for == {other.id}
+        assert ticket.pooled is not None
+        row = ticket.pooled.numpy()
+        found = row / np.linalg.norm(row)
+        np.testing.assert_allclose(found, expected(oracle, [STORY * 3], "last")[0], atol=2e-5)
+
+
 def test_what_is_not_finite_is_an_error(
     local: LocalServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -204,6 +255,7 @@ def test_a_client_that_goes_is_not_computed_for(
         ({"input": ["a"] * 2049}, 422, "has 2049 texts and may have 2048"),
         ({"input": [[99999]]}, 422, "is not a token id"),
         ({"input": [5] * 1024}, 400, "context length is 1024 tokens. However, you requested 1024"),
+        ({"input": ["a", "a" * 10**6]}, 400, "0 in the completion), or more."),
         ({"input": "a", "dimensions": 257}, 422, "`dimensions` must be <= 256"),
         ({"input": "a", "dimensions": 0}, 422, "dimensions"),
         ({"input": "a", "encoding_format": "int8"}, 422, "encoding_format"),

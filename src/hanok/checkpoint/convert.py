@@ -43,7 +43,7 @@ from hanok.errors import CheckpointError
 
 OUTPUT_NAMES = ("lm_head.weight", "embed_out.weight")
 """Endings of output projections that may be tied to the embedding."""
-COMPANION_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".md")
+COMPANION_SUFFIXES = (".json", ".jinja", ".model", ".tiktoken", ".txt", ".md")
 TIE_KEY = "tie_word_embeddings"
 
 

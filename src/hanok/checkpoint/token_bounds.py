@@ -10,9 +10,10 @@ asking for all 256 bytes), Unicode normalization (by a known factor), added toke
 beside them (spaces are then not counted), pre-tokenizers that remove what they cut at (no bound).
 """
 
+import unicodedata
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from hanok.checkpoint.tokenizer_config import AddedToken
 
@@ -27,6 +28,8 @@ or more, those of 4 have 3: 3 * 4 / 2 is the most.
 _KEEPS_TEXT = frozenset(
     {"ByteLevel", "Digits", "Metaspace", "Punctuation", "UnicodeScripts", "Split"}
 )
+NormalForm = Literal["NFC", "NFD", "NFKC", "NFKD"]
+_FORMS: tuple[NormalForm, ...] = ("NFC", "NFD", "NFKC", "NFKD")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,12 +45,19 @@ class TokenBound:
     counts_spaces: bool
     """False where an added token takes the spaces beside it, however many there are."""
 
+    shrinks_by: float = 1
+    """By which factor normalizing shortens a text, at most."""
+
+    forms: tuple[NormalForm, ...] = ()
+    """Unicode's normal forms, where normalizing is nothing else: a text in them stays as it is."""
+
     def fewest(self, text: str) -> int:
         """A number of tokens that no encoding of `text` falls below. Linear, at copying speed."""
+        shrinks_by = 1 if self.forms and _stays(text, self.forms) else self.shrinks_by
         if not self.counts_spaces:
             text = "".join(text.split())
         units = len(text.encode(errors="replace")) if self.counts_bytes else len(text)
-        return -int(-units // self.longest)
+        return -int(-units // (self.longest * shrinks_by))
 
 
 def library_bound(
@@ -62,6 +72,7 @@ def library_bound(
     added = [entry["content"] for entry in parts["added_tokens"]]
     is_byte_level = "ByteLevel" in _types(parts["pre_tokenizer"], "pretokenizers")
     model = parts["model"]
+    steps = _types(parts["normalizer"], "normalizers")
     shrinks = _shrinks_by(parts["normalizer"])
     if shrinks is None or model["type"] != "BPE" or not _cuts_only(parts["pre_tokenizer"]):
         return None
@@ -83,11 +94,13 @@ def library_bound(
     # An added token is spelled as text; in a vocabulary of bytes the others are a character a byte.
     of_added = (len(text.encode()) if is_byte_level else len(text) for text in added)
     return TokenBound(
-        longest=max((*lengths, *of_added), default=1) * shrinks,
+        longest=max((*lengths, *of_added), default=1),
         counts_bytes=is_byte_level,
         counts_spaces=not any(
             entry["lstrip"] or entry["rstrip"] for entry in parts["added_tokens"]
         ),
+        shrinks_by=shrinks,
+        forms=tuple(form for form in _FORMS if form in steps) if set(steps) <= set(_FORMS) else (),
     )
 
 
@@ -112,6 +125,16 @@ def sentencepiece_bound(
         longest=max(map(len, (*pieces, *(token.text for token in tokens))), default=1),
         counts_bytes=False,
         counts_spaces=not any(token.strips_left or token.strips_right for token in tokens),
+    )
+
+
+def _stays(text: str, forms: tuple[NormalForm, ...]) -> bool:
+    """Whether a text is in all the forms, by any version of Unicode.
+
+    Forms of assigned characters never change; what is unassigned here may be composed elsewhere.
+    """
+    return all(unicodedata.is_normalized(form, text) for form in forms) and all(
+        unicodedata.category(character) != "Cn" for character in set(text)
     )
 
 
@@ -145,7 +168,7 @@ def _shrinks_by(normalizer: Mapping[str, Any] | None) -> float | None:
                 return None
             product *= factor
         return product
-    if normalizer["type"] in {"NFC", "NFD", "NFKC", "NFKD"}:
+    if normalizer["type"] in _FORMS:
         return COMPOSITION
     pattern = normalizer.get("pattern", {}).get("String")
     content = normalizer.get("content")

@@ -22,12 +22,15 @@ from hanok.attention.base import ForwardBatch
 from hanok.attention.cache import KVCache
 from hanok.checkpoint.aside import folder_aside
 from hanok.checkpoint.files import Checkpoint, open_checkpoint
+from hanok.checkpoint.tokenizer_files import has_tokenizer
 from hanok.checkpoint.writer import write_json
 from hanok.engine.generate import generate
 from hanok.engine.params import (
     SamplingOptions,
     SamplingParams,
+    end_ids_of,
     from_generation_config,
+    is_token,
     unsupported_defaults,
 )
 from hanok.engine.pipeline import Pipeline
@@ -144,13 +147,23 @@ class Model:
         self.config: ModelConfig = loaded.decoder.config
         self.tokenizer = tokenizer
         self.report: LoadReport = loaded.report
+        text_config = checkpoint.config.get("text_config")  # of a model that sees as well
+        self.end_ids, end_notes = end_ids_of(
+            {
+                "generation_config.json": checkpoint.generation_config,
+                "config.json": checkpoint.config,
+                "config.json's text_config": text_config if isinstance(text_config, Mapping) else {},
+            },
+            tokenizer.eos_token_id if tokenizer is not None else None,
+            self.config.vocab_size,
+        )
         self.notes: tuple[str, ...] = (
             *loaded.report.notes,
-            *unsupported_defaults(checkpoint.generation_config),
+            *unsupported_defaults(checkpoint.generation_config, self.config.max_context_tokens),
+            *end_notes,
         )
         """What was decided for the user, or asked for by the checkpoint and not done."""
         self.defaults: SamplingParams = from_generation_config(checkpoint.generation_config)
-        self.end_ids = _end_ids(checkpoint, tokenizer)
         self.plan = plan
         """What it was loaded by."""
         self._sources = loaded.sources
@@ -346,6 +359,12 @@ class Model:
             token_ids = [self._checked_id(item) for item in prompt]
         if not token_ids:
             raise RequestError("the prompt has no tokens; give at least one.")
+        largest, size = max(token_ids), self.config.vocab_size
+        if largest >= size:
+            raise RequestError(
+                f"the tokenizer makes token {largest} of the prompt, and this model's tokens are 0 to "
+                f"{size - 1}: it was added without making the embedding larger. Leave its text out."
+            )
         limit = self.config.max_context_tokens
         if len(token_ids) > limit:
             raise RequestError(
@@ -390,13 +409,14 @@ class Model:
     def sequence(self, prompt: Prompt, options: SamplingOptions) -> GenerationSequence:
         """Return a prompt with its options, checked, of which nothing is generated yet."""
         params = self.defaults.updated(options)
+        params.check_ids(self.config.vocab_size)
         token_ids = self.encode(prompt)
         limit = self.config.max_context_tokens
         if len(token_ids) >= limit:
             raise RequestError(
                 f"the prompt fills the model's context of {limit} tokens; no token can follow it."
             )
-        if params.stop:
+        if options.get("stop"):  # a checkpoint's own stop nothing where there is no text
             self._needed_tokenizer()
         end_ids = frozenset(params.stop_token_ids)
         if not params.ignore_eos:
@@ -422,8 +442,7 @@ class Model:
         return self.tokenizer
 
     def _checked_id(self, token: Any) -> int:
-        is_id = isinstance(token, int) and not isinstance(token, bool)
-        if not is_id or not 0 <= token < self.config.vocab_size:
+        if not is_token(token, self.config.vocab_size):
             raise RequestError(
                 f"{token!r} is not a token id; this model's are 0 to {self.config.vocab_size - 1}. "
                 "A prompt is a text, token ids, or messages with role and content."
@@ -537,25 +556,12 @@ def _check_fits(plan: LoadPlan, path: Path) -> None:
 
 
 def _tokenizer_of(checkpoint: Checkpoint) -> "Tokenizer | None":
-    names = ("tokenizer.json", "tokenizer.model", "vocab.json")
-    if not any((checkpoint.folder / name).is_file() for name in names):
+    if not has_tokenizer(checkpoint.folder):
         return None
     # Imported here: a checkpoint without a tokenizer starts without its libraries.
     from hanok.checkpoint.tokenizer import open_tokenizer
 
     return open_tokenizer(checkpoint.folder)
-
-
-def _end_ids(checkpoint: Checkpoint, tokenizer: "Tokenizer | None") -> frozenset[int]:
-    """Return the end tokens: generation_config.json's, else config.json's, else the tokenizer's."""
-    text_config = checkpoint.config.get("text_config")
-    text_config = text_config if isinstance(text_config, Mapping) else {}
-    for values in (checkpoint.generation_config, checkpoint.config, text_config):
-        given = values.get("eos_token_id")
-        if given is not None:
-            return frozenset([given] if isinstance(given, int) else given)
-    found = tokenizer.eos_token_id if tokenizer is not None else None
-    return frozenset() if found is None else frozenset([found])
 
 
 def _as_list(prompt: Prompt | Sequence[Prompt]) -> tuple[list[Prompt], bool]:

@@ -29,6 +29,8 @@ class PromptScore:
 
     token_id: int
     logprob: float
+    rank: int
+    """1 for the likeliest."""
     top_logprobs: Ranked
 
 
@@ -123,8 +125,10 @@ class Runner:
             logprobs = self._decoder.logits(hidden[start : start + len(tokens)]).log_softmax(-1)
             for row, token in zip(logprobs, tokens, strict=True):
                 top = ranked(row, number) if number else ()
+                rank = 1 + int((row > row[token]).sum())
+                logprob = float(row[token])
                 found.append(
-                    PromptScore(token_id=token, logprob=float(row[token]), top_logprobs=top)
+                    PromptScore(token_id=token, logprob=logprob, rank=rank, top_logprobs=top)
                 )
         return tuple(found)
 

@@ -6,7 +6,7 @@ tensor is accounted for by name, shape and dtype; only the values are not looked
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hanok.checkpoint.files import Checkpoint
 from hanok.checkpoint.formats import (
@@ -36,6 +36,7 @@ class Understood:
     """A checkpoint as its headers and JSON files describe it."""
 
     checkpoint: Checkpoint
+    """As it was opened, but for tensors of all experts: these are one for each here."""
     family: Family
     config: ModelConfig
     table: Mapping[str, Source]
@@ -57,7 +58,11 @@ def understand(checkpoint: Checkpoint) -> Understood:
     if method := quantization_of(checkpoint.config, checkpoint.folder):
         raise quantized_error(str(checkpoint.folder), method)
     family, config = read_config(checkpoint.config, where)
-    table = sources(family, config, checkpoint.tensors)
+    table = {
+        name: _as_stacked(source, checkpoint.tensors)
+        for name, source in sources(family, config, checkpoint.tensors).items()
+    }
+    checkpoint = replace(checkpoint, tensors=_unstacked(checkpoint.tensors, table))
     tied_head = None
     if checkpoint.files:
         tied_head = _account_for(checkpoint, family, config, table)
@@ -135,6 +140,38 @@ def _account_for(
         )
     _check_dtypes(checkpoint, [tensors[name] for name in expected])
     return head
+
+
+def _as_stacked(source: Source, tensors: Mapping[str, TensorRef]) -> Source:
+    """Return a source whose matrices are (out, in) in these files, whatever its family's usually are.
+
+    transformers 5 writes them so, and reads both by their shapes.
+    """
+    stack = tensors.get(source.stack)
+    if stack is None or stack.shape[1:] == source.file_shapes()[0]:
+        return source
+    return replace(source, layout="rows") if stack.shape[1:] == source.shape else source
+
+
+def _unstacked(
+    tensors: Mapping[str, TensorRef], table: Mapping[str, Source]
+) -> Mapping[str, TensorRef]:
+    """Return the tensors with those that hold a matrix for each expert cut into these."""
+    stacks = {source.stack for source in table.values() if source.stack in tensors}
+    found: dict[str, TensorRef] = {}
+    for name, ref in tensors.items():
+        if name not in stacks or len(ref.shape) != 3 or ref.strides is not None:
+            found[name] = ref
+            continue
+        count, *shape = ref.shape
+        size = ref.size_bytes // max(count, 1)
+        for index in range(count):
+            part = f"{name}.{index}"
+            start = ref.offset_bytes + index * size
+            found[part] = replace(
+                ref, name=part, shape=tuple(shape), offset_bytes=start, size_bytes=size
+            )
+    return found
 
 
 def _left_out(family: Family, tensors: Mapping[str, TensorRef]) -> dict[str, tuple[TensorRef, ...]]:

@@ -105,6 +105,7 @@ def load_decoder(
     """
     started = time.perf_counter()
     found = understand(checkpoint)
+    checkpoint = found.checkpoint
     family, config, table = found.family, found.config, found.table
     _check_tied_head(found)
     if weights not in get_args(Weights):

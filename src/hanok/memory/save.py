@@ -1,6 +1,7 @@
 """Writes a decoder's weights under the names and in the order of its family's files.
 
-Fused weights are written as the parts that the files have, tied ones once. What the decoder left out (a
+Fused weights are written as the parts that the files have, all experts' as one where files have them so,
+tied ones once. What the decoder left out (a
 vision tower) is copied from the files it came from. One tensor is in memory beyond the model.
 """
 
@@ -36,15 +37,17 @@ def save_weights(
         )
         for ref in left_out
     ]
+    stacks: dict[str, list[TensorData]] = {}
     for name, parameter in decoder.named_parameters():
         source = sources[name]
         start = 0
+        target = stacks.setdefault(source.stack, []) if source.stack else tensors
         for file_name, rows, shape in zip(
             source.names, source.rows, source.file_shapes(), strict=True
         ):
             part = parameter.detach()[start : start + rows]
             start += rows
-            tensors.append(
+            target.append(
                 TensorData(
                     name=file_name,
                     dtype=DTYPE_NAMES[parameter.dtype],
@@ -52,7 +55,18 @@ def save_weights(
                     read=_reader(part, source),
                 )
             )
+    tensors += [_stacked(name, parts) for name, parts in stacks.items()]
     return write_safetensors(folder, tensors, progress=progress)
+
+
+def _stacked(name: str, parts: Sequence[TensorData]) -> TensorData:
+    """Return one tensor of all experts' matrices, in turn."""
+    return TensorData(
+        name=name,
+        dtype=parts[0].dtype,
+        shape=(len(parts), *parts[0].shape),
+        read=lambda: b"".join(part.read() for part in parts),
+    )
 
 
 def _reader(part: Tensor, source: Source) -> Callable[[], memoryview]:

@@ -44,18 +44,21 @@ _WHOLE_PATHS = ("embed_tokens", "embed_positions", "layers", "norm", "lm_head")
 class Family:
     """One file of `models/families`: `FAMILY = Family(...)` is all the registration there is.
 
+    `model_types` are those that its config.json may have, and which published models they are of.
     `names` maps our module paths to the files' (paths inside a block are relative to it, and an
     expert's number is written `{}`); a tuple lists the parts that a fused weight is made of.
+    `stacked` are those of our paths whose matrices lie in one tensor, one for each expert in turn.
     `ignored_tensors` are regular expressions. `left_out` are weights that are no part of the decoder:
     what they are, and a regular expression of their names. `other_prefixes` are those that published
     files have as often as that of `names`.
     """
 
-    model_types: tuple[str, ...]
+    model_types: Mapping[str, str]
     read_config: Callable[[Keys], ModelConfig]
     names: Mapping[str, str | tuple[str, ...]] = field(default_factory=lambda: LLAMA_NAMES)
     layouts: Mapping[str, Layout] = field(default_factory=dict)
     ignored_tensors: tuple[str, ...] = (r".*\.rotary_emb\.inv_freq",)
+    stacked: tuple[str, ...] = ()
     left_out: Mapping[str, str] = field(default_factory=dict)
     other_prefixes: tuple[str, ...] = ()
 
@@ -124,6 +127,8 @@ class Source:
     shape: tuple[int, ...]
     head_rows: int
     layout: Layout = "rows"
+    stack: str = ""
+    """The tensor of the file that this is one matrix of; empty where it is a tensor of its own."""
 
     def file_shapes(self) -> tuple[tuple[int, ...], ...]:
         """Return the shape that each of `names` must have in the file."""
@@ -179,12 +184,20 @@ def sources(family: Family, config: ModelConfig, present: Collection[str]) -> di
         module, _, leaf = name.rpartition(".")
         paths = _file_paths(module, names)
         key = _layer_relative(module)[1]
+        pattern = _expert_pattern(key)
+        in_table = tuple(in_files.get(f"{path}.{leaf}", f"{path}.{leaf}") for path in paths)
+        stack = ""
+        if pattern in family.stacked:
+            path, _, expert = paths[0].rpartition(".")
+            stack = in_files.get(path, path)
+            in_table = (f"{stack}.{expert}",)
         found[name] = Source(
-            names=tuple(in_files.get(f"{path}.{leaf}", f"{path}.{leaf}") for path in paths),
+            names=in_table,
             rows=_part_rows(config, key, shape[0], len(paths)),
             shape=shape,
-            layout=family.layouts.get(key, "rows"),
+            layout=family.layouts.get(pattern, "rows"),
             head_rows=config.head_dim,
+            stack=stack,
         )
     return found
 
@@ -228,9 +241,14 @@ def _layer_relative(module: str) -> tuple[str, str]:
     return (match[1], match[2]) if match else ("", module)
 
 
+def _expert_pattern(inner: str) -> str:
+    """Return a path inside a block with an expert's number written `{}`."""
+    return re.sub(r"(?<=experts\.)\d+", "{}", inner)
+
+
 def _file_paths(module: str, names: Mapping[str, str | tuple[str, ...]]) -> tuple[str, ...]:
     layer, inner = _layer_relative(module)
-    pattern = re.sub(r"(?<=experts\.)\d+", "{}", inner)
+    pattern = _expert_pattern(inner)
     expert = re.search(r"(?<=experts\.)\d+", inner)
     target = names.get(pattern, pattern)
     parts = (target,) if isinstance(target, str) else target

@@ -14,12 +14,17 @@ from hanok.models.config import ModelConfig
 from hanok.models.family import families
 from hanok.models.keys import Keys, declared_dtype
 
-TEXT_PREFIXES = ("model.language_model.", "language_model.model.")
+TEXT_PREFIXES = (
+    "model.language_model.",
+    "language_model.model.",
+    "model.language_model.model.",
+)
 """What published files put before the names of the text model, where it is not "model."."""
 
 TOWER: Mapping[str, str] = {
     "the vision tower and its projector": (
-        r"(model\.)?(visual|vision_tower|vision_model|multi_modal_projector)\..+"
+        r"(model\.)?((visual|vision_tower|vision_model|(multi_modal_|vision_)?projector)\..+"
+        r"|image_newline)"
     )
 }
 """What they hold beside the text model."""
@@ -29,6 +34,8 @@ _VISION_KEYS = (
     " vision_end_token_id vision_token_id projector_hidden_act multimodal_projector_bias"
     " vision_feature_layer vision_feature_select_strategy spatial_merge_size image_seq_length"
     " ignore_index mm_tokens_per_image boi_token_index eoi_token_index boi_token_id eoi_token_id"
+    " image_grid_pinpoints video_token_index vision_aspect_ratio downsample_ratio"
+    " img_start_id video_start_id use_image_newline_parameter"
 ).split()
 
 

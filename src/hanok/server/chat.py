@@ -14,6 +14,7 @@ from hanok.server.errors import ServerError, invalid
 from hanok.server.incoming import MAX_DEPTH
 from hanok.server.openai_models import ChatRequest
 from hanok.server.tools import ToolUse, tool_use
+from hanok.server.web import has_many_containers
 
 TOOL_PROMPT = (
     "These functions can be called. To call one, answer with a JSON object and nothing else: "
@@ -179,6 +180,8 @@ def _call(call: Any, place: str) -> dict[str, Any]:
     arguments = function.get("arguments", {})
     value = arguments
     if isinstance(arguments, str):
+        if has_many_containers(arguments.encode()):
+            raise invalid(f"{place} has arguments with too many lists and objects", place)
         try:
             value = json.loads(arguments) if arguments.strip() else {}
         except ValueError:

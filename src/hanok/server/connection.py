@@ -17,6 +17,8 @@ from hanok.server.options import ServerOptions
 MOST_HEADERS = 100  # as hyper, on which TGI is built
 MOST_HEAD_BYTES = 64 * 1024
 MOST_URL_BYTES = 8 * 1024
+BYTES_OF_CHUNK = 8
+"""Beside each part of a body that is sent in chunks, which may be of one byte."""
 MOST_PIPELINED = 16
 """Requests that a client sends before it has read the answer to its first."""
 
@@ -90,8 +92,7 @@ class Connection(HttpToolsProtocol):
         if self._has_begun or not self._is_arriving or self.transport.is_closing():
             return
         self._head_bytes += len(data) - (self._body_bytes - body_bytes)
-        # Bodies in chunks have a few bytes beside each chunk.
-        if self._head_bytes > MOST_HEAD_BYTES + self._body_bytes:
+        if self._has_large_head():
             self._refuse(_too_large(f"more than {MOST_HEAD_BYTES:,} bytes"))
 
     def on_message_begin(self) -> None:
@@ -114,7 +115,7 @@ class Connection(HttpToolsProtocol):
         self._head_bytes += len(name) + len(value) + 4
         if self._num_headers > MOST_HEADERS:
             self._stop_reading(_too_large(f"more than {MOST_HEADERS} headers"))
-        if self._head_bytes > MOST_HEAD_BYTES:
+        if self._has_large_head():
             self._stop_reading(_too_large(f"more than {MOST_HEAD_BYTES:,} bytes"))
         super().on_header(name, value)
 
@@ -145,6 +146,9 @@ class Connection(HttpToolsProtocol):
     def send_400_response(self, msg: str) -> None:
         """Answer what is no request, or too large a one."""
         self._refuse(self._refusal or ServerError(msg, status=400))
+
+    def _has_large_head(self) -> bool:
+        return self._head_bytes > MOST_HEAD_BYTES + BYTES_OF_CHUNK * self._body_bytes
 
     def _is_answering(self) -> bool:
         return self.cycle is not None and not self.cycle.response_complete

@@ -7,7 +7,7 @@ Explicit nulls mean the same as absent fields. Unknown fields are ignored; known
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
+from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
 
 from hanok.server.tgi_models import Body, Name, NullFalse, Stops
 
@@ -44,8 +44,8 @@ Prompt = Annotated[
 ]
 Biases = Annotated[
     dict[Annotated[str, Field(pattern=r"^\d{1,9}$")], Annotated[float, Field(ge=-100, le=100)]],
-    BeforeValidator(_few),
     Field(max_length=MOST_BIASES),
+    BeforeValidator(_few),
 ]
 
 
@@ -68,7 +68,6 @@ NOT_SERVED: Mapping[str, tuple[Any, ...]] = {
     "modalities": (["text"], []),
     "negative_prompt": ("",),
     "n_probs": (0,),
-    "prompt_logprobs": (),
     "return_tokens_as_token_ids": (False,),
     "skip_special_tokens": (True,),
     "tfs_z": (1,),
@@ -102,7 +101,7 @@ class Sampling(Body):
     stream: NullFalse = False
     stream_options: StreamOptions | None = None
     temperature: Annotated[float, Field(ge=0, le=100)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
     user: Name | None = None
     # Beyond OpenAI's:
     top_k: Annotated[int, Field(ge=-1)] | None = None
@@ -120,6 +119,8 @@ class Sampling(Body):
     """So many of the prompt's last tokens are used; -1: as many as there is room for."""
     add_special_tokens: bool | None = None
     """Default: true for a prompt, false for messages, whose template writes them."""
+    prompt_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    """So many of the likeliest tokens at each place of the prompt, and its own."""
     # What the answer has to be; see `server/constraints.py`.
     response_format: dict[str, Any] | None = None
     structured_outputs: dict[str, Any] | None = None
@@ -143,7 +144,8 @@ class CompletionRequest(Sampling):
 
     prompt: Prompt
     best_of: Annotated[int, Field(ge=1)] | None = None
-    echo: NullFalse = False
+    # @huggingface/inference sends TGI's name of it.
+    echo: NullFalse = Field(False, validation_alias=AliasChoices("echo", "return_full_text"))
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     max_tokens: Annotated[int, Field(ge=0)] | None = None
     suffix: str | None = None
@@ -188,6 +190,10 @@ class Logprobs(BaseModel):
     text_offset: list[int]
 
 
+PromptLogprobs = list[dict[str, dict[str, Any]] | None]
+"""For each token of the prompt a table by token id, as vLLM writes it; None for the first."""
+
+
 class CompletionChoice(BaseModel):
     """One completion."""
 
@@ -195,6 +201,7 @@ class CompletionChoice(BaseModel):
     text: str
     logprobs: Logprobs | None
     finish_reason: Literal["stop", "length"] | None
+    prompt_logprobs: PromptLogprobs | None = None
 
 
 class Completion(BaseModel):
@@ -237,6 +244,7 @@ class ChatCompletion(BaseModel):
     system_fingerprint: str
     choices: list[ChatChoice]
     usage: Usage
+    prompt_logprobs: PromptLogprobs | None = None
 
 
 class ModelCard(BaseModel):

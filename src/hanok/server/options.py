@@ -41,8 +41,6 @@ class ServerOptions:
     payload_limit: int = 2_000_000
     """Bytes of a request's body."""
     max_json_depth: int = 64
-    max_json_containers: int = 50_000
-    """Lists and objects of one body."""
     has_grammars: bool = True
     has_prompt_logprobs: bool = True
     watermark_gamma: float = 0.5

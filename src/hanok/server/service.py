@@ -6,18 +6,20 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import accumulate, takewhile
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
+from hanok.checkpoint.infill import Infill, find_infill
 from hanok.checkpoint.pooling import Pooling, read_pooling
 from hanok.checkpoint.tokenizer import Tokenizer
 from hanok.engine.engine import Engine
 from hanok.engine.grammar import GrammarCompiler
 from hanok.engine.grammar_spec import GrammarSpec
 from hanok.engine.model import Model
-from hanok.engine.params import SamplingOptions
+from hanok.engine.params import SamplingOptions, seed_of_answer
 from hanok.engine.sequence import GenerationSequence, TokenEvent
 from hanok.engine.ticket import Request as EngineRequest
 from hanok.engine.ticket import Ticket
@@ -136,6 +138,19 @@ class Service:
         return found
 
     @property
+    def needed_infill(self) -> Infill:
+        """The markers of texts with a gap; ServerError where the tokenizer has none."""
+        found = find_infill(self.needed_tokenizer)
+        if found is None:
+            raise ServerError(
+                "`suffix` is not supported: this model's tokenizer has none of the markers that are "
+                "known for filling in the middle. Serve a model that was trained for it",
+                kind="suffix not supported",
+                parameter="suffix",
+            )
+        return found
+
+    @property
     def max_total_tokens(self) -> int:
         """Tokens of one request, prompt and answer."""
         held = self.engine.max_tokens if self.engine is not None else 1
@@ -203,13 +218,19 @@ class Service:
         return await self._queued(request, prompts)
 
     async def in_turn(
-        self, request: Request, prompts: Sequence[Prepared], at_once: int
+        self, request: Request, prompts: Sequence[Prepared], *, at_once: int, num_tokens: int
     ) -> list[Ticket]:
-        """Queue prompts as `submit` does, but only so many at once, and return when all are finished."""
+        """Queue prompts as `submit` does, but only some at once, and return when all are finished.
+
+        So many, or fewer where they have more tokens together: whoever comes in between waits for these.
+        """
         self._admit(exchange_of(request), min(at_once, len(prompts)))
         found: list[Ticket] = []
-        for start in range(0, len(prompts), at_once):
-            tickets = await self._queued(request, prompts[start : start + at_once])
+        while len(found) < len(prompts):
+            following = prompts[len(found) : len(found) + at_once]
+            totals = accumulate(len(prompt.prompt_ids) for prompt in following)
+            count = sum(1 for _ in takewhile(lambda total: total <= num_tokens, totals))
+            tickets = await self._queued(request, following[: max(1, count)])
             await self.results(request, tickets)
             found += tickets
         return found
@@ -228,6 +249,7 @@ class Service:
                         sequence=sequence,
                         priority=prompt.priority,
                         deadline=None if timeout_s is None else exchange.began + timeout_s,
+                        asked_at=exchange.began,
                         salt=prompt.salt,
                         scored=prompt.scored,
                         leader=leader,
@@ -292,8 +314,10 @@ class Service:
                 if self.metrics is not None:
                     self.metrics.grammar(time.monotonic() - began)
             copies = []
-            for _ in range(prompt.count):
-                sequence = model.sequence(prompt.prompt_ids, prompt.options)
+            for index in range(prompt.count):
+                options = prompt.options.copy()
+                options["seed"] = seed_of_answer(options.get("seed"), index)
+                sequence = model.sequence(prompt.prompt_ids, options)
                 sequence.max_tokens = min(sequence.max_tokens, self.max_total_tokens)
                 sequence.grammar = grammar.matcher() if grammar is not None else None
                 copies.append(sequence)

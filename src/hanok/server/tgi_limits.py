@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from hanok.engine.grammar_spec import GrammarSpec
+from hanok.engine.grammar_spec import MAX_BYTES, GrammarSpec
 from hanok.engine.params import SamplingOptions
 from hanok.server.errors import invalid
 from hanok.server.options import ServerOptions
@@ -222,6 +222,8 @@ def _schema_text(value: Any) -> str:
     """
     schema = value
     if isinstance(value, str):
+        if len(value) > MAX_BYTES:
+            return value  # too large to be looked at, as the compiler says
         try:
             schema = json.loads(value)
         except (ValueError, RecursionError):

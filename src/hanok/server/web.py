@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 LOG = logging.getLogger("hanok.server")
 REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 CLOSED_REQUEST = 499  # for the log: the client had gone
-CONTAINERS = re.compile(rb"[\[{]")
+MOST_CONTAINERS = 50_000
+"""Lists and objects of one body."""
 TEXTS = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
 """Strings of a JSON text; one that is not closed goes to its end, so that each byte is read once."""
 AT_ONCE = 2000
@@ -189,9 +190,9 @@ def parse_json(data: bytes, options: "ServerOptions") -> Any:
     pair is no text (as in Rust's serde, which TGI uses).
     """
     data = data.removeprefix(codecs.BOM_UTF8)
-    most = options.max_json_containers
-    if data.count(b"[") + data.count(b"{") > most and _num_containers(data) > most:
-        raise ServerError(f"the JSON has more than {most:,} lists and objects", status=413)
+    if has_many_containers(data):
+        message = f"the JSON has more than {MOST_CONTAINERS:,} lists and objects"
+        raise ServerError(message, status=413)
     too_deep = ServerError(
         f"the JSON is nested deeper than {options.max_json_depth} levels", status=400
     )
@@ -206,9 +207,13 @@ def parse_json(data: bytes, options: "ServerOptions") -> Any:
     return value
 
 
-def _num_containers(data: bytes) -> int:
-    """Return how many lists and objects a JSON text begins, outside its strings."""
-    return len(CONTAINERS.findall(TEXTS.sub(b"", data)))
+def has_many_containers(data: bytes) -> bool:
+    """Return whether a JSON text begins too many lists and objects to be read, outside its strings."""
+    brackets = (b"[", b"{")
+    if sum(map(data.count, brackets)) <= MOST_CONTAINERS:
+        return False
+    data = TEXTS.sub(b"", data)
+    return sum(map(data.count, brackets)) > MOST_CONTAINERS
 
 
 def validated(value: Any, model: type[B]) -> B:

@@ -103,6 +103,7 @@ def _quantization() -> dict[str, str]:
 
 def _checkpoint(path: Path) -> "tuple[dict[str, Any], ModelConfig]":
     from hanok.checkpoint.tokenizer import open_tokenizer
+    from hanok.checkpoint.tokenizer_files import has_tokenizer
     from hanok.errors import CheckpointError
     from hanok.memory.planning import describe
 
@@ -116,8 +117,9 @@ def _checkpoint(path: Path) -> "tuple[dict[str, Any], ModelConfig]":
         tokenizer = open_tokenizer(checkpoint.folder)
         vocabulary = f"{tokenizer.vocab_size:,} tokens"
         templates = ", ".join(tokenizer.chat_template_names) or "none"
-    except CheckpointError:
-        vocabulary = templates = "none"
+    except CheckpointError as error:
+        templates = "none"
+        vocabulary = f"cannot be read: {error}" if has_tokenizer(checkpoint.folder) else "none"
     experts = config.experts
     rows: dict[str, Any] = {
         "folder": str(checkpoint.folder),

@@ -63,4 +63,11 @@ def _layers(keys: Keys, layers: tuple[LayerConfig, ...]) -> tuple[LayerConfig, .
     )
 
 
-FAMILY = Family(model_types=("cohere", "cohere2"), read_config=read_config, names=LLAMA_NAMES)
+FAMILY = Family(
+    model_types={
+        "cohere": "Command R, Aya 23, Aya Expanse",
+        "cohere2": "Command R7B, Command A",
+    },
+    read_config=read_config,
+    names=LLAMA_NAMES,
+)

@@ -23,4 +23,9 @@ def read_config(keys: Keys) -> ModelConfig:
     )
 
 
-FAMILY = Family(model_types=("ernie4_5",), read_config=read_config)
+FAMILY = Family(
+    model_types={
+        "ernie4_5": "ERNIE 4.5 0.3B",
+    },
+    read_config=read_config,
+)

@@ -31,7 +31,9 @@ def read_config(keys: Keys) -> ModelConfig:
 
 
 FAMILY = Family(
-    model_types=("exaone",),
+    model_types={
+        "exaone": "EXAONE 3.0 7.8B, EXAONE 3.5 and EXAONE Deep 2.4B, 7.8B and 32B",
+    },
     read_config=read_config,
     names={
         "embed_tokens": "transformer.wte",

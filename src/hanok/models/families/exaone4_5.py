@@ -12,7 +12,9 @@ def read_config(keys: Keys) -> ModelConfig:
 
 
 FAMILY = Family(
-    model_types=("exaone4_5",),
+    model_types={
+        "exaone4_5": "EXAONE 4.5 33B",
+    },
     read_config=read_config,
     names={
         **LLAMA_NAMES,

@@ -41,7 +41,9 @@ def read_config(keys: Keys) -> ModelConfig:
 
 
 FAMILY = Family(
-    model_types=("falcon",),
+    model_types={
+        "falcon": "Falcon 7B",
+    },
     read_config=read_config,
     names={
         "embed_tokens": "transformer.word_embeddings",

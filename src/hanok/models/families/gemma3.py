@@ -26,7 +26,9 @@ def read_config(keys: Keys) -> ModelConfig:
 
 
 FAMILY = Family(
-    model_types=("gemma3",),
+    model_types={
+        "gemma3": "Gemma 3 4B, 12B and 27B",
+    },
     read_config=read_config,
     names={
         **LLAMA_NAMES,

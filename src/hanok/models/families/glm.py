@@ -19,7 +19,9 @@ def read_config(keys: Keys) -> ModelConfig:
 
 
 FAMILY = Family(
-    model_types=("glm",),
+    model_types={
+        "glm": "GLM-4-9B-chat-hf, GLM-Edge 1.5B and 4B",
+    },
     read_config=read_config,
     names={**LLAMA_NAMES, "mlp.gate_up_proj": "mlp.gate_up_proj"},
 )

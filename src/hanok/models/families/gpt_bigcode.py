@@ -48,7 +48,9 @@ _RUNNER = (
 ).split()
 
 FAMILY = Family(
-    model_types=("gpt_bigcode",),
+    model_types={
+        "gpt_bigcode": "StarCoder, StarCoderBase 1B to 15B",
+    },
     read_config=read_config,
     names={
         "embed_tokens": "transformer.wte",

@@ -45,7 +45,9 @@ def read_config(keys: Keys) -> ModelConfig:
 
 
 FAMILY = Family(
-    model_types=("gpt_neox",),
+    model_types={
+        "gpt_neox": "Pythia, GPT-NeoX-20B, Polyglot-ko, KoAlpaca, RedPajama-INCITE",
+    },
     read_config=read_config,
     names={
         "embed_tokens": "gpt_neox.embed_in",

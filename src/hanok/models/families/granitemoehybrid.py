@@ -50,7 +50,9 @@ def _demand_attention(keys: Keys, num_layers: int) -> None:
 _MAMBA = "n_heads n_groups d_state d_head d_conv expand chunk_size conv_bias proj_bias".split()
 
 FAMILY = Family(
-    model_types=("granitemoehybrid",),
+    model_types={
+        "granitemoehybrid": "Granite 4.0 micro, 1B and 350M",
+    },
     read_config=read_config,
     names={
         **LLAMA_NAMES,

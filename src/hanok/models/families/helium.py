@@ -19,4 +19,9 @@ def read_config(keys: Keys) -> ModelConfig:
     )
 
 
-FAMILY = Family(model_types=("helium",), read_config=read_config)
+FAMILY = Family(
+    model_types={
+        "helium": "Helium 1 preview 2B",
+    },
+    read_config=read_config,
+)

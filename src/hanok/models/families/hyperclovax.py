@@ -26,7 +26,9 @@ def read_config(keys: Keys) -> ModelConfig:
 
 
 FAMILY = Family(
-    model_types=("hyperclovax",),
+    model_types={
+        "hyperclovax": "HyperCLOVA X SEED Think 14B",
+    },
     read_config=read_config,
     names={
         **LLAMA_NAMES,

@@ -16,7 +16,9 @@ def read_config(keys: Keys) -> ModelConfig:
 
 
 FAMILY = Family(
-    model_types=("mimo",),
+    model_types={
+        "mimo": "MiMo 7B",
+    },
     read_config=read_config,
     left_out={"the layers that guess tokens ahead": r"model\.mtp_layers\..+"},
 )

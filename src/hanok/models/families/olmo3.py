@@ -39,7 +39,9 @@ def read_config(keys: Keys) -> ModelConfig:
 
 
 FAMILY = Family(
-    model_types=("olmo3",),
+    model_types={
+        "olmo3": "Olmo 3 7B and 32B, Olmo 3.1",
+    },
     read_config=read_config,
     names={
         **LLAMA_NAMES,

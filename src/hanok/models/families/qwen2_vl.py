@@ -18,7 +18,11 @@ def read_config(keys: Keys) -> ModelConfig:
 
 
 FAMILY = Family(
-    model_types=tuple(_TEXT_TYPES),
+    model_types={
+        "qwen2_vl": "Qwen2-VL 2B, 7B and 72B",
+        "qwen2_5_vl": "Qwen2.5-VL 3B, 7B, 32B and 72B",
+        "qwen3_vl": "Qwen3-VL 2B, 4B, 8B and 32B",
+    },
     read_config=read_config,
     names=LLAMA_NAMES,
     other_prefixes=TEXT_PREFIXES,

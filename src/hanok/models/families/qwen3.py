@@ -45,7 +45,10 @@ def read_config(keys: Keys) -> ModelConfig:
 
 
 FAMILY = Family(
-    model_types=("qwen3", "qwen3_moe"),
+    model_types={
+        "qwen3": "Qwen3 0.6B to 32B",
+        "qwen3_moe": "Qwen3 30B-A3B and 235B-A22B, Qwen3-Coder 30B-A3B and 480B-A35B",
+    },
     read_config=read_config,
     names={
         **LLAMA_NAMES,

@@ -19,4 +19,9 @@ def read_config(keys: Keys) -> ModelConfig:
     )
 
 
-FAMILY = Family(model_types=("seed_oss",), read_config=read_config)
+FAMILY = Family(
+    model_types={
+        "seed_oss": "Seed-OSS 36B",
+    },
+    read_config=read_config,
+)

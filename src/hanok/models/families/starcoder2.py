@@ -35,7 +35,9 @@ def read_config(keys: Keys) -> ModelConfig:
 
 
 FAMILY = Family(
-    model_types=("starcoder2",),
+    model_types={
+        "starcoder2": "StarCoder2 3B, 7B and 15B",
+    },
     read_config=read_config,
     names={**LLAMA_NAMES, "mlp.up_proj": "mlp.c_fc", "mlp.down_proj": "mlp.c_proj"},
 )

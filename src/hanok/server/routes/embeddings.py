@@ -12,33 +12,35 @@ from torch.nn.functional import normalize
 
 from hanok.engine.ticket import Ticket
 from hanok.errors import HanokError
-from hanok.server.errors import ServerError, context_exceeded, invalid
-from hanok.server.openai_models import TokenId
+from hanok.server.errors import ServerError, invalid
+from hanok.server.openai_models import Prompt
 from hanok.server.openai_sampling import check_model
+from hanok.server.routes.openai import check_prompt, fitting
 from hanok.server.service import Prepared, Service
-from hanok.server.tgi_models import Body
+from hanok.server.tgi_models import Body, Name
 from hanok.server.times import timing_headers
 from hanok.server.web import Route, dumps, exchange_of
 
 AT_ONCE = 32
-"""Texts of a request that wait or are computed at a time: others come in between."""
+AT_ONCE_TOKENS = 4096
+"""Texts of a request that wait or are computed at a time, and their tokens: others come in between."""
 
 
 class EmbeddingRequest(Body):
     """The body of /v1/embeddings."""
 
-    input: str | list[TokenId] | list[str] | list[list[TokenId]]
-    model: str | None = None
+    input: Prompt
+    model: Name | None = None
     dimensions: Annotated[int, Field(ge=1)] | None = None
     """So many of the first numbers, scaled to length 1 again."""
     encoding_format: Literal["float", "base64"] | None = None
     """base64: of little-endian float32."""
-    user: str | None = None
+    user: Name | None = None
     # Beyond OpenAI's:
     add_special_tokens: bool | None = None
     truncate_prompt_tokens: int | None = None
     timeout: Annotated[float, Field(gt=0)] | None = None
-    cache_salt: str | None = None
+    cache_salt: Name | None = None
     priority: Annotated[int, Field(ge=-1000, le=1000)] | None = None
 
 
@@ -93,7 +95,7 @@ async def embeddings(service: Service, request: Request, body: EmbeddingRequest)
         )
         for ids in all_ids
     ]
-    tickets = await service.in_turn(request, prepared, AT_ONCE)
+    tickets = await service.in_turn(request, prepared, at_once=AT_ONCE, num_tokens=AT_ONCE_TOKENS)
     count = sum(map(len, all_ids))
     answer = {
         "object": "list",
@@ -128,18 +130,14 @@ def _encoded(
 ) -> list[list[int]]:
     """Return the tokens of inputs. ServerError for one that is empty, or longer than the context."""
     adds = body.add_special_tokens is not False
-    max_input, max_total = service.max_input_tokens, service.max_total_tokens
+    check_length = fitting(service, 0, "input")
     found = []
     for text in inputs:
         ids = text
         if isinstance(ids, str):
+            check_length(service.needed_tokenizer.fewest_tokens(ids))
             ids = service.needed_tokenizer.encode(ids, add_special_tokens=adds)
-        if not ids:
-            raise invalid("`input` cannot be empty", "input")
-        if len(ids) > max_input:
-            raise context_exceeded(
-                len(ids), 0, max_input=max_input, max_total=max_total, parameter="input"
-            )
+        check_prompt(service, ids, 0, "input")
         found.append(ids)
     return found
 

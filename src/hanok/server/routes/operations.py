@@ -14,7 +14,7 @@ from hanok import __version__
 from hanok.server.chat import conversation_of
 from hanok.server.errors import ServerError, invalid
 from hanok.server.openai_models import ChatRequest, CompletionRequest
-from hanok.server.openai_sampling import origins, sampling_options
+from hanok.server.openai_sampling import check, origins, sampling_options
 from hanok.server.routes import openai, tgi
 from hanok.server.routes.openai import prompts_of
 from hanok.server.service import Service
@@ -151,6 +151,7 @@ async def metrics(service: Service, request: Request, body: None) -> Response:
 
 async def chat_tokenize(service: Service, request: Request, body: ChatRequest) -> Response:
     """Answer with the tokens of a conversation and the text its template makes."""
+    check(body, service.options)
     tokenizer = service.needed_tokenizer
     talk = await service.aside(conversation_of, tokenizer, body)
     ids = await service.aside(tokenizer.encode, talk.text, add_special_tokens=False)
@@ -184,6 +185,7 @@ async def explain(service: Service, request: Request, body: ExplainRequest) -> R
     prompts: list[dict[str, Any]] = []
     if body.route == "/v1/chat/completions":
         chat = validated(body.body, ChatRequest)
+        check(chat, service.options)
         wanted = chat.max_completion_tokens or chat.max_tokens
         kept = chat.truncate_prompt_tokens
         check_length = openai.fitting(service, wanted, "messages") if kept is None else None
@@ -196,14 +198,18 @@ async def explain(service: Service, request: Request, body: ExplainRequest) -> R
         return Json({"prompts": prompts, "parameters": origins(chat, params, model.defaults)})
     if body.route == "/v1/completions":
         completion = validated(body.body, CompletionRequest)
-        wanted = completion.max_tokens
+        check(completion, service.options)
+        wanted, infill = completion.max_tokens, openai.infill_of(service, completion)
         most = openai.DEFAULT_COMPLETION_TOKENS if wanted is None else max(1, wanted)
         for prompt in prompts_of(service, completion):
-            ids = await openai.encoded(service, completion, prompt, most)
+            ids = await openai.encoded(service, completion, prompt, most, infill)
             ids = openai.truncated(service, ids, completion.truncate_prompt_tokens, most)
             openai.check_prompt(service, ids, most, "prompt")
             prompts.append({"text": prompt if isinstance(prompt, str) else None, "token_ids": ids})
-        params = model.defaults.updated(sampling_options(completion, model.defaults, most))
+        options = sampling_options(completion, model.defaults, most)
+        if infill is not None:
+            openai.end_with(options, infill)
+        params = model.defaults.updated(options)
         return Json({"prompts": prompts, "parameters": origins(completion, params, model.defaults)})
     if body.route in ("/", "/generate", "/generate_stream"):
         generate = validated(body.body, GenerateRequest)

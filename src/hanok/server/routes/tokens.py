@@ -10,7 +10,7 @@ from starlette.responses import Response
 from hanok.server.chat import conversation_of
 from hanok.server.errors import invalid
 from hanok.server.openai_models import ChatRequest, TokenId
-from hanok.server.openai_sampling import check_model
+from hanok.server.openai_sampling import check, check_model
 from hanok.server.routes.tgi import text_of, token_list
 from hanok.server.service import Service
 from hanok.server.tgi_models import Body, Name, NullFalse, TokenizedToken
@@ -72,9 +72,9 @@ async def tokenize(service: Service, request: Request, body: TokenizeRequest) ->
         return Pieces(pieces, write_timeout_s=service.options.write_timeout_s)
     text, adds_special = body.prompt, body.add_special_tokens is not False
     if text is None:
-        talk = await service.aside(
-            conversation_of, tokenizer, validated(body.model_dump(), ChatRequest)
-        )
+        chat = validated(body.model_dump(exclude={"add_special_tokens"}), ChatRequest)
+        check(chat, service.options)
+        talk = await service.aside(conversation_of, tokenizer, chat)
         text, adds_special, ids = talk.text, bool(body.add_special_tokens), talk.prompt_ids
     if adds_special or body.prompt is not None:
         ids = await service.encoded(text, add_special_tokens=adds_special)
