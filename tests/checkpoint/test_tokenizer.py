@@ -136,6 +136,23 @@ def test_beginning_and_end_come_once(tmp_path, adds, adds_bos, adds_eos, text):
         assert ids.count(2) == inner.count(2)
 
 
+@pytest.mark.parametrize("adds_bos", [None, True, False])
+def test_flags_of_two_tokens_leave_others_in_place(tmp_path, adds_bos):
+    """A post-processor that puts more than the two around a text, as GLM-4's and Whisper's do."""
+    library = byte_level(tmp_path)
+    library.add_special_tokens(["[gMASK]", "<sop>"])
+    ids = (library.token_to_id("[gMASK]"), library.token_to_id("<sop>"))
+    library.post_processor = processors.TemplateProcessing(
+        single="[gMASK] <sop> $A </s>",
+        special_tokens=[("[gMASK]", ids[0]), ("<sop>", ids[1]), ("</s>", 2)],
+    )
+    library.save(str(tmp_path / "tokenizer.json"))
+    write(tmp_path, "tokenizer_config.json", {**NAMES, "add_bos_token": adds_bos})
+    tokenizer = open_tokenizer(tmp_path)
+    assert tokenizer.encode("well") == library.encode("well").ids
+    assert tokenizer.encode("well")[:2] == list(ids)
+
+
 def test_names_may_stand_in_either_file_and_new_ones_are_added(tmp_path):
     library = byte_level(tmp_path)
     write(

@@ -160,6 +160,12 @@ ARRAYS: list[Any] = [
     },
     {"type": "array", "items": {"type": "array", "items": {"type": "null"}, "maxItems": 2}},
     {"type": "array", "items": {"anyOf": [{"type": "null"}, {"type": "integer"}]}, "maxItems": 3},
+    {
+        "type": "array",
+        "items": {"$ref": "#/$defs/Kind of x"},
+        "uniqueItems": True,
+        "$defs": {"Kind of x": {"enum": ["a", "b", "a"], "title": "Kind"}},
+    },
 ]
 OBJECTS: list[Any] = [
     {"type": "object"},

@@ -334,3 +334,15 @@ def test_an_int8_cache_says_almost_the_same(backend: str) -> None:
 def test_an_unknown_cache_dtype_is_refused() -> None:
     with pytest.raises(OptionError, match=r"cache_dtype 'int4' is unknown\. Choose auto or int8"):
         hanok.load(hanok.BUNDLED, cache_dtype="int4")  # type: ignore[arg-type]  # what users may write
+
+
+def test_end_tokens_may_stand_in_the_text_part_of_a_config(model: Model, tmp_path: Path) -> None:
+    folder = model.save(tmp_path / "copy")
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    path = folder / "config.json"
+    text = json.loads(path.read_text()) | {"eos_token_id": [2, 7]}
+    inside = {"model_type": "llava", "text_config": text}
+    path.write_text(json.dumps(inside))
+    assert hanok.load(folder).end_ids == {2, 7}
+    path.write_text(json.dumps(inside | {"eos_token_id": 5}))
+    assert hanok.load(folder).end_ids == {5}

@@ -124,7 +124,7 @@ def local_model() -> Model:
 def local_server(
     model: Model, *, send_buffer: int | None = None, **given: Any
 ) -> Iterator[LocalServer]:
-    options = ServerOptions(model_id="bundled", port=0, **given)
+    options = ServerOptions(**{"model_id": "bundled", "port": 0} | given)
     service, engine = Service(options=options), Engine(model)
     listener = listen(options)
     if send_buffer is not None:  # connections have that of their listener

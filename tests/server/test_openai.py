@@ -347,6 +347,14 @@ def test_an_echoed_prompt_is_what_was_kept_of_it(client: httpx.Client) -> None:
     assert found["logprobs"]["text_offset"][3] == len("".join(found["logprobs"]["tokens"][:3]))
 
 
+def test_a_prompt_is_echoed_by_both_names(client: httpx.Client) -> None:
+    texts = {}
+    for name in ("echo", "return_full_text", "user"):
+        body = {"prompt": PROMPT, "max_tokens": 3, "temperature": 0, name: name != "user" or "u"}
+        texts[name] = client.post("/v1/completions", json=body).json()["choices"][0]["text"]
+    assert texts["echo"] == texts["return_full_text"] == PROMPT + texts["user"]
+
+
 def test_tools_that_must_be_called_are(sdk: openai.OpenAI) -> None:
     options: Any = {"model": "bundled", "messages": MESSAGES, "tools": [WEATHER], "max_tokens": 80}
     for choice in ("required", {"type": "function", "function": {"name": "weather"}}):

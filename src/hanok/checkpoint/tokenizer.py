@@ -74,12 +74,18 @@ class Tokenizer:
             self._ids[text] for text in special if text in self._ids
         }
         """The ids that `skip_special_tokens` leaves out."""
-        # A folder that says whether to add either of the two replaces the post-processor: that is
-        # how published folders switch off the one in their tokenizer.json.
-        self._uses_post_processor = settings.adds_bos is None and settings.adds_eos is None
         adds_bos, adds_eos = vocabulary.adds_by_itself(self.bos_token_id, self.eos_token_id)
-        self._adds_bos = adds_bos if settings.adds_bos is None else settings.adds_bos
-        self._adds_eos = adds_eos if settings.adds_eos is None else settings.adds_eos
+        # A folder that says whether to add either of the two replaces the post-processor: that is
+        # how published folders switch off the one in their tokenizer.json. What adds other tokens
+        # as well is more than the two flags can say, and stays.
+        is_silent = settings.adds_bos is None and settings.adds_eos is None
+        self._uses_post_processor = is_silent or vocabulary.adds_others(
+            self.bos_token_id, self.eos_token_id
+        )
+        if not self._uses_post_processor:
+            adds_bos = adds_bos if settings.adds_bos is None else settings.adds_bos
+            adds_eos = adds_eos if settings.adds_eos is None else settings.adds_eos
+        self._adds_bos, self._adds_eos = adds_bos, adds_eos
 
     def _named_id(self, settings: TokenizerConfig, name: str) -> int | None:
         text = settings.named.get(name)

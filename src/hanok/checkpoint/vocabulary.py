@@ -63,6 +63,9 @@ class Vocabulary(Protocol):
     def adds_by_itself(self, bos: int | None, eos: int | None) -> tuple[bool, bool]:
         """Whether BOS and EOS are added where tokenizer_config.json does not say."""
 
+    def adds_others(self, bos: int | None, eos: int | None) -> bool:
+        """Whether `encode_processed` adds tokens that are neither of the two."""
+
 
 def _find_anchor(
     decode: Callable[[Sequence[int]], str], candidates: Iterable[int]
@@ -115,6 +118,9 @@ class LibraryVocabulary:
         texts = {token.content: token_id for token_id, token in added.items()}
         misread = _misread(texts, parts["model"], self._alphabet) if "ByteLevel" in kinds else ()
         self._misread = {texts[text]: text.encode() for text in misread}
+        if cuts is not None:
+            self._misread |= cuts.hidden
+            self._spellings |= {i: data.decode() for i, data in cuts.hidden.items()}
         self.bound = library_bound(parts, self.ids, self._alphabet)
         candidates = (
             token_id
@@ -173,6 +179,10 @@ class LibraryVocabulary:
         frame = self.encode_processed("")
         adds_bos = bos is not None and frame[:1] == [bos]
         return adds_bos, eos is not None and frame[int(adds_bos) :][-1:] == [eos]
+
+    def adds_others(self, bos: int | None, eos: int | None) -> bool:
+        """See `Vocabulary`."""
+        return not {bos, eos}.issuperset(self.encode_processed(""))
 
     def _decode(self, ids: Sequence[int]) -> str:
         if self._misread.keys().isdisjoint(ids):
@@ -336,6 +346,10 @@ class SentencePieceVocabulary:
     def adds_by_itself(self, bos: int | None, eos: int | None) -> tuple[bool, bool]:
         """As every published reader of such a folder: a beginning, no end."""
         return bos is not None, False
+
+    def adds_others(self, bos: int | None, eos: int | None) -> bool:
+        """Never: these files have no post-processor."""
+        return False
 
     def _parts(self, text: str) -> Iterator[tuple[int, str | int]]:
         """Stretches of text and ids of added tokens between them, each with where it begins."""

@@ -30,6 +30,9 @@ _MOST_TOGETHER = 64
 _SPARE = 2_000
 """How many schemas and names may be added to a schema, beyond twice its own."""
 
+_MOST_COMPARED = 20_000
+"""Pairs of schemas that are told apart."""
+
 _MOST_STEPS = 8
 """References, and properties in properties, that are looked through one behind the other."""
 
@@ -65,13 +68,6 @@ class _Named:
     says_more: bool = False
     """One says what others may be."""
 
-    def __or__(self, other: "_Named") -> "_Named":
-        return _Named(
-            names=tuple(dict.fromkeys((*self.names, *other.names))),
-            patterns=tuple(dict.fromkeys((*self.patterns, *other.patterns))),
-            says_more=self.says_more or other.says_more,
-        )
-
     def __bool__(self) -> bool:
         return bool(self.names or self.patterns or self.says_more)
 
@@ -90,10 +86,12 @@ def _named_itself(schema: Schema) -> _Named:
 
 
 def _all(found: Iterable[_Named]) -> _Named:
-    together = _NOTHING
-    for named in found:
-        together |= named
-    return together
+    parts = list(found)
+    return _Named(
+        names=tuple(dict.fromkeys(name for part in parts for name in part.names)),
+        patterns=tuple(dict.fromkeys(pattern for part in parts for pattern in part.patterns)),
+        says_more=any(part.says_more for part in parts),
+    )
 
 
 class _Closing:
@@ -103,7 +101,9 @@ class _Closing:
         self._document = document
         self._left = 2 * len(document.schemas) + _SPARE
         self._found: dict[str, _Named] = {}
+        self._found_groups: dict[str, list[list[str]]] = {}
         self._copied: list[str] = []
+        self._num_compared = 0
 
     def closed(self, pointer: str, others: _Named) -> Schema:
         """The schema at `pointer`, where schemas beside it name `others` for the same object."""
@@ -113,6 +113,7 @@ class _Closing:
         beside: dict[str, _Named] = {}
         for number, group in enumerate(groups):
             around = _all([others, itself, *named[:number], *named[number + 1 :]])
+            self._spend(len(around.names))
             beside |= dict.fromkeys(group, around)
 
         def inner(place: str) -> Schema:
@@ -125,9 +126,8 @@ class _Closing:
             del result["$ref"]
             both = result.get("allOf", [])
             result["allOf"] = [*both, self._copy(target, beside[target])]
-        everything = _all([itself, others, *named])
-        self._spend(1 + len(everything.names))
-        return _without_more(result, everything)
+        self._spend(1)
+        return _without_more(result, _all([itself, others, *named]))
 
     def _copy(self, pointer: str, others: _Named) -> Schema:
         if pointer in self._copied or len(self._copied) > _MOST_STEPS:
@@ -139,20 +139,29 @@ class _Closing:
 
     def _groups(self, pointer: str) -> list[list[str]]:
         """The schemas that hold for the same object; of those in one list only one has to."""
+        if pointer in self._found_groups:
+            return self._found_groups[pointer]
         schema, target = self._document.schemas[pointer], self._target(pointer)
         groups = [] if target is None else [[target]]
         for keyword in ("allOf", "anyOf", "oneOf"):
             places = [place for place, _ in schemas_in(schema, keyword, pointer)]
-            parts = schema.get(keyword, [])
-            if not isinstance(parts, list):
+            if not isinstance(schema.get(keyword, []), list):
                 raise _CannotClose  # the compiler says what is wrong
-            groups += [[place] for place in places] if keyword == "allOf" else [places]
-            pairs = combinations(places, 2) if keyword == "oneOf" else ()
-            if (keyword == "oneOf" and True in parts) or not all(starmap(self._are_apart, pairs)):
-                raise _CannotClose
-        if len(groups) > _MOST_TOGETHER:
+            if keyword == "allOf":
+                groups += [[place] for place in places]
+            elif places:
+                groups.append(places)
+        if len(groups) > _MOST_TOGETHER or not self._is_one(pointer):
             raise _CannotClose
+        self._found_groups[pointer] = groups
         return groups
+
+    def _is_one(self, pointer: str) -> bool:
+        """Whether certainly no value fits two parts of a `oneOf`."""
+        schema = self._document.schemas[pointer]
+        places = [place for place, _ in schemas_in(schema, "oneOf", pointer)]
+        has_any = any(part is True for part in schema.get("oneOf", []))
+        return not has_any and all(starmap(self._are_apart, combinations(places, 2)))
 
     def _named(self, pointer: str, depth: int = 0) -> _Named:
         """What the schema at `pointer` names, by itself and by others that hold for the same object."""
@@ -181,6 +190,9 @@ class _Closing:
 
     def _are_apart(self, first: str, second: str, depth: int = 0) -> bool:
         """Whether certainly no value fits both."""
+        self._num_compared += 1
+        if self._num_compared > _MOST_COMPARED:
+            raise _CannotClose
         one, other = self._resolved(first), self._resolved(second)
         if depth > _MOST_STEPS or one is None or other is None:
             return False

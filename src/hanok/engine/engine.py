@@ -347,10 +347,12 @@ class Engine:
         """End what is out of time, and compute again what was computed with other angles."""
         now = time.monotonic()
         for entry in list(self._entries.values()):
-            deadline, row = entry.ticket.request.deadline, entry.row
+            request, row = entry.ticket.request, entry.row
+            deadline, began = request.deadline, request.asked_at
             if deadline is not None and now >= deadline:
-                asked = deadline - entry.ticket.times.submitted
-                self._end(entry, DeadlineError(f"not finished within {asked:.3g} s."))
+                began = entry.ticket.times.submitted if began is None else began
+                given = max(0.0, deadline - began)
+                self._end(entry, DeadlineError(f"not finished within {given:.3g} s."))
             elif not self._shares_angles and row.num_computed:
                 config = self.model.config
                 if not config.shares_angles(row.num_computed, len(row.tokens)):

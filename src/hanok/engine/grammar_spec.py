@@ -98,8 +98,9 @@ def read_schema(text: str) -> Schema:
     schema.pop("x-guidance", None)  # llguidance's own options, which are not the request's to set
     _check_depth(schema, "", MAX_DEPTH)
     _check_promises(schema)
-    for keyword, holder in [(keyword, holder) for _, keyword, holder in keywords(schema)]:
-        _simplify(holder, keyword)
+    document = Document(schema)
+    for pointer, holder in list(document.schemas.items()):
+        _simplify(holder, pointer, document)
     return schema
 
 
@@ -198,33 +199,42 @@ def _check_depth(value: object, pointer: str, depth: int) -> None:
             _check_depth(item, f"{pointer}/{escape(str(key))}", depth - 1)
 
 
-def _simplify(schema: Schema, keyword: str) -> None:
-    """Write what a keyword asks for so that it can be followed; take it out where it asks for nothing.
+def _simplify(schema: Schema, pointer: str, document: Document) -> None:
+    """Write what keywords ask for so that it can be followed; take out those that ask for nothing.
 
     References become URIs: many hold names of types as they are, `#/$defs/List<Item>`.
     """
-    value = schema.get(keyword)
-    if keyword == "$ref" and isinstance(value, str) and value.startswith("#/"):
-        schema[keyword] = reference_to(unquote(value[1:]))
-    elif keyword == "format" and value not in FORMATS:
-        del schema[keyword]
-    elif keyword == "uniqueItems":
-        del schema[keyword]
-        values = _values_of(schema.get("items"))
-        if value is True and values is not None and schema.get("type") == "array":
+    reference, kind = schema.get("$ref"), schema.get("format")
+    if isinstance(reference, str) and reference.startswith("#/"):
+        schema["$ref"] = reference_to(unquote(reference[1:]))
+    if isinstance(kind, str) and kind not in FORMATS:
+        del schema["format"]
+    if schema.pop("uniqueItems", False) is True and schema.get("type") == "array":
+        values = _values_of(schema.get("items"), f"{pointer}/items", document)
+        if values is not None:
             _repeat_none(schema, values)
 
 
-def _values_of(items: object) -> list[str] | None:
+def _values_of(items: object, pointer: str, document: Document) -> list[str] | None:
     """The JSON texts of all the values that an array's items may have, where they are listed."""
     if not isinstance(items, dict):
         return None
+    target = None
+    if "$ref" in items:
+        try:
+            target = _target(document, pointer, "$ref")
+        except GrammarError:
+            return None  # the compiler says so
+    if target is not None:
+        items = document.schemas.get(target, {})
     values = items.get("enum")
     if "const" in items:
         values = [items["const"]]
     elif items.get("type") == "boolean" and values is None:
         values = [False, True]
-    return [json.dumps(value) for value in values] if isinstance(values, list) else None
+    if not isinstance(values, list):
+        return None
+    return list(dict.fromkeys(json.dumps(value) for value in values))
 
 
 def _repeat_none(schema: Schema, values: list[str]) -> None:

@@ -31,6 +31,8 @@ class Request:
     """Smaller ones are served first."""
     deadline: float | None = None
     """Of `time.monotonic`, in seconds; what is not finished then is given up."""
+    asked_at: float | None = None
+    """Since when its time runs, of `time.monotonic`; None: since it was submitted."""
     adapter: str | None = None
     salt: Hashable = None
     """Requests with another salt share nothing in the cache."""

@@ -17,7 +17,7 @@ from hanok.checkpoint.files import (
     weights_in,
 )
 from hanok.checkpoint.formats import foreign_weights, refuse_other_layouts
-from hanok.errors import BudgetError, CheckpointError, OptionError
+from hanok.errors import BudgetError, CheckpointError, HanokError, OptionError
 from hanok.memory.account import Understood, understand
 from hanok.memory.budget import device_name, parse_max_memory
 from hanok.memory.needs import (
@@ -198,7 +198,11 @@ def _looked_at(path: str | Path) -> tuple[Understood, bool]:
     if not is_repo_id(str(path)):
         return describe(path), True
     with without_weights(str(path)) as folder:
-        return describe(folder), False
+        try:
+            return describe(folder), False
+        except HanokError as error:
+            # The folder of the headers is gone when somebody reads this.
+            raise type(error)(str(error).replace(str(folder), str(path))) from error
 
 
 def describe(path: str | Path) -> Understood:

@@ -7,7 +7,7 @@ Explicit nulls mean the same as absent fields. Unknown fields are ignored; known
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
+from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
 
 from hanok.server.tgi_models import Body, Name, NullFalse, Stops
 
@@ -144,7 +144,8 @@ class CompletionRequest(Sampling):
 
     prompt: Prompt
     best_of: Annotated[int, Field(ge=1)] | None = None
-    echo: NullFalse = False
+    # @huggingface/inference sends TGI's name of it.
+    echo: NullFalse = Field(False, validation_alias=AliasChoices("echo", "return_full_text"))
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     max_tokens: Annotated[int, Field(ge=0)] | None = None
     suffix: str | None = None

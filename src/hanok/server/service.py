@@ -249,6 +249,7 @@ class Service:
                         sequence=sequence,
                         priority=prompt.priority,
                         deadline=None if timeout_s is None else exchange.began + timeout_s,
+                        asked_at=exchange.began,
                         salt=prompt.salt,
                         scored=prompt.scored,
                         leader=leader,
