@@ -152,7 +152,9 @@ class Model:
             {
                 "generation_config.json": checkpoint.generation_config,
                 "config.json": checkpoint.config,
-                "config.json's text_config": text_config if isinstance(text_config, Mapping) else {},
+                "config.json's text_config": text_config
+                if isinstance(text_config, Mapping)
+                else {},
             },
             tokenizer.eos_token_id if tokenizer is not None else None,
             self.config.vocab_size,
