@@ -151,6 +151,25 @@ def constraints() -> Iterator[tuple[str, str, bytes]]:
         return body(inputs="a", parameters={"max_new_tokens": 1, "grammar": value})
 
     yield "a schema of 20,000 names", "/generate", shaped({"type": "json", "value": schema})
+    few = dict(list(properties.items())[:4_000])
+    chain: dict[str, Any] = {
+        f"{n}": {"minLength": 1, "$ref": f"#/$defs/{n + 1}"} for n in range(1500)
+    }
+    each = [
+        {"properties": {f"a{n}": {"type": "string"}}, "required": [f"a{n}"]} for n in range(900)
+    ]
+    for name, value in {
+        "4,000 names": {"type": "object", "properties": few},
+        "10,000 choices": {"enum": [f"v{number}" for number in range(10_000)]},
+        "1,500 references": {"$defs": chain | {"1500": {"type": "null"}}, "$ref": "#/$defs/0"},
+        "900 choices of objects": {"anyOf": each},
+    }.items():
+        yield f"a schema of {name}", "/generate", shaped({"type": "json", "value": value})
+    yield (
+        "an expression of 2,500 parts",
+        "/generate",
+        shaped({"type": "regex", "value": "(a|b)" * 800}),
+    )
     yield (
         "a schema of 40,000 choices",
         "/generate",
