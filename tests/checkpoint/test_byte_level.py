@@ -34,6 +34,10 @@ TEXTS = (
     "didn't I'LL they'Ve",
     "ที่นี่ १२३ ①²",
 )
+SPECIAL = (
+    *("<|endoftext|>", "<|startoftranscript|>", "<|notimestamps|>"),
+    *("<BOS_TOKEN>", "<|END_OF_TURN_TOKEN|>", "<UNK>", "<PAD>"),
+)
 LETTERS = "aA12 \n\r\t'sl.,!;()é\u0301우汉🙂\u00a0\u2028ที่-#="
 ANY_TEXT = st.sampled_from(TEXTS) | st.text(st.sampled_from(LETTERS), max_size=30) | st.text()
 
@@ -50,7 +54,7 @@ def trained(folder: Path, *, keeps_words: bool, num_tokens: int = 700) -> None:
     library.train_from_iterator(SENTENCES, trainer)
     library.model.save(str(folder))
     vocab = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
-    for text in ("<|endoftext|>", "<|startoftranscript|>", "<|notimestamps|>"):
+    for text in SPECIAL:
         vocab[text] = len(vocab)
     (folder / "vocab.json").write_text(json.dumps(vocab), encoding="utf-8")
 
@@ -92,6 +96,7 @@ CASES = {
     "Qwen2TokenizerFast": ("words", {"tokenizer_class": "Qwen2TokenizerFast"}, {}),
     "GPTNeoXTokenizer": ("lines", {"tokenizer_class": "GPTNeoXTokenizer"}, {}),
     "GPTNeoXTokenizerFast": ("words", {"tokenizer_class": "GPTNeoXTokenizerFast"}, {}),
+    "CohereTokenizerFast": ("lines", {"tokenizer_class": "CohereTokenizerFast"}, {}),
     "gpt2": ("words", {}, {"model_type": "gpt2"}),
     "gptj": ("words", {}, {"model_type": "gptj"}),
     "qwen2": ("lines", {}, {"model_type": "qwen2"}),
@@ -139,7 +144,7 @@ def test_the_cases_are_told_apart(words, lines, tmp_path_factory):
         return tuple(i for text in TEXTS for i in tokenizer.encode(text, add_special_tokens=False))
 
     names = ("WhisperTokenizer", "Qwen2Tokenizer", "Qwen3_5Tokenizer", "GPTNeoXTokenizer")
-    assert len({ids(lines, name) for name in names}) == 4
+    assert len({ids(lines, name) for name in (*names, "CohereTokenizer")}) == 5
     assert ids(words, "GPT2Tokenizer") != ids(words, "Qwen2Tokenizer")
 
 
@@ -173,6 +178,32 @@ def test_code_models_cut_digits(words, tmp_path, model_type, named):
     for text in TEXTS:
         assert ours.encode(text) == theirs.encode(text)
         assert ours.decode(ours.encode(text), skip_special_tokens=False) == text
+
+
+@pytest.mark.parametrize("named", [None, "PreTrainedTokenizerFast"])
+def test_falcon(lines, tmp_path, named):
+    """Punctuation apart, then GPT-2's pattern, then numbers in threes, as its tokenizer.json says."""
+    folder = said(lines, tmp_path, {"tokenizer_class": named}, {"model_type": "falcon"})
+    vocab, merges = models.BPE.read_file(str(lines / "vocab.json"), str(lines / "merges.txt"))
+    library = tokenizers.Tokenizer(models.BPE(vocab, merges))
+    steps = [
+        {"type": "Punctuation", "behavior": "Contiguous"},
+        {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
+        {"type": "Digits", "individual_digits": False},
+        {"type": "Split", "pattern": {"Regex": "[0-9][0-9][0-9]"}, "behavior": "Isolated"},
+    ]
+    parts = json.loads(library.to_str())
+    parts["pre_tokenizer"] = {
+        "type": "Sequence",
+        "pretokenizers": [
+            step | {"invert": False} if "pattern" in step else step for step in steps
+        ],
+    }
+    theirs = tokenizers.Tokenizer.from_str(json.dumps(parts))
+    ours = open_tokenizer(folder)
+    for text in TEXTS:
+        if "<|endoftext|>" not in text:
+            assert ours.encode(text) == theirs.encode(text).ids
 
 
 def test_llama_3(lines, tmp_path):

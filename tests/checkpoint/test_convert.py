@@ -153,7 +153,14 @@ def test_other_shared_names_keep_the_first(tmp_path: Path) -> None:
 def test_copies_what_lies_beside_the_weights(tmp_path: Path) -> None:
     source, target = tmp_path / "in", tmp_path / "out"
     put(source, {"tie_word_embeddings": True})
-    for name in ("tokenizer.json", "chat.jinja", "spiece.model", "merges.txt", "README.md"):
+    for name in (
+        "tokenizer.json",
+        "chat.jinja",
+        "spiece.model",
+        "merges.txt",
+        "qwen.tiktoken",
+        "README.md",
+    ):
         (source / name).write_text(name)
     (source / "pytorch_model.bin.index.json").write_text("{}")
     (source / "notes.py").write_text("")
@@ -165,6 +172,7 @@ def test_copies_what_lies_beside_the_weights(tmp_path: Path) -> None:
         "config.json",
         "merges.txt",
         "model.safetensors",
+        "qwen.tiktoken",
         "spiece.model",
         "tokenizer.json",
     ]

@@ -256,12 +256,27 @@ def test_special_tokens_of_tekken(mistral, tmp_path):
     assert tokenizer.pad_token_id is None
 
 
+def test_a_token_with_the_text_of_a_special_token(tmp_path):
+    """The text is the special token, and both ids have their text."""
+    content = tekken(num_special=4)
+    number = len(content["vocab"]) - 2
+    content["vocab"][number]["token_bytes"] = base64.b64encode(b"<s>").decode()
+    write(tmp_path, "tekken.json", content)
+    tokenizer = open_tokenizer(tmp_path)
+    assert tokenizer.encode("a<s>b") == [1, RANKS[b"a"] + 4, 1, RANKS[b"b"] + 4]
+    assert tokenizer.token_bytes(number + 4) == b"<s>"
+    assert tokenizer.decode([number + 4, 1]) == "<s>"
+    assert tokenizer.decode([number + 4, 1], skip_special_tokens=False) == "<s><s>"
+    assert tokenizer.special_token_ids == {0, 1, 2, 3}
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         ({}, "not as Mistral writes"),
         ([], "not as Mistral writes"),
         (tekken(vocab=[{"rank": 0}]), "not as Mistral writes"),
+        (tekken(config={**tekken()["config"], "pattern": "("}), "not as Mistral writes.*pattern"),
         (tekken(vocab=[]), f"has 0 different tokens of the {len(RANKS)}"),
     ],
 )

@@ -183,6 +183,7 @@ SHAPES = {
     "post": replace(SMALL, norm_placement="post"),
     "sandwich": replace(SMALL, norm_placement="sandwich"),
     "parallel": replace(SMALL, norm_placement="parallel"),
+    "shared": replace(SMALL, norm_placement="shared", norm=Norm(kind="layer", eps=1e-5)),
     "learned positions": replace(SMALL, has_learned_positions=True),
 }
 

@@ -1122,3 +1122,11 @@ def test_stacked_experts_are_read_in_either_order(
         original, again = (load_file(path / "model.safetensors") for path in (folder, saved))
         assert original.keys() == again.keys()
         assert all(torch.equal(original[name], again[name]) for name in original)
+
+
+def test_layers_that_guess_ahead_are_left_out(built: Callable[[str], Built]) -> None:
+    loaded = load_decoder(open_checkpoint(built("mimo").folder), dtype="float32")
+    num_bytes = 4 * (64 * 128 + 64)
+    assert loaded.report.notes[0] == (
+        f"left out: the layers that guess tokens ahead, 2 tensors of {num_bytes:,} bytes"
+    )

@@ -50,7 +50,10 @@ class Cuts:
     """Each match is a stretch; None for the pattern of GPT-2."""
     composes: bool = False
     """Unicode's NFC comes first."""
-    splits_digits: bool = False
+    before: tuple[pre_tokenizers.PreTokenizer, ...] = ()
+    """Cuts that come before the pattern."""
+    after: tuple[pre_tokenizers.PreTokenizer, ...] = ()
+    """Cuts of what is written in the alphabet of bytes already."""
     takes_whole: bool = False
     """A stretch that is a token is that token, whatever its merges would give."""
     names: Mapping[str, str] = field(default_factory=dict)
@@ -58,15 +61,15 @@ class Cuts:
     begins_with: tuple[str, ...] = ()
     """Tokens that the class puts before a text."""
     ends_with: tuple[str, ...] = ()
+    hidden: Mapping[int, bytes] = field(default_factory=dict)
+    """Tokens that no text becomes, for their text is a special token's; they are only decoded."""
 
     def library(self, vocabulary: BPE, *, adds_prefix_space: bool) -> tokenizers.Tokenizer:
         """A tokenizer of the library with these cuts."""
         library = tokenizers.Tokenizer(vocabulary)
         if self.composes:
             library.normalizer = normalizers.NFC()
-        cuts: list[pre_tokenizers.PreTokenizer] = []
-        if self.splits_digits:
-            cuts.append(pre_tokenizers.Digits(individual_digits=True))
+        cuts = list(self.before)
         if self.pattern is not None:
             cuts.append(pre_tokenizers.Split(Regex(self.pattern), "isolated"))
         cuts.append(
@@ -74,7 +77,7 @@ class Cuts:
                 add_prefix_space=adds_prefix_space, use_regex=self.pattern is None
             )
         )
-        library.pre_tokenizer = pre_tokenizers.Sequence(cuts)
+        library.pre_tokenizer = pre_tokenizers.Sequence([*cuts, *self.after])
         library.decoder = decoders.ByteLevel()
         return library
 
@@ -98,6 +101,7 @@ class Cuts:
             )
 
 
+_EACH_DIGIT = pre_tokenizers.Digits(individual_digits=True)
 _GPT2_NAMES = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
 LLAMA3_BOS = "<|begin_of_text|>"
 
@@ -120,7 +124,7 @@ STARCODER = Cuts(
     model_types=("gpt_bigcode", "starcoder2", "granite", "granitemoe"),
     overrules_class=True,
     may_be_only_named=True,
-    splits_digits=True,
+    before=(_EACH_DIGIT,),
     names=_GPT2_NAMES,
 )
 GPT_NEOX = Cuts(
@@ -133,7 +137,18 @@ GPT_NEOX = Cuts(
 QWEN2 = Cuts(
     title="Qwen2",
     classes=("Qwen2Tokenizer", "QWenTokenizer"),
-    model_types=("qwen", "qwen2", "qwen2_moe", "qwen2_vl", "qwen2_5_vl", "qwen3", "qwen3_moe"),
+    model_types=(
+        "qwen",
+        "qwen2",
+        "qwen2_moe",
+        "qwen2_vl",
+        "qwen2_5_vl",
+        "qwen3",
+        "qwen3_moe",
+        "qwen3_vl",
+        "qwen3_vl_moe",
+        "qwen3_next",
+    ),
     composes=True,
     pattern=rf"{_WORDS}|\p{{N}}|{_REST}",
     names={"eos_token": END_OF_TEXT, "pad_token": END_OF_TEXT},
@@ -146,6 +161,29 @@ QWEN3_5 = Cuts(
     composes=True,
     pattern=rf"{_MARKED_WORDS}|\p{{N}}|{_MARKED_REST}",
     names={"eos_token": END_OF_TEXT, "pad_token": END_OF_TEXT},
+)
+FALCON = Cuts(
+    title="Falcon",
+    model_types=("falcon",),
+    before=(pre_tokenizers.Punctuation("contiguous"),),
+    after=(
+        pre_tokenizers.Digits(individual_digits=False),
+        pre_tokenizers.Split(Regex("[0-9][0-9][0-9]"), "isolated"),
+    ),
+    names={"eos_token": END_OF_TEXT},
+)
+COHERE = Cuts(
+    title="Command R",
+    classes=("CohereTokenizer",),
+    model_types=("cohere", "cohere2"),
+    composes=True,
+    before=(_EACH_DIGIT,),
+    names={
+        "bos_token": "<BOS_TOKEN>",
+        "eos_token": "<|END_OF_TURN_TOKEN|>",
+        "unk_token": "<UNK>",
+        "pad_token": "<PAD>",
+    },
 )
 LLAMA3 = Cuts(
     title="Llama 3",
@@ -161,7 +199,7 @@ GLM4 = Cuts(
     names={"eos_token": END_OF_TEXT, "pad_token": END_OF_TEXT},
     begins_with=("[gMASK]", "<sop>"),
 )
-TABLE = (GPT2, WHISPER, STARCODER, GPT_NEOX, QWEN2, QWEN3_5, LLAMA3, GLM4)
+TABLE = (GPT2, WHISPER, STARCODER, GPT_NEOX, QWEN2, QWEN3_5, FALCON, COHERE, LLAMA3, GLM4)
 
 
 def find_cuts(path: Path, settings: TokenizerConfig) -> Cuts:

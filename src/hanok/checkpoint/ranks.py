@@ -73,7 +73,7 @@ def read_tiktoken(path: Path, settings: TokenizerConfig) -> tuple[tokenizers.Tok
                     "the file again"
                 ) from error
     cuts, special = _of_tiktoken(path, len(ranks), settings)
-    return _library(path, cuts, ranks, special, settings), cuts
+    return _library(path, cuts, ranks, special, settings)
 
 
 def _of_tiktoken(
@@ -120,7 +120,7 @@ def read_tekken(path: Path, settings: TokenizerConfig) -> tuple[tokenizers.Token
         special = {names.get(rank, text): rank for text, rank in special.items()}
         cuts = Cuts(
             title="Tekken",
-            pattern=str(config["pattern"]),
+            pattern=_checked_pattern(config["pattern"]),
             takes_whole=True,
             names={
                 name: text
@@ -143,7 +143,16 @@ def read_tekken(path: Path, settings: TokenizerConfig) -> tuple[tokenizers.Token
             f"{path} has {len(ranks):,} different tokens of the {num_ranks:,} that its config says; "
             "fetch the file again"
         )
-    return _library(path, cuts, ranks, special, settings), cuts
+    return _library(path, cuts, ranks, special, settings)
+
+
+def _checked_pattern(pattern: str) -> str:
+    try:
+        tokenizers.Regex(pattern)
+    except Exception as error:
+        # The library raises the bare Exception.
+        raise ValueError(f"pattern {pattern!r}: {error}") from error
+    return pattern
 
 
 def _library(
@@ -152,17 +161,21 @@ def _library(
     ranks: Mapping[bytes, int],
     special: Mapping[str, int],
     settings: TokenizerConfig,
-) -> tokenizers.Tokenizer:
+) -> tuple[tokenizers.Tokenizer, Cuts]:
     missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
     if missing:
         raise CheckpointError(
             f"{path} has no token for the byte {missing[0]}, so not every text can be written with it; "
             "fetch the file again"
         )
+    # Where a special token has the text of a token of bytes, the text is the special token.
+    hidden = {ranks[text.encode()]: text.encode() for text in special if text.encode() in ranks}
+    seen = {token: token_id for token, token_id in ranks.items() if token_id not in hidden}
     letters = {byte: letter for letter, byte in byte_alphabet().items()}
-    spelled = {token: "".join(map(letters.__getitem__, token)) for token in ranks}
-    vocabulary = {spelled[token]: token_id for token, token_id in ranks.items()}
+    spelled = {token: "".join(map(letters.__getitem__, token)) for token in seen}
+    vocabulary = {spelled[token]: token_id for token, token_id in seen.items()}
     owners = {token_id: text for text, token_id in vocabulary.items()}
+    owners |= {token_id: repr(token) for token_id, token in hidden.items()}
     added = [(token.text, token.token_id) for token in settings.added if token.token_id is not None]
     for text, token_id in (*special.items(), *added):
         owner, other_id = owners.setdefault(token_id, text), vocabulary.setdefault(text, token_id)
@@ -172,12 +185,12 @@ def _library(
                 f"another file says that {text!r} is {token_id}: files of different models; fetch "
                 "the tokenizer files again"
             )
-    model = BPE(vocabulary, list(_pairs(ranks, spelled)), ignore_merges=True)
+    model = BPE(vocabulary, list(_pairs(seen, spelled)), ignore_merges=True)
     library = cuts.library(model, adds_prefix_space=False)
     library.add_special_tokens(
         [tokenizers.AddedToken(text, normalized=False, special=True) for text in special]
     )
-    return library
+    return library, replace(cuts, hidden=hidden)
 
 
 def _pairs(ranks: Mapping[bytes, int], spelled: Mapping[bytes, str]) -> Iterator[tuple[str, str]]:

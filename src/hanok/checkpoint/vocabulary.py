@@ -118,6 +118,9 @@ class LibraryVocabulary:
         texts = {token.content: token_id for token_id, token in added.items()}
         misread = _misread(texts, parts["model"], self._alphabet) if "ByteLevel" in kinds else ()
         self._misread = {texts[text]: text.encode() for text in misread}
+        if cuts is not None:
+            self._misread |= cuts.hidden
+            self._spellings |= {i: data.decode() for i, data in cuts.hidden.items()}
         self.bound = library_bound(parts, self.ids, self._alphabet)
         candidates = (
             token_id

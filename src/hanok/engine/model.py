@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeGuard, Unpack, overload
+from typing import TYPE_CHECKING, Any, Unpack, overload
 
 import torch
 from torch import Tensor
@@ -28,7 +28,9 @@ from hanok.engine.generate import generate
 from hanok.engine.params import (
     SamplingOptions,
     SamplingParams,
+    end_ids_of,
     from_generation_config,
+    is_token,
     unsupported_defaults,
 )
 from hanok.engine.pipeline import Pipeline
@@ -145,7 +147,16 @@ class Model:
         self.config: ModelConfig = loaded.decoder.config
         self.tokenizer = tokenizer
         self.report: LoadReport = loaded.report
-        self.end_ids, end_notes = _end_ids(checkpoint, tokenizer, self.config.vocab_size)
+        text_config = checkpoint.config.get("text_config")  # of a model that sees as well
+        self.end_ids, end_notes = end_ids_of(
+            {
+                "generation_config.json": checkpoint.generation_config,
+                "config.json": checkpoint.config,
+                "config.json's text_config": text_config if isinstance(text_config, Mapping) else {},
+            },
+            tokenizer.eos_token_id if tokenizer is not None else None,
+            self.config.vocab_size,
+        )
         self.notes: tuple[str, ...] = (
             *loaded.report.notes,
             *unsupported_defaults(checkpoint.generation_config, self.config.max_context_tokens),
@@ -431,7 +442,7 @@ class Model:
         return self.tokenizer
 
     def _checked_id(self, token: Any) -> int:
-        if not _is_token(token, self.config.vocab_size):
+        if not is_token(token, self.config.vocab_size):
             raise RequestError(
                 f"{token!r} is not a token id; this model's are 0 to {self.config.vocab_size - 1}. "
                 "A prompt is a text, token ids, or messages with role and content."
@@ -551,41 +562,6 @@ def _tokenizer_of(checkpoint: Checkpoint) -> "Tokenizer | None":
     from hanok.checkpoint.tokenizer import open_tokenizer
 
     return open_tokenizer(checkpoint.folder)
-
-
-def _end_ids(
-    checkpoint: Checkpoint, tokenizer: "Tokenizer | None", vocab_size: int
-) -> tuple[frozenset[int], tuple[str, ...]]:
-    """Return the end tokens: generation_config.json's, else config.json's, else the tokenizer's.
-
-    A model that sees as well may say them in the part of its config that is about text. With notes of
-    those that the model does not have, which are as if they were not there.
-    """
-    notes: list[str] = []
-    text_config = checkpoint.config.get("text_config")
-    files = {
-        "generation_config.json": checkpoint.generation_config,
-        "config.json": checkpoint.config,
-        "config.json's text_config": text_config if isinstance(text_config, Mapping) else {},
-    }
-    for file, values in files.items():
-        given = values.get("eos_token_id")
-        listed = given if isinstance(given, list) else [given]
-        known = {token for token in listed if _is_token(token, vocab_size)}
-        notes += (
-            f"{file} names {token!r} as an end token, which this model does not have (its tokens are 0 "
-            f"to {vocab_size - 1}): it ends nothing"
-            for token in listed
-            if token is not None and not _is_token(token, vocab_size)
-        )
-        if known or given == []:
-            return frozenset(known), tuple(notes)
-    found = tokenizer.eos_token_id if tokenizer is not None else None
-    return frozenset([found] if _is_token(found, vocab_size) else []), tuple(notes)
-
-
-def _is_token(value: object, vocab_size: int) -> TypeGuard[int]:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < vocab_size
 
 
 def _as_list(prompt: Prompt | Sequence[Prompt]) -> tuple[list[Prompt], bool]:

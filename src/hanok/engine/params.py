@@ -6,7 +6,7 @@ Imports no torch, so that the command line can list the options with their help.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from hashlib import sha256
-from typing import Any, TypedDict
+from typing import Any, TypedDict, TypeGuard
 
 from hanok.errors import OptionError
 from hanok.registry import nearest_first
@@ -142,7 +142,7 @@ class SamplingParams:
     def check_ids(self, vocab_size: int) -> None:
         """Raise OptionError where an option names a token that a vocabulary of this size lacks."""
         for name in ("logit_bias", "stop_token_ids", "spelled_token_ids"):
-            wrong = [token for token in getattr(self, name) if not 0 <= token < vocab_size]
+            wrong = [token for token in getattr(self, name) if not is_token(token, vocab_size)]
             if wrong:
                 raise OptionError(
                     f"{name} names token {wrong[0]}; this model's tokens are 0 to {vocab_size - 1}."
@@ -240,6 +240,34 @@ def _objection(name: str, value: Any) -> str:
     except OptionError as error:
         return str(error)
     return ""
+
+
+def end_ids_of(
+    files: Mapping[str, Mapping[str, Any]], last: int | None, vocab_size: int
+) -> tuple[frozenset[int], tuple[str, ...]]:
+    """Return the end tokens of the first file that names any, else `last`, the tokenizer's own.
+
+    With notes of those that a model of `vocab_size` tokens does not have: they are as if not there.
+    """
+    notes: list[str] = []
+    for file, values in files.items():
+        given = values.get("eos_token_id")
+        listed = given if isinstance(given, list) else [given]
+        known = frozenset(token for token in listed if is_token(token, vocab_size))
+        notes += (
+            f"{file} names {token!r} as an end token, which this model does not have (its tokens are 0 "
+            f"to {vocab_size - 1}): it ends nothing"
+            for token in listed
+            if token is not None and not is_token(token, vocab_size)
+        )
+        if known or given == []:
+            return known, tuple(notes)
+    return frozenset([last] if is_token(last, vocab_size) else []), tuple(notes)
+
+
+def is_token(value: object, vocab_size: int) -> TypeGuard[int]:
+    """Return whether a value is a token id of a vocabulary of this size."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < vocab_size
 
 
 def _is_like(value: Any, default: Any, name: str) -> bool:

@@ -35,7 +35,7 @@ _VISION_KEYS = (
     " vision_feature_layer vision_feature_select_strategy spatial_merge_size image_seq_length"
     " ignore_index mm_tokens_per_image boi_token_index eoi_token_index boi_token_id eoi_token_id"
     " image_grid_pinpoints video_token_index vision_aspect_ratio downsample_ratio"
-    " img_start_id video_start_id"
+    " img_start_id video_start_id use_image_newline_parameter"
 ).split()
 
 

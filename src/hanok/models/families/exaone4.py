@@ -16,6 +16,7 @@ def read_config(keys: Keys) -> ModelConfig:
     config = llama_config(keys, default_eps=1e-5)
     keys.demand("reorder_qk_norm", True)
     keys.ignore("max_window_layers", "num_kv_heads")
+    keys.ignore("num_nextn_predict_layers", "mtp_loss_scaling_factor", "mtp_share_layers")
     window = keys.whole_or_none("sliding_window", 4096)
     default = ["full_attention"] * config.num_layers
     if window:

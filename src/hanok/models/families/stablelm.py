@@ -11,8 +11,8 @@ def read_config(keys: Keys) -> ModelConfig:
     """Read a StableLM config.json."""
     head_dim = keys.whole("hidden_size") // keys.whole("num_attention_heads")
     config = llama_config(keys, rope=keys.rope(head_dim, default_partial=0.25))
-    keys.ignore("hidden_dropout", "norm_eps")
     keys.demand("qk_layernorm", False)
+    keys.demand("rotary_scaling_factor", 1.0)
     is_parallel = keys.flag("use_parallel_residual", False)
     return replace(
         config,
