@@ -1,5 +1,6 @@
 """What is written aside: complete or not there, and never left for ever."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -7,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 import torch
@@ -14,6 +16,8 @@ import torch
 from hanok.checkpoint.aside import Batch, folder_aside, remove_leftovers
 from hanok.checkpoint.convert import convert
 from hanok.checkpoint.files import open_checkpoint
+from hanok.checkpoint.writer import write_bytes
+from hanok.errors import CheckpointError
 
 WRITERS = {
     "file": (
@@ -118,3 +122,39 @@ def test_a_conversion_killed_while_reading_back_is_not_done(tmp_path: Path) -> N
     os.close(os.open(tmp_path / ".model.safetensors.00000000.partial", os.O_CREAT))
     assert convert(tmp_path).already_done
     assert names(tmp_path) == ["model.safetensors", "pytorch_model.bin"]
+
+
+def interrupt(file: BinaryIO) -> None:
+    file.write(b"half")
+    raise KeyboardInterrupt
+
+
+def test_an_error_is_told_and_leaves_nothing_though_closing_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    created = Batch._created
+
+    class Full:
+        """A file on a full disk: what is buffered cannot be written, not even by closing it."""
+
+        def __init__(self, batch: Batch, path: Path) -> None:
+            self._file = created(batch, path)
+            batch._files[-1] = self  # type: ignore[call-overload]
+
+        def write(self, data: bytes) -> int:
+            return len(data)
+
+        def flush(self) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        def close(self) -> None:
+            self._file.close()
+            self.flush()
+
+    monkeypatch.setattr(Batch, "_created", lambda batch, path: Full(batch, path))
+    with pytest.raises(KeyboardInterrupt), Batch() as batch, batch.open(tmp_path / "a") as file:
+        interrupt(file)
+    assert names(tmp_path) == []
+    with pytest.raises(CheckpointError, match=r"cannot be written: .*No space left"):
+        write_bytes(tmp_path / "a", b"whole")
+    assert names(tmp_path) == []

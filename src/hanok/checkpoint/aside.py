@@ -45,7 +45,9 @@ class Batch:
         for temporary in self._waiting.values():
             temporary.unlink(missing_ok=True)
         for file in self._files:
-            file.close()
+            # What got its name was flushed; the rest may not fit on the disk, and is gone.
+            with suppress(OSError):
+                file.close()
 
     @property
     def waiting(self) -> Mapping[Path, Path]:
