@@ -581,7 +581,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "vocab_size": 50432,
     },
 }
-# What the hub says of their files, and for some the sum of the index.
+# Tied heads counted once: what transformers counts, and for EXAONE what its sizes add up to.
 PARAMETERS = {
     "EXAONE-3.0-7.8B": 7_818_448_896,
     "EXAONE-3.5-2.4B": 2_405_327_360,

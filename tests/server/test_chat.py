@@ -21,7 +21,7 @@ class Spelled:
     """A tokenizer that shows what the template would see."""
 
     bos_token_id = None
-    special_token_ids = frozenset({5, 6})
+    special_token_ids = frozenset({5, 6, 8})
 
     def __init__(self, ending: str = "") -> None:
         self._ending = ending
@@ -36,7 +36,7 @@ class Spelled:
         return 1
 
     def token_to_id(self, text: str) -> int | None:
-        return {"[TOOL_CALLS]": 5, "<tool_call>": 7}.get(text)
+        return {"[TOOL_CALLS]": 5, "<tool_call>": 7, "<think>": 8}.get(text)
 
 
 def talk(ending: str = "", **body: Any) -> Conversation:
@@ -65,7 +65,8 @@ def test_what_is_read_of_an_answer() -> None:
 
 
 def test_special_tokens_that_are_read_are_spelled_out() -> None:
-    assert talk().spelled_token_ids == (5,)
+    assert talk().spelled_token_ids == (8,)
+    assert talk(tools=TOOLS).spelled_token_ids == (5, 8)
     assert talk(separate_reasoning=False).spelled_token_ids == ()
     assert talk(separate_reasoning=False, tools=TOOLS).spelled_token_ids == (5,)
 

@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import asynccontextmanager
 from typing import Annotated, Any, Literal
 
+import anthropic
 import openai
 import pydantic
 import pytest
@@ -20,7 +21,9 @@ from langchain_core.messages import HumanMessage
 from langchain_core.tools import tool
 from langchain_openai import ChatOpenAI
 from pydantic_ai import Agent, NativeOutput, PromptedOutput
-from pydantic_ai.models.openai import OpenAIChatModel
+from pydantic_ai.models.anthropic import AnthropicModel
+from pydantic_ai.models.openai import OpenAIChatModel, OpenAIResponsesModel
+from pydantic_ai.providers.anthropic import AnthropicProvider
 from pydantic_ai.providers.openai import OpenAIProvider
 from tests.server.conftest import LocalServer
 from tests.server.scripted import scripted_server
@@ -407,6 +410,11 @@ def litellm() -> Iterator[Any]:
         yield litellm
 
 
+# Pydantic's word on litellm's own types, when they are first used:
+AS_IT_IS = pytest.mark.filterwarnings("ignore:Items? '.*' on TypedDict class:UserWarning")
+
+
+@AS_IT_IS
 @pytest.mark.parametrize("provider", ["openai", "hosted_vllm", "text-completion-openai"])
 def test_litellm_chats(scripted: LocalServer, litellm: Any, provider: str) -> None:
     options = {
@@ -433,8 +441,7 @@ def test_litellm_chats(scripted: LocalServer, litellm: Any, provider: str) -> No
     assert is_forced(json.loads(found.choices[0].message.content))
 
 
-# The router's own types, when they are imported:
-@pytest.mark.filterwarnings("ignore:Items .* on TypedDict class 'CooldownCacheValue':UserWarning")
+@AS_IT_IS
 @pytest.mark.parametrize("provider", ["openai", "hosted_vllm"])
 def test_litellm_falls_back_to_a_larger_context(
     scripted: LocalServer, small: LocalServer, litellm: Any, provider: str
@@ -454,3 +461,162 @@ def test_litellm_falls_back_to_a_larger_context(
     )
     found = router.completion(model="small", messages=asks(LONG), temperature=0)
     assert found.choices[0].message.content == "".join(GREETING)
+
+
+# OpenAI's Responses
+
+
+def test_openai_responds(sdk: openai.OpenAI) -> None:
+    options: Any = {"model": "scripted", "temperature": 0}
+    found = sdk.responses.create(input="Hello", **options)
+    assert (found.output_text, found.status) == ("".join(GREETING), "completed")
+    with sdk.responses.stream(input="Hello", **options) as stream:
+        deltas = [event.delta for event in stream if event.type == "response.output_text.delta"]
+        whole = stream.get_final_response()
+    assert deltas == GREETING
+    assert whole.output_text == "".join(GREETING)
+    parsed = sdk.responses.parse(input="Who was first?", text_format=Person, **options)
+    assert is_forced(parsed.output_parsed)
+    with sdk.responses.stream(input="Who was first?", text_format=Person, **options) as stream:
+        stream.until_done()
+        assert is_forced(stream.get_final_response().output_parsed)
+
+
+def test_openai_goes_on_with_what_responded(sdk: openai.OpenAI) -> None:
+    options: Any = {
+        "model": "scripted",
+        "temperature": 0,
+        "tools": [{"type": "function", "strict": False, **WEATHER["function"]}],
+    }
+    asked: Any = [{"role": "user", "content": "Tell me the weather in Seoul?"}]
+    whole = sdk.responses.create(input=asked, **options)
+    with sdk.responses.stream(input=asked, **options) as stream:
+        stream.until_done()
+        streamed = stream.get_final_response()
+    for found in (whole, streamed):
+        message, call = found.output
+        assert message.type == "message"
+        assert call.type == "function_call"
+        assert (call.name, json.loads(call.arguments)) == ("get_weather", {"city": "Seoul"})
+        result = {
+            "type": "function_call_output",
+            "call_id": call.call_id,
+            "output": "rain, 12 degrees",
+        }
+        answer = sdk.responses.create(input=[*asked, *found.output, result], **options)
+        assert answer.output_text == "It rains."
+
+
+@AS_IT_IS
+def test_agents_respond(scripted: LocalServer, litellm: Any) -> None:
+    chat = chat_model(scripted, use_responses_api=True)
+    assert chat.invoke("Hello").text == "".join(GREETING)
+    assert "".join(part.text for part in chat.stream("Hello")) == "".join(GREETING)
+    assert is_forced(chat.with_structured_output(Person).invoke("Who was first?"))
+    options = {"api_base": f"{scripted.url}/v1", "api_key": "k", "temperature": 0}
+    found = litellm.responses(model="openai/scripted", input="Hello", **options)
+    assert found.output[0].content[0].text == "".join(GREETING)
+
+    async def main() -> None:
+        async with openai.AsyncOpenAI(base_url=f"{scripted.url}/v1", api_key="k") as client:
+            provider = OpenAIProvider(openai_client=client)
+            model = OpenAIResponsesModel("scripted", provider=provider, settings={"temperature": 0})
+            assert (await Agent(model).run("Hello")).output == "".join(GREETING)
+            by_tool = Agent(model, output_type=Person)
+            assert is_forced((await by_tool.run("Who, at last?")).output)
+
+    asyncio.run(main())
+
+
+# Anthropic's Messages
+
+
+@pytest.fixture
+def claude(scripted: LocalServer) -> Iterator[anthropic.Anthropic]:
+    with anthropic.Anthropic(base_url=scripted.url, api_key="k", max_retries=0) as found:
+        yield found
+
+
+TOOL: Any = {
+    "name": "get_weather",
+    "description": "The weather in a city.",
+    "input_schema": WEATHER["function"]["parameters"],
+}
+
+
+def test_anthropic_answers(claude: anthropic.Anthropic) -> None:
+    options: Any = {
+        "model": "scripted",
+        "max_tokens": 40,
+        "messages": asks("Hello"),
+    }
+    found = claude.messages.create(system="Be kind. ", **options)
+    (block,) = found.content
+    assert block.type == "text"
+    assert (block.text, found.stop_reason) == ("".join(GREETING), "end_turn")
+    with claude.messages.stream(**options) as stream:
+        assert list(stream.text_stream) == GREETING
+        assert stream.get_final_message().usage.output_tokens == found.usage.output_tokens
+    count = claude.messages.count_tokens(
+        model="scripted", messages=asks("Hello"), system="Be kind. "
+    )
+    assert count.input_tokens == found.usage.input_tokens + (
+        found.usage.cache_read_input_tokens or 0
+    )
+    cut = claude.messages.create(**options | {"max_tokens": 2})
+    assert cut.stop_reason == "max_tokens"
+
+
+def test_anthropic_calls_tools(claude: anthropic.Anthropic) -> None:
+    asked = asks("Tell me the weather in Seoul?")
+    options: Any = {"model": "scripted", "max_tokens": 40, "tools": [TOOL]}
+    whole = claude.messages.create(messages=asked, **options)
+    with claude.messages.stream(messages=asked, **options) as stream:
+        streamed = stream.get_final_message()
+    for found in (whole, streamed):
+        assert found.stop_reason == "tool_use"
+        text, call = found.content
+        assert (text.type, call.type) == ("text", "tool_use")
+        assert (call.name, call.input) == ("get_weather", {"city": "Seoul"})
+        result = {"type": "tool_result", "tool_use_id": call.id, "content": "rain, 12 degrees"}
+        messages = [
+            *asked,
+            {"role": "assistant", "content": found.content},
+            {"role": "user", "content": [result]},
+        ]
+        answer = claude.messages.create(messages=messages, **options)
+        assert [block.text for block in answer.content] == ["It rains."]
+    forced = claude.messages.create(messages=asks("Hello"), **options, tool_choice={"type": "any"})
+    assert [block.type for block in forced.content] == ["tool_use"]
+
+
+def test_anthropic_knows_what_went_wrong(claude: anthropic.Anthropic, small: LocalServer) -> None:
+    with pytest.raises(anthropic.NotFoundError, match="does not exist"):
+        claude.messages.create(model="other", max_tokens=4, messages=asks("Hello"))
+    with (
+        anthropic.Anthropic(base_url=small.url, api_key="k", max_retries=0) as other,
+        pytest.raises(anthropic.BadRequestError, match=r"too long|context"),
+    ):
+        other.messages.create(model="scripted", max_tokens=4, messages=asks(LONG))
+
+
+@AS_IT_IS
+def test_agents_speak_anthropics(scripted: LocalServer, litellm: Any) -> None:
+    found = litellm.completion(
+        model="anthropic/scripted",
+        api_base=scripted.url,
+        api_key="k",
+        messages=asks("Hello"),
+        temperature=0,
+    )
+    assert found.choices[0].message.content == "".join(GREETING)
+
+    async def main() -> None:
+        async with anthropic.AsyncAnthropic(base_url=scripted.url, api_key="k") as client:
+            provider = AnthropicProvider(anthropic_client=client)
+            model = AnthropicModel("scripted", provider=provider, settings={"temperature": 0})
+            assert (await Agent(model).run("Hello")).output == "".join(GREETING)
+            by_tool = Agent(model, output_type=Person)
+            assert is_forced((await by_tool.run("Who, at last?")).output)
+
+    asyncio.run(main())

@@ -280,8 +280,8 @@ def _unknown(path: Path, why: str) -> str:
         f"{path} can be read only with the rules by which the text was cut when the vocabulary was "
         f"made, and those are not certain: {why}. Put the model's tokenizer.json into the folder, "
         "which holds its rules; where there is none, write one with transformers "
-        "(AutoTokenizer.from_pretrained(…).save_pretrained(…)). Certain is the tokenizer_class "
-        f"{classes}"
+        "(AutoTokenizer.from_pretrained(…).save_pretrained(…)). Known rules are those of the "
+        f"tokenizer_class {classes}; tokenizer_config.json says which it is"
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from hanok.checkpoint.tokenizer import Tokenizer
 from hanok.engine.grammar_spec import GrammarSpec
 from hanok.errors import RequestError
-from hanok.server.answer import MARKERS, REASONING, Reads
+from hanok.server.answer import CALL_MARKERS, REASONING, REASONING_MARKERS, Reads
 from hanok.server.constraints import constraint_of
 from hanok.server.errors import ServerError, invalid
 from hanok.server.incoming import MAX_DEPTH
@@ -102,9 +102,11 @@ def _reads(body: ChatRequest, use: ToolUse, prompt: str, *, is_free: bool) -> Re
 
 
 def _spelled(tokenizer: Tokenizer, reads: Reads) -> tuple[int, ...]:
-    if not reads.functions and not reads.reasoning:
-        return ()
-    ids = (tokenizer.token_to_id(marker) for marker in MARKERS)
+    """Return the special tokens that what is read of an answer is marked with."""
+    read = REASONING_MARKERS if reads.reasoning else frozenset()
+    if reads.functions:
+        read |= CALL_MARKERS
+    ids = (tokenizer.token_to_id(marker) for marker in read)
     special = tokenizer.special_token_ids
     return tuple(sorted(token for token in ids if token is not None and token in special))
 
