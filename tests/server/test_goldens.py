@@ -512,6 +512,7 @@ MODEL = {
 def test_what_tgi_tells_beside_generating(client: httpx.Client) -> None:
     info = client.get("/info").json()
     assert differences({key: info[key] for key in INFO}, INFO, "hanok") == []
+    assert info["max_input_length"] == info["max_input_tokens"]  # TGI 1.x
     models = client.get("/v1/models").json()
     assert differences(models, {"object": "list", "data": [MODEL]}, "hanok") == []
     tokens = client.post("/tokenize", json=text()).json()

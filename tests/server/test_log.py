@@ -198,9 +198,14 @@ def test_what_is_a_fault_here_is_logged_with_its_traceback(
     def broken(*_: Any) -> None:
         raise RuntimeError("a fault of ours")
 
-    monkeypatch.setattr(type(logged.service), "submit", broken)
     body = {"inputs": "a", "parameters": {"max_new_tokens": 1}}
     with logged.client() as client:
-        assert client.post("/generate", json=body).status_code == 500
-    (record,) = [record for record in caplog.records if record.levelno >= logging.ERROR]
-    assert "a fault of ours" in LineFormatter("%(message)s").format(record)
+        with monkeypatch.context() as patch:
+            patch.setattr(type(logged.service), "submit", broken)
+            assert client.post("/generate", json=body).status_code == 500
+        monkeypatch.setattr("hanok.server.routes.tgi.token_of", broken)
+        assert "error" in client.post("/generate_stream", json=body).text
+    records = [record for record in caplog.records if record.levelno >= logging.ERROR]
+    assert len(records) == 2
+    for record in records:
+        assert "a fault of ours" in LineFormatter("%(message)s").format(record)

@@ -344,6 +344,17 @@ def test_what_is_too_much_is_refused(
     assert len(found.text) < 3000
 
 
+def test_an_answer_does_not_repeat_a_long_request(fuzzed: LocalServer) -> None:
+    role = "r" * 500_000
+    with fuzzed.client() as client:
+        found = client.post(
+            "/v1/chat/completions", json={"messages": [{"role": role, "content": "a"}]}
+        )
+    assert found.status_code == 422
+    assert len(found.content) < 5000
+    assert "characters)" in found.json()["error"]["message"]
+
+
 def test_a_text_that_cannot_fit_is_not_tokenized(
     fuzzed: LocalServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

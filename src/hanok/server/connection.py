@@ -32,10 +32,14 @@ class Connection(HttpToolsProtocol):
         self._options = options
         self._max_connections = max_connections
         self._timer: asyncio.TimerHandle | None = None
+        """Fires at `_until` or before: most requests neither make one nor cancel one."""
         self._waits_since = 0.0
+        self._until: float | None = None
+        """When the connection is closed, by the loop's clock; None while a request is answered."""
         self._refusal: ServerError | None = None
         self._is_arriving = False
         """Whether a request has begun to arrive and is not whole."""
+        self._is_in_head = False
         self._num_headers = 0
         self._head_bytes = 0
         """What came of this request beside its body."""
@@ -46,7 +50,7 @@ class Connection(HttpToolsProtocol):
     @property
     def since(self) -> float | None:
         """When it began to wait for a request, by the loop's clock; None while one is answered."""
-        return None if self._timer is None or self._is_answering() else self._waits_since
+        return None if self._until is None or self._is_answering() else self._waits_since
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Take a connection; where there are too many, close the one that waited longest."""
@@ -70,12 +74,14 @@ class Connection(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget the connection."""
-        self._cancel_timer()
+        self._until = None
+        if self._timer is not None:
+            self._timer.cancel()
         super().connection_lost(exc)
 
     def close(self) -> None:
         """Close it unless a request is answered; say so where one has begun to arrive."""
-        self._cancel_timer()
+        self._until = None
         if self.transport.is_closing() or self._is_answering():
             return  # after the answer it waits anew
         if self._is_arriving and (self.cycle is None or self.cycle.scope is not self.scope):
@@ -89,6 +95,8 @@ class Connection(HttpToolsProtocol):
         """Read what came; count what is not of a body."""
         body_bytes, self._has_begun = self._body_bytes, False
         super().data_received(data)
+        if self._has_begun and self._is_in_head:
+            self._wait(self._options.arrival_s)
         if self._has_begun or not self._is_arriving or self.transport.is_closing():
             return
         self._head_bytes += len(data) - (self._body_bytes - body_bytes)
@@ -98,9 +106,8 @@ class Connection(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         """Begin to count."""
         super().on_message_begin()
-        self._is_arriving = self._has_begun = True
+        self._is_arriving = self._is_in_head = self._has_begun = True
         self._num_headers = self._head_bytes = self._body_bytes = 0
-        self._wait(self._options.arrival_s)
 
     def on_url(self, url: bytes) -> None:
         """Take a part of the URL."""
@@ -124,7 +131,7 @@ class Connection(HttpToolsProtocol):
         if len(self.pipeline) >= MOST_PIPELINED:
             message = f"more than {MOST_PIPELINED} requests wait for an answer on this connection"
             self._stop_reading(ServerError(message, status=400))
-        self._cancel_timer()
+        self._is_in_head, self._until = False, None
         super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
@@ -155,14 +162,21 @@ class Connection(HttpToolsProtocol):
 
     def _wait(self, seconds: float) -> None:
         """Close the connection in so many seconds, unless a request has come until then."""
-        self._cancel_timer()
         self._waits_since = self.loop.time()
-        self._timer = self.loop.call_later(seconds, self.close)
-
-    def _cancel_timer(self) -> None:
-        if self._timer is not None:
+        self._until = self._waits_since + seconds
+        if self._timer is not None and self._timer.when() > self._until:
             self._timer.cancel()
             self._timer = None
+        if self._timer is None:
+            self._timer = self.loop.call_at(self._until, self._look)
+
+    def _look(self) -> None:
+        """Close the connection if it is time, or look again when it will be."""
+        self._timer = None
+        if self._until is not None and self.loop.time() < self._until:
+            self._timer = self.loop.call_at(self._until, self._look)
+        elif self._until is not None:
+            self.close()
 
     def _stop_reading(self, refusal: ServerError) -> None:
         """Leave the parser: what it raises makes uvicorn call `send_400_response`."""

@@ -24,6 +24,9 @@ OPENAI_TYPES: Mapping[int, str] = {
     431: "invalid_request_error",
 }
 
+LONGEST = 4000
+"""Characters of a message."""
+
 
 class ServerError(HanokError):
     """A request that is answered with an error.
@@ -121,14 +124,14 @@ def as_server_error(error: BaseException) -> ServerError:
 
 def flat_body(error: ServerError) -> dict[str, Any]:
     """Return an error as TGI writes it."""
-    return {"error": str(error), "error_type": error.kind}
+    return {"error": _told(error), "error_type": error.kind}
 
 
 def openai_body(error: ServerError) -> dict[str, Any]:
     """Return an error as OpenAI writes it, with TGI's type beside it."""
     return {
         "error": {
-            "message": str(error),
+            "message": _told(error),
             "type": OPENAI_TYPES.get(error.status, "server_error"),
             "param": error.parameter,
             "code": error.code,
@@ -136,3 +139,9 @@ def openai_body(error: ServerError) -> dict[str, Any]:
         },
         "error_type": error.kind,
     }
+
+
+def _told(error: ServerError) -> str:
+    """Return an error's message, without most of what it repeats of a long request."""
+    text = str(error)
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}… ({len(text):,} characters)"

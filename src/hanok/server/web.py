@@ -87,6 +87,13 @@ class Exchange:
     error: ServerError | None = None
     status: int = 0
 
+    def failed(self, error: Exception) -> ServerError:
+        """Take note of what went wrong, and return what the client is told of it."""
+        self.error = as_server_error(error)
+        if self.error.status in BUGS and not isinstance(error, ServerError):
+            LOG.error("request %s failed", self.id, exc_info=error)
+        return self.error
+
 
 def exchange_of(request: Request) -> Exchange:
     """Return the exchange that a request belongs to."""
@@ -405,12 +412,10 @@ class Gate:
             exchange.status = exchange.status or CLOSED_REQUEST
             exchange.error = ServerError("the client went away", kind="dropped", status=499)
         except Exception as error:
-            exchange.error = as_server_error(error)
-            if exchange.error.status in BUGS and not isinstance(error, ServerError):
-                LOG.exception("request %s failed", exchange.id)
+            told = exchange.failed(error)
             if exchange.status:  # the answer had begun: cutting it off is all that is left
                 raise
-            await error_response(exchange.error, exchange.path)(scope, receive, tracked)
+            await error_response(told, exchange.path)(scope, receive, tracked)
         finally:
             route = self._routes.get((scope["method"], self._declared(exchange.path)))
             self._service.ended(exchange, route)

@@ -15,7 +15,7 @@ from starlette.responses import Response
 from hanok.engine.sequence import TokenEvent
 from hanok.engine.ticket import Ticket
 from hanok.server.constraints import constraint_of
-from hanok.server.errors import as_server_error, flat_body, invalid
+from hanok.server.errors import flat_body, invalid
 from hanok.server.openai_models import CompletionRequest
 from hanok.server.openai_sampling import check, check_model, sampling_options
 from hanok.server.routes.openai import check_prompt, end_with, gapped
@@ -222,8 +222,7 @@ def _streamed(
                 async for text in found:
                     yield text
         except Exception as error:
-            exchange.error = as_server_error(error)
-            yield dumps(flat_body(exchange.error))
+            yield dumps(flat_body(exchange.failed(error)))
 
     return EventStream(
         guarded(),

@@ -20,7 +20,7 @@ from hanok.server.answer import Answer, AnswerReader, Content, Event, Reasoning
 from hanok.server.calls import CallArguments, CallBegun
 from hanok.server.chat import Conversation, conversation_of
 from hanok.server.constraints import constraint_of
-from hanok.server.errors import as_server_error, context_exceeded, invalid, openai_body
+from hanok.server.errors import context_exceeded, invalid, openai_body
 from hanok.server.openai_models import (
     ChatCompletion,
     ChatRequest,
@@ -663,8 +663,7 @@ def stream(
             if asked is not None and asked.include_usage:
                 yield dumps(common | {"choices": [], "usage": usage()})
         except Exception as error:
-            exchange.error = as_server_error(error)
-            yield dumps(openai_body(exchange.error))
+            yield dumps(openai_body(exchange.failed(error)))
         yield DONE
 
     return EventStream(

@@ -15,7 +15,7 @@ from hanok.engine.sequence import Ranked, TokenEvent
 from hanok.engine.ticket import Ticket
 from hanok.server import tgi_limits as limits
 from hanok.server.chat import conversation_of
-from hanok.server.errors import ServerError, as_server_error, flat_body, invalid
+from hanok.server.errors import ServerError, flat_body, invalid
 from hanok.server.openai_models import ChatRequest
 from hanok.server.service import Prepared, Service, give_up
 from hanok.server.tgi_models import (
@@ -239,8 +239,7 @@ async def streamed(service: Service, request: Request, asked: Asked) -> Response
                 async for text in texts:
                     yield text
         except Exception as error:
-            exchange.error = as_server_error(error)
-            yield dumps(flat_body(exchange.error))
+            yield dumps(flat_body(exchange.failed(error)))
 
     options = service.options
     return EventStream(
