@@ -291,6 +291,24 @@ def test_no_calls_are_as_if_they_were_not_there() -> None:
     assert found["templated_text"] == "user says hi;assistant says ho;user says hm;"
 
 
+def test_a_template_is_told_how_much_to_reason() -> None:
+    template = "{{ reasoning_effort }} {{ enable_thinking }}{{ messages[0].content }}"
+    asked: list[tuple[Asked, str]] = [
+        ({}, " "),
+        ({"reasoning_effort": None}, " "),
+        ({"reasoning_effort": "low"}, "low True"),
+        ({"reasoning_effort": "none"}, "none False"),
+        (
+            {"reasoning_effort": "low", "chat_template_kwargs": {"enable_thinking": False}},
+            "low False",
+        ),
+    ]
+    with scripted_server({}, template=template) as server, server.client() as wire:
+        for fields, told in asked:
+            body = {"messages": [{"role": "user", "content": "."}], **fields}
+            assert wire.post("/chat_tokenize", json=body).json()["templated_text"] == told + "."
+
+
 # Stops and ids
 
 
