@@ -17,6 +17,8 @@ Asked = dict[str, Any]
 ADA = '{"name": "Ada", "age": 36}'
 ANSWERS = {
     "who?": [ADA],
+    "which tool?": ['{"name": "find"}'],
+    "what now?": ['{"name": "time"}'],
     "which call?": ['<tool_call>{"name": "unheard_of", "arguments": {}}', "</tool_call>"],
     "marked?": ["[TOOL_CALLS]", ' [{"name": "find", "arguments": {"city": "A"}}]'],
     "numbers?": ['{"name": "find", "arguments": {"n": 1e999, "m": 1.50}}'],
@@ -109,6 +111,11 @@ def test_a_function_that_nobody_offers_is_not_called(wire: httpx.Client) -> None
     found = chat(wire, "which call?", tools=[FIND])
     assert (found["calls"], found["finish_reason"]) == ([], "stop")
     assert "unheard_of" in found["content"]
+
+
+def test_a_name_alone_is_a_call_of_what_needs_no_arguments(wire: httpx.Client) -> None:
+    assert chat(wire, "which tool?", tools=[FIND, TIME])["content"] == '{"name": "find"}'
+    assert chat(wire, "what now?", tools=[FIND, TIME])["calls"] == [("time", "{}")]
 
 
 def test_a_marker_that_is_a_special_token_is_read(wire: httpx.Client) -> None:
