@@ -16,6 +16,7 @@ import openai
 import pydantic
 import pytest
 from huggingface_hub import InferenceClient
+from huggingface_hub.errors import BadRequestError, ValidationError
 from langchain_core.exceptions import ContextOverflowError
 from langchain_core.messages import HumanMessage
 from langchain_core.tools import tool
@@ -77,6 +78,7 @@ ANSWERS = {
         "</tool_call>\n",
     ],
     "rain, 12 degrees": ["It ", "rains."],
+    "Why?": ["<think>", "Let me think.", "</think>", "Because."],
 }
 WEATHER: Any = {
     "type": "function",
@@ -255,6 +257,15 @@ def test_huggingface_hub_calls(hub: InferenceClient) -> None:
     assert json.loads("".join(item.function.arguments for item in deltas)) == {"city": "Seoul"}
 
 
+def test_huggingface_hub_knows_what_went_wrong(small: LocalServer) -> None:
+    with InferenceClient(small.url) as hub:
+        for stream in (False, True):
+            with pytest.raises(ValidationError, match=r"96|95"):
+                list(hub.text_generation(LONG, max_new_tokens=5, stream=stream))
+        with pytest.raises(BadRequestError, match="maximum context length is 96 tokens"):
+            hub.chat_completion(asks(LONG))
+
+
 # instructor
 
 
@@ -315,6 +326,22 @@ def test_pydantic_ai_answers_in_types(scripted: LocalServer) -> None:
             assert is_forced((await native.run("Who was first?")).output)
             prompted = Agent(model, output_type=PromptedOutput(Person))
             assert (await prompted.run("Who was first?")).output == ADA
+
+    asyncio.run(main())
+
+
+def test_pydantic_ai_tells_reasoning_apart(scripted: LocalServer) -> None:
+    async def main() -> None:
+        async with agents_model(scripted) as model:
+            agent = Agent(model)
+            whole = (await agent.run("Why?")).all_messages()
+            async with agent.run_stream("Why?") as stream:
+                assert [text async for text in stream.stream_text(delta=True)] == ["Because."]
+            for message in (whole[-1], stream.all_messages()[-1]):
+                parts = [(part.part_kind, part.content) for part in message.parts]
+                assert parts == [("thinking", "Let me think."), ("text", "Because.")]
+            # What was thought goes back with the history.
+            assert (await agent.run("Hello", message_history=whole)).output == "".join(GREETING)
 
     asyncio.run(main())
 

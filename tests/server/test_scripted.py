@@ -17,6 +17,8 @@ Asked = dict[str, Any]
 ADA = '{"name": "Ada", "age": 36}'
 ANSWERS = {
     "who?": [ADA],
+    "which tool?": ['{"name": "find"}'],
+    "what now?": ['{"name": "time"}'],
     "which call?": ['<tool_call>{"name": "unheard_of", "arguments": {}}', "</tool_call>"],
     "marked?": ["[TOOL_CALLS]", ' [{"name": "find", "arguments": {"city": "A"}}]'],
     "numbers?": ['{"name": "find", "arguments": {"n": 1e999, "m": 1.50}}'],
@@ -109,6 +111,11 @@ def test_a_function_that_nobody_offers_is_not_called(wire: httpx.Client) -> None
     found = chat(wire, "which call?", tools=[FIND])
     assert (found["calls"], found["finish_reason"]) == ([], "stop")
     assert "unheard_of" in found["content"]
+
+
+def test_a_name_alone_is_a_call_of_what_needs_no_arguments(wire: httpx.Client) -> None:
+    assert chat(wire, "which tool?", tools=[FIND, TIME])["content"] == '{"name": "find"}'
+    assert chat(wire, "what now?", tools=[FIND, TIME])["calls"] == [("time", "{}")]
 
 
 def test_a_marker_that_is_a_special_token_is_read(wire: httpx.Client) -> None:
@@ -289,6 +296,24 @@ def test_no_calls_are_as_if_they_were_not_there() -> None:
         messages = [{"role": "user", "content": "hi"}, spoken, {"role": "user", "content": "hm"}]
         found = wire.post("/chat_tokenize", json={"messages": messages}).json()
     assert found["templated_text"] == "user says hi;assistant says ho;user says hm;"
+
+
+def test_a_template_is_told_how_much_to_reason() -> None:
+    template = "{{ reasoning_effort }} {{ enable_thinking }}{{ messages[0].content }}"
+    asked: list[tuple[Asked, str]] = [
+        ({}, " "),
+        ({"reasoning_effort": None}, " "),
+        ({"reasoning_effort": "low"}, "low True"),
+        ({"reasoning_effort": "none"}, "none False"),
+        (
+            {"reasoning_effort": "low", "chat_template_kwargs": {"enable_thinking": False}},
+            "low False",
+        ),
+    ]
+    with scripted_server({}, template=template) as server, server.client() as wire:
+        for fields, told in asked:
+            body = {"messages": [{"role": "user", "content": "."}], **fields}
+            assert wire.post("/chat_tokenize", json=body).json()["templated_text"] == told + "."
 
 
 # Stops and ids

@@ -226,8 +226,15 @@ class CallReader:
                 break
             yield from expect(source, ",")
         if not self.is_open:
+            if not held and not is_marked:
+                self._check_needs_nothing(name)
             self._begin(name)
             self._write(held or "{}")
+
+    def _check_needs_nothing(self, name: str) -> None:
+        """Raise NotACallError for a name alone that no marker announces, if the function needs more."""
+        if _parameters_of(self._functions.get(name, {})).get("required"):
+            raise NotACallError
 
     def _string(self) -> Reading[str]:
         pieces: list[str] = []

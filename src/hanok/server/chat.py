@@ -51,7 +51,7 @@ def conversation_of(
     if use.is_forced and grammar is not None:
         raise invalid("Grammar and tools are mutually exclusive", "response_format")
     continues = _continues(body, messages)
-    variables = _variables(body.chat_template_kwargs)
+    variables = _variables(body)
 
     def rendered(shown: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> str:
         return tokenizer.render_chat(
@@ -123,12 +123,16 @@ def _continues(body: ChatRequest, messages: list[dict[str, Any]]) -> bool:
     return is_open and not last.get("tool_calls") and not body.add_generation_prompt
 
 
-def _variables(given: Mapping[str, Any] | None) -> dict[str, Any]:
+def _variables(body: ChatRequest) -> dict[str, Any]:
+    """Return what templates are told beside the messages."""
+    given, effort = body.chat_template_kwargs or {}, body.reasoning_effort
     reserved = {"messages", "tools", "documents", "add_generation_prompt"}
-    wrong = sorted(reserved & set(given or {}))
+    wrong = sorted(reserved & set(given))
     if wrong:
         raise invalid(f"`chat_template_kwargs` cannot set {wrong[0]!r}", "chat_template_kwargs")
-    return dict(given or {})
+    if effort is None:
+        return dict(given)
+    return {"reasoning_effort": effort, "enable_thinking": effort != "none", **given}
 
 
 def _message(number: int, message: Mapping[str, Any]) -> dict[str, Any]:

@@ -166,6 +166,8 @@ class ChatRequest(Sampling):
     tool_prompt: str | None = None
     parallel_tool_calls: bool | None = None
     separate_reasoning: bool | None = None
+    reasoning_effort: str | None = None
+    """Reaches the template under this name, and as `enable_thinking`, false for "none"."""
     chat_template_kwargs: dict[str, Any] | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
