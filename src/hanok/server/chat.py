@@ -137,7 +137,7 @@ def _message(number: int, message: Mapping[str, Any]) -> dict[str, Any]:
     calls = found.pop("tool_calls", None) or ([{"function": older}] if older else [])
     if not isinstance(calls, Sequence) or isinstance(calls, str):
         raise invalid(f"{place}.tool_calls must be a list of calls", place)
-    found["content"] = _content(message.get("content"), f"{place}.content")
+    found["content"] = content_text(message.get("content"), f"{place}.content")
     if role == "function":
         found |= {"role": "tool", "tool_call_id": _id_of(message.get("name"))}
     if calls:
@@ -146,7 +146,8 @@ def _message(number: int, message: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _content(content: Any, place: str) -> str:
+def content_text(content: Any, place: str) -> str:
+    """Return the text of a message, or of its parts. ServerError, which tells the place, for others."""
     if content is None:
         return ""
     if isinstance(content, str):

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 LOG = logging.getLogger("hanok.server")
 REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 CLOSED_REQUEST = 499  # for the log: the client had gone
+COMMENT = ":\n\n"
+"""A server-sent event that clients pass over."""
 
 B = TypeVar("B", bound=BaseModel)
 Handler = Callable[["Service", Request, Any], Awaitable[Response]]
@@ -173,9 +175,10 @@ class EventStream(Response):
         *,
         keep_alive_s: float,
         write_timeout_s: float,
+        keep_alive: str = COMMENT,
         headers: Mapping[str, str] | None = None,
     ) -> None:
-        """`events` are the `data` of each event."""
+        """`events` are as they are sent: see `as_event`."""
         super().__init__(
             None,
             headers={"cache-control": "no-cache", "x-accel-buffering": "no", **(headers or {})},
@@ -185,6 +188,7 @@ class EventStream(Response):
         self._events = events
         self._give_up = give_up
         self._keep_alive_s = keep_alive_s
+        self._keep_alive = keep_alive
         self._write_timeout_s = write_timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -207,17 +211,23 @@ class EventStream(Response):
     async def _send(self, send: Send) -> None:
         start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
         await send(start)
-        async with aclosing(with_keep_alive(self._events, self._keep_alive_s)) as texts:
+        kept_alive = with_keep_alive(self._events, self._keep_alive_s, self._keep_alive)
+        async with aclosing(kept_alive) as texts:
             async for text in texts:
                 message = {"type": "http.response.body", "body": text.encode(), "more_body": True}
                 await asyncio.wait_for(send(message), self._write_timeout_s)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
+def as_event(data: str, name: str = "") -> str:
+    """Return a server-sent event; `data` is one line."""
+    return f"event: {name}\ndata: {data}\n\n" if name else f"data: {data}\n\n"
+
+
 async def with_keep_alive(
-    events: AsyncGenerator[str, None], seconds: float
+    events: AsyncGenerator[str, None], seconds: float, keep_alive: str
 ) -> AsyncGenerator[str, None]:
-    """Yield events as they are written, and a comment whenever none came for some seconds.
+    """Yield events as they come, and `keep_alive` whenever none came for some seconds.
 
     `events` is closed when this is.
     """
@@ -228,10 +238,10 @@ async def with_keep_alive(
                 waiting = asyncio.ensure_future(anext(events))
             done, _ = await asyncio.wait({waiting}, timeout=seconds)
             if not done:
-                yield ":\n\n"
+                yield keep_alive
                 continue
             try:
-                yield f"data: {waiting.result()}\n\n"
+                yield waiting.result()
             except StopAsyncIteration:
                 return
             finally:

@@ -16,6 +16,7 @@ from hanok.server.openai_sampling import origins, sampling_options
 from hanok.server.routes import openai, tgi
 from hanok.server.routes.openai import prompts_of
 from hanok.server.service import Service
+from hanok.server.submission import truncated
 from hanok.server.tgi_models import Body, CompatGenerateRequest, GenerateRequest
 from hanok.server.web import Json, Route, validated
 
@@ -173,7 +174,7 @@ async def explain(service: Service, request: Request, body: ExplainRequest) -> R
         chat = validated(body.body, ChatRequest)
         talk = await service.aside(conversation_of, service.needed_tokenizer, chat)
         most = chat.max_completion_tokens or chat.max_tokens
-        ids = openai.truncated(service, talk.prompt_ids, chat.truncate_prompt_tokens, most or 1)
+        ids = truncated(service, talk.prompt_ids, chat.truncate_prompt_tokens, most or 1)
         left = service.max_total_tokens - len(ids)
         options = sampling_options(chat, model.defaults, left if most is None else most)
         params = model.defaults.updated(options)
@@ -185,7 +186,7 @@ async def explain(service: Service, request: Request, body: ExplainRequest) -> R
         most = openai.DEFAULT_COMPLETION_TOKENS if wanted is None else max(1, wanted)
         for prompt in prompts_of(service, completion):
             ids = await openai.encoded(service, completion, prompt)
-            ids = openai.truncated(service, ids, completion.truncate_prompt_tokens, most)
+            ids = truncated(service, ids, completion.truncate_prompt_tokens, most)
             prompts.append({"text": prompt if isinstance(prompt, str) else None, "token_ids": ids})
         params = model.defaults.updated(sampling_options(completion, model.defaults, most))
         return Json({"prompts": prompts, "parameters": origins(completion, params, model.defaults)})
