@@ -1,6 +1,7 @@
-"""How errors look on the wire: one body that clients of both protocols read.
+"""How errors look on the wire: as the protocol of the path that was asked has it.
 
 `error` is TGI's message on its routes, and OpenAI's object on /v1; `error_type` is TGI's on both.
+Anthropic's routes have a shape and statuses of their own.
 """
 
 from collections.abc import Mapping
@@ -19,6 +20,19 @@ OPENAI_TYPES: Mapping[int, str] = {
     422: "invalid_request_error",
     429: "rate_limit_error",
 }
+
+ANTHROPIC_STATUSES: Mapping[int, int] = {408: 504, 422: 400, 424: 500, 429: 529}
+"""Statuses of Anthropic's by ours, where they differ: 429 says there that the client asks too much."""
+ANTHROPIC_TYPES: Mapping[int, str] = {
+    401: "authentication_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    500: "api_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+    529: "overloaded_error",
+}
+"""Anthropic's types by its status; any other is a request that is not valid."""
 
 
 class ServerError(HanokError):
@@ -50,9 +64,18 @@ def invalid(message: str, parameter: str | None = None) -> ServerError:
     return ServerError(f"Input validation error: {message}", parameter=parameter)
 
 
+class ContextExceededError(ServerError):
+    """A request that is longer than the context."""
+
+    num_prompt = 0
+    """Tokens of the prompt."""
+    max_input = 0
+    """Tokens that a prompt may have."""
+
+
 def context_exceeded(
     num_prompt: int, num_asked: int, *, max_input: int, max_total: int, parameter: str
-) -> ServerError:
+) -> ContextExceededError:
     """Return the error of a request that is longer than the context.
 
     Clients that go on with a summary or a larger model know it by its message: litellm by the first
@@ -62,7 +85,7 @@ def context_exceeded(
     limits = f"{max_total} tokens"
     if max_input < max_total - 1:
         limits += f", at most {max_input} of them in the {parameter}"
-    return ServerError(
+    error = ContextExceededError(
         f"This model's maximum context length is {limits}. However, you requested "
         f"{num_prompt + num_asked} tokens ({num_prompt} in the {parameter}, {num_asked} in the "
         f"completion). Shorten the {parameter}, or ask for fewer tokens ({code}).",
@@ -70,6 +93,8 @@ def context_exceeded(
         parameter=parameter,
         code=code,
     )
+    error.num_prompt, error.max_input = num_prompt, max_input
+    return error
 
 
 def overloaded(retry_after_s: float) -> ServerError:
@@ -122,3 +147,29 @@ def openai_body(error: ServerError) -> dict[str, Any]:
         },
         "error_type": error.kind,
     }
+
+
+def is_anthropic(path: str) -> bool:
+    """Return whether a path is of Anthropic's protocol."""
+    return path == "/v1/messages" or path.startswith("/v1/messages/")
+
+
+def anthropic_body(error: ServerError) -> dict[str, Any]:
+    """Return an error as Anthropic writes it."""
+    message = str(error)
+    if isinstance(error, ContextExceededError):  # the words by which its clients know it
+        message = f"prompt is too long: {error.num_prompt} tokens > {error.max_input} maximum"
+    kind = ANTHROPIC_TYPES.get(status_on(error.status, "/v1/messages"), "invalid_request_error")
+    return {"type": "error", "error": {"type": kind, "message": message}}
+
+
+def status_on(status: int, path: str) -> int:
+    """Return the status that a path's protocol has for one of ours."""
+    return ANTHROPIC_STATUSES.get(status, status) if is_anthropic(path) else status
+
+
+def body_on(error: ServerError, path: str) -> dict[str, Any]:
+    """Return an error in the shape of a path's protocol."""
+    if is_anthropic(path):
+        return anthropic_body(error)
+    return openai_body(error) if path.startswith("/v1/") else flat_body(error)

@@ -14,9 +14,16 @@ from hanok.server.web import note_parameters
 
 
 async def submitted(
-    service: Service, request: Request, body: ChatRequest, *, place: str = "messages"
+    service: Service,
+    request: Request,
+    body: ChatRequest,
+    *,
+    place: str = "messages",
+    is_shortened: bool = False,
 ) -> tuple[Conversation, list[Ticket]]:
     """Queue the answers that a conversation asks for. `place` is where the body has it.
+
+    With `is_shortened` an answer may be asked for that is longer than what there is room for.
 
     Raises ServerError, with nothing queued, for a request that is not valid or does not fit.
     """
@@ -28,6 +35,8 @@ async def submitted(
     talk = await service.aside(conversation_of, service.needed_tokenizer, body)
     wanted = body.max_completion_tokens or body.max_tokens
     prompt_ids = truncated(service, talk.prompt_ids, body.truncate_prompt_tokens, wanted or 1)
+    if is_shortened and wanted is not None:
+        wanted = min(wanted, max(1, service.max_total_tokens - len(prompt_ids)))
     most = check_prompt(service, prompt_ids, wanted, place)
     sampling = sampling_options(body, service.needed_model.defaults, most)
     sampling["top_logprobs"] = body.top_logprobs or 0

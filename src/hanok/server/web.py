@@ -19,7 +19,14 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from hanok.server.errors import ServerError, as_server_error, flat_body, invalid, openai_body
+from hanok.server.errors import (
+    ServerError,
+    as_server_error,
+    body_on,
+    invalid,
+    is_anthropic,
+    status_on,
+)
 
 if TYPE_CHECKING:
     from hanok.engine.ticket import Ticket
@@ -50,6 +57,8 @@ class Route:
     streams: bool = False
     """Whether it may answer with server-sent events."""
     needs_key: bool = False
+    key_header: str = ""
+    """Another header that may bring the key as it is; "": `Authorization` alone."""
     needs_model: bool = False
     """Whether it waits for the model, and answers 503 before."""
     statuses: tuple[int, ...] = ()
@@ -261,8 +270,7 @@ async def until_gone(receive: Receive) -> None:
 
 def error_response(error: ServerError, path: str) -> Json:
     """Return an error in the shape of a path's protocol."""
-    body = openai_body(error) if path.startswith("/v1/") else flat_body(error)
-    return Json(body, error.status, error.headers)
+    return Json(body_on(error, path), status_on(error.status, path), error.headers)
 
 
 class Gate:
@@ -301,12 +309,16 @@ class Gate:
         )
         scope.setdefault("state", {})["exchange"] = exchange
 
+        names = [b"x-request-id"]
+        if is_anthropic(exchange.path):
+            names.append(b"request-id")
+
         async def tracked(message: Message) -> None:
             if message["type"] == "http.response.start":
                 exchange.status = message["status"]
                 message["headers"] = [
                     *message.get("headers", []),
-                    (b"x-request-id", exchange.id.encode()),
+                    *((name, exchange.id.encode()) for name in names),
                 ]
             await send(message)
 
@@ -346,10 +358,15 @@ class Gate:
         route = self._routes.get((method, declared))
         key = self._service.options.api_key
         if route is not None and route.needs_key and key is not None:
-            expected = f"Bearer {key}".encode()
-            if not hmac.compare_digest(headers.get("authorization", b""), expected):
+            given = headers.get("authorization", b"")
+            is_right = hmac.compare_digest(given, f"Bearer {key}".encode())
+            if route.key_header:
+                given = headers.get(route.key_header, b"")
+                is_right |= hmac.compare_digest(given, key.encode())
+            if not is_right:
+                other = f" or `{route.key_header}: KEY`" if route.key_header else ""
                 raise ServerError(
-                    "the API key is missing or wrong; send it as `Authorization: Bearer KEY`",
+                    f"the API key is missing or wrong; send it as `Authorization: Bearer KEY`{other}",
                     kind="authentication",
                     status=401,
                     code="invalid_api_key",
