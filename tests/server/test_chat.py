@@ -7,8 +7,9 @@ import openai
 import pytest
 from tests.server.written import Given, Spelled, collected
 
+from hanok.errors import RequestError
 from hanok.server.answer import Reads
-from hanok.server.chat import Conversation, conversation_of
+from hanok.server.chat import TOOL_PROMPT, Conversation, conversation_of
 from hanok.server.errors import ServerError
 from hanok.server.openai_models import ChatRequest
 from hanok.server.routes.openai import ChatWriter
@@ -64,6 +65,31 @@ def test_a_history_is_read_in_the_forms_that_clients_send() -> None:
     assert (answered["role"], answered["tool_call_id"]) == ("tool", asked["tool_calls"][0]["id"])
     parts = [{"type": "output_text", "text": "a"}, {"type": "refusal", "refusal": "b"}]
     assert shown({"role": "assistant", "content": parts})[0]["content"] == "ab"
+
+
+def test_tools_are_told_by_the_template_or_in_the_last_message() -> None:
+    class Without(Spelled):
+        """Knows no tools."""
+
+        def render_chat(self, messages: Any, **options: Any) -> str:
+            return super().render_chat(messages, **options | {"tools": None})
+
+    class Needs(Spelled):
+        """Cannot do without them."""
+
+        def render_chat(self, messages: Any, **options: Any) -> str:
+            if options["tools"] is None:
+                raise RequestError("no tools")
+            return super().render_chat(messages, **options)
+
+    request = ChatRequest(messages=[{"role": "user", "content": "hi"}], tools=TOOLS)
+    for tokenizer, content in (
+        (Spelled(), "hi"),
+        (Needs(), "hi"),
+        (Without(), f"hi\n---\n{json.dumps(TOOLS)}\n{TOOL_PROMPT}"),
+    ):
+        text = conversation_of(tokenizer, request).text  # type: ignore[arg-type]
+        assert json.loads(text)[0] == [{"role": "user", "content": content}]
 
 
 def deep(levels: int) -> str:

@@ -23,7 +23,7 @@ from hanok.engine.model import Model
 from hanok.server.chat import conversation_of
 from hanok.server.errors import ServerError
 from hanok.server.messages_input import chat_request
-from hanok.server.messages_models import CountTokensRequest, MessagesRequest
+from hanok.server.messages_models import CountTokensRequest, MessageBody, MessagesRequest
 from hanok.server.openai_models import ChatRequest
 from hanok.server.routes.messages import MessageWriter
 
@@ -167,6 +167,7 @@ def assistant(*blocks: Any) -> dict[str, Any]:
         ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "tools.0 is of type"),
         ({"tools": [{"name": "f"}]}, "tools.0.input_schema must be"),
         ({"tools": [{"input_schema": {}}]}, "tools.0.name must be"),
+        ({"tools": [WEATHER], "tool_choice": {"type": "tool"}}, "`tool_choice.name` is missing"),
         ({"mcp_servers": [{"url": "x"}]}, "`mcp_servers` is not supported"),
         ({"context_management": {"edits": [{"type": "clear_tool_uses_20250919"}]}}, "made shorter"),
         ({"n": 2}, "`n` is no field of /v1/messages"),
@@ -201,7 +202,9 @@ def written(
             ticket=ticket,
         )
 
-    return writer().whole(ticket.events), list(collected(writer().stream()))
+    whole = writer().whole(ticket.events)
+    assert MessageBody.model_validate(whole).model_dump() == whole
+    return whole, list(collected(writer().stream()))
 
 
 def put_together(events: list[Any]) -> dict[str, Any]:
@@ -344,6 +347,13 @@ def test_whole_answers_streams_and_counts(client: httpx.Client) -> None:
         "/v1/messages/count_tokens", json={name: ASKED[name] for name in ("model", "messages")}
     ).json()
     assert counted == client.post("/v1/messages/count_tokens", json=ASKED).json()
+    for route, body in (
+        ("/v1/messages", ASKED),
+        ("/v1/responses", {"input": "Tell me of a dog.", "max_output_tokens": 12}),
+    ):
+        explained = client.post("/explain", json={"route": route, "body": body}).json()
+        assert len(explained["prompts"][0]["token_ids"]) == counted["input_tokens"]
+        assert explained["parameters"]["max_new_tokens"] == {"value": 12, "origin": "request"}
     assert counted == {"input_tokens": chat["usage"]["prompt_tokens"]}
     used = streamed["usage"]
     assert used["input_tokens"] + used["cache_read_input_tokens"] == counted["input_tokens"]

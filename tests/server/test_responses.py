@@ -14,7 +14,7 @@ from hanok.server.chat import conversation_of
 from hanok.server.errors import ServerError
 from hanok.server.openai_models import ChatRequest
 from hanok.server.responses_input import chat_request
-from hanok.server.responses_models import ResponsesRequest
+from hanok.server.responses_models import ResponseBody, ResponsesRequest
 from hanok.server.routes.responses import ResponseWriter
 
 EVENT: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
@@ -178,6 +178,7 @@ def written(pieces: list[str], reason: str = "eos_token", **body: Any) -> tuple[
         assert event["sequence_number"] == number
     whole = writer().whole(ticket.events)
     Response.model_validate(whole)
+    assert ResponseBody.model_validate(whole).model_dump() == whole
     return whole, events
 
 
@@ -359,6 +360,8 @@ def test_the_client_reads_whole_answers_and_streams(sdk: openai.OpenAI) -> None:
             event.snapshot for event in stream if event.type == "response.output_text.delta"
         ]
     assert snapshots[-1] == whole.output_text
+    count = sdk.responses.input_tokens.count(model="bundled", input="Tell me of a dog.")
+    assert count.input_tokens == whole.usage.input_tokens
     chat = sdk.chat.completions.create(
         model="bundled",
         messages=[{"role": "user", "content": "Tell me of a dog."}],

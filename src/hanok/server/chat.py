@@ -58,10 +58,16 @@ def conversation_of(tokenizer: Tokenizer, body: ChatRequest) -> Conversation:
             template_variables=variables,
         )
 
+    def knows_tools(text: str) -> bool:
+        try:
+            return text != rendered(messages, None)
+        except RequestError:  # it does not do without
+            return True
+
     try:
         tools = list(use.tools) or None
         text = rendered(messages, tools)
-        if tools and text == rendered(messages, None):  # a template that knows no tools, as in TGI
+        if tools and not knows_tools(text):  # as in TGI
             told = f"\n---\n{json.dumps(tools)}\n{body.tool_prompt or TOOL_PROMPT}"
             last = {**messages[-1], "content": (messages[-1].get("content") or "") + told}
             text = rendered([*messages[:-1], last], tools)

@@ -87,6 +87,8 @@ def _tool_choice(choice: ToolChoice | None) -> str | dict[str, Any] | None:
         return None if choice is None else choice.type
     if choice.type == "any":
         return "required"
+    if choice.name is None:
+        raise invalid("`tool_choice.name` is missing", "tool_choice")
     return {"type": "function", "function": {"name": choice.name}}
 
 

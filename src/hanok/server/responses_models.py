@@ -83,6 +83,13 @@ class ResponsesRequest(Body):
     prompt_cache_key: str | None = None
 
 
+class InputTokens(BaseModel):
+    """The answer of /v1/responses/input_tokens."""
+
+    object: Literal["response.input_tokens"] = "response.input_tokens"
+    input_tokens: int
+
+
 class ResponseUsage(BaseModel):
     """Tokens counted."""
 

@@ -13,10 +13,12 @@ from hanok.engine.sequence import TokenEvent
 from hanok.engine.ticket import Ticket
 from hanok.server.answer import AnswerReader, Content, Event, Reads, Reasoning
 from hanok.server.calls import CallArguments, CallBegun
+from hanok.server.chat import conversation_of
 from hanok.server.errors import ServerError
 from hanok.server.logprobs import logprob_of
+from hanok.server.openai_sampling import check_model
 from hanok.server.responses_input import chat_request, tells_logprobs
-from hanok.server.responses_models import ResponseBody, ResponsesRequest, TextOptions
+from hanok.server.responses_models import InputTokens, ResponseBody, ResponsesRequest, TextOptions
 from hanok.server.service import Service
 from hanok.server.submission import submitted
 from hanok.server.times import stream_headers, timing_headers
@@ -297,6 +299,14 @@ def _text_options(given: TextOptions | None) -> dict[str, Any]:
     return {"format": described, "verbosity": "medium"}
 
 
+async def count_tokens(service: Service, request: Request, body: ResponsesRequest) -> Response:
+    """Answer with how many tokens a conversation is."""
+    check_model(body.model, service.options)
+    asked = chat_request(body)
+    talk = await service.aside(conversation_of, service.needed_tokenizer, asked)
+    return Json(InputTokens(input_tokens=len(talk.prompt_ids)).model_dump())
+
+
 async def not_stored(service: Service, request: Request, body: None) -> Response:
     """Say that there is no answer of an earlier request, of any id."""
     found = request.path_params["response_id"]
@@ -309,18 +319,28 @@ async def not_stored(service: Service, request: Request, body: None) -> Response
 
 
 _OF_ONE = "/v1/responses/{response_id}"
+_COMMON: dict[str, Any] = {
+    "method": "POST",
+    "body": ResponsesRequest,
+    "needs_key": True,
+    "needs_model": True,
+    "statuses": (404, 424, 429, 500),
+}
 ROUTES = (
     Route(
-        method="POST",
         path="/v1/responses",
         handler=create,
         summary="Answer a conversation with items",
-        body=ResponsesRequest,
         answer=ResponseBody,
         streams=True,
-        needs_key=True,
-        needs_model=True,
-        statuses=(404, 424, 429, 500),
+        **_COMMON,
+    ),
+    Route(
+        path="/v1/responses/input_tokens",
+        handler=count_tokens,
+        summary="How many tokens a conversation in items is",
+        answer=InputTokens,
+        **_COMMON,
     ),
     *(
         Route(
