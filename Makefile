@@ -42,7 +42,7 @@ bench: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/generate.py
 
 clean:
-	rm -rf $(VENV) build dist
+	rm -rf $(VENV) build dist tests/server/node/node_modules
 
 # torch comes first and alone: whatever depends on it then finds it there.
 $(VENV)/.installed: pyproject.toml constraints.txt hatch_build.py $(wildcard src/hanok/kernels/cpp/*)
@@ -53,4 +53,6 @@ $(VENV)/.installed: pyproject.toml constraints.txt hatch_build.py $(wildcard src
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(PIP) --editable '.[dev]'
+	$(PIP) --no-deps instructor # it asks for an older jiter than openai does, and works with this one
+	if command -v npm > /dev/null; then npm ci --silent --prefix tests/server/node; fi # else skipped
 	touch $@

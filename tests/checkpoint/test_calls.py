@@ -127,6 +127,16 @@ def test_arguments_that_are_no_object_go_to_templates_that_want_text() -> None:
     assert '<weather {"city": "K>' in rendered("joined", sent)
 
 
+def test_arguments_that_are_empty_need_not_be_written() -> None:
+    """A call is there as soon as its name is, in the form that the template was written for."""
+    template = f"{EACH}{{% if m.content is none %}}calls {{{{ m.tool_calls[0].function.name }}}};"
+    template += f"{{% else %}}{{{{ m.content }}}};{{% endif %}}{END}"
+    for arguments, calls in (("{}", "calls weather;"), ('{"city": "K"}', '"city": "K"')):
+        sent = conversation(content=None, as_text=True, several=False)
+        sent[1]["tool_calls"][0]["function"]["arguments"] = arguments
+        assert calls in ChatTemplates({"default": template}, variables={}).render(sent)
+
+
 def test_a_template_that_writes_no_message_is_refused() -> None:
     sent = conversation(content=None, as_text=True, several=False)
     with pytest.raises(RequestError, match="leaves tool calls of this conversation out"):

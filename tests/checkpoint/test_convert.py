@@ -1,4 +1,5 @@
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -152,7 +153,14 @@ def test_other_shared_names_keep_the_first(tmp_path: Path) -> None:
 def test_copies_what_lies_beside_the_weights(tmp_path: Path) -> None:
     source, target = tmp_path / "in", tmp_path / "out"
     put(source, {"tie_word_embeddings": True})
-    for name in ("tokenizer.json", "chat.jinja", "spiece.model", "merges.txt", "README.md"):
+    for name in (
+        "tokenizer.json",
+        "chat.jinja",
+        "spiece.model",
+        "merges.txt",
+        "qwen.tiktoken",
+        "README.md",
+    ):
         (source / name).write_text(name)
     (source / "pytorch_model.bin.index.json").write_text("{}")
     (source / "notes.py").write_text("")
@@ -164,6 +172,7 @@ def test_copies_what_lies_beside_the_weights(tmp_path: Path) -> None:
         "config.json",
         "merges.txt",
         "model.safetensors",
+        "qwen.tiktoken",
         "spiece.model",
         "tokenizer.json",
     ]
@@ -240,16 +249,15 @@ def test_refuses_a_source_without_weights(tmp_path: Path) -> None:
 
 def test_a_copy_that_differs_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     put(tmp_path)
-    write = convert_module.write_safetensors
+    verify = convert_module._verify
 
-    def write_damaged(*args: Any, **kwargs: Any) -> tuple[Path, ...]:
-        files = write(*args, **kwargs)
+    def damage(files: Sequence[Path], *args: Any) -> None:
         data = bytearray(files[0].read_bytes())
         data[-1] ^= 1
         files[0].write_bytes(data)
-        return files
+        verify(files, *args)
 
-    monkeypatch.setattr(convert_module, "write_safetensors", write_damaged)
+    monkeypatch.setattr(convert_module, "_verify", damage)
     with pytest.raises(CheckpointError, match=r"differs from .*pytorch_model\.bin after byte 0"):
         convert(tmp_path)
     assert names(tmp_path) == ["pytorch_model.bin"]
@@ -282,3 +290,11 @@ def test_an_interrupt_while_verifying_leaves_nothing_unverified(tmp_path: Path) 
     with pytest.raises(KeyboardInterrupt):
         convert(tmp_path, progress=interrupt)
     assert names(tmp_path) == ["pytorch_model.bin"]
+
+
+def test_refuses_an_index_that_lists_more_than_its_shards_have(tmp_path: Path) -> None:
+    torch.save({"a": torch.ones(2)}, tmp_path / "part.bin")
+    index = {"weight_map": {"a": "part.bin", "b": "part.bin"}}
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="lists 1 tensors that no shard has: b"):
+        convert(tmp_path)

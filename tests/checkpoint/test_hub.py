@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 import hanok
 from hanok.checkpoint import hub
 from hanok.checkpoint.hub import is_repo_id, without_weights
-from hanok.errors import CheckpointError
+from hanok.errors import CheckpointError, UnsupportedError
 
 CONFIG: dict[str, Any] = {
     "model_type": "llama",
@@ -156,6 +156,14 @@ def test_a_hub_id_is_planned_as_the_downloaded_folder_is(tmp_path: Path, fake: F
     assert found.hf_device_map == wanted.hf_device_map
     assert not [path for path, _, _ in fake.answers if "onnx" in path]
     assert hanok.plan_load("org/small@v1", may_measure=False).needs.units
+
+
+def test_what_is_refused_of_a_hub_id_names_it(tmp_path: Path, fake: FakeHub) -> None:
+    folder = sharded(tmp_path / "real")
+    fake.repositories["org/fp8"] = folder
+    (folder / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": "FP8"}}')
+    with pytest.raises(UnsupportedError, match=r"^org/fp8: the checkpoint .*\(ModelOpt FP8\)"):
+        hanok.plan_load("org/fp8", may_measure=False)
 
 
 def test_no_weight_is_downloaded(

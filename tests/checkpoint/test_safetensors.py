@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -121,7 +122,16 @@ def test_refuses_half_a_surrogate_pair(path: Path) -> None:
         read_header(write_raw(path, {"a\ud800": ENTRY}))
 
 
-@pytest.mark.parametrize("metadata", [[], None, {"a": 1}])
+@pytest.mark.parametrize("metadata", [{}, None])
+def test_no_metadata_is_none_as_the_library_has_it(path: Path, metadata: object) -> None:
+    file = write_raw(path, {"__metadata__": metadata, "a": ENTRY})
+    with safetensors.safe_open(file, "pt") as library:
+        assert not library.metadata()
+    tensors, found = read_header(file)
+    assert (list(tensors), found) == (["a"], {})
+
+
+@pytest.mark.parametrize("metadata", [[], 0, {"a": 1}])
 def test_refuses_metadata_that_is_no_map_of_strings(path: Path, metadata: object) -> None:
     with pytest.raises(CheckpointError, match="__metadata__"):
         read_header(write_raw(path, {"__metadata__": metadata, "a": ENTRY}))

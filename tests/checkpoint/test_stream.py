@@ -352,6 +352,20 @@ def test_decoder_that_rewrites_keeps_what_was_emitted():
     assert texts.token_text(1) == "y"
 
 
+def test_tokens_without_text_do_not_hide_that_a_text_has_begun():
+    spelled = {0: "x", 1: "", 2: " the"}
+    texts = TokenTexts(
+        decode=lambda ids: "".join(map(spelled.__getitem__, ids)).removeprefix(" "),
+        token_bytes=lambda token_id: None,
+        is_known=spelled.__contains__,
+        is_bytes_only=False,
+        can_split_characters=False,
+        anchor=(0,),
+    )
+    assert texts.stream(frozenset(), after=[0, *[1] * 2 * HOLD_LIMIT]).push(2) == " the"
+    assert texts.stream(frozenset(), after=[1, 1]).push(2) == "the"
+
+
 def test_tokens_without_text_are_bounded():
     asked: list[int] = []
 

@@ -3,6 +3,8 @@
 import json
 import subprocess
 import sys
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from transformers import GPT2Tokenizer, PreTrainedTokenizerFast
 from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
 
-from hanok.checkpoint.tokenizer import open_tokenizer
+from hanok.checkpoint.tokenizer import Tokenizer, open_tokenizer
 from hanok.errors import CheckpointError, RequestError
 
 SENTENCES = (
@@ -134,6 +136,23 @@ def test_beginning_and_end_come_once(tmp_path, adds, adds_bos, adds_eos, text):
         assert ids.count(2) == inner.count(2)
 
 
+@pytest.mark.parametrize("adds_bos", [None, True, False])
+def test_flags_of_two_tokens_leave_others_in_place(tmp_path, adds_bos):
+    """A post-processor that puts more than the two around a text, as GLM-4's and Whisper's do."""
+    library = byte_level(tmp_path)
+    library.add_special_tokens(["[gMASK]", "<sop>"])
+    ids = (library.token_to_id("[gMASK]"), library.token_to_id("<sop>"))
+    library.post_processor = processors.TemplateProcessing(
+        single="[gMASK] <sop> $A </s>",
+        special_tokens=[("[gMASK]", ids[0]), ("<sop>", ids[1]), ("</s>", 2)],
+    )
+    library.save(str(tmp_path / "tokenizer.json"))
+    write(tmp_path, "tokenizer_config.json", {**NAMES, "add_bos_token": adds_bos})
+    tokenizer = open_tokenizer(tmp_path)
+    assert tokenizer.encode("well") == library.encode("well").ids
+    assert tokenizer.encode("well")[:2] == list(ids)
+
+
 def test_names_may_stand_in_either_file_and_new_ones_are_added(tmp_path):
     library = byte_level(tmp_path)
     write(
@@ -188,6 +207,47 @@ def test_token_text(tmp_path):
         tokenizer.token_text(330)
 
 
+ADDED_WORDS = ("naïve", "đem", "čaj", "Ġthe", "é", "ß!", "마당", "<x>", "  ")
+
+
+@pytest.fixture(scope="module", params=["bytes alone", "bytes and more"])
+def with_added_words(request, tmp_path_factory) -> Tokenizer:
+    folder = tmp_path_factory.mktemp("added")
+    library = byte_level(folder)
+    library.add_tokens(list(ADDED_WORDS))
+    if request.param == "bytes and more":
+        library.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Fuse()])
+    library.save(str(folder / "tokenizer.json"))
+    return open_tokenizer(folder)
+
+
+@given(
+    words=st.lists(
+        st.sampled_from(
+            ["naïve", "đem", "čaj", "ß!", "마당", "<x>", "  ", " the", "e", "\r", "\x11em"]
+        )
+    )
+)
+def test_added_tokens_keep_their_letters(with_added_words, words):
+    """Each of their letters may be what a byte is spelled with elsewhere."""
+    tokenizer = with_added_words
+    text = "".join(words)
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    if tokenizer._vocabulary.texts.is_bytes_only:
+        assert b"".join(map(tokenizer.token_bytes, ids)) == text.encode()
+
+
+def test_what_the_model_makes_of_bytes_stays_bytes(with_added_words):
+    """Also where it is listed as added: ` the`, and the byte of é, come from other texts too."""
+    tokenizer = with_added_words
+    assert tokenizer.token_text(tokenizer.token_to_id("Ġthe")) == " the"
+    assert tokenizer.decode(tokenizer.encode("in the")) == "in the"
+    assert tokenizer.token_text(tokenizer.token_to_id("é")) == "\ufffd"
+    for word in ("naïve", "đem", "čaj", "ß!", "마당"):
+        assert tokenizer.token_text(tokenizer.token_to_id(word)) == word
+
+
 def test_half_a_surrogate_pair_is_refused(tmp_path, model_file):
     byte_level(tmp_path)
     with pytest.raises(RequestError, match="character 2 of the text"):
@@ -197,6 +257,38 @@ def test_half_a_surrogate_pair_is_refused(tmp_path, model_file):
         open_tokenizer(sentencepiece_folder(tmp_path, model_file)).encode("ab\ud800")
 
 
+def test_other_threads_run_while_a_text_is_encoded(tmp_path, model_file):
+    """A thread that waits to run does so during the encoding: nothing else hands it the lock."""
+
+    def runs_beside(encode: Callable[[str], object]) -> bool:
+        wanted, ran = threading.Event(), threading.Event()
+
+        def run() -> None:
+            wanted.wait()
+            ran.set()
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        wanted.set()
+        encode(SENTENCES[0] * 2000)
+        found = ran.is_set()
+        thread.join()
+        return found
+
+    byte_level(tmp_path)
+    ours = open_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    pieces = open_tokenizer(sentencepiece_folder(tmp_path, model_file))
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1000)
+    try:
+        assert not runs_beside(lambda text: sum(map(ord, text)))
+        for encode in (ours.encode, pieces.encode):
+            assert any(runs_beside(encode) for _ in range(50))
+    finally:
+        sys.setswitchinterval(interval)
+
+
 # vocab.json and merges.txt
 
 
@@ -204,6 +296,7 @@ def test_vocab_and_merges(tmp_path):
     library = byte_level(tmp_path)
     library.model.save(str(tmp_path))
     (tmp_path / "tokenizer.json").unlink()
+    write(tmp_path, "config.json", {"model_type": "gpt2"})
     vocab = json.loads((tmp_path / "vocab.json").read_text(encoding="utf-8"))
     assert open_tokenizer(tmp_path).bos_token_id is None
     write(tmp_path, "vocab.json", {**vocab, "<|endoftext|>": 330})
@@ -293,6 +386,32 @@ def test_sentencepiece_added_tokens(tmp_path, model_file):
     assert tokenizer.token_text(piece) == model.id_to_piece(piece).replace("\u2581", " ")
 
 
+@pytest.mark.parametrize(
+    "named", ["ChatGLMTokenizer", "BaichuanTokenizer", "InternLM2Tokenizer", "T5TokenizerFast"]
+)
+def test_sentencepiece_under_rules_of_its_own_is_refused(tmp_path, model_file, named):
+    folder = sentencepiece_folder(tmp_path, model_file, tokenizer_class=named)
+    with pytest.raises(CheckpointError, match=rf"read by {named}.*tokenizer\.json.*LlamaTokenizer"):
+        open_tokenizer(folder)
+    write(folder, "tokenizer_config.json", {})
+    write(folder, "config.json", {"tokenizer_class": named})
+    with pytest.raises(CheckpointError, match=f"read by {named}"):
+        open_tokenizer(folder)
+
+
+@pytest.mark.parametrize(
+    "named",
+    [
+        *(None, "LlamaTokenizer", "LlamaTokenizerFast", "CodeLlamaTokenizer", "GemmaTokenizerFast"),
+        *("PreTrainedTokenizerFast", "TokenizersBackend", "MistralCommonBackend"),
+    ],
+)
+def test_sentencepiece_alone(tmp_path, model_file, named):
+    model = sentencepiece.SentencePieceProcessor(model_file=str(model_file))
+    tokenizer = open_tokenizer(sentencepiece_folder(tmp_path, model_file, tokenizer_class=named))
+    assert tokenizer.encode(SENTENCES[1], add_special_tokens=False) == model.encode(SENTENCES[1])
+
+
 # Files
 
 
@@ -315,7 +434,9 @@ def test_files_are_those_that_exist(tmp_path):
 def test_a_folder_without_tokenizer_says_what_is_there(tmp_path):
     with pytest.raises(CheckpointError, match=r"is not a folder; looked in it for tokenizer\.json"):
         open_tokenizer(tmp_path / "nowhere")
-    with pytest.raises(CheckpointError, match=r"tokenizer\.model.*there is nothing\. Copy"):
+    with pytest.raises(
+        CheckpointError, match=r"tokenizer\.model.*tekken\.json.*there is nothing\. Copy"
+    ):
         open_tokenizer(tmp_path)
     for number in range(22):
         write(tmp_path, f"part{number:02}.json", {})
@@ -357,6 +478,7 @@ def test_damaged_files(tmp_path, name, content, message):
 def test_damaged_models(tmp_path):
     (tmp_path / "vocab.json").write_text("{", encoding="utf-8")
     (tmp_path / "merges.txt").write_text("", encoding="utf-8")
+    write(tmp_path, "config.json", {"model_type": "gpt2"})
     with pytest.raises(CheckpointError, match=r"merges\.txt cannot be read as byte-level BPE"):
         open_tokenizer(tmp_path)
     (tmp_path / "tokenizer.model").write_bytes(b"not a model")

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from hanok.cli.verbs.quality import finite
 from hanok.engine.model import Model
 from hanok.engine.params import SamplingParams
 from hanok.engine.sequence import TokenEvent
+from hanok.errors import RequestError
 
 
 def run(*args: str, text: str | None = None) -> Result:
@@ -43,7 +45,7 @@ def test_every_sampling_parameter_is_an_option_with_its_text() -> None:
     shown = " ".join(run("generate", "--help").stdout.split())
     texts = field_texts(SamplingParams)
     for item in fields(SamplingParams):
-        name = "stop-token-id" if item.name == "stop_token_ids" else item.name.replace("_", "-")
+        name = item.name.replace("token_ids", "token_id").replace("_", "-")  # one at a time
         assert f"--{name}" in shown
         assert texts[item.name] in shown
     assert "[default: the checkpoint's, else 256]" in shown
@@ -190,6 +192,44 @@ def test_errors_are_one_message_and_an_exit_code(
     assert "Traceback" not in shown
 
 
+def test_prompts_are_utf8_wherever_they_come_from(tmp_path: Path) -> None:
+    """A mark before the text is no part of it; other encodings are one message and an exit code."""
+    short = ("--max-new-tokens", "2", "--json", "--temperature", "0")
+    file = tmp_path / "prompt.txt"
+    plain = run("generate", *short, "Hello.")
+    file.write_bytes("\ufeffHello.".encode())
+    marked = run("generate", *short, "--file", str(file))
+    piped = CliRunner().invoke(cli, ["generate", *short], input=file.read_bytes())
+    dashed = CliRunner().invoke(cli, ["generate", *short, "--file", "-"], input=file.read_bytes())
+    for result in (marked, piped, dashed):
+        assert result.exit_code == 0, result.output
+        assert (
+            json.loads(result.stdout)["num_prompt_tokens"]
+            == (json.loads(plain.stdout)["num_prompt_tokens"])
+        )
+    for data, message in (
+        ("déjà".encode("latin-1"), "is not UTF-8 text, at byte 1 (0xE9)"),
+        ("déjà".encode("utf-16"), "it begins as UTF-16 does"),
+    ):
+        file.write_bytes(data)
+        grid = ("bench", "--grid", str(file))
+        for args in (("generate", "--file", str(file)), ("bench", "--text", str(file)), grid):
+            result = run(*args)
+            assert isinstance(result.exception, RequestError)
+            assert message in str(result.exception)
+        result = CliRunner().invoke(cli, ["generate"], input=data)
+        assert "standard input is not UTF-8" in str(result.exception)
+
+
+def test_chat_goes_on_after_a_turn_in_another_encoding() -> None:
+    options = ["chat", "--max-new-tokens", "4", "--temperature", "0"]
+    plain = CliRunner().invoke(cli, options, input=b"Hello.\n")
+    mixed = CliRunner().invoke(cli, options, input="déjà\n".encode("latin-1") + b"Hello.\r\n")
+    assert mixed.exit_code == 0
+    assert mixed.stdout == plain.stdout
+    assert "hanok: the turn is not UTF-8 text, at byte 1 (0xE9)" in mixed.stderr
+
+
 def test_chat_keeps_the_conversation(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
     stream = Model.stream
@@ -243,6 +283,20 @@ def test_a_turn_that_cannot_be_served_is_taken_back() -> None:
     assert "4 tokens; first after" in result.stderr
 
 
+def test_info_says_why_a_tokenizer_cannot_be_read(tmp_path: Path) -> None:
+    folder = shutil.copytree(hanok.BUNDLED, tmp_path / "model")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).unlink()
+    assert (
+        json.loads(run("info", str(folder), "--json").stdout)["checkpoint"]["tokenizer"] == "none"
+    )
+    for name in ("vocab.json", "merges.txt"):
+        (folder / name).write_text("{}", encoding="utf-8")
+    found = json.loads(run("info", str(folder), "--json").stdout)["checkpoint"]["tokenizer"]
+    assert found.startswith("cannot be read: ")
+    assert "no file says its tokenizer_class" in found
+
+
 def test_info_says_what_multiplies_each_quantization(monkeypatch: pytest.MonkeyPatch) -> None:
     from hanok.kernels.native import native
     from hanok.quant.kernels import panels
@@ -290,6 +344,20 @@ def test_info_reads_headers_only(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["attention"]["sdpa"].startswith("fits")
     assert "needs a CUDA device" in found["attention"]["sdpa_efficient"]
     assert "parameters" in run("info", str(hanok.BUNDLED)).stdout
+
+
+def test_info_of_a_config_alone_and_of_what_is_no_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes((hanok.BUNDLED / "config.json").read_bytes())
+    bundled, alone = (
+        json.loads(run("info", str(folder), "--json").stdout)["checkpoint"]
+        for folder in (hanok.BUNDLED, tmp_path)
+    )
+    same = ("family", "parameters", "context", "layers", "tied head")
+    assert [alone[name] for name in same] == [bundled[name] for name in same]
+    assert (alone["files"], alone["bytes by dtype"]) == ("none", "none")
+    (tmp_path / "a.gguf").touch()
+    refused = run("info", str(tmp_path)).exception
+    assert "holds GGUF (a.gguf) weights" in str(refused)
 
 
 def test_convert_then_nothing_to_do(tmp_path: Path) -> None:

@@ -69,6 +69,14 @@ def test_the_map_is_current() -> None:
     assert result.returncode == 0, result.stdout + result.stderr
 
 
+def test_the_page_of_models_is_current() -> None:
+    result = run(sys.executable, ROOT / "scripts" / "update_models.py", "--check")
+    assert result.returncode == 0, result.stdout + result.stderr
+    page = (ROOT / "docs" / "models.md").read_text()
+    listed = re.findall(r"^\| `(\w+)` \| (.+?) \|", page, flags=re.MULTILINE)
+    assert set(families()) | {"model_type"} == {name for name, _ in listed}
+
+
 def test_the_map_has_a_line_for_each_file() -> None:
     page = (ROOT / "docs" / "map.md").read_text()
     listed = dict(re.findall(r"^\| `(.+?\.py)` \| (.*) \|$", page, flags=re.MULTILINE))

@@ -173,6 +173,21 @@ def test_a_deadline_ends_a_request_in_the_queue_and_under_way(model: Model) -> N
     assert engine.stats().used_blocks == 0
 
 
+@pytest.mark.parametrize(
+    ("deadline", "asked_at", "words"), [(-5.0, None, "0 s"), (-5.0, -7.5, "2.5 s")]
+)
+def test_a_deadlines_text_has_the_time_that_was_given(
+    model: Model, deadline: float, asked_at: float | None, words: str
+) -> None:
+    """Also where it was over before the request was submitted."""
+    engine = Engine(model, cache_tokens=512, max_running=1)
+    request = Request(sequence=model.sequence("Tom", {}), deadline=deadline, asked_at=asked_at)
+    ticket = engine.submit_request(request)
+    engine.step()
+    with pytest.raises(hanok.DeadlineError, match=rf"^not finished within {words}\.$"):
+        ticket.result()
+
+
 def test_an_exception_in_a_pass_fails_one_request(
     model: Model, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,6 +15,7 @@ from hanok.checkpoint.tokenizer import Tokenizer, open_tokenizer
 from hanok.engine import grammar as grammar_module
 from hanok.engine.grammar import Grammar, GrammarCompiler, Matcher
 from hanok.engine.grammar_spec import (
+    FORMATS,
     MAX_BYTES,
     MAX_PATTERN_BYTES,
     GrammarError,
@@ -97,6 +98,8 @@ STRINGS: list[Any] = [
     {"type": "string", "format": "uuid"},
     {"type": "string", "format": "ipv4"},
     {"type": "string", "format": "email"},
+    {"type": "string", "format": "password", "maxLength": 5},
+    {"type": "string", "format": "binary", "minLength": 1, "pattern": "^b"},
     {"enum": ["a", "b\n", 'quo"te', "ü", "日本"]},
     {"const": "back\\slash"},
 ]
@@ -133,6 +136,11 @@ OTHERS: list[Any] = [
     {"title": "A title", "description": "…", "default": 1, "examples": [1], "type": "integer"},
 ]
 ARRAYS: list[Any] = [
+    {"type": "array", "uniqueItems": False, "maxItems": 2},
+    {"type": "array", "items": {"enum": ["a", "b", None]}, "uniqueItems": True},
+    {"type": "array", "items": {"enum": [1, 2, 3, 4, 5]}, "uniqueItems": True, "minItems": 2},
+    {"type": "array", "items": {"type": "boolean"}, "uniqueItems": True, "maxItems": 1},
+    {"type": "array", "items": {"const": "a"}, "uniqueItems": True, "minItems": 1, "maxItems": 9},
     {"type": "array"},
     {"type": "array", "items": {"type": "integer", "maximum": 9}, "minItems": 1, "maxItems": 3},
     {"type": "array", "items": {"enum": ["a", "b"]}, "minItems": 2},
@@ -152,6 +160,12 @@ ARRAYS: list[Any] = [
     },
     {"type": "array", "items": {"type": "array", "items": {"type": "null"}, "maxItems": 2}},
     {"type": "array", "items": {"anyOf": [{"type": "null"}, {"type": "integer"}]}, "maxItems": 3},
+    {
+        "type": "array",
+        "items": {"$ref": "#/$defs/Kind of x"},
+        "uniqueItems": True,
+        "$defs": {"Kind of x": {"enum": ["a", "b", "a"], "title": "Kind"}},
+    },
 ]
 OBJECTS: list[Any] = [
     {"type": "object"},
@@ -312,6 +326,19 @@ def test_a_schema_means_the_same_inside_of_another(
         assert set(value["y"]) <= {"b"}
 
 
+def test_only_named_properties_are_written_unless_more_is_asked_for(
+    compiler: GrammarCompiler, tokenizer: Tokenizer
+) -> None:
+    node = {"type": "object", "properties": {"a": {"type": "null"}, "n": {"$ref": "#/$defs/node"}}}
+    schema = {"$ref": "#/$defs/node", "$defs": {"node": node}}
+    more = {"$ref": "#/$defs/node", "$defs": {"node": {**node, "additionalProperties": True}}}
+    for text, is_named in (('{"a": null,"n": {"a": null}}', True), ('{"n": {"b": null}}', False)):
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        for asked, is_taken in ((schema, is_named), (more, True)):
+            matcher = compiler.compile(schema_spec(asked)).matcher()
+            assert (matcher.allowed_prefix(ids) == len(ids)) == is_taken
+
+
 def test_any_object_is_an_object(
     compiler: GrammarCompiler, tokenizer: Tokenizer, end_id: int
 ) -> None:
@@ -336,6 +363,8 @@ def test_any_object_is_an_object(
         r"https?://[a-z0-9.]+/\S{0,9}",
         "line\nbreak|/slash/",
         r"[^\n\"]{0,12}",
+        r"\\{1,3}",
+        r"a\\",
     ],
 )
 def test_what_is_finished_fits_the_whole_regex(
@@ -539,7 +568,7 @@ def test_a_grammar_is_compiled_once_until_others_push_it_out(
     [
         ({"type": "strin"}, "/type", "strin"),
         ({"properties": {"a/b": {"not": {}}}}, "/properties/a~1b/not", "not supported"),
-        ({"items": {"anyOf": [{}, {"uniqueItems": True}]}}, "/items/anyOf/1/uniqueItems", "unique"),
+        ({"items": {"anyOf": [{}, {"contains": True}]}}, "/items/anyOf/1/contains", "contains"),
         ({"properties": {"not": {"not": {}}}}, "/properties/not/not", '"not"'),
         ({"if": {"type": "object"}}, "/if", '"if"'),
         ({"$defs": {"x": {"pattern": "("}}, "$ref": "#/$defs/x"}, "/$defs/x/pattern", "unclosed"),
@@ -551,8 +580,9 @@ def test_a_grammar_is_compiled_once_until_others_push_it_out(
         ),
         ({"$ref": "#/nope"}, "/$ref", "does not exist"),
         ({"$ref": "#"}, "/$ref", "no text can fit"),
-        ({"format": "nope"}, "/format", "nope"),
         ({"minimum": "1"}, "/minimum", "minimum"),
+        ({"items": {"pattern": "a\\"}}, "/items/pattern", "single backslash"),
+        ({"patternProperties": {"\\\\\\": {}}}, "/patternProperties", "single backslash"),
         ({"type": "integer", "minimum": 2, "maximum": 1}, "/minimum", "greater"),
         ({"oneOf": [{"type": "integer"}, {"type": "number"}]}, "/oneOf", "anyOf"),
         ({"properties": {"a": {}}, "maxProperties": 3}, "/maxProperties", "properties"),
@@ -585,6 +615,7 @@ def test_what_is_no_schema_is_refused(text: str, compiler: GrammarCompiler) -> N
     [
         (GrammarSpec("regex", "(a"), "unclosed group"),
         (GrammarSpec("regex", "(?=a)a"), "look-around"),
+        (GrammarSpec("regex", "a\\"), "single backslash"),
         (GrammarSpec("regex", r"[^\s\S]"), "no text can fit"),
         (GrammarSpec("regex", "\ud800"), "surrogate"),
         (GrammarSpec("regex", "a" * (MAX_PATTERN_BYTES + 1)), "4,097 bytes"),
@@ -702,15 +733,16 @@ def test_the_stack_of_other_threads_stays_as_it_was(compiler: GrammarCompiler) -
 
 
 def test_a_schema_does_not_set_how_it_is_compiled(compiler: GrammarCompiler) -> None:
-    schema = {"uniqueItems": True, "x-guidance": {"lenient": True, "nothing": 1}}
-    with pytest.raises(GrammarError, match="uniqueItems"):
+    schema = {"contains": {}, "x-guidance": {"lenient": True, "nothing": 1}}
+    with pytest.raises(GrammarError, match="contains"):
         compiler.compile(schema_spec(schema))
 
 
 def test_a_name_cannot_be_spelled_past_its_schema(
     compiler: GrammarCompiler, tokenizer: Tokenizer
 ) -> None:
-    matcher = compiler.compile(schema_spec({"properties": {"a": {"type": "integer"}}})).matcher()
+    schema = {"properties": {"a": {"type": "integer"}}, "additionalProperties": True}
+    matcher = compiler.compile(schema_spec(schema)).matcher()
     for text in ['{"', "\\"]:
         for token_id in tokenizer.encode(text, add_special_tokens=False):
             matcher.accept(token_id)
@@ -722,6 +754,30 @@ def test_properties_called_like_keywords_are_no_keywords() -> None:
     schema = {"properties": {"not": {"type": "null"}}, "enum": [{"not": 1}]}
     found = [pointer for pointer, _, _ in keywords(schema)]
     assert found == ["/properties/not/type", "/properties", "/enum"]
+
+
+@pytest.mark.parametrize("name", sorted(FORMATS))
+def test_formats_of_texts_are_followed(
+    name: str, compiler: GrammarCompiler, tokenizer: Tokenizer
+) -> None:
+    matcher = compiler.compile(schema_spec({"type": "string", "format": name})).matcher()
+    ids = tokenizer.encode('"?"', add_special_tokens=False)
+    assert matcher.allowed_prefix(ids) < len(ids)
+
+
+def test_an_array_of_many_values_is_no_longer_than_they_are_many(
+    compiler: GrammarCompiler, tokenizer: Tokenizer
+) -> None:
+    """That none comes twice cannot be promised then; docs/serve.md says so."""
+    schema = {"type": "array", "items": {"enum": [*range(1, 8)]}, "uniqueItems": True}
+    matcher = compiler.compile(schema_spec(schema)).matcher()
+    for text, is_taken in (
+        ("[1,2,3,4,5,6,7]", True),
+        ("[1,1]", True),
+        ("[1,2,3,4,5,6,7,1]", False),
+    ):
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        assert (matcher.allowed_prefix(ids) == len(ids)) == is_taken
 
 
 def test_true_is_any_value() -> None:

@@ -261,6 +261,60 @@ def test_generation_config_gives_the_defaults(model: Model, tmp_path: Path) -> N
     assert greedy.token_ids == model.generate("The dog", max_new_tokens=5).token_ids
 
 
+IDS = [("stop_token_ids", [5, 2048]), ("stop_token_ids", -1), ("logit_bias", {-1: 1.0})]
+IDS += [("logit_bias", {2048: -math.inf}), ("spelled_token_ids", [10**30])]
+
+
+@pytest.mark.parametrize(("name", "value"), IDS)
+def test_an_option_that_names_no_token_is_refused_before_anything_is_computed(
+    model: Model, name: str, value: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(type(model.decoder), "forward", None)
+    with pytest.raises(
+        OptionError, match=f"^{name} names token .*this model's tokens are 0 to 2047"
+    ):
+        model.stream("hi", **{name: value})  # type: ignore[arg-type]
+
+
+END_IDS = [
+    ({"eos_token_id": [1, 99999, -1]}, {1}, ["99999", "-1"]),
+    ({"eos_token_id": -1}, {1}, ["-1"]),
+    ({"eos_token_id": "2"}, {1}, ["'2'"]),
+    ({"eos_token_id": [True, 5.0, 7]}, {7}, ["True", "5.0"]),
+    ({"eos_token_id": None}, {1}, []),
+    ({"eos_token_id": []}, set(), []),
+]
+
+
+@pytest.mark.parametrize(("values", "ends", "named"), END_IDS)
+def test_end_tokens_that_are_not_there_end_nothing_and_are_noted(
+    values: dict[str, object], ends: set[int], named: list[str], tmp_path: Path, model: Model
+) -> None:
+    """As if the file did not name them: with `min_new_tokens` they would be looked up."""
+    folder = model.save(tmp_path / "copy")
+    (folder / "generation_config.json").write_text(json.dumps(values))
+    found = hanok.load(folder, dtype="float32")
+    assert found.end_ids == ends
+    notes = [note for note in found.notes if "as an end token" in note]
+    for note, name in zip(notes, named, strict=True):
+        assert note.startswith(f"generation_config.json names {name} as an end token")
+    options = {"max_new_tokens": 6, "min_new_tokens": 3}
+    assert found.generate("The dog", **options).token_ids == (  # type: ignore[arg-type]
+        model.generate("The dog", **options).token_ids  # type: ignore[arg-type]
+    )
+
+
+def test_a_token_beyond_the_embedding_is_refused_by_name(model: Model, tmp_path: Path) -> None:
+    folder = model.save(tmp_path / "copy")
+    library = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    while library.get_vocab_size() < 2048:
+        library.add_tokens([f"<added {library.get_vocab_size()}>"])
+    library.add_tokens(["<beyond>"])
+    library.save(str(folder / "tokenizer.json"))
+    with pytest.raises(hanok.RequestError, match="makes token 2048 of the prompt"):
+        hanok.load(folder).generate("a <beyond>", max_new_tokens=1)
+
+
 @pytest.mark.parametrize("backend", ["auto", "sdpa", "eager"])
 def test_an_int8_cache_says_almost_the_same(backend: str) -> None:
     plain = hanok.load(hanok.BUNDLED, attn_implementation=backend)
@@ -280,3 +334,15 @@ def test_an_int8_cache_says_almost_the_same(backend: str) -> None:
 def test_an_unknown_cache_dtype_is_refused() -> None:
     with pytest.raises(OptionError, match=r"cache_dtype 'int4' is unknown\. Choose auto or int8"):
         hanok.load(hanok.BUNDLED, cache_dtype="int4")  # type: ignore[arg-type]  # what users may write
+
+
+def test_end_tokens_may_stand_in_the_text_part_of_a_config(model: Model, tmp_path: Path) -> None:
+    folder = model.save(tmp_path / "copy")
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    path = folder / "config.json"
+    text = json.loads(path.read_text()) | {"eos_token_id": [2, 7]}
+    inside = {"model_type": "llava", "text_config": text}
+    path.write_text(json.dumps(inside))
+    assert hanok.load(folder).end_ids == {2, 7}
+    path.write_text(json.dumps(inside | {"eos_token_id": 5}))
+    assert hanok.load(folder).end_ids == {5}

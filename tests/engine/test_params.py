@@ -12,6 +12,7 @@ from hanok.engine.params import (
     SamplingOptions,
     SamplingParams,
     from_generation_config,
+    seed_of_answer,
     unsupported_defaults,
 )
 from hanok.errors import OptionError
@@ -19,8 +20,8 @@ from hanok.errors import OptionError
 RANGES: list[tuple[str, list[Any], list[Any]]] = [
     ("max_new_tokens", [1, 10**9], [0, -1]),
     ("temperature", [0.0, 0.01, 100], [-0.1, math.inf, math.nan]),
-    ("top_k", [0, 1, 10**9], [-1]),
-    ("top_p", [0.001, 1.0], [0.0, 1.001, -1.0, math.nan]),
+    ("top_k", [-1, 0, 1, 10**9], [-2]),
+    ("top_p", [0.0, 0.001, 1.0], [-0.001, 1.001, -1.0, math.nan]),
     ("min_p", [0.0, 1.0], [-0.001, 1.001, math.nan]),
     ("typical_p", [0.001, 1.0], [0.0, 1.001, math.nan]),
     ("repetition_penalty", [0.01, 10.0], [0.0, -1.0, math.nan]),
@@ -143,6 +144,15 @@ def test_updating_leaves_the_original_as_it_is() -> None:
     assert params.updated({"max_new_tokens": 2}).seed == 3
 
 
+def test_each_answer_of_a_seed_has_a_seed_of_its_own() -> None:
+    seeds = [seed_of_answer(seed, index) for seed in (0, 1, -1, 2**64 - 1) for index in range(50)]
+    assert len(set(seeds)) == len(seeds)
+    assert [seed_of_answer(seed, 0) for seed in (7, None)] == [7, None]
+    assert seed_of_answer(None, 3) is None
+    for seed in seeds:
+        assert SamplingParams(seed=seed).seed == seed
+
+
 RECOMMENDED = {
     "temperature": 0.6,
     "top_k": 20,
@@ -150,6 +160,8 @@ RECOMMENDED = {
     "min_p": 0.1,
     "typical_p": 0.8,
     "repetition_penalty": 1.05,
+    "presence_penalty": 1.5,
+    "frequency_penalty": 0.2,
     "max_new_tokens": 99,
 }
 
@@ -163,7 +175,9 @@ def test_recommendations_hold_where_the_file_samples() -> None:
 @pytest.mark.parametrize("do_sample", [{}, {"do_sample": False}, {"do_sample": None}])
 def test_without_do_sample_the_defaults_are_greedy(do_sample: dict[str, Any]) -> None:
     found = from_generation_config(RECOMMENDED | do_sample)
-    assert found == SamplingParams(repetition_penalty=1.05, max_new_tokens=99)
+    assert found == SamplingParams(
+        repetition_penalty=1.05, presence_penalty=1.5, frequency_penalty=0.2, max_new_tokens=99
+    )
 
 
 def test_sampling_without_a_temperature_is_at_1_and_null_is_no_recommendation() -> None:
@@ -179,14 +193,47 @@ def test_other_keys_of_the_file_are_none_of_the_options() -> None:
 
 @pytest.mark.parametrize("name", NEUTRAL)
 def test_what_is_not_followed_is_noted_and_what_asks_for_nothing_is_not(name: str) -> None:
-    (note,) = unsupported_defaults({name: 7})
+    (note,) = unsupported_defaults({name: 7}, 100)
     assert f"{name} = 7" in note
-    assert unsupported_defaults({name: NEUTRAL[name]}) == ()
-    assert unsupported_defaults({name: None}) == ()
+    assert unsupported_defaults({name: NEUTRAL[name]}, 100) == ()
+    assert unsupported_defaults({name: None}, 100) == ()
 
 
 def test_what_is_followed_needs_no_note() -> None:
-    assert unsupported_defaults({**RECOMMENDED, "do_sample": True, "eos_token_id": 2}) == ()
+    values = {**RECOMMENDED, "do_sample": True, "eos_token_id": 2, "stop_strings": ["x"]}
+    assert unsupported_defaults(values, 100) == ()
+    assert unsupported_defaults({"max_length": 4096}, 4096) == ()
+    assert len(unsupported_defaults({"max_length": 4096}, 4097)) == 1
+
+
+@pytest.mark.parametrize("stops", ["###", ["###", "END"]])
+def test_stop_strings_are_stop_texts(stops: str | list[str]) -> None:
+    found = from_generation_config({"stop_strings": stops})
+    assert found.stop == ((stops,) if isinstance(stops, str) else tuple(stops))
+    assert found.updated({"stop": ["else"]}).stop == ("else",)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("top_k", -5),
+        ("top_k", "40"),
+        ("top_p", 1.5),
+        ("temperature", "hot"),
+        ("temperature", -1.0),
+        ("max_new_tokens", 0),
+        ("repetition_penalty", 0),
+        ("stop_strings", [5]),
+    ],
+)
+def test_a_recommendation_that_cannot_be_is_left_out_and_noted(name: str, value: Any) -> None:
+    right: dict[str, Any] = {"do_sample": True, "min_p": 0.1}
+    found = from_generation_config(right | {name: value})
+    assert found == from_generation_config(right)
+    (note,) = unsupported_defaults(right | {name: value}, 100)
+    assert repr(value) in note
+    option = {"stop_strings": "stop"}.get(name, name)
+    assert f"{option} is " in note
 
 
 def test_a_recommended_temperature_of_zero_is_greedy() -> None:

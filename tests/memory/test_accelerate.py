@@ -6,7 +6,11 @@ and activations here. For `sequential` accelerate holds one layer's room back on
 hanok does not (docs/plan.md); its budget there is larger by that.
 """
 
+import json
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +20,7 @@ import transformers
 from hanok.memory.budget import Budget, Limit
 from hanok.memory.needs import Use, needs_of
 from hanok.memory.plan import Needs, Place, make_plan
+from hanok.memory.planning import plan_load
 from hanok.models.family import read_config, sources
 
 accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
@@ -127,23 +132,21 @@ def gpus(sizes: list[int]) -> list[Place]:
     ]
 
 
-def theirs(model: Published, sizes: list[int], *, is_balanced: bool) -> dict[str, int]:
+def theirs(
+    model: Published, sizes: list[int], *, is_balanced: bool, dtype: torch.dtype = torch.bfloat16
+) -> dict[str, int]:
     """Return accelerate's map, blocks named one by one."""
     from accelerate import infer_auto_device_map
     from accelerate.utils import get_balanced_memory
 
     config = getattr(transformers, model.config)(**model.keys())
     with torch.device("meta"):
-        built = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        built = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
     blocks = [type(built.model.layers[0]).__name__]
     memory: Any = dict(enumerate(sizes))
     if is_balanced:
-        memory = get_balanced_memory(
-            built, memory, no_split_module_classes=blocks, dtype=torch.bfloat16
-        )
-    found = infer_auto_device_map(
-        built, memory, no_split_module_classes=blocks, dtype=torch.bfloat16
-    )
+        memory = get_balanced_memory(built, memory, no_split_module_classes=blocks, dtype=dtype)
+    found = infer_auto_device_map(built, memory, no_split_module_classes=blocks, dtype=dtype)
     names = [f"model.layers.{index}" for index in range(model.layers)]
     return {
         name: next(
@@ -176,3 +179,46 @@ def test_sequential_is_accelerates_but_for_the_layer_held_back(name: str) -> Non
     found = make_plan(needed, gpus(sizes), "sequential")
     wider = [sizes[0] + largest, *sizes[1:]]
     assert found.hf_device_map == theirs(model, wider, is_balanced=False)
+
+
+DOCUMENTED = re.findall(
+    r"^\| (float32|bfloat16) \| (sequential|auto) \| ([0-9–, ]+) \| ([0-9–, ]+) \|$",
+    (Path(__file__).parents[2] / "docs" / "plan.md").read_text(),
+    re.M,
+)
+
+
+@pytest.mark.parametrize(("dtype", "policy", "expected", "ours"), DOCUMENTED)
+def test_the_70b_of_the_documentation(
+    tmp_path: Path, dtype: str, policy: str, expected: str, ours: str
+) -> None:
+    model = MODELS["llama-2-70b"]
+    keys = {"model_type": model.model_type, **model.keys()}
+    (tmp_path / "config.json").write_text(json.dumps(keys))
+    found = plan_load(
+        tmp_path,
+        devices=["name=a100"] * 4,
+        max_memory=dict.fromkeys(range(4), "70GiB"),
+        dtype=dtype,
+        device_map=policy,
+        may_measure=False,
+    )
+    assert found.fits
+    assert ranges(found.hf_device_map) == ours
+    balanced = policy == "auto"
+    sizes = [70 * 2**30] * 4
+    accelerates = theirs(model, sizes, is_balanced=balanced, dtype=getattr(torch, dtype))
+    assert ranges(accelerates) == expected
+
+
+def test_the_documentation_has_both_dtypes_and_policies() -> None:
+    assert len(DOCUMENTED) == 4
+
+
+def ranges(device_map: Mapping[str, Any]) -> str:
+    """Return the layers of each GPU: "0–19, 20–39"."""
+    layers: dict[Any, list[str]] = {}
+    for module, device in device_map.items():
+        if ".layers." in module:
+            layers.setdefault(device, []).append(module.rpartition(".")[2])
+    return ", ".join(f"{mine[0]}–{mine[-1]}" for mine in layers.values())

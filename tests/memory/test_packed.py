@@ -152,7 +152,7 @@ def test_a_full_disk_is_a_note_and_leaves_nothing(
     def no_space(self: Path, target: Path) -> Path:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(Path, "rename", no_space)
+    monkeypatch.setattr(Path, "replace", no_space)
     cache = tmp_path / "full"
     cache.mkdir()
     (cache / packed.HASHES).write_text(json.dumps({}))

@@ -1,6 +1,7 @@
 """Plans of real checkpoints and of configs alone, described devices, remedies, and no torch."""
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -130,6 +131,10 @@ def test_a_cache_that_is_too_large_is_made_smaller_first(tmp_path: Path, rates: 
         ({"max_memory": "3=1GiB"}, "max_memory names 3, which is not there. Places: cpu, disk"),
         ({"batch": 0}, "batch is 0; it must be at least 1"),
         ({"context": -1}, "context is -1"),
+        (
+            {"context": 1025},
+            "context is 1,025 tokens, and a sequence of this model has 1,024 at the most",
+        ),
         ({"dtype": "int3"}, "dtype 'int3' is unknown"),
         ({"quant": "int5"}, "'int5' is unknown"),
         ({"device_map": "balance"}, "to 'balance', which is not there"),
@@ -141,6 +146,28 @@ def test_options_that_cannot_be(rates: Path, options: dict[str, Any], message: s
     with pytest.raises(OptionError) as caught:
         plan(hanok.BUNDLED, rates, **options)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("sizes", ["0=70GiB,2=60GiB", {0: "70GiB", 2: "60GiB"}])
+def test_gpus_that_are_not_here_come_with_the_command_that_describes_them(
+    tmp_path: Path, rates: Path, sizes: Any
+) -> None:
+    folder = folder_of(tmp_path, LLAMA_70B).rename(tmp_path / "a model")
+    with pytest.raises(OptionError) as caught:
+        plan(folder, rates, max_memory=sizes)
+    found, _, command = str(caught.value).partition("hanok plan ")
+    assert "max_memory names 0, 2, which is not there. Places: cpu, disk." in found
+    words = shlex.split(command)
+    assert words[:3] == [str(folder), "--max-memory", "0=70GiB,2=60GiB"]
+    assert words[3:] == ["--device", "name=a100"] * 3
+    # Pasted, it plans.
+    devices = words[4::2]
+    assert plan(folder, rates, max_memory=words[2], devices=devices).fits
+
+
+def test_a_draft_model_reaches_as_far_as_its_own_context(tmp_path: Path) -> None:
+    short = folder_of(tmp_path, LLAMA_70B | {"num_hidden_layers": 2})
+    assert plan_draft(short, context=8192).needs.context == 4096
 
 
 def test_a_folder_without_anything_to_plan_from(tmp_path: Path) -> None:

@@ -169,12 +169,13 @@ def test_it_ends_with_the_program() -> None:
 import subprocess
 import sys
 import threading
+import types
 import hanok
 from hanok.memory import promote
 began, is_over = threading.Event(), threading.Event()
-class OneEvent:
-    Thread, current_thread, Event = threading.Thread, threading.current_thread, lambda self=None: is_over
-promote.threading = OneEvent()
+promote.threading = types.SimpleNamespace(
+    Thread=threading.Thread, current_thread=threading.current_thread, Event=lambda: is_over
+)
 def read_run(ref, copy):
     began.set()
     is_over.wait()

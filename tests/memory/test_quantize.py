@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 import hanok
-from hanok.errors import UnsupportedError
+from hanok.errors import CheckpointError, UnsupportedError
 from hanok.memory import quantize as module
 from hanok.models.linear import Linear
 from hanok.quant.base import quantize
@@ -175,3 +175,52 @@ def test_generation_cached_is_generation_computed_again(tmp_path: Path) -> None:
         again = [e.token_id for e in model.stream(TOKENS, use_cache=False, **options)]
         together = model.generate([TOKENS, TOKENS[:3]], **options)
         assert cached == again == together[0].token_ids
+
+
+def with_large_row(folder: Path, name: str, largest: float) -> Path:
+    """A checkpoint in which one row of one weight is as large as that."""
+    tensors = load_file(llama(folder) / "model.safetensors")
+    tensors[name][3] *= largest / tensors[name][3].abs().max()
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+LARGE = "model.layers.0.mlp.up_proj.weight"
+
+
+@pytest.mark.parametrize("text", ["int8", "nf4", "fp8", "int8-outlier", "nf4:double_quant=true"])
+def test_a_large_row_is_computed_with(tmp_path: Path, text: str) -> None:
+    folder = with_large_row(tmp_path, LARGE, 4.6e5)
+    model = hanok.load(folder, dtype="float32", quant=text)
+    assert logits_of(model).isfinite().all()
+    weight = hanok.load(folder, dtype="float32").decoder.get_parameter(
+        "layers.0.mlp.gate_up_proj.weight"
+    )
+    found = record_of(model, "layers.0.mlp.gate_up_proj")
+    large = weight.abs().amax(1).argmax()
+    assert (found[large] - weight[large]).norm() < 0.15 * weight[large].norm()
+    layer = model.decoder.get_submodule("layers.0.mlp.gate_up_proj")
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
+    for dtype in (torch.float32, torch.bfloat16):
+        assert layer(x.to(dtype)).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("text", "largest"), [("int4", 6.5e5), ("int8", 9e6), ("fp8", float("nan"))]
+)
+def test_weights_that_scales_cannot_hold_are_refused_at_load(
+    tmp_path: Path, text: str, largest: float
+) -> None:
+    folder = with_large_row(tmp_path, LARGE, largest)
+    message = rf"{LARGE} have values too large for the F\d\d scales of {text}, or that are no numb"
+    with pytest.raises(CheckpointError, match=message):
+        hanok.load(folder, dtype="float32", quant=text)
+
+
+def test_weights_that_float16_cannot_hold_are_refused_at_load(tmp_path: Path) -> None:
+    folder = with_large_row(tmp_path, LARGE, 65520.0)
+    with pytest.raises(CheckpointError, match=rf"{LARGE} has values beyond float16's 65,504"):
+        hanok.load(folder, dtype="float16")
+    assert logits_of(hanok.load(folder, dtype="bfloat16")).isfinite().all()
+    # 65,519 is the last that is rounded to a float16.
+    hanok.load(with_large_row(tmp_path / "held", LARGE, 65519.0), dtype="float16")

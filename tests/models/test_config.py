@@ -183,6 +183,7 @@ SHAPES = {
     "post": replace(SMALL, norm_placement="post"),
     "sandwich": replace(SMALL, norm_placement="sandwich"),
     "parallel": replace(SMALL, norm_placement="parallel"),
+    "shared": replace(SMALL, norm_placement="shared", norm=Norm(kind="layer", eps=1e-5)),
     "learned positions": replace(SMALL, has_learned_positions=True),
 }
 
@@ -210,7 +211,7 @@ def test_flops_and_cache_of_a_small_decoder_by_hand() -> None:
     assert SMALL.kv_cache_bytes(5, "float16") == 2 * 2 * 2 * 6 * 5 * 2
 
 
-def test_the_context_ends_where_dynamic_scaling_does() -> None:
+def test_sequences_share_angles_up_to_where_dynamic_scaling_begins() -> None:
     assert SMALL.max_context_tokens == 32
     scaling = DynamicScaling(factor=2.5, max_positions=32)
     layer = LayerConfig(rope=Rope(theta=1e4, rotary_dim=6, scaling=scaling))
@@ -219,6 +220,70 @@ def test_the_context_ends_where_dynamic_scaling_does() -> None:
     assert grown.shares_angles(1, 32)
     assert not grown.shares_angles(32, 33)
     assert SMALL.shares_angles(1, 1000)
+
+
+def yarn(factor: float, original: int | None) -> dict[str, Any]:
+    return {"type": "yarn", "factor": factor, "original_max_position_embeddings": original}
+
+
+QWEN_2_5_7B: dict[str, Any] = without(LLAMA_3_1_8B, "attention_bias", "rope_scaling") | {
+    "model_type": "qwen2",
+    "max_position_embeddings": 32768,
+}
+LONGROPE = {"type": "longrope", "short_factor": [1.0] * 64, "long_factor": [2.0] * 64}
+GEMMA_3: dict[str, Any] = {
+    "model_type": "gemma3_text",
+    "vocab_size": 97,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 131072,
+}
+
+
+@pytest.mark.parametrize(
+    ("config", "scaling", "tokens"),
+    [
+        # Qwen2.5's recipe leaves the declared length as trained; Qwen3's own files have raised it.
+        (QWEN_2_5_7B, yarn(4.0, 32768), 131072),
+        (QWEN_2_5_7B | {"max_position_embeddings": 131072}, yarn(4.0, 32768), 131072),
+        (QWEN_2_5_7B | {"max_position_embeddings": 40960}, yarn(4.0, 32768), 131072),
+        (QWEN_2_5_7B, yarn(4.0, None), 131072),
+        (QWEN_2_5_7B, yarn(2.0, 8192), 32768),
+        # vicuna-7b-v1.5-16k
+        (
+            LLAMA_3_1_8B | {"max_position_embeddings": 4096},
+            {"type": "linear", "factor": 4.0},
+            16384,
+        ),
+        (
+            LLAMA_3_1_8B | {"max_position_embeddings": 16384},
+            {"type": "linear", "factor": 4.0, "original_max_position_embeddings": 4096},
+            16384,
+        ),
+        (
+            LLAMA_3_1_8B | {"max_position_embeddings": 4096},
+            {"type": "dynamic", "factor": 2.5},
+            10240,
+        ),
+        # Llama 3.1 and Phi-3 declare what they reach.
+        (LLAMA_3_1_8B, LLAMA_3_1_8B["rope_scaling"], 131072),
+        (
+            LLAMA_3_1_8B | {"original_max_position_embeddings": 4096},
+            LONGROPE,
+            131072,
+        ),
+        # Gemma 3 scales one layer of six, and declares what it reaches.
+        (GEMMA_3, {"rope_type": "linear", "factor": 8.0}, 131072),
+    ],
+)
+def test_a_scaled_rope_reaches_as_far_as_vllm_says(
+    config: dict[str, Any], scaling: dict[str, Any], tokens: int
+) -> None:
+    assert read(config | {"rope_scaling": scaling}).max_context_tokens == tokens
 
 
 def test_a_key_that_nobody_reads_is_refused_with_its_value() -> None:

@@ -8,6 +8,9 @@ Tolerance: all is float32, so only the order of sums differs. Logits here are of
 sums over at most 128 products differ by a few 1e-6; 1e-4 leaves room for four layers of them.
 """
 
+import json
+import re
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,20 +19,61 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hanok.attention.base import ForwardBatch
 from hanok.checkpoint.files import open_checkpoint
 from hanok.memory.load import load_decoder
+from hanok.memory.planning import plan_load
+from hanok.memory.save import save_weights
 from hanok.models.config import Mlp, ModelConfig, Norm, Rope
 from hanok.models.decoder import Decoder
 from hanok.models.family import families
+from hanok.quant.recipe import read_recipe
 
 TOLERANCE = 1e-4
 # What a switched-off rule must change the logits by, at the least: far above the tolerance.
 VISIBLE = 1e-2
 
 Change = Callable[[ModelConfig], ModelConfig]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Published:
+    """Files of a model whose computation transformers has under another name."""
+
+    model_type: str
+    config_names: Mapping[str, str] = field(default_factory=dict)
+    tensor_names: Mapping[str, str] = field(default_factory=dict)
+    """Regular expressions and what is put in the place of what they match."""
+    dropped: tuple[str, ...] = ()
+    """Keys of transformers' config that the published files do not have."""
+    turned: str = "nothing"
+    """A regular expression of the tensors whose last two axes are the other way about."""
+    added: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """Tensors that the file has beside the model's, with their shapes."""
+
+    def rewrite(self, folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        config = {
+            self.config_names.get(name, name): value
+            for name, value in config.items()
+            if name not in self.dropped
+        }
+        config |= {"model_type": self.model_type, "architectures": ["Other"]}
+        (folder / "config.json").write_text(json.dumps(config))
+        rename_tensors(folder, self._renamed)
+        tensors = load_file(folder / "model.safetensors")
+        for name in filter(re.compile(self.turned).fullmatch, tensors):
+            tensors[name] = tensors[name].mT.contiguous()
+        tensors |= {name: torch.ones(shape) for name, shape in self.added.items()}
+        save_file(tensors, folder / "model.safetensors")
+
+    def _renamed(self, name: str) -> str:
+        for pattern, new in self.tensor_names.items():
+            name = re.sub(pattern, new, name)
+        return name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +84,10 @@ class Case:
     without: Mapping[str, Change] = field(default_factory=dict)
     depends_on_length: bool = False
     drop_prefix: str = ""
+    vision: Mapping[str, Any] | None = None
+    """The config of a tower; the other options are then those of its text part, `text_config`."""
+    published: "Published | None" = None
+    """How the files are written that transformers does not know; None: as it writes them."""
 
 
 BASE = {
@@ -114,6 +162,8 @@ no_scaling = ropes(lambda rope: replace(rope, scaling=None))
 whole_rotary = ropes(lambda rope: replace(rope, scaling=None, rotary_dim=16))
 halves = ropes(lambda rope: replace(rope, is_interleaved=False))
 
+no_growth = ropes(lambda rope: replace(rope, scaling=replace(rope.scaling, query_growth=0.0)))
+
 LLAMA3 = rope(
     rope_type="llama3",
     factor=8.0,
@@ -125,6 +175,63 @@ LONG = {
     "short_factor": [1.0 + 0.1 * i for i in range(8)],
     "long_factor": [2.0 + i for i in range(8)],
 }
+
+MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
+MINISTRAL3 = rope(
+    rope_type="yarn",
+    factor=4.0,
+    original_max_position_embeddings=16,
+    mscale=1.0,
+    mscale_all_dim=1.0,
+    llama_4_scaling_beta=0.4,
+)
+QWEN_VISION = {
+    "depth": 1,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_heads": 2,
+    "out_hidden_size": 64,
+    "fullatt_block_indexes": [0],
+}
+TOWER = {
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 56,
+    "patch_size": 14,
+}
+
+# EXAONE 3's own names of what Llama computes (modeling_exaone.py, published beside its weights).
+EXAONE = Published(
+    model_type="exaone",
+    config_names={
+        "num_hidden_layers": "num_layers",
+        "rms_norm_eps": "layer_norm_epsilon",
+        "hidden_act": "activation_function",
+    },
+    tensor_names={
+        r"^model\.embed_tokens": "transformer.wte",
+        r"^model\.norm": "transformer.ln_f",
+        r"^model\.layers": "transformer.h",
+        r"input_layernorm": "ln_1",
+        r"post_attention_layernorm": "ln_2",
+        r"self_attn\.o_proj": "attn.attention.out_proj",
+        r"self_attn\.": "attn.attention.",
+        r"gate_proj": "c_fc_0",
+        r"up_proj": "c_fc_1",
+        r"down_proj": "c_proj",
+    },
+    dropped=("attention_bias", "mlp_bias"),
+    added={"transformer.rotary.inv_freq": (8,)},
+)
+MIMO = Published(
+    model_type="mimo",
+    added={
+        "model.mtp_layers.0.input_proj.weight": (64, 128),
+        "model.mtp_layers.0.final_layernorm.weight": (64,),
+    },
+)
 
 CASES = {
     "llama-mha": Case(
@@ -399,11 +506,364 @@ CASES = {
             "biases": with_fields(has_qkv_bias=False, has_output_bias=False),
         },
     ),
+    "qwen2_vl": Case(
+        config="Qwen2VLConfig",
+        options={"model_type": "qwen2_vl_text", "rope_parameters": MROPE},
+        vision={"depth": 1, "embed_dim": 32, "hidden_size": 64, "num_heads": 2, "mlp_ratio": 2},
+        without={"qkv bias": with_fields(has_qkv_bias=False)},
+    ),
+    "qwen2_5_vl": Case(
+        config="Qwen2_5_VLConfig",
+        options={
+            "model_type": "qwen2_5_vl_text",
+            "rope_parameters": MROPE,
+            "tie_word_embeddings": True,
+        },
+        vision=QWEN_VISION,
+        without={"qkv bias": with_fields(has_qkv_bias=False)},
+    ),
+    "qwen3_vl": Case(
+        config="Qwen3VLConfig",
+        options={
+            "model_type": "qwen3_vl_text",
+            "head_dim": 24,
+            "rope_parameters": {**MROPE, "mrope_section": [4, 4, 4], "mrope_interleaved": True},
+        },
+        vision={**QWEN_VISION, "deepstack_visual_indexes": [0], "num_position_embeddings": 16},
+        without={"norms on heads": with_fields(qk_norm=None)},
+    ),
+    "qwen3_vl_moe": Case(
+        config="Qwen3VLMoeConfig",
+        options={
+            "model_type": "qwen3_vl_moe_text",
+            "head_dim": 16,
+            "num_experts": 6,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 24,
+            "mlp_only_layers": [1],
+            "rope_parameters": {**MROPE, "mrope_interleaved": True},
+        },
+        vision={**QWEN_VISION, "deepstack_visual_indexes": [0], "num_position_embeddings": 16},
+        published=Published(model_type="qwen3_vl_moe", turned=r".*\.experts\.(gate_up|down)_proj"),
+        without={
+            "norms on heads": with_fields(qk_norm=None),
+            "renormalised": with_experts(is_renormalised=False),
+            "three experts": with_experts(num_experts_per_token=1),
+        },
+    ),
+    "gemma3": Case(
+        config="Gemma3Config",
+        options={
+            "model_type": "gemma3_text",
+            "head_dim": 24,
+            "sliding_window": 6,
+            "num_hidden_layers": 6,
+            "query_pre_attn_scalar": 20,
+            "tie_word_embeddings": True,
+        },
+        vision={**TOWER, "model_type": "siglip_vision_model"},
+        without={
+            "local base": everywhere_turned,
+            "window": each_layer(window=None),
+            "norms on both sides": with_fields(norm_placement="pre"),
+        },
+    ),
+    "mistral3": Case(
+        config="Mistral3Config",
+        options={"model_type": "mistral", "head_dim": 24, "sliding_window": None},
+        vision={**TOWER, "model_type": "pixtral", "head_dim": 16},
+        without={"rope": each_layer(rope=None)},
+    ),
+    "mistral3-ministral3": Case(
+        config="Mistral3Config",
+        options={"model_type": "ministral3", "head_dim": 16, "rope_parameters": MINISTRAL3},
+        vision={**TOWER, "model_type": "pixtral", "head_dim": 16},
+        num_tokens=40,
+        without={"yarn scaling": no_scaling, "growing queries": no_growth},
+    ),
+    "ministral3": Case(
+        config="Ministral3Config",
+        options={"head_dim": 16, "rope_parameters": MINISTRAL3, "tie_word_embeddings": True},
+        num_tokens=40,
+        without={"yarn scaling": no_scaling, "growing queries": no_growth},
+    ),
+    "llava": Case(
+        config="LlavaConfig",
+        options={"model_type": "llama"},
+        vision={**TOWER, "model_type": "clip_vision_model"},
+        without={"rope": each_layer(rope=None)},
+    ),
+    "llava-mistral": Case(
+        config="LlavaConfig",
+        options={"model_type": "mistral", "sliding_window": 6},
+        vision={**TOWER, "model_type": "clip_vision_model"},
+        without={"window": each_layer(window=None)},
+    ),
+    "llava_next": Case(
+        config="LlavaNextConfig",
+        options={"model_type": "mistral", "sliding_window": None},
+        vision={**TOWER, "model_type": "clip_vision_model"},
+        without={"rope": each_layer(rope=None)},
+    ),
+    "llava_onevision": Case(
+        config="LlavaOnevisionConfig",
+        options={"model_type": "qwen2"},
+        vision={**TOWER, "model_type": "siglip_vision_model"},
+        without={"qkv bias": with_fields(has_qkv_bias=False)},
+    ),
+    "internvl": Case(
+        config="InternVLConfig",
+        options={"model_type": "qwen3", "head_dim": 24},
+        vision={**TOWER, "model_type": "internvl_vision", "image_size": [56, 56]},
+        without={"norms on heads": with_fields(qk_norm=None)},
+    ),
+    "hyperclovax_vision_v2": Case(
+        config="HyperCLOVAXVisionV2Config",
+        options={"model_type": "hyperclovax", "logits_scaling": 0.5},
+        vision={**QWEN_VISION, "model_type": "qwen2_5_vl_vision"},
+        without={
+            "norms on both sides": with_fields(norm_placement="pre"),
+            "logits": with_fields(logit_scale=1.0),
+        },
+    ),
+    "vlm": Case(
+        config="HyperCLOVAXVisionV2Config",
+        options={"model_type": "hyperclovax", "attention_multiplier": 0.1},
+        vision={**QWEN_VISION, "model_type": "qwen2_5_vl_vision"},
+        published=Published(model_type="vlm"),
+        without={"attention": with_fields(attention_scale=16**-0.5)},
+    ),
+    "exaone4_5": Case(
+        config="Exaone4_5_Config",
+        options={"model_type": "exaone4", "sliding_window": 6, "sliding_window_pattern": 4},
+        vision={**QWEN_VISION, "num_key_value_heads": 2},
+        without={
+            "full without rope": everywhere_turned,
+            "window": each_layer(window=None),
+            "norms on heads": with_fields(qk_norm=None),
+        },
+    ),
+    "exaone": Case(
+        config="LlamaConfig",
+        options={"rope_parameters": LLAMA3, "rms_norm_eps": 1e-5},
+        published=EXAONE,
+        num_tokens=40,
+        without={"llama3 scaling": no_scaling, "eps": with_norm(eps=1e-1)},
+    ),
+    "exaone-tied": Case(
+        config="LlamaConfig",
+        options={"tie_word_embeddings": True, "head_dim": 24},
+        published=EXAONE,
+        without={"rope": each_layer(rope=None)},
+    ),
+    "hyperclovax": Case(
+        config="HyperCLOVAXConfig",
+        options={
+            "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.4,
+            "attention_multiplier": 0.1,
+            "logits_scaling": 0.5,
+        },
+        without={
+            "norms on both sides": with_fields(norm_placement="pre"),
+            "embedding": with_fields(embedding_scale=1.0),
+            "residual": with_fields(residual_scale=1.0),
+            "attention": with_fields(attention_scale=16**-0.5),
+            "logits": with_fields(logit_scale=1.0),
+        },
+    ),
+    "hyperclovax-pre": Case(
+        config="HyperCLOVAXConfig",
+        options={"use_post_norm": False, "attention_bias": True, "mlp_bias": True},
+        without={
+            "norms before": with_fields(norm_placement="post"),
+            "qkv bias": with_fields(has_qkv_bias=False),
+        },
+    ),
+    "olmo3": Case(
+        config="Olmo3Config",
+        options={
+            "sliding_window": 6,
+            "rope_parameters": {
+                "full_attention": rope(
+                    rope_type="yarn", factor=4.0, original_max_position_embeddings=16
+                ),
+                "sliding_attention": rope(rope_type="default"),
+            },
+        },
+        num_tokens=40,
+        without={
+            "window": each_layer(window=None),
+            "full": each_layer(window=6),
+            "scaling of full layers": no_scaling,
+            "no scaling of windowed ones": lambda config: each_layer(rope=config.layers[3].rope)(
+                config
+            ),
+            "norms after": with_fields(norm_placement="pre"),
+            "norms on query and key": with_fields(qk_norm=None),
+        },
+    ),
+    "cohere": Case(
+        config="CohereConfig",
+        options={"logit_scale": 0.5},
+        without={
+            "in pairs": halves,
+            "side by side": with_fields(norm_placement="pre"),
+            "layer norm": with_norm(kind="rms"),
+            "logits": with_fields(logit_scale=1.0),
+        },
+    ),
+    "cohere-untied-biases": Case(
+        config="CohereConfig",
+        options={"tie_word_embeddings": False, "attention_bias": True, "logit_scale": 2.0},
+        without={
+            "qkv bias": with_fields(has_qkv_bias=False),
+            "output bias": with_fields(has_output_bias=False),
+        },
+    ),
+    "cohere2": Case(
+        config="Cohere2Config",
+        options={"sliding_window": 6, "logit_scale": 0.5},
+        without={
+            "window": each_layer(window=None),
+            "full without rope": everywhere_turned,
+            "in pairs": halves,
+            "side by side": with_fields(norm_placement="pre"),
+        },
+    ),
+    "seed_oss": Case(
+        config="SeedOssConfig",
+        options={"head_dim": 24},
+        without={"qkv bias": with_fields(has_qkv_bias=False)},
+    ),
+    "seed_oss-biases": Case(
+        config="SeedOssConfig",
+        options={"head_dim": 16, "attention_out_bias": True, "mlp_bias": True},
+        without={
+            "output bias": with_fields(has_output_bias=False),
+            "mlp bias": with_mlp(has_bias=False),
+        },
+    ),
+    "ernie4_5": Case(
+        config="Ernie4_5Config",
+        options={"head_dim": 24, "use_bias": True, "rope_parameters": rope(rope_type="default")},
+        without={
+            "in pairs": halves,
+            "qkv bias": with_fields(has_qkv_bias=False),
+            "output bias": with_fields(has_output_bias=False),
+            "mlp bias": with_mlp(has_bias=False),
+        },
+    ),
+    "helium": Case(
+        config="HeliumConfig",
+        options={"head_dim": 16, "rope_parameters": rope(rope_type="default")},
+        without={"in pairs": halves},
+    ),
+    "glm": Case(
+        config="GlmConfig",
+        options={"head_dim": 24},
+        without={
+            "in pairs": halves,
+            "half a head": ropes(lambda rope: replace(rope, rotary_dim=24)),
+            "qkv bias": with_fields(has_qkv_bias=False),
+        },
+    ),
+    "stablelm": Case(
+        config="StableLmConfig",
+        options={"use_qkv_bias": True},
+        without={
+            "quarter of a head": whole_rotary,
+            "layer norm": with_norm(kind="rms"),
+            "norm biases": with_norm(has_bias=False),
+            "qkv bias": with_fields(has_qkv_bias=False),
+        },
+    ),
+    "stablelm-parallel": Case(
+        config="StableLmConfig",
+        options={"use_parallel_residual": True},
+        without={"side by side": with_fields(norm_placement="pre")},
+    ),
+    "granitemoehybrid": Case(
+        config="GraniteMoeHybridConfig",
+        options={
+            "layer_types": ["attention"] * 4,
+            "num_local_experts": 0,
+            "shared_intermediate_size": 80,
+            "position_embedding_type": "rope",
+            "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.4,
+            "attention_multiplier": 0.1,
+            "logits_scaling": 0.5,
+            "mamba_n_heads": 2,
+        },
+        without={
+            "rope": each_layer(rope=None),
+            "embedding": with_fields(embedding_scale=1.0),
+            "residual": with_fields(residual_scale=1.0),
+            "attention": with_fields(attention_scale=16**-0.5),
+            "logits": with_fields(logit_scale=1.0),
+        },
+    ),
+    "granitemoehybrid-nope": Case(
+        config="GraniteMoeHybridConfig",
+        options={
+            "layer_types": ["attention"] * 4,
+            "num_local_experts": 0,
+            "shared_intermediate_size": 80,
+            "position_embedding_type": "nope",
+            "mamba_n_heads": 2,
+        },
+        without={"no rope": each_layer(rope=Rope(theta=1e4, rotary_dim=16))},
+    ),
+    "gpt_bigcode": Case(
+        config="GPTBigCodeConfig",
+        options={"n_inner": 96},
+        without={
+            "learned positions": with_fields(has_learned_positions=False),
+            "gelu": with_mlp(activation="relu"),
+            "layer norm": with_norm(kind="rms"),
+        },
+    ),
+    "falcon": Case(
+        config="FalconConfig",
+        options={},
+        without={
+            "side by side": with_fields(norm_placement="pre"),
+            "rope": each_layer(rope=None),
+            "layer norm": with_norm(kind="rms"),
+            "norm biases": with_norm(has_bias=False),
+            "gelu": with_mlp(activation="silu"),
+        },
+    ),
+    "falcon-sequential-biases": Case(
+        config="FalconConfig",
+        options={"parallel_attn": False, "bias": True, "ffn_hidden_size": 96},
+        without={
+            "qkv bias": with_fields(has_qkv_bias=False),
+            "output bias": with_fields(has_output_bias=False),
+            "mlp bias": with_mlp(has_bias=False),
+        },
+    ),
+    "mimo": Case(
+        config="Qwen2Config",
+        options={},
+        published=MIMO,
+        without={"qkv bias": with_fields(has_qkv_bias=False)},
+    ),
 }
 
 # Config classes that spell the shared sizes otherwise, or have no such size.
 RENAMED: Mapping[str, Mapping[str, str | None]] = {
     "GPTNeoXConfig": {"num_key_value_heads": None},
+    "FalconConfig": {"num_key_value_heads": None, "intermediate_size": None},
+    "GPTBigCodeConfig": {
+        "hidden_size": "n_embd",
+        "num_hidden_layers": "n_layer",
+        "num_attention_heads": "n_head",
+        "max_position_embeddings": "n_positions",
+        "intermediate_size": None,
+        "num_key_value_heads": None,
+    },
     "GPT2Config": {
         "hidden_size": "n_embd",
         "num_hidden_layers": "n_layer",
@@ -429,7 +889,13 @@ def hf_config(case: Case) -> Any:
         new_name = names.get(name, name)
         if new_name is not None:
             options[new_name] = value
-    return getattr(transformers, case.config)(**(options | case.options))
+    options |= case.options
+    if case.vision is not None:
+        # Text alone decides here, so the head is tied where the text part says it.
+        tied = options.get("tie_word_embeddings", False)
+        text = {"text_config": options, "vision_config": dict(case.vision)}
+        return getattr(transformers, case.config)(**text, tie_word_embeddings=tied)
+    return getattr(transformers, case.config)(**options)
 
 
 @pytest.fixture(scope="module")
@@ -447,7 +913,8 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Built]:
 def save_random(case: Case, folder: Path) -> Built:
     config = hf_config(case)
     config._attn_implementation = "eager"
-    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    kind = "AutoModelForCausalLM" if case.vision is None else "AutoModelForImageTextToText"
+    model = getattr(transformers, kind).from_config(config).eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -457,6 +924,8 @@ def save_random(case: Case, folder: Path) -> Built:
                 scale = 1.5 * parameter.shape[-1] ** -0.5
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
     model.save_pretrained(folder)
+    if case.published:
+        case.published.rewrite(folder)
     if case.drop_prefix:
         rename_tensors(folder, lambda name: name.removeprefix(case.drop_prefix))
     tokens = torch.randint(3, 97, (case.num_tokens,), generator=generator).tolist()
@@ -464,8 +933,6 @@ def save_random(case: Case, folder: Path) -> Built:
 
 
 def rename_tensors(folder: Path, rename: Callable[[str], str]) -> None:
-    from safetensors.torch import load_file, save_file
-
     path = folder / "model.safetensors"
     save_file({rename(name): tensor for name, tensor in load_file(path).items()}, path)
 
@@ -486,7 +953,10 @@ def prefill(decoder: Decoder, tokens: list[int]) -> Tensor:
 
 
 def test_every_known_model_type_has_a_case() -> None:
-    tested = {hf_config(case).model_type for case in CASES.values()}
+    tested = {
+        case.published.model_type if case.published else hf_config(case).model_type
+        for case in CASES.values()
+    }
     assert tested == set(families())
 
 
@@ -567,3 +1037,96 @@ def test_a_switched_off_rule_is_noticed(
     wrong.use_attention("auto")
     difference = (prefill(wrong, made.tokens) - oracle(made, made.tokens)).abs().max()
     assert difference > VISIBLE
+
+
+WITH_A_TOWER = [name for name, case in CASES.items() if case.vision is not None]
+# What files of each generation put before the text part, its head and the tower.
+SPELLINGS = {
+    "flat": ("model.", "lm_head.", ""),
+    "inner": ("model.language_model.", "lm_head.", "model."),
+    "outer": ("language_model.model.", "language_model.lm_head.", ""),
+    "both": ("model.language_model.model.", "model.language_model.lm_head.", "model."),
+}
+
+
+def respelt(name: str, spelling: str) -> str:
+    text, head, tower = SPELLINGS[spelling]
+    for pattern, new in (
+        (r"(model\.)?(language_model\.)?(model\.)?(?=layers|norm|embed_tokens)", text),
+        (r"(model\.)?(language_model\.)?lm_head\.", head),
+        (r"(model\.)?(?=visual|vision_|multi_modal_projector|projector|image_newline)", tower),
+    ):
+        if match := re.match(pattern, name):
+            return new + name[match.end() :]
+    raise AssertionError(name)
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+@pytest.mark.parametrize("name", WITH_A_TOWER)
+def test_a_tower_is_left_out_however_its_files_are_spelt(
+    name: str, spelling: str, built: Callable[[str], Built], tmp_path: Path
+) -> None:
+    made = built(name)
+    folder = Path(shutil.copytree(made.folder, tmp_path / "respelt"))
+    rename_tensors(folder, lambda name: respelt(name, spelling))
+    checkpoint = open_checkpoint(folder)
+    loaded = load_decoder(checkpoint, dtype="float32")
+    torch.testing.assert_close(
+        prefill(loaded.decoder, made.tokens), oracle(made, made.tokens), atol=TOLERANCE, rtol=0
+    )
+    used = {name for source in loaded.sources.values() for name in (*source.names, source.stack)}
+    beside = {name for name in checkpoint.tensors if name not in used}
+    num_bytes = sum(checkpoint.tensors[name].size_bytes for name in beside)
+    assert {ref.name for ref in loaded.left_out} == beside
+    assert loaded.report.notes[0] == (
+        f"left out: the vision tower and its projector, {len(beside)} tensors of {num_bytes:,} bytes"
+    )
+    assert not [note for note in loaded.report.notes if note.startswith("tensor names")]
+    save_weights(tmp_path, loaded.decoder, loaded.sources, left_out=loaded.left_out)
+    saved, original = (load_file(path / "model.safetensors") for path in (tmp_path, folder))
+    assert saved.keys() == original.keys()
+    assert all(torch.equal(saved[name], original[name]) for name in saved)
+
+
+def test_stacked_experts_are_read_in_either_order(
+    built: Callable[[str], Built], tmp_path: Path
+) -> None:
+    """Published files have (experts, in, out); transformers 5 writes (experts, out, in)."""
+    made = built("qwen3_vl_moe")
+    made.model.save_pretrained(tmp_path)
+    folders = (made.folder, tmp_path)
+    published, written = (load_decoder(open_checkpoint(path), dtype="float32") for path in folders)
+    stack = "model.language_model.layers.0.mlp.experts.gate_up_proj"
+    shapes = [load_file(path / "model.safetensors")[stack].shape for path in folders]
+    assert shapes == [(6, 64, 48), (6, 48, 64)]
+    torch.testing.assert_close(
+        written.decoder.state_dict(), published.decoder.state_dict(), atol=0, rtol=0
+    )
+    assert written.report.mapped_bytes > published.report.mapped_bytes
+    recipe = read_recipe("int8")
+    first, second = (
+        load_decoder(open_checkpoint(path), dtype="float32", recipe=recipe).decoder
+        for path in folders
+    )
+    assert torch.equal(prefill(first, made.tokens), prefill(second, made.tokens))
+    for loaded, folder in zip((published, written), folders, strict=True):
+        plan = plan_load(folder, dtype="float32", may_measure=False)
+        report = load_decoder(open_checkpoint(folder), dtype="float32", plan=plan).report
+        units = plan.needs.units
+        held = report.mapped_bytes + report.copied_bytes
+        assert held == sum(unit.weight_bytes for unit in units)
+        assert report.mapped_bytes == sum(unit.mapped_bytes for unit in units)
+        saved = tmp_path / folder.name / "saved"
+        saved.mkdir(parents=True)
+        save_weights(saved, loaded.decoder, loaded.sources, left_out=loaded.left_out)
+        original, again = (load_file(path / "model.safetensors") for path in (folder, saved))
+        assert original.keys() == again.keys()
+        assert all(torch.equal(original[name], again[name]) for name in original)
+
+
+def test_layers_that_guess_ahead_are_left_out(built: Callable[[str], Built]) -> None:
+    loaded = load_decoder(open_checkpoint(built("mimo").folder), dtype="float32")
+    num_bytes = 4 * (64 * 128 + 64)
+    assert loaded.report.notes[0] == (
+        f"left out: the layers that guess tokens ahead, 2 tensors of {num_bytes:,} bytes"
+    )

@@ -144,7 +144,7 @@ def test_the_length_that_angles_are_computed_for() -> None:
     assert [longrope.angles_for(n) for n in (1, 10, 11, 30)] == [10, 10, 11, 11]
     for scaling in (
         None,
-        LinearScaling(factor=2.0),
+        LinearScaling(factor=2.0, original_max_positions=64),
         Llama3Scaling(
             factor=2.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_positions=10
         ),

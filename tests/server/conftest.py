@@ -21,9 +21,8 @@ import uvicorn
 import hanok
 from hanok.engine.engine import Engine
 from hanok.engine.model import Model
-from hanok.server.app import create_app
 from hanok.server.options import ServerOptions
-from hanok.server.run import listen
+from hanok.server.run import configured, listen
 from hanok.server.service import Service
 
 PATIENCE_S = 60.0
@@ -125,15 +124,12 @@ def local_model() -> Model:
 def local_server(
     model: Model, *, send_buffer: int | None = None, **given: Any
 ) -> Iterator[LocalServer]:
-    options = ServerOptions(model_id="bundled", port=0, **given)
+    options = ServerOptions(**{"model_id": "bundled", "port": 0} | given)
     service, engine = Service(options=options), Engine(model)
     listener = listen(options)
     if send_buffer is not None:  # connections have that of their listener
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
-    config = uvicorn.Config(
-        create_app(service), lifespan="off", log_level="critical", timeout_graceful_shutdown=5
-    )
-    server = uvicorn.Server(config)
+    server = uvicorn.Server(configured(service))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     # As the server of its own: several threads wait for one another where others use the processors.
     num_threads = torch.get_num_threads()

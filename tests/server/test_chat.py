@@ -43,7 +43,8 @@ def test_what_is_read_of_an_answer() -> None:
 
 
 def test_special_tokens_that_are_read_are_spelled_out() -> None:
-    assert talk().spelled_token_ids == (5,)
+    assert talk().spelled_token_ids == (8,)
+    assert talk(tools=TOOLS).spelled_token_ids == (5, 8)
     assert talk(separate_reasoning=False).spelled_token_ids == ()
     assert talk(separate_reasoning=False, tools=TOOLS).spelled_token_ids == (5,)
 
@@ -105,7 +106,7 @@ def deep(levels: int) -> str:
         ({"tool_calls": [5]}, "without a function's name"),
         ({"function_call": 5}, "without a function's name"),
         ({"tool_calls": [{"function": {"name": "f", "arguments": deep(900)}}]}, "deeper than 64"),
-        ({"tool_calls": [{"function": {"name": "f", "arguments": deep(99999)}}]}, "deeper than 64"),
+        ({"tool_calls": [{"function": {"name": "f", "arguments": deep(99999)}}]}, "too many lists"),
         ({"content": [{"type": "image_url"}]}, "image modality is not supported"),
         ({"content": [{"type": "text", "text": 5}]}, "a part without a text"),
         ({"content": 5}, "a text or a list of parts"),

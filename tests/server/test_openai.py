@@ -127,6 +127,52 @@ def test_several_answers_and_a_seed(sdk: openai.OpenAI) -> None:
     assert first.choices[0].message.content == second.choices[0].message.content
 
 
+def test_a_seed_gives_several_answers_of_their_own(
+    sdk: openai.OpenAI, client: httpx.Client
+) -> None:
+    """Each the same when it is asked for again, and the first as if it were asked for alone."""
+    options: Any = {"model": "tgi", "messages": MESSAGES, "max_tokens": 12, "temperature": 1.2}
+    one, first, second, beside = (
+        [c.message.content for c in sdk.chat.completions.create(**options, seed=seed, n=n).choices]
+        for seed, n in ((5, 1), (5, 4), (5, 4), (6, 4))
+    )
+    assert first == second
+    assert first[0] == one[0]
+    assert len({*first, *beside}) == 8
+    body = {"prompt": PROMPT, "max_tokens": 12, "temperature": 1.2, "seed": 5}
+    several = client.post("/v1/completions", json={**body, "n": 3}).json()["choices"]
+    best = client.post("/v1/completions", json={**body, "n": 1, "best_of": 3}).json()["choices"]
+    texts = [choice["text"] for choice in several]
+    assert len(set(texts)) == 3
+    assert best[0]["text"] in texts
+
+
+def test_parts_of_characters_have_their_bytes(client: httpx.Client) -> None:
+    """é is the bytes C3 and A9; a token of one of them has no text of its own."""
+    tokenizer = hanok.load(hanok.BUNDLED).tokenizer
+    assert tokenizer is not None
+    lead, rest = (tokenizer.token_to_id(spelled) for spelled in "Ã©")
+    options: Any = {"max_tokens": 2, "temperature": 0, "logit_bias": {str(lead): 100}}
+    chat = client.post(
+        "/v1/chat/completions",
+        json={**options, "messages": MESSAGES, "logprobs": True, "top_logprobs": 2},
+    ).json()["choices"][0]["logprobs"]["content"]
+    assert [item["bytes"] for item in chat] == [[0xC3], [0xC3]]
+    for item in chat[0]["top_logprobs"]:
+        assert bytes(item["bytes"]).decode() == item["token"]
+    body = {**options, "prompt": [3, lead, rest, 3], "logprobs": 1, "echo": True}
+    found = client.post("/v1/completions", json=body).json()["choices"][0]
+    part = found["logprobs"]
+    assert part["tokens"][1:3] + part["tokens"][4:] == [
+        "bytes:\\xc3",
+        "bytes:\\xa9",
+        "bytes:\\xc3",
+        "bytes:\\xc3",
+    ]
+    assert part["text_offset"][:4] == [0, 0, 0, 1]
+    assert set(part["tokens"][4:]) <= set(part["top_logprobs"][4])
+
+
 def test_an_assistants_message_goes_on(sdk: openai.OpenAI) -> None:
     messages = [*MESSAGES, {"role": "assistant", "content": "Once upon a time, there was"}]
     found = sdk.chat.completions.create(
@@ -219,7 +265,7 @@ def test_the_constraints_of_other_servers_are_followed(
         ({"guided_json": "{"}, "grammar is not valid"),
         ({"regex": "(a"}, "grammar is not valid"),
         ({"bad_words": ["dog"]}, "`bad_words` is not supported"),
-        ({"logprobs": 1, "prompt_logprobs": 1}, "`prompt_logprobs` is not supported"),
+        ({"stream": True, "prompt_logprobs": 1}, "`prompt_logprobs` is not supported when str"),
         ({"skip_special_tokens": False}, "`skip_special_tokens` is not supported"),
     ],
 )
@@ -241,6 +287,32 @@ def test_fields_that_ask_for_nothing_are_taken(client: httpx.Client) -> None:
     nothing |= {"structured_outputs": {"json": None}, "grammar": None, "unheard_of": 5}
     body = {"prompt": "a", "max_tokens": 1, **nothing}
     assert client.post("/v1/completions", json=body).status_code == 200
+
+
+@pytest.mark.parametrize("number", [0, 3])
+def test_a_prompt_is_scored_as_the_library_scores_it(client: httpx.Client, number: int) -> None:
+    model = hanok.load(hanok.BUNDLED, dtype="float32")
+    asked = {"prompt_logprobs": number, "max_tokens": 2, "n": 2, "temperature": 1}
+    chat = client.post("/v1/chat/completions", json={"messages": MESSAGES, **asked}).json()
+    ids = client.post("/tokenize", json={"messages": MESSAGES}).json()["tokens"]
+    text = "The dog ran to the park."
+    both = [[text, text], {"echo": True, "logprobs": 1}]
+    answer = client.post("/v1/completions", json={"prompt": both[0], **asked, **both[1]}).json()
+    assert all(len(table) <= 2 for table in answer["choices"][0]["logprobs"]["top_logprobs"][1:])
+    choices = [choice["prompt_logprobs"] for choice in answer["choices"]]
+    for tokens, found in (
+        (ids, chat["prompt_logprobs"]),
+        *((model.encode(text), c) for c in choices),
+    ):
+        logprobs = model.logits(tokens)[:-1].log_softmax(-1)
+        assert (len(found), found[0]) == (len(tokens), None)
+        for row, token, table in zip(logprobs, tokens[1:], found[1:], strict=True):
+            best = {str(i) for i in row.topk(number).indices.tolist()}
+            assert set(table) == best | {str(token)}
+            for key, told in table.items():
+                assert told["logprob"] == pytest.approx(float(row[int(key)]), abs=1e-4)
+                assert told["rank"] == 1 + int((row > row[int(key)]).sum())
+                assert told["decoded_token"] == model.tokenizer.token_text(int(key))  # type: ignore[union-attr]
 
 
 def test_the_last_tokens_of_a_prompt_are_kept(client: httpx.Client) -> None:
@@ -275,6 +347,14 @@ def test_an_echoed_prompt_is_what_was_kept_of_it(client: httpx.Client) -> None:
     assert found["logprobs"]["text_offset"][3] == len("".join(found["logprobs"]["tokens"][:3]))
 
 
+def test_a_prompt_is_echoed_by_both_names(client: httpx.Client) -> None:
+    texts = {}
+    for name in ("echo", "return_full_text", "user"):
+        body = {"prompt": PROMPT, "max_tokens": 3, "temperature": 0, name: name != "user" or "u"}
+        texts[name] = client.post("/v1/completions", json=body).json()["choices"][0]["text"]
+    assert texts["echo"] == texts["return_full_text"] == PROMPT + texts["user"]
+
+
 def test_tools_that_must_be_called_are(sdk: openai.OpenAI) -> None:
     options: Any = {"model": "bundled", "messages": MESSAGES, "tools": [WEATHER], "max_tokens": 80}
     for choice in ("required", {"type": "function", "function": {"name": "weather"}}):
@@ -307,7 +387,7 @@ def test_tools_that_must_be_called_are(sdk: openai.OpenAI) -> None:
         ("completions", {"prompt": "a", "max_tokens": 9999}, 400, "context length is 1024 tokens"),
         ("completions", {"prompt": "a", "temperature": -1}, 422, "temperature"),
         ("completions", {"prompt": "a", "model": "gpt-9"}, 404, "does not exist"),
-        ("completions", {"prompt": "a", "logit_bias": {"99999": 1}}, 424, "names token 99999"),
+        ("completions", {"prompt": "a", "logit_bias": {"99999": 1}}, 422, "names token 99999"),
         ("chat/completions", {"messages": []}, 422, "messages"),
         ("chat/completions", {"messages": [{"content": "a"}]}, 422, "role must be a text"),
         (

@@ -60,6 +60,7 @@ def test_a_client_that_leaves_frees_its_blocks(server: Server, client: httpx.Cli
 def test_a_deadline_of_a_request(client: httpx.Client) -> None:
     found = client.post("/v1/completions", json=LONG | {"timeout": 0.05})
     assert (found.status_code, found.json()["error_type"]) == (408, "timeout")
+    assert found.json()["error"]["message"] == "not finished within 0.05 s."
     wait_for(client, "hanok_cache_used_blocks", 0)
 
 

@@ -273,7 +273,98 @@ def test_an_answer_is_streamed_and_timed(page: Page, stub: Stub) -> None:
 
 def test_letters_that_arrive_in_halves_are_whole(page: Page, stub: Stub) -> None:
     stub.pieces = ["한옥", " 🏠é", "\n\nnext"]
-    assert page.ask("?") == "한옥 🏠é\n\nnext"
+    page.ask("?")
+    assert [item.text for item in page.all(".turn.assistant p")] == ["한옥 🏠é", "next"]
+    page.ask("again")
+    assert stub.asked[1][1]["messages"][1]["content"] == "한옥 🏠é\n\nnext"
+
+
+MARKDOWN = """## Three *ways*
+
+1. **one**
+2. `two`
+   - [three](https://a.example/b)
+
+| a | b |
+|---|--:|
+| 1 | 2 |
+
+```python
+if a < b:
+    print("<b>")
+```
+"""
+
+
+def test_an_answer_is_shown_as_markdown(page: Page, stub: Stub) -> None:
+    stub.pieces = [MARKDOWN[at : at + 3] for at in range(0, len(MARKDOWN), 3)]
+    page.ask("?")
+    text = ".turn.assistant .text"
+    assert page[f"{text} > h2"].text == "Three ways"
+    assert page[f"{text} > h2 > em"].text == "ways"
+    assert len(page.all(f"{text} > ol > li")) == 2
+    assert page[f"{text} li strong"].text == "one"
+    assert page[f"{text} li > code"].text == "two"
+    link = page[f"{text} li li a"]
+    assert link.get_attribute("href") == "https://a.example/b"
+    assert link.get_attribute("rel") == "noopener noreferrer"
+    assert [cell.text for cell in page.all(f"{text} td")] == ["1", "2"]
+    assert page[f"{text} pre code"].text == 'if a < b:\n    print("<b>")'
+    assert page[f"{text} .code-head span"].text == "python"
+
+
+HOSTILE = """<img src=x onerror="window.hit=1"> <script>window.hit=1</script>
+
+[a](javascript:window.hit=1) [b](JaVaScRiPt&#58;alert(1)) [c](data:text/html,x) [d](/metrics)
+[e](\tjavascript:window.hit=1) <javascript:window.hit=1> ![f](javascript:window.hit=1)
+[g](https://a.example/"onclick="window.hit=1) ![h](https://a.example/h.png)
+
+```"><img src=x onerror="window.hit=1">
+</code></pre><img src=x onerror="window.hit=1">
+```
+
+| <img src=x onerror="window.hit=1"> |
+|---|
+| <svg onload="window.hit=1"> |
+"""
+
+
+def test_no_text_of_a_model_becomes_markup(page: Page, stub: Stub) -> None:
+    stub.pieces = [HOSTILE]
+    text = ".turn.assistant .text"
+    page.ask("?")
+    shown = page[text].text
+    for written in ('<img src=x onerror="window.hit=1">', "<script>window.hit=1</script>"):
+        assert written in shown
+    assert "[a](javascript:window.hit=1)" in shown
+    assert page.all(f"{text} :is(img, script, svg, iframe, style, link, object)") == []
+    schemes = "return [...document.querySelectorAll('.text a')].map((a) => a.protocol)"
+    assert set(page.run(schemes)) == {"https:"}
+    attributes = (
+        "return [...document.querySelectorAll('.text *')]"
+        ".flatMap((e) => e.getAttributeNames()).filter((name) => name.startsWith('on'))"
+    )
+    assert page.run(attributes) == []
+    for link in page.all(f"{text} a"):
+        page.run("document.addEventListener('click', (event) => event.preventDefault())")
+        link.click()
+    assert page.run("return window.hit === undefined")
+
+
+def test_code_can_be_copied(page: Page, stub: Stub) -> None:
+    stub.pieces = ["```\na\n  b\n```"]
+    page.ask("?")
+    page.run(
+        "Object.defineProperty(navigator, 'clipboard', {configurable: true,"
+        " value: {writeText: async (text) => { window.copied = text; }}})"
+    )
+    page[".code button"].click()
+    page.wait(lambda page: page[".code button"].text == "Copied")
+    assert page.run("return window.copied") == "a\n  b\n"
+    page.run("Object.defineProperty(navigator, 'clipboard', {value: undefined})")
+    page[".code button"].click()
+    page.wait(lambda page: page[".code button"].text == "Selected")
+    assert page.run("return getSelection().toString()").rstrip("\n") == "a\n  b"
 
 
 def test_the_next_turn_brings_the_conversation_and_a_new_one_does_not(

@@ -38,6 +38,8 @@ def test_a_conversation_has_the_tokens_that_a_chat_is_charged_for(client: httpx.
     assert (found["count"], found["token_strs"]) == (usage["prompt_tokens"], None)
     told = client.post("/chat_tokenize", json={"messages": MESSAGES}).json()
     assert found["tokens"] == [token["id"] for token in told["tokenize_response"]]
+    framed = {"messages": MESSAGES, "add_special_tokens": True}
+    assert client.post("/tokenize", json=framed).json()["tokens"] == found["tokens"]  # <s> once
     shorter = {"messages": MESSAGES, "add_generation_prompt": False}
     assert client.post("/tokenize", json=shorter).json()["count"] < found["count"]
 
@@ -50,6 +52,8 @@ def test_a_conversation_has_the_tokens_that_a_chat_is_charged_for(client: httpx.
         ("tokenize", {"prompt": "a", "model": "other"}, 404, "does not exist"),
         ("tokenize", {"messages": [{"content": "a"}]}, 422, "role must be a text"),
         ("tokenize", {"messages": []}, 422, "messages"),
+        ("tokenize", {"messages": MESSAGES, "chat_template": "{{ 1 }}"}, 422, "`chat_template` is"),
+        ("chat_tokenize", {"messages": MESSAGES, "chat_template": "x"}, 422, "`chat_template` is"),
         ("detokenize", {"tokens": [1, 99999]}, 422, "99999, which is not a token id"),
         ("detokenize", {"tokens": [-1]}, 422, "tokens.0"),
         ("detokenize", {"tokens": "a"}, 422, "tokens"),

@@ -14,7 +14,7 @@ class Spelled:
 
     bos_token_id = None
     vocab_size = 0
-    special_token_ids = frozenset({5, 6})
+    special_token_ids = frozenset({5, 6, 8})
 
     def __init__(self, ending: str = "") -> None:
         self._ending = ending
@@ -31,8 +31,11 @@ class Spelled:
     def fewest_tokens(self, text: str) -> int:
         return 1
 
+    def token_bytes(self, token: int) -> bytes:
+        return b""
+
     def token_to_id(self, text: str) -> int | None:
-        return {"[TOOL_CALLS]": 5, "<tool_call>": 7}.get(text)
+        return {"[TOOL_CALLS]": 5, "<tool_call>": 7, "<think>": 8}.get(text)
 
 
 class Given:

@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from hanok.errors import OptionError, RequestError
+from hanok.text_files import read_text
 
 HASHED_TOKENS = 512  # of Mooncake's blocks
 AZURE = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
@@ -67,12 +68,7 @@ def read_trace(
     for name, value in (("time scale", time_scale), ("length scale", length_scale)):
         if not (value > 0 and math.isfinite(value)):
             raise OptionError(f"the {name} is {value:g}; it must be greater than 0.")
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise RequestError(f"{file} cannot be read: {error.strerror}.") from None
-    except UnicodeDecodeError as error:
-        raise RequestError(f"{file} is not UTF-8 text, at byte {error.start}.") from None
+    text = read_text(file)
     lines = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
     if not lines:
         raise RequestError(f"{file} has no request.")

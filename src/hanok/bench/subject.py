@@ -14,6 +14,7 @@ from hanok.bench.report import Subject
 from hanok.bench.settings import Load, Setting, Workload
 from hanok.bench.workers import LoadOptions, Room, planned
 from hanok.checkpoint.tokenizer import open_tokenizer
+from hanok.checkpoint.tokenizer_files import has_tokenizer
 from hanok.engine.cuda_graph import PAGE_TABLE_BACKEND
 from hanok.engine.native_steps import KEYS_IN_PLACE_BACKEND
 from hanok.engine.quality import text_windows
@@ -27,7 +28,6 @@ from hanok.quant.recipe import read_recipe
 from hanok.registry import nearest_first
 
 WINDOW = 512
-TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 class SubjectModel:
@@ -60,7 +60,7 @@ class SubjectModel:
 
     def _encoder(self) -> Callable[[str], list[int]] | None:
         folder = self.checkpoint.folder
-        if not any((folder / name).is_file() for name in TOKENIZERS):
+        if not has_tokenizer(folder):
             return None
         return open_tokenizer(folder).encode
 

@@ -142,7 +142,7 @@ class _Marked:
         function = {**call["function"], "name": call["function"]["name"] + self._mark()}
         arguments = function.get("arguments")
         found = _object_of(arguments)
-        if found is not None:
+        if found:  # a template that writes no empty object leaves nothing out
             mark = self._mark()
             self.arguments.append(mark)
             marked = {**found, mark: mark}

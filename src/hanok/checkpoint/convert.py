@@ -4,9 +4,10 @@ Names that view the same bytes in the same way are written once. An output proje
 that is dropped, because a loader that ties weights looks for the embedding; the config then says
 `tie_word_embeddings`, and where it says the contrary both are written.
 
-Invariant: what is on disk afterwards has, for every name of the source, the same dtype, shape and
-bytes, under that name or under the one in `ConvertReport.shared`. Existing files are never
-overwritten, apart from that one key of config.json; a second run changes nothing.
+Invariant: a file has its name only once it was read back. What is on disk afterwards has, for every
+name of the source, the same dtype, shape and bytes, under that name or under the one in
+`ConvertReport.shared`. Existing files are never overwritten, apart from that one key of config.json; a
+second run changes nothing, and removes what a killed one left.
 
 Cost: one tensor of memory; the source is read twice and the result written once and read once.
 """
@@ -17,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from hanok.checkpoint.aside import remove_leftovers
 from hanok.checkpoint.files import (
     INDEX_SUFFIX,
     PICKLES,
@@ -41,7 +43,7 @@ from hanok.errors import CheckpointError
 
 OUTPUT_NAMES = ("lm_head.weight", "embed_out.weight")
 """Endings of output projections that may be tied to the embedding."""
-COMPANION_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".md")
+COMPANION_SUFFIXES = (".json", ".jinja", ".model", ".tiktoken", ".txt", ".md")
 TIE_KEY = "tie_word_embeddings"
 
 
@@ -76,11 +78,17 @@ def convert(
     """
     entry = _find_source(Path(source))
     checkpoint = open_checkpoint(entry, needs_config=False)
+    if checkpoint.disagreements:
+        raise CheckpointError(
+            f"{entry}: {'; '.join(checkpoint.disagreements)}. A conversion could not be known to be "
+            "whole; get index and shards again"
+        )
     folder = Path(destination) if destination is not None else checkpoint.folder
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"{folder}: is a file; the destination must be a folder")
     kept, shared = _drop_shared(checkpoint)
     companions = _companions(checkpoint, folder, shared)
+    remove_leftovers(folder)
     files = _find_done(checkpoint, kept, folder)
     already_done = files is not None
     if files is None:
@@ -206,21 +214,15 @@ def _write(
         )
         for ref in kept
     ]
-    files = write_safetensors(
+    return write_safetensors(
         folder,
         tensors,
         max_shard_bytes=max_shard_bytes,
         metadata={**checkpoint.metadata, **METADATA},
         progress=progress,
+        # Before the files have their names: a second run takes those that have them for verified.
+        verify=lambda files: _verify(files, kept, progress),
     )
-    try:
-        _verify(files, kept, progress)
-    except BaseException:
-        # A second run would take files that were never verified for a finished conversion.
-        for file in reversed(files):
-            file.unlink(missing_ok=True)
-        raise
-    return files
 
 
 def _verify(
@@ -229,8 +231,7 @@ def _verify(
     """Refuse files that do not give back every tensor byte for byte."""
     written: dict[str, TensorRef] = {}
     for path in files:
-        if path.suffix in SAFETENSORS.suffixes:
-            written |= read_header(path)[0]
+        written |= read_header(path)[0]
     for ref in kept:
         copy = written.get(ref.name)
         if copy is None or (copy.dtype, copy.shape) != (ref.dtype, ref.shape):

@@ -3,8 +3,9 @@
 A checkpoint is a folder in the Hugging Face layout, or one weights file with its config beside it.
 Safetensors are preferred to pickles, a whole file to an index, a known name to an unknown one.
 
-Invariant: a `Checkpoint` names each tensor once, and every index agrees with its shards in both
-directions. Opening never runs code from the checkpoint and never follows a name out of its folder.
+Invariant: a `Checkpoint` names each tensor once, and every index agrees with its shards on where the
+tensors are that both name; what only one of them names is noted. Opening never runs code from the
+checkpoint and never follows a name out of its folder.
 
 Cost: opening reads headers only; `read_tensor_bytes` reads one tensor's range and nothing else.
 """
@@ -15,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, Literal
 
+from hanok.checkpoint.formats import ADAPTER_WEIGHTS, no_weights_error, refuse_other_layouts
 from hanok.checkpoint.pickles import read_pickle_header
 from hanok.checkpoint.safetensors import (
     DTYPE_BITS,
@@ -37,6 +39,7 @@ __all__ = [
     "read_header",
     "read_object",
     "read_tensor_bytes",
+    "weights_in",
 ]
 
 
@@ -79,6 +82,9 @@ class Checkpoint:
     """The weight files."""
     metadata: Mapping[str, str] = field(default_factory=dict)
     """The `__metadata__` of the safetensors files; of shards that differ the last one counts."""
+    disagreements: tuple[str, ...] = ()
+    """What the index names and no shard has, and the other way round. It need not be the decoder's: an
+    index may list a tied head, or buffers that nobody writes any more."""
 
 
 def open_checkpoint(path: str | Path, *, needs_config: bool = True) -> Checkpoint:
@@ -90,6 +96,8 @@ def open_checkpoint(path: str | Path, *, needs_config: bool = True) -> Checkpoin
     path = Path(path)
     if not path.exists():
         raise CheckpointError(f"{path}: no such file or folder; check the path")
+    if needs_config:
+        refuse_other_layouts(path, weights_in(path))
     folder, entry = (path, _find_entry(path)) if path.is_dir() else (path.parent, path)
     config_path = folder / "config.json"
     if needs_config and not config_path.is_file():
@@ -103,9 +111,9 @@ def open_checkpoint(path: str | Path, *, needs_config: bool = True) -> Checkpoin
     shards = _read_index(entry) if entry.name.endswith(INDEX_SUFFIX) else {entry: None}
     tensors: dict[str, TensorRef] = {}
     metadata: dict[str, str] = {}
-    for file, promised in shards.items():
+    for file in shards:
         found, notes = _read_weights(file)
-        _check_names(file, found, promised, tensors)
+        _check_names(file, found, tensors)
         tensors |= found
         metadata |= notes
     return Checkpoint(
@@ -115,6 +123,7 @@ def open_checkpoint(path: str | Path, *, needs_config: bool = True) -> Checkpoin
         tensors=tensors,
         files=tuple(shards),
         metadata=metadata,
+        disagreements=_disagreements(entry, shards, tensors),
     )
 
 
@@ -126,13 +135,21 @@ def find_entries(folder: Path, kind: WeightsKind) -> list[Path]:
     for name in (kind.whole, kind.index):
         if (folder / name).is_file():
             return [folder / name]
-    return sorted(
+    found = sorted(
         file
         for file in folder.iterdir()
         if file.suffix in kind.suffixes
         and file.is_file()
         and not file.name.startswith((".", *kind.ignored))
     )
+    return [file for file in found if file.name not in ADAPTER_WEIGHTS] or found
+
+
+def weights_in(path: Path) -> list[Path]:
+    """Return the files of a folder that could be its checkpoint, of either kind."""
+    if not path.is_dir():
+        return [path]
+    return [entry for kind in (SAFETENSORS, PICKLES) for entry in find_entries(path, kind)]
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -209,10 +226,7 @@ def _find_entry(folder: Path) -> Path:
             )
         if entries:
             return entries[0]
-    raise CheckpointError(
-        f"{folder}: holds no weights (*.safetensors, *.bin, *.pt, *.pth); it holds "
-        f"{_listed(sorted(file.name for file in folder.iterdir())) or 'nothing'}"
-    )
+    raise no_weights_error(folder, _listed(sorted(file.name for file in folder.iterdir())))
 
 
 def _read_weights(file: Path) -> tuple[dict[str, TensorRef], dict[str, str]]:
@@ -262,30 +276,38 @@ def _check_inside(index: Path, name: str, file_name: Any) -> None:
 
 
 def _check_names(
-    file: Path,
-    found: Mapping[str, TensorRef],
-    promised: set[str] | None,
-    earlier: Mapping[str, TensorRef],
+    file: Path, found: Mapping[str, TensorRef], earlier: Mapping[str, TensorRef]
 ) -> None:
-    """Refuse a shard that differs from what the index promises, or repeats a tensor."""
+    """Refuse a shard that repeats a tensor."""
     for name in found:
         if name in earlier:
             raise CheckpointError(
                 f"tensor {name!r} is in two files, {earlier[name].path} and {file}, so it is not "
                 "clear which one counts; remove the file that does not belong to the checkpoint"
             )
-    if promised is None:
-        return
-    if absent := sorted(promised - found.keys()):
-        raise CheckpointError(
-            f"{file}: lacks {len(absent)} tensors that the index says it holds: "
-            f"{_listed(absent)}; shard and index are of different versions, get both again"
+
+
+def _disagreements(
+    index: Path, shards: Mapping[Path, set[str] | None], tensors: Mapping[str, TensorRef]
+) -> tuple[str, ...]:
+    """Return what only the index or only a shard names; a tensor in another shard is an error."""
+    promised = {name: file for file, names in shards.items() for name in names or ()}
+    if not promised:
+        return ()
+    for name, file in sorted(promised.items()):
+        if name in tensors and tensors[name].path != file:
+            raise CheckpointError(
+                f"{index}: gives tensor {name!r} to {file.name}, and it lies in "
+                f"{tensors[name].path.name}; shards and index are of different versions, get them again"
+            )
+    found = []
+    if absent := sorted(promised.keys() - tensors.keys()):
+        found.append(
+            f"{index.name} lists {len(absent)} tensors that no shard has: {_listed(absent)}"
         )
-    if extra := sorted(found.keys() - promised):
-        raise CheckpointError(
-            f"{file}: holds {len(extra)} tensors that the index does not give to it: "
-            f"{_listed(extra)}; shard and index are of different versions, get both again"
-        )
+    if extra := sorted(tensors.keys() - promised.keys()):
+        found.append(f"{index.name} does not list {len(extra)} tensors of shards: {_listed(extra)}")
+    return tuple(found)
 
 
 def _read_file(path: Path) -> bytes:

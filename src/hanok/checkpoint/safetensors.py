@@ -81,7 +81,8 @@ def read_header(path: Path) -> tuple[dict[str, TensorRef], dict[str, str]]:
     """
     raw, file_bytes = _read_raw_header(path)
     header = parse_json_object(raw, f"{path}: the safetensors header", is_strict=True)
-    metadata = header.pop("__metadata__", {})
+    metadata = header.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata  # null is what the library reads as none
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise CheckpointError(
             f"{path}: __metadata__ of the safetensors header is not a map from strings to strings; "

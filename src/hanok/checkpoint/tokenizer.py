@@ -1,8 +1,8 @@
 """Text to token ids and back, from the files a checkpoint brings.
 
-One `Tokenizer` stands before three kinds of folder: `tokenizer.json` (the tokenizers library),
-`tokenizer.model` (the sentencepiece library, imported only then) and `vocab.json` + `merges.txt`
-(byte-level BPE as GPT-2 was published). `open_tokenizer` decides by what is there, in this order.
+One `Tokenizer` stands before every form in which vocabularies are published (`tokenizer_files.py`):
+`tokenizer.json` (the tokenizers library), a SentencePiece `tokenizer.model` (its library, imported only
+then), `vocab.json` with `merges.txt`, and files of ranks.
 
 Invariants: the beginning-of-sequence token stands at most once at the front, whoever asks for it
 (post-processor, configuration, template or the text itself); `decode` is exactly what the stream
@@ -16,35 +16,30 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 
+import tokenizers
+
+from hanok.checkpoint.byte_level import Cuts, read_vocab_and_merges
 from hanok.checkpoint.chat import ChatTemplates, RenderedChat
+from hanok.checkpoint.ranks import read_tekken, read_tiktoken
 from hanok.checkpoint.stream import StreamDecoder
 from hanok.checkpoint.tokenizer_config import (
     TokenizerConfig,
     read_templates,
     read_tokenizer_config,
 )
+from hanok.checkpoint.tokenizer_files import (
+    LOOKED_FOR,
+    Form,
+    find_vocabulary,
+    tokenizer_files,
+)
 from hanok.checkpoint.vocabulary import (
     LibraryVocabulary,
     SentencePieceVocabulary,
     Vocabulary,
-    complete_as_gpt2,
-    read_byte_level_files,
     read_library_file,
 )
 from hanok.errors import CheckpointError, RequestError
-
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-)
-"""What a tokenizer may be made of, besides additional_chat_templates/*.jinja."""
 
 
 class Tokenizer:
@@ -70,6 +65,7 @@ class Tokenizer:
         self.vocab_size = max(self._ids.values(), default=-1) + 1
         """The largest id + 1. The embedding of a model may have more rows, for padding."""
         self.bos_token_id = self._named_id(settings, "bos_token")
+        self._bos_text = settings.named.get("bos_token", "")
         self.eos_token_id = self._named_id(settings, "eos_token")
         self.pad_token_id = self._named_id(settings, "pad_token")
         self.unk_token_id = self._named_id(settings, "unk_token")
@@ -78,12 +74,18 @@ class Tokenizer:
             self._ids[text] for text in special if text in self._ids
         }
         """The ids that `skip_special_tokens` leaves out."""
-        # A folder that says whether to add either of the two replaces the post-processor: that is
-        # how published folders switch off the one in their tokenizer.json.
-        self._uses_post_processor = settings.adds_bos is None and settings.adds_eos is None
         adds_bos, adds_eos = vocabulary.adds_by_itself(self.bos_token_id, self.eos_token_id)
-        self._adds_bos = adds_bos if settings.adds_bos is None else settings.adds_bos
-        self._adds_eos = adds_eos if settings.adds_eos is None else settings.adds_eos
+        # A folder that says whether to add either of the two replaces the post-processor: that is
+        # how published folders switch off the one in their tokenizer.json. What adds other tokens
+        # as well is more than the two flags can say, and stays.
+        is_silent = settings.adds_bos is None and settings.adds_eos is None
+        self._uses_post_processor = is_silent or vocabulary.adds_others(
+            self.bos_token_id, self.eos_token_id
+        )
+        if not self._uses_post_processor:
+            adds_bos = adds_bos if settings.adds_bos is None else settings.adds_bos
+            adds_eos = adds_eos if settings.adds_eos is None else settings.adds_eos
+        self._adds_bos, self._adds_eos = adds_bos, adds_eos
 
     def _named_id(self, settings: TokenizerConfig, name: str) -> int | None:
         text = settings.named.get(name)
@@ -114,6 +116,17 @@ class Tokenizer:
         if self._adds_bos and self.bos_token_id is not None:
             ids = [self.bos_token_id, *_without_leading(ids, self.bos_token_id)]
         return ids
+
+    def fewest_tokens(self, text: str) -> int:
+        """A number of tokens that no encoding of `text` falls below, known without encoding it.
+
+        It holds with special tokens and without. 0 where the vocabulary allows no certain bound.
+        """
+        bound = self._vocabulary.bound
+        if bound is None:
+            return 0
+        # However often the beginning-of-sequence token stands at the front, it is there once.
+        return bound.fewest(text.replace(self._bos_text, "") if self._bos_text else text)
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
         """The text of `ids`: the pieces of their stream, joined.
@@ -260,36 +273,48 @@ def open_tokenizer(folder: Path, *, now: Callable[[], datetime] = datetime.now) 
     `now` is the clock that chat templates read through `strftime_now`.
     """
     settings = read_tokenizer_config(folder)
-    vocabulary: Vocabulary
-    if (folder / "tokenizer.json").is_file():
-        vocabulary = LibraryVocabulary(read_library_file(folder / "tokenizer.json"), settings)
-    elif (folder / "tokenizer.model").is_file():
-        vocabulary = SentencePieceVocabulary(folder / "tokenizer.model", settings)
-        settings = vocabulary.complete(settings)
-    elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-        library = read_byte_level_files(folder / "vocab.json", folder / "merges.txt", settings)
-        settings = complete_as_gpt2(settings, library)
-        vocabulary = LibraryVocabulary(library, settings)
-    else:
+    found = find_vocabulary(folder)
+    if found is None:
         raise CheckpointError(_nothing_found(folder))
+    form, files = found
+    vocabulary: Vocabulary
+    if form is Form.SENTENCEPIECE:
+        vocabulary = SentencePieceVocabulary(files[0], settings)
+        settings = vocabulary.complete(settings)
+    else:
+        library, cuts = _read_library(form, files, settings)
+        if cuts is not None:
+            settings = cuts.complete(settings, library)
+        vocabulary = LibraryVocabulary(library, settings, cuts)
     additional = sorted((folder / "additional_chat_templates").glob("*.jinja"))
-    present = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
     return Tokenizer(
         vocabulary,
         settings,
         templates=read_templates(folder, additional, settings, now),
-        files=(*present, *additional),
+        files=tokenizer_files(folder),
     )
 
 
+def _read_library(
+    form: Form, files: tuple[Path, ...], settings: TokenizerConfig
+) -> tuple[tokenizers.Tokenizer, Cuts | None]:
+    """A tokenizer of the library, and what is known of it that stands in none of its files."""
+    if form is Form.VOCAB_AND_MERGES:
+        return read_vocab_and_merges(files[0], files[1], settings)
+    if form is Form.TEKKEN:
+        return read_tekken(files[0], settings)
+    if form is Form.TIKTOKEN:
+        return read_tiktoken(files[0], settings)
+    return read_library_file(files[0]), None
+
+
 def _nothing_found(folder: Path) -> str:
-    looked_for = "tokenizer.json, tokenizer.model, or vocab.json with merges.txt"
     if not folder.is_dir():
-        return f"{folder} is not a folder; looked in it for {looked_for}. Pass a checkpoint folder"
+        return f"{folder} is not a folder; looked in it for {LOOKED_FOR}. Pass a checkpoint folder"
     names = sorted(entry.name for entry in folder.iterdir())
     there = ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
     return (
-        f"{folder} has no tokenizer: looked for {looked_for}; there is {there or 'nothing'}. Copy the "
+        f"{folder} has no tokenizer: looked for {LOOKED_FOR}; there is {there or 'nothing'}. Copy the "
         "tokenizer files of the published model into the folder"
     )
 

@@ -6,7 +6,7 @@ newer writers keep no longer. All of them may be absent.
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -63,11 +63,22 @@ class TokenizerConfig:
 
     chat_template: object
 
+    tokenizer_class: str | None
+    """The class of transformers, or of the folder's own code, that it was published for."""
+
+    model_type: str | None
+    """Of config.json."""
+
+    def with_names(self, names: Mapping[str, str]) -> "TokenizerConfig":
+        """The same with `names` where nothing else is said."""
+        return replace(self, named={**names, **self.named})
+
 
 def read_tokenizer_config(folder: Path) -> TokenizerConfig:
     """What the JSON files of a folder say together; CheckpointError where one is damaged."""
     config = _read_object(folder / "tokenizer_config.json")
     special = _read_object(folder / "special_tokens_map.json")
+    model = _read_object(folder / "config.json")
     named: dict[str, str] = {}
     extra: list[str] = []
     # What tokenizer_config.json says comes first; newer writers keep the other file no longer.
@@ -91,6 +102,9 @@ def read_tokenizer_config(folder: Path) -> TokenizerConfig:
         adds_prefix_space=_optional_bool(config, "add_prefix_space"),
         is_legacy=_optional_bool(config, "legacy") is not False,
         chat_template=config.get("chat_template"),
+        tokenizer_class=_optional_text(config, "tokenizer_class")
+        or _optional_text(model, "tokenizer_class"),
+        model_type=_optional_text(model, "model_type"),
     )
 
 
@@ -133,6 +147,11 @@ def _token_content(value: object) -> str | None:
 def _optional_bool(config: dict[str, Any], name: str) -> bool | None:
     value = config.get(name)
     return value if isinstance(value, bool) else None
+
+
+def _optional_text(config: dict[str, Any], name: str) -> str | None:
+    value = config.get(name)
+    return value if isinstance(value, str) else None
 
 
 def _read_object(path: Path) -> dict[str, Any]:

@@ -1,30 +1,38 @@
 """The libraries that know a vocabulary, behind one interface.
 
-`LibraryVocabulary` is the tokenizers library (`tokenizer.json`, or `vocab.json` with `merges.txt`),
-`SentencePieceVocabulary` the sentencepiece library (`tokenizer.model`), with special tokens cut out of
-the text before it is asked.
+`LibraryVocabulary` is the tokenizers library (`tokenizer.json`, and what `byte_level.py` and
+`ranks.py` make of other files), `SentencePieceVocabulary` the sentencepiece library
+(`tokenizer.model`), with special tokens cut out of the text before it is asked.
 """
 
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import tokenizers
-from tokenizers import decoders, pre_tokenizers, processors
-from tokenizers.models import BPE
 
+from hanok.checkpoint.byte_level import NO_CLASS, Cuts, byte_alphabet
 from hanok.checkpoint.stream import REPLACEMENT, TokenTexts
+from hanok.checkpoint.token_bounds import TokenBound, library_bound, sentencepiece_bound
 from hanok.checkpoint.tokenizer_config import AddedToken, TokenizerConfig
 from hanok.errors import CheckpointError
 
-GPT2_END_OF_TEXT = "<|endoftext|>"
-
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _SPACE_MARK = "\u2581"
+
+_PLAIN_CLASSES = frozenset(
+    {
+        "LlamaTokenizer",
+        "CodeLlamaTokenizer",
+        "GemmaTokenizer",
+        "MistralCommonTokenizer",
+        "MistralCommonBackend",
+    }
+)
+"""Classes whose ids are those of the SentencePiece model, with the tokens that the files add."""
 
 
 class Vocabulary(Protocol):
@@ -48,8 +56,15 @@ class Vocabulary(Protocol):
     def encode_processed(self, text: str) -> list[int]:
         """`encode`, then what the files themselves add (a post-processor)."""
 
+    @property
+    def bound(self) -> TokenBound | None:
+        """What bounds the number of tokens of a text from below; None where nothing certain does."""
+
     def adds_by_itself(self, bos: int | None, eos: int | None) -> tuple[bool, bool]:
         """Whether BOS and EOS are added where tokenizer_config.json does not say."""
+
+    def adds_others(self, bos: int | None, eos: int | None) -> bool:
+        """Whether `encode_processed` adds tokens that are neither of the two."""
 
 
 def _find_anchor(
@@ -63,7 +78,7 @@ def _find_anchor(
     return ()
 
 
-# tokenizer.json, and vocab.json with merges.txt
+# tokenizer.json, and what is byte-level BPE
 
 
 def read_library_file(path: Path) -> tokenizers.Tokenizer:
@@ -78,53 +93,35 @@ def read_library_file(path: Path) -> tokenizers.Tokenizer:
         ) from error
 
 
-def read_byte_level_files(
-    vocab: Path, merges: Path, settings: TokenizerConfig
-) -> tokenizers.Tokenizer:
-    """Read a vocab.json and merges.txt as byte-level BPE, as GPT-2 was published."""
-    try:
-        model = BPE.from_file(str(vocab), str(merges))
-    except Exception as error:
-        raise CheckpointError(
-            f"{vocab} and {merges.name} cannot be read as byte-level BPE: {error}; fetch both again"
-        ) from error
-    library = tokenizers.Tokenizer(model)
-    prefix = bool(settings.adds_prefix_space)
-    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix)
-    library.decoder = decoders.ByteLevel()
-    library.post_processor = processors.ByteLevel(trim_offsets=False)
-    return library
-
-
-def complete_as_gpt2(settings: TokenizerConfig, library: tokenizers.Tokenizer) -> TokenizerConfig:
-    """The names that GPT-2's own folder leaves to the reader."""
-    if library.token_to_id(GPT2_END_OF_TEXT) is None:
-        return settings
-    names = ("bos_token", "eos_token", "unk_token")
-    return _with_names(settings, dict.fromkeys(names, GPT2_END_OF_TEXT))
-
-
-def _with_names(settings: TokenizerConfig, names: Mapping[str, str]) -> TokenizerConfig:
-    return replace(settings, named={**names, **settings.named})
-
-
 class LibraryVocabulary:
     """A vocabulary of the tokenizers library."""
 
-    def __init__(self, library: tokenizers.Tokenizer, settings: TokenizerConfig) -> None:
+    def __init__(
+        self, library: tokenizers.Tokenizer, settings: TokenizerConfig, cuts: Cuts | None
+    ) -> None:
         library.no_truncation()
         library.no_padding()
         self._library = library
         self._add(settings)
+        if cuts is not None:
+            cuts.frame(library)
         self.ids: Mapping[str, int] = library.get_vocab(with_added_tokens=True)
         added = library.get_added_tokens_decoder()
         self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
         self._spellings = {token_id: text for text, token_id in self.ids.items()}
-        kinds = _decoder_kinds(library)
+        parts = json.loads(library.to_str())
+        kinds = _decoder_kinds(parts["decoder"])
         self._is_byte_level = kinds == {"ByteLevel"}
         self._has_byte_tokens = "ByteFallback" in kinds
         self._bytes: dict[int, bytes] = {}
-        self._alphabet = _byte_alphabet()
+        self._alphabet = byte_alphabet()
+        texts = {token.content: token_id for token_id, token in added.items()}
+        misread = _misread(texts, parts["model"], self._alphabet) if "ByteLevel" in kinds else ()
+        self._misread = {texts[text]: text.encode() for text in misread}
+        if cuts is not None:
+            self._misread |= cuts.hidden
+            self._spellings |= {i: data.decode() for i, data in cuts.hidden.items()}
+        self.bound = library_bound(parts, self.ids, self._alphabet)
         candidates = (
             token_id
             for token_id, text in sorted(self._spellings.items())
@@ -164,12 +161,17 @@ class LibraryVocabulary:
 
     def encode(self, text: str) -> list[int]:
         """See `Vocabulary`."""
-        ids: list[int] = self._library.encode(text, add_special_tokens=False).ids
-        return ids
+        return self._encode(text, adds_special=False)
 
     def encode_processed(self, text: str) -> list[int]:
         """See `Vocabulary`."""
-        ids: list[int] = self._library.encode(text, add_special_tokens=True).ids
+        return self._encode(text, adds_special=True)
+
+    def _encode(self, text: str, *, adds_special: bool) -> list[int]:
+        # As a batch of one: the library's `encode` keeps the interpreter's lock, so that for the
+        # whole of a long text no other thread runs. A batch of one takes no threads of the library.
+        (encoding,) = self._library.encode_batch_fast([text], add_special_tokens=adds_special)
+        ids: list[int] = encoding.ids
         return ids
 
     def adds_by_itself(self, bos: int | None, eos: int | None) -> tuple[bool, bool]:
@@ -178,8 +180,22 @@ class LibraryVocabulary:
         adds_bos = bos is not None and frame[:1] == [bos]
         return adds_bos, eos is not None and frame[int(adds_bos) :][-1:] == [eos]
 
+    def adds_others(self, bos: int | None, eos: int | None) -> bool:
+        """See `Vocabulary`."""
+        return not {bos, eos}.issuperset(self.encode_processed(""))
+
     def _decode(self, ids: Sequence[int]) -> str:
-        text: str = self._library.decode(list(ids), skip_special_tokens=False)
+        if self._misread.keys().isdisjoint(ids):
+            text: str = self._library.decode(list(ids), skip_special_tokens=False)
+        else:
+            character = {byte: letter for letter, byte in self._alphabet.items()}
+            tokens = [
+                "".join(map(character.__getitem__, self._misread[token_id]))
+                if token_id in self._misread
+                else self._spellings[token_id]
+                for token_id in ids
+            ]
+            text = self._library.decoder.decode(tokens)
         return text
 
     def _token_bytes(self, token_id: int) -> bytes | None:
@@ -190,18 +206,37 @@ class LibraryVocabulary:
             found = _BYTE_TOKEN.fullmatch(spelling)
             return bytes.fromhex(found[1]) if found else None
         if token_id not in self._bytes:
-            try:
-                data = bytes(self._alphabet[character] for character in spelling)
-            except KeyError:
-                # A token that was added as text, not in the alphabet of bytes.
-                data = spelling.encode()
+            data = self._misread.get(token_id)
+            if data is None:
+                try:
+                    data = bytes(self._alphabet[character] for character in spelling)
+                except KeyError:
+                    # A token that was added as text, not in the alphabet of bytes.
+                    data = spelling.encode()
             self._bytes[token_id] = data
         return self._bytes[token_id]
 
 
-def _decoder_kinds(library: tokenizers.Tokenizer) -> set[str]:
+def _misread(
+    added: Iterable[str], model: Mapping[str, Any], alphabet: Mapping[str, int]
+) -> set[str]:
+    """The added tokens that are text, and that the library reads as if they were spelled in bytes.
+
+    `naïve` in a text is the token of that name, but in the alphabet of bytes its ï is no character.
+    What the model itself makes of bytes (one of them, or a merge) is spelled in bytes, also where it
+    is listed as added.
+    """
+    readable = {text for text in added if not text.isascii() and set(text) <= alphabet.keys()}
+    in_model = {text for text in readable if text in model.get("vocab", ())}
+    made = {text for text in in_model if len(text) == 1}
+    if in_model:
+        made |= in_model.intersection(map("".join, model.get("merges", ())))
+    return readable - made
+
+
+def _decoder_kinds(decoder: dict[str, Any] | None) -> set[str]:
     """The types in the decoder of a tokenizer, those inside sequences included."""
-    pending = [json.loads(library.to_str())["decoder"]]
+    pending = [decoder]
     kinds: set[str] = set()
     while pending:
         decoder = pending.pop() or {}
@@ -212,20 +247,6 @@ def _decoder_kinds(library: tokenizers.Tokenizer) -> set[str]:
     return kinds
 
 
-def _byte_alphabet() -> dict[str, int]:
-    """Character → byte, as byte-level BPE writes bytes.
-
-    Printable characters of Latin-1 stand for themselves, the other bytes for U+0100 onwards, in
-    order (Radford et al., 2019).
-    """
-    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    hidden = sorted(set(range(0x100)) - set(visible))
-    return {
-        **{chr(byte): byte for byte in visible},
-        **{chr(0x100 + place): byte for place, byte in enumerate(hidden)},
-    }
-
-
 # tokenizer.model
 
 
@@ -233,6 +254,14 @@ class SentencePieceVocabulary:
     """A vocabulary of the sentencepiece library, with special tokens cut out of the text first."""
 
     def __init__(self, path: Path, settings: TokenizerConfig) -> None:
+        named = settings.tokenizer_class
+        if named is not None and named.removesuffix("Fast") not in _PLAIN_CLASSES | NO_CLASS:
+            raise CheckpointError(
+                f"{path} is to be read by {named}, whose rules beyond the SentencePiece model are not "
+                "known here (code that a checkpoint brings is never run). Put the model's "
+                "tokenizer.json into the folder; if the SentencePiece model is all there is to it, "
+                "write LlamaTokenizer as tokenizer_class into tokenizer_config.json"
+            )
         # Imported here: most folders need it not, and where it is missing they still open.
         import sentencepiece
 
@@ -269,6 +298,12 @@ class SentencePieceVocabulary:
         pieces |= {token_id: token.text for token_id, token in self._added.items()}
         self.ids: Mapping[str, int] = {text: token_id for token_id, text in pieces.items()} | texts
         self._pieces = pieces
+        self.bound = sentencepiece_bound(
+            self._model.serialized_model_proto(),
+            pieces.values(),
+            self._added.values(),
+            has_bytes=bool(self._data),
+        )
         # The longest first: an alternation takes the first that fits.
         longest_first = sorted(self._added.values(), key=lambda token: -len(token.text))
         self._cut = re.compile("|".join(map(_token_pattern, longest_first)) or "(?!)")
@@ -291,7 +326,7 @@ class SentencePieceVocabulary:
             "unk_token": model.unk_id(),
         }
         names = {name: self._pieces[token_id] for name, token_id in ids.items() if token_id >= 0}
-        return _with_names(settings, names)
+        return settings.with_names(names)
 
     def encode(self, text: str) -> list[int]:
         """See `Vocabulary`."""
@@ -311,6 +346,10 @@ class SentencePieceVocabulary:
     def adds_by_itself(self, bos: int | None, eos: int | None) -> tuple[bool, bool]:
         """As every published reader of such a folder: a beginning, no end."""
         return bos is not None, False
+
+    def adds_others(self, bos: int | None, eos: int | None) -> bool:
+        """Never: these files have no post-processor."""
+        return False
 
     def _parts(self, text: str) -> Iterator[tuple[int, str | int]]:
         """Stretches of text and ids of added tokens between them, each with where it begins."""

@@ -3,23 +3,21 @@
 Headers follow from names, dtypes and shapes alone, so they are written first and each tensor is
 asked for its bytes when its turn comes.
 
-Invariant: a file appears under its name only when it is complete and on disk, and the index only
-after all its shards. Every file is written under a temporary name first; an error or an interrupt
-removes those and leaves what was in the folder as it was.
+Invariant: a file appears under its name only when it is complete, on disk and verified, and the index
+only after all its shards. Every file is written aside first (`aside.py`); an error or an interrupt
+leaves what was in the folder as it was.
 
 Cost: one tensor of memory, one pass over the bytes, room on disk for all of them.
 """
 
 import json
-import os
-import secrets
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType, TracebackType
-from typing import Any, BinaryIO, Self
+from types import MappingProxyType
+from typing import Any, BinaryIO
 
+from hanok.checkpoint.aside import Batch
 from hanok.checkpoint.safetensors import DTYPE_BITS, LENGTH_BYTES, count_elements
 from hanok.errors import CheckpointError, OptionError
 
@@ -54,11 +52,13 @@ def write_safetensors(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     metadata: Mapping[str, str] = METADATA,
     progress: Callable[[int], None] | None = None,
+    verify: Callable[[Sequence[Path]], None] | None = None,
 ) -> tuple[Path, ...]:
     """Write the tensors to `folder` and return the files, the index last if there is one.
 
     Shards are filled in the given order; a tensor larger than `max_shard_bytes` gets one of its
-    own. `progress` is called with the bytes written since its last call. Names given twice, an
+    own. `progress` is called with the bytes written since its last call. `verify` gets the safetensors
+    files before they have their names; what it raises leaves nothing behind. Names given twice, an
     unknown dtype, or a `read` of another length are a CheckpointError.
     """
     if max_shard_bytes < 1:
@@ -75,10 +75,12 @@ def write_safetensors(
             )
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with _Batch() as batch:
+        with Batch() as batch:
             for name, shard in zip(names, shards, strict=True):
                 with batch.open(folder / name) as file:
                     _write_shard(file, shard, metadata, progress)
+            if verify is not None:
+                verify(tuple(batch.waiting.values()))
             if len(shards) > 1:
                 with batch.open(folder / "model.safetensors.index.json") as file:
                     file.write(_json_bytes(_index(names, shards)))
@@ -95,58 +97,12 @@ def write_json(path: Path, value: Any) -> None:
 def write_bytes(path: Path, data: bytes) -> None:
     """Write `data` to `path`, all of it or nothing."""
     try:
-        with _Batch() as batch:
+        with Batch() as batch:
             with batch.open(path) as file:
                 file.write(data)
             batch.publish()
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be written: {error}") from error
-
-
-class _Batch:
-    """Files written under temporary names, which get their own names together or not at all."""
-
-    def __init__(self) -> None:
-        self._waiting: list[tuple[Path, Path]] = []
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        for temporary, _ in self._waiting:
-            temporary.unlink(missing_ok=True)
-
-    @contextmanager
-    def open(self, path: Path) -> Iterator[BinaryIO]:
-        """Yield a new file beside `path`; when the block ends, its bytes are on disk."""
-        # Exclusive creation and not tempfile, whose files only their owner may read.
-        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
-        self._waiting.append((temporary, path))
-        with temporary.open("xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-
-    def publish(self) -> tuple[Path, ...]:
-        """Rename the files in the order they were opened and return their names."""
-        paths = tuple(path for _, path in self._waiting)
-        while self._waiting:
-            temporary, path = self._waiting[0]
-            temporary.replace(path)
-            self._waiting.pop(0)
-        for folder in {path.parent for path in paths}:
-            # The renames themselves are only safe once the folder is on disk.
-            descriptor = os.open(folder, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-        return paths
 
 
 def _check_tensors(folder: Path, tensors: Sequence[TensorData]) -> None:

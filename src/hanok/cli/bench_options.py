@@ -3,13 +3,14 @@
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from hanok import BUNDLED
 from hanok.cli.progress import seconds_bar
 from hanok.errors import OptionError
+from hanok.text_files import STANDARD_INPUT, read_text
 
 if TYPE_CHECKING:
     from hanok.bench.report import Report
@@ -57,7 +58,7 @@ def grid_options(command: Command) -> Command:
         ),
         click.option(
             "--grid",
-            type=click.File("r", encoding="utf-8"),
+            type=click.Path(path_type=Path, exists=True, dir_okay=False, allow_dash=True),
             help="A TOML table of axes (docs/bench.md); - is standard input.  [default: a short grid]",
         ),
     ):
@@ -134,19 +135,14 @@ def check_folder(file: Path | None) -> None:
         raise OptionError(f"{file} cannot be written: there is no folder {file.parent}.")
 
 
-def _axes(grid: TextIO) -> "Axes":
+def _axes(grid: Path) -> "Axes":
     from hanok.bench.settings import read_axes
 
-    return read_axes(grid.read(), getattr(grid, "name", "the grid"))
+    return read_axes(read_text(grid), "the grid" if grid == STANDARD_INPUT else str(grid))
 
 
 def _text(file: Path) -> str:
-    try:
-        text = file.read_text(encoding="utf-8")
-    except OSError as error:
-        raise OptionError(f"{file} cannot be read: {error.strerror}.") from None
-    except UnicodeDecodeError as error:
-        raise OptionError(f"{file} is not UTF-8 text, at byte {error.start}.") from None
+    text = read_text(file)
     if not text.strip():
         raise OptionError(f"{file} has no text; give one to continue and to score.")
     return text

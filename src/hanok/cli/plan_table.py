@@ -108,9 +108,16 @@ def print_plan(plan: LoadPlan) -> None:
         click.echo(f"{size(mapped)} of the weights stay in their files, shared between processes.")
     if plan.fits and plan.uses_disk:
         click.echo("What lies on disk is read again for every token.")
-    for remedy in plan.remedies:
-        speed = rate(remedy.tokens_per_s)
-        click.echo(f"  {remedy.change} fits in {places(remedy.places)}: {speed} tokens/s")
+    for line in advice(plan):
+        click.echo(line)
+
+
+def advice(plan: LoadPlan) -> list[str]:
+    """Return what to know of the files, and what would help where something does not fit."""
+    return [f"Note: {note}." for note in plan.notes] + [
+        f"  {remedy.change} fits in {places(remedy.places)}: {rate(remedy.tokens_per_s)} tokens/s"
+        for remedy in plan.remedies
+    ]
 
 
 def plan_facts(plan: LoadPlan) -> list[dict[str, Any]]:

@@ -170,8 +170,10 @@ def _open(
 
 
 def _log_to_stderr(*, as_json: bool) -> None:
+    from hanok.server.log import LineFormatter
+
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handler.setFormatter(LineFormatter("%(asctime)s %(levelname)s %(message)s"))
     requests = logging.getLogger("hanok.requests")
     if as_json:
         lines = logging.StreamHandler()

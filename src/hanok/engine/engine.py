@@ -19,6 +19,8 @@ from itertools import count
 from types import TracebackType
 from typing import Literal, Protocol, Unpack
 
+from torch import Tensor
+
 from hanok.engine.blocks import BlockPool
 from hanok.engine.model import Model, Prompt
 from hanok.engine.pace import Pace
@@ -101,6 +103,8 @@ class StepObserver(Protocol):
 class _Entry:
     ticket: Ticket
     row: Row
+    pooled: Tensor | None = None
+    """Of a request that is pooled, what came of its tokens so far."""
 
     @property
     def sequence(self) -> GenerationSequence:
@@ -215,7 +219,8 @@ class Engine:
             tokens=sequence.token_ids,
             priority=request.priority,
             root=(request.adapter, request.salt) if self._shares_angles else number,
-            is_shared=request.scored is None and self._shares_angles,
+            # What is scored or summed up is looked at in each of its tokens.
+            is_shared=request.scored is None and request.pooling != "mean" and self._shares_angles,
         )
         if self._state != "open":
             raise ClosedError("the engine is stopping and takes no more requests.")
@@ -342,10 +347,12 @@ class Engine:
         """End what is out of time, and compute again what was computed with other angles."""
         now = time.monotonic()
         for entry in list(self._entries.values()):
-            deadline, row = entry.ticket.request.deadline, entry.row
+            request, row = entry.ticket.request, entry.row
+            deadline, began = request.deadline, request.asked_at
             if deadline is not None and now >= deadline:
-                asked = deadline - entry.ticket.times.submitted
-                self._end(entry, DeadlineError(f"not finished within {asked:.3g} s."))
+                began = entry.ticket.times.submitted if began is None else began
+                given = max(0.0, deadline - began)
+                self._end(entry, DeadlineError(f"not finished within {given:.3g} s."))
             elif not self._shares_angles and row.num_computed:
                 config = self.model.config
                 if not config.shares_angles(row.num_computed, len(row.tokens)):
@@ -356,8 +363,8 @@ class Engine:
     ) -> tuple[list[Chunk], StepResult | None, list[tuple[Chunk, GenerationError]]]:
         """Return the chunks that could be computed, what came of them, and what failed."""
         try:
-            scored = [self._entries[chunk.row.id].ticket.request.scored for chunk in chunks]
-            return list(chunks), self._runner.run(chunks, scored), []
+            requests = [self._entries[chunk.row.id].ticket.request for chunk in chunks]
+            return list(chunks), self._runner.run(chunks, requests), []
         except Exception as error:  # whatever it is, only those that cause it may fail
             if len(chunks) == 1 and not chunks[0].draft:
                 failure = GenerationError(f"computing the request failed: {error!r}")
@@ -379,8 +386,13 @@ class Engine:
         if self._speculator is None or scheduler.waiting or not is_decoding:
             return {}
         try:
+            entries = [self._entries[row.id] for row in scheduler.running]
             return self._speculator.drafts(
-                {row.id: self._entries[row.id].sequence for row in scheduler.running}
+                {
+                    entry.row.id: entry.sequence
+                    for entry in entries
+                    if entry.ticket.request.pooling is None
+                }
             )
         except Exception as error:  # a draft model's: requests do not depend on it
             LOG.warning("speculation failed and is off from now on: %r", error)
@@ -394,10 +406,14 @@ class Engine:
         """
         choices = Scores(result.logits) if result.logits is not None else None
         row, accepted = 0, []
-        for chunk, scores in zip(chunks, result.scores, strict=True):
+        for chunk, scores, pooled in zip(chunks, result.scores, result.pooled, strict=True):
             entry = self._entries[chunk.row.id]
             entry.ticket.prompt_scores += scores
             entry.ticket.num_cached_tokens = entry.row.num_cached
+            if pooled is not None:
+                self._scheduler.commit(chunk)
+                self._pool(entry, chunk, pooled)
+                continue
             if not chunk.is_last or choices is None:
                 self._scheduler.commit(chunk)
                 continue
@@ -413,6 +429,22 @@ class Engine:
         self._drafted += sum(len(chunk.draft) for chunk in chunks)
         self._accepted += sum(accepted)
         return accepted
+
+    def _pool(self, entry: _Entry, chunk: Chunk, pooled: Tensor) -> None:
+        """Add what came of a chunk to what its request is pooled to; end it with its last."""
+        ticket = entry.ticket
+        is_mean = ticket.request.pooling == "mean"
+        # From the first token on, also where it was begun again.
+        begun = entry.pooled if is_mean and chunk.start else None
+        entry.pooled = pooled if begun is None else begun + pooled
+        if not chunk.is_last:
+            return
+        vector = entry.pooled / len(chunk.row.tokens) if is_mean else entry.pooled
+        if not vector.isfinite().all():
+            self._end(entry, GenerationError("the hidden states of the text are not finite."))
+            return
+        ticket.pooled = vector.float()
+        self._end(entry, None)
 
     def _hand_over(self, entry: _Entry, taken: Taken) -> None:
         """Give a request its new tokens, and end it where they do."""

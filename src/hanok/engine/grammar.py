@@ -4,8 +4,10 @@ llguidance compiles the grammar and follows the text; it is imported when the fi
 for. One `GrammarCompiler` for each model, one `Grammar` for each request, one `Matcher` for each
 sequence. It sees tokens as the bytes that they add in the middle of a text.
 
-JSON is written with at most one space at each place where JSON allows any, and a character has one
-spelling in a string: what names a property cannot be spelled in a way that the schema does not see.
+Objects have the properties that their schema names and no others, unless it says something of others
+(`engine/closed_schema.py`). JSON is written with at most one space at each place where JSON allows any,
+and a character has one spelling in a string: what names a property cannot be spelled in a way that the
+schema does not see.
 """
 
 import json
@@ -21,6 +23,7 @@ import torch
 from torch import Tensor
 
 from hanok.checkpoint.tokenizer import Tokenizer
+from hanok.engine.closed_schema import closed
 from hanok.engine.grammar_spec import (
     GrammarError,
     GrammarSpec,
@@ -290,7 +293,8 @@ def _schema_grammar(schema: Schema) -> str:
     from llguidance import LLMatcher
 
     try:
-        return LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=_json_options())
+        text = json.dumps(closed(schema))
+        return LLMatcher.grammar_from_json_schema(text, overrides=_json_options())
     except ValueError as error:
         raise _CompileError("JSON schema", str(error)) from error
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
+from itertools import permutations
 from typing import Literal
 from urllib.parse import unquote
 
@@ -29,6 +30,12 @@ MAX_PATTERN_BYTES = 4 * 1024
 
 MAX_DEPTH = 64
 """Deepest nesting of a schema's objects and arrays."""
+
+MAX_DISTINCT = 5
+"""Most values of which arrays that repeat none are listed; five give 326 arrays."""
+
+FORMATS = frozenset("date-time date time duration email hostname ipv4 ipv6 uuid uri".split())
+"""Formats of texts that are followed. Others say what a text is for, as JSON Schema has it."""
 
 MAX_MULTIPLE = 50_000
 """Largest common multiple of a schema's `multipleOf`. Time to compile grows with its square."""
@@ -67,6 +74,11 @@ def check_size(spec: GrammarSpec) -> None:
         raise GrammarError(
             f"the {spec.kind} has {size:,} bytes and may have {largest:,}: ask for less at once"
         )
+    if spec.kind == "regex" and _is_cut(spec.value):
+        raise GrammarError(
+            f"the regex ends in a single backslash, {spec.value[-20:]!r}: write two for a backslash, or "
+            "what it was to escape"
+        )
 
 
 def read_schema(text: str) -> Schema:
@@ -86,7 +98,9 @@ def read_schema(text: str) -> Schema:
     schema.pop("x-guidance", None)  # llguidance's own options, which are not the request's to set
     _check_depth(schema, "", MAX_DEPTH)
     _check_promises(schema)
-    _encode_references(schema)
+    document = Document(schema)
+    for pointer, holder in list(document.schemas.items()):
+        _simplify(holder, pointer, document)
     return schema
 
 
@@ -185,12 +199,55 @@ def _check_depth(value: object, pointer: str, depth: int) -> None:
             _check_depth(item, f"{pointer}/{escape(str(key))}", depth - 1)
 
 
-def _encode_references(schema: Schema) -> None:
-    """Write references as URIs. Many hold names of types as they are: `#/$defs/List<Item>`."""
-    for _, keyword, holder in keywords(schema):
-        reference = holder[keyword]
-        if keyword == "$ref" and isinstance(reference, str) and reference.startswith("#/"):
-            holder[keyword] = reference_to(unquote(reference[1:]))
+def _simplify(schema: Schema, pointer: str, document: Document) -> None:
+    """Write what keywords ask for so that it can be followed; take out those that ask for nothing.
+
+    References become URIs: many hold names of types as they are, `#/$defs/List<Item>`.
+    """
+    reference, kind = schema.get("$ref"), schema.get("format")
+    if isinstance(reference, str) and reference.startswith("#/"):
+        schema["$ref"] = reference_to(unquote(reference[1:]))
+    if isinstance(kind, str) and kind not in FORMATS:
+        del schema["format"]
+    if schema.pop("uniqueItems", False) is True and schema.get("type") == "array":
+        values = _values_of(schema.get("items"), f"{pointer}/items", document)
+        if values is not None:
+            _repeat_none(schema, values)
+
+
+def _values_of(items: object, pointer: str, document: Document) -> list[str] | None:
+    """The JSON texts of all the values that an array's items may have, where they are listed."""
+    if not isinstance(items, dict):
+        return None
+    target = None
+    if "$ref" in items:
+        try:
+            target = _target(document, pointer, "$ref")
+        except GrammarError:
+            return None  # the compiler says so
+    if target is not None:
+        items = document.schemas.get(target, {})
+    values = items.get("enum")
+    if "const" in items:
+        values = [items["const"]]
+    elif items.get("type") == "boolean" and values is None:
+        values = [False, True]
+    if not isinstance(values, list):
+        return None
+    return list(dict.fromkeys(json.dumps(value) for value in values))
+
+
+def _repeat_none(schema: Schema, values: list[str]) -> None:
+    """Let an array have each of some values once: as a list of all such arrays, or by its length."""
+    least, most = schema.get("minItems", 0), schema.get("maxItems", len(values))
+    if "prefixItems" in schema or not isinstance(least, int) or not isinstance(most, int):
+        return
+    most = min(most, len(values))
+    schema["maxItems"] = most
+    if len(values) <= MAX_DISTINCT and "enum" not in schema and "const" not in schema:
+        lengths = range(max(least, 0), most + 1)
+        found = [row for length in lengths for row in permutations(values, length)]
+        schema["enum"] = [[json.loads(value) for value in row] for row in found]
 
 
 def _check_promises(schema: Schema) -> None:
@@ -212,6 +269,12 @@ def _check_promises(schema: Schema) -> None:
                 )
         elif keyword in ("pattern", "patternProperties"):
             patterns = list(value) if isinstance(value, dict) else [str(value)]
+            if any(map(_is_cut, patterns)):
+                raise GrammarError(
+                    f"{pointer} of the JSON schema ends in a single backslash: write two for a "
+                    "backslash, or what it was to escape",
+                    pointer,
+                )
             pattern_bytes += sum(map(_size, patterns))
             longest = max(map(_size, patterns), default=0)
             if longest > MAX_PATTERN_BYTES or pattern_bytes > MAX_GRAMMAR_BYTES:
@@ -232,6 +295,11 @@ def _check_names(pointer: str, least: object, required: object) -> None:
             "'required', or leave minProperties out and check the answer",
             pointer,
         )
+
+
+def _is_cut(pattern: str) -> bool:
+    """Whether a regex ends where an escaped character should follow; llguidance drops the backslash."""
+    return (len(pattern) - len(pattern.rstrip("\\"))) % 2 == 1
 
 
 def _size(text: str) -> int:

@@ -5,7 +5,7 @@ of earlier drafts. Places are JSON pointers (RFC 6901) from the root of the whol
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 from urllib.parse import quote, unquote, urljoin
 
@@ -34,8 +34,8 @@ def keywords(schema: Schema, pointer: str = "") -> Iterator[tuple[str, str, Sche
 
 
 def schemas_in(schema: Schema, keyword: str, pointer: str = "") -> Iterator[tuple[str, Schema]]:
-    """The schemas that one keyword of a schema holds, each with its pointer."""
-    place, value = f"{pointer}/{escape(keyword)}", schema[keyword]
+    """The schemas that one keyword of a schema holds, each with its pointer; none without it."""
+    place, value = f"{pointer}/{escape(keyword)}", schema.get(keyword)
     found: list[tuple[str, Any]] = []
     if keyword in _HOLDS_SCHEMA:
         found.append((place, value))
@@ -44,6 +44,21 @@ def schemas_in(schema: Schema, keyword: str, pointer: str = "") -> Iterator[tupl
     if keyword in _HOLDS_NAMED and isinstance(value, dict):
         found += ((f"{place}/{escape(name)}", item) for name, item in value.items())
     return ((where, item) for where, item in found if isinstance(item, dict))
+
+
+def with_schemas(
+    schema: Schema, keyword: str, pointer: str, change: Callable[[str], Schema]
+) -> Any:
+    """The value of a keyword with the schemas in it as `change` gives them, by their pointers."""
+    changed = {place: change(place) for place, _ in schemas_in(schema, keyword, pointer)}
+    place, value = f"{pointer}/{escape(keyword)}", schema[keyword]
+    if place in changed:
+        return changed[place]
+    if isinstance(value, list):
+        return [changed.get(f"{place}/{index}", item) for index, item in enumerate(value)]
+    if isinstance(value, dict):
+        return {name: changed.get(f"{place}/{escape(name)}", item) for name, item in value.items()}
+    return value
 
 
 def escape(name: str) -> str:

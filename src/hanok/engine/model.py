@@ -9,7 +9,6 @@ as each alone.
 """
 
 import math
-import os
 import shutil
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,13 +20,17 @@ from torch import Tensor
 
 from hanok.attention.base import ForwardBatch
 from hanok.attention.cache import KVCache
+from hanok.checkpoint.aside import folder_aside
 from hanok.checkpoint.files import Checkpoint, open_checkpoint
+from hanok.checkpoint.tokenizer_files import has_tokenizer
 from hanok.checkpoint.writer import write_json
 from hanok.engine.generate import generate
 from hanok.engine.params import (
     SamplingOptions,
     SamplingParams,
+    end_ids_of,
     from_generation_config,
+    is_token,
     unsupported_defaults,
 )
 from hanok.engine.pipeline import Pipeline
@@ -144,16 +147,29 @@ class Model:
         self.config: ModelConfig = loaded.decoder.config
         self.tokenizer = tokenizer
         self.report: LoadReport = loaded.report
+        text_config = checkpoint.config.get("text_config")  # of a model that sees as well
+        self.end_ids, end_notes = end_ids_of(
+            {
+                "generation_config.json": checkpoint.generation_config,
+                "config.json": checkpoint.config,
+                "config.json's text_config": text_config
+                if isinstance(text_config, Mapping)
+                else {},
+            },
+            tokenizer.eos_token_id if tokenizer is not None else None,
+            self.config.vocab_size,
+        )
         self.notes: tuple[str, ...] = (
             *loaded.report.notes,
-            *unsupported_defaults(checkpoint.generation_config),
+            *unsupported_defaults(checkpoint.generation_config, self.config.max_context_tokens),
+            *end_notes,
         )
         """What was decided for the user, or asked for by the checkpoint and not done."""
         self.defaults: SamplingParams = from_generation_config(checkpoint.generation_config)
-        self.end_ids = _end_ids(checkpoint, tokenizer)
         self.plan = plan
         """What it was loaded by."""
         self._sources = loaded.sources
+        self._left_out = loaded.left_out
         self._promotion = loaded.promotion
         self._pipeline_depth = pipeline_depth
 
@@ -345,6 +361,12 @@ class Model:
             token_ids = [self._checked_id(item) for item in prompt]
         if not token_ids:
             raise RequestError("the prompt has no tokens; give at least one.")
+        largest, size = max(token_ids), self.config.vocab_size
+        if largest >= size:
+            raise RequestError(
+                f"the tokenizer makes token {largest} of the prompt, and this model's tokens are 0 to "
+                f"{size - 1}: it was added without making the embedding larger. Leave its text out."
+            )
         limit = self.config.max_context_tokens
         if len(token_ids) > limit:
             raise RequestError(
@@ -371,10 +393,8 @@ class Model:
         folder = Path(path)
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise CheckpointError(f"{folder} exists and is not empty; choose another folder.")
-        unfinished = folder.with_name(f".{folder.name}.unfinished-{os.getpid()}")
-        unfinished.mkdir(parents=True)
-        try:
-            save_weights(unfinished, self.decoder, self._sources)
+        with folder_aside(folder) as unfinished:
+            save_weights(unfinished, self.decoder, self._sources, left_out=self._left_out)
             config = dict(self.checkpoint.config)
             spellings = [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]
             config |= dict.fromkeys(spellings, str(self.dtype).removeprefix("torch."))
@@ -386,23 +406,19 @@ class Model:
                 target = unfinished / file.relative_to(self.checkpoint.folder)
                 target.parent.mkdir(exist_ok=True)
                 shutil.copyfile(file, target)
-            if folder.exists():
-                folder.rmdir()
-            unfinished.rename(folder)
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
         return folder
 
     def sequence(self, prompt: Prompt, options: SamplingOptions) -> GenerationSequence:
         """Return a prompt with its options, checked, of which nothing is generated yet."""
         params = self.defaults.updated(options)
+        params.check_ids(self.config.vocab_size)
         token_ids = self.encode(prompt)
         limit = self.config.max_context_tokens
         if len(token_ids) >= limit:
             raise RequestError(
                 f"the prompt fills the model's context of {limit} tokens; no token can follow it."
             )
-        if params.stop:
+        if options.get("stop"):  # a checkpoint's own stop nothing where there is no text
             self._needed_tokenizer()
         end_ids = frozenset(params.stop_token_ids)
         if not params.ignore_eos:
@@ -428,8 +444,7 @@ class Model:
         return self.tokenizer
 
     def _checked_id(self, token: Any) -> int:
-        is_id = isinstance(token, int) and not isinstance(token, bool)
-        if not is_id or not 0 <= token < self.config.vocab_size:
+        if not is_token(token, self.config.vocab_size):
             raise RequestError(
                 f"{token!r} is not a token id; this model's are 0 to {self.config.vocab_size - 1}. "
                 "A prompt is a text, token ids, or messages with role and content."
@@ -543,23 +558,12 @@ def _check_fits(plan: LoadPlan, path: Path) -> None:
 
 
 def _tokenizer_of(checkpoint: Checkpoint) -> "Tokenizer | None":
-    names = ("tokenizer.json", "tokenizer.model", "vocab.json")
-    if not any((checkpoint.folder / name).is_file() for name in names):
+    if not has_tokenizer(checkpoint.folder):
         return None
     # Imported here: a checkpoint without a tokenizer starts without its libraries.
     from hanok.checkpoint.tokenizer import open_tokenizer
 
     return open_tokenizer(checkpoint.folder)
-
-
-def _end_ids(checkpoint: Checkpoint, tokenizer: "Tokenizer | None") -> frozenset[int]:
-    """Return the end tokens: generation_config.json's, else config.json's, else the tokenizer's."""
-    for values in (checkpoint.generation_config, checkpoint.config):
-        given = values.get("eos_token_id")
-        if given is not None:
-            return frozenset([given] if isinstance(given, int) else given)
-    found = tokenizer.eos_token_id if tokenizer is not None else None
-    return frozenset() if found is None else frozenset([found])
 
 
 def _as_list(prompt: Prompt | Sequence[Prompt]) -> tuple[list[Prompt], bool]:

@@ -5,15 +5,18 @@ Imports no torch, so that the command line can list the options with their help.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, TypedDict
+from hashlib import sha256
+from typing import Any, TypedDict, TypeGuard
 
 from hanok.errors import OptionError
 from hanok.registry import nearest_first
 
 # What a checkpoint's generation_config.json decides: always, and only where it says `do_sample`.
-ALWAYS_READ = ("repetition_penalty", "max_new_tokens")
+ALWAYS_READ = ("repetition_penalty", "presence_penalty", "frequency_penalty", "max_new_tokens")
 READ_WHEN_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p")
 GENERATION_CONFIG_FIELDS = ALWAYS_READ + READ_WHEN_SAMPLING
+STOP_STRINGS = "stop_strings"
+"""The file's name for `stop`."""
 
 # What a generation_config.json may ask for and hanok does not do, with the values that ask for nothing.
 NEUTRAL: Mapping[str, Any] = {
@@ -25,6 +28,7 @@ NEUTRAL: Mapping[str, Any] = {
     "epsilon_cutoff": 0.0,
     "eta_cutoff": 0.0,
     "min_length": 0,
+    "max_length": 20,  # transformers' default, in every file that was written whole
     "min_new_tokens": 0,
     "penalty_alpha": 0.0,
     "guidance_scale": 1.0,
@@ -73,9 +77,9 @@ class SamplingParams:
     temperature: float = 0.0
     """Divides the scores; 0 takes the likeliest token, 1 draws from the model's distribution."""
     top_k: int = 0
-    """Draw among so many likeliest tokens; 0: all."""
+    """Draw among so many likeliest tokens; 0 or -1: all."""
     top_p: float = 1.0
-    """Draw among the likeliest tokens that together have this probability."""
+    """Draw among the likeliest tokens that together have this probability; 0: the likeliest alone."""
     min_p: float = 0.0
     """Draw among tokens at least this fraction as likely as the likeliest."""
     typical_p: float = 1.0
@@ -116,8 +120,8 @@ class SamplingParams:
         # Smaller ones overflow float32 scores and draw as 0 takes.
         is_temperature = self.temperature == 0 or 1e-6 <= self.temperature < float("inf")
         self._check("temperature", is_temperature, "0, or from 1e-6 on")
-        self._check("top_k", self.top_k >= 0, "0 (all) or more")
-        self._check("top_p", 0 < self.top_p <= 1, "above 0 and at most 1")
+        self._check("top_k", self.top_k >= -1, "0 or -1 (all), or more")
+        self._check("top_p", 0 <= self.top_p <= 1, "between 0 and 1")
         self._check("min_p", 0 <= self.min_p <= 1, "between 0 and 1")
         self._check("typical_p", 0 < self.typical_p <= 1, "above 0 and at most 1")
         is_penalty = 0 < self.repetition_penalty < float("inf")
@@ -134,6 +138,15 @@ class SamplingParams:
         self._check("watermark_gamma", 0 < self.watermark_gamma < 1, "between 0 and 1")
         self._check("watermark_delta", 0 <= self.watermark_delta <= 100, "0 (none) to 100")
         self._check("top_logprobs", 0 <= self.top_logprobs <= 1000, "0 to 1000")
+
+    def check_ids(self, vocab_size: int) -> None:
+        """Raise OptionError where an option names a token that a vocabulary of this size lacks."""
+        for name in ("logit_bias", "stop_token_ids", "spelled_token_ids"):
+            wrong = [token for token in getattr(self, name) if not is_token(token, vocab_size)]
+            if wrong:
+                raise OptionError(
+                    f"{name} names token {wrong[0]}; this model's tokens are 0 to {vocab_size - 1}."
+                )
 
     def _check(self, name: str, is_right: bool, expected: str) -> None:
         if not is_right:
@@ -168,25 +181,93 @@ class SamplingParams:
         return changed
 
 
+def seed_of_answer(seed: int | None, index: int) -> int | None:
+    """Return the seed of one of several answers to a prompt; the first has the seed itself.
+
+    The others' depend on nothing else, and are not those of the seeds beside it.
+    """
+    if seed is None or index == 0:
+        return seed
+    digest = sha256(f"{seed} {index}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
 def from_generation_config(values: Mapping[str, Any]) -> SamplingParams:
     """Return the defaults that a checkpoint's generation_config.json recommends.
 
-    Without `do_sample` they are greedy, whatever temperature the file names, as in transformers.
+    Without `do_sample` they are greedy, whatever temperature the file names, as in transformers. What
+    cannot be is left out (`unsupported_defaults` says so): the user's own value counts then.
     """
-    samples = bool(values.get("do_sample")) and values.get("temperature") != 0
-    options: dict[str, Any] = {"temperature": 1.0} if samples else {}
-    names = GENERATION_CONFIG_FIELDS if samples else ALWAYS_READ
-    options |= {name: values[name] for name in names if values.get(name) is not None}
-    return SamplingParams().updated(options)
+    base = {"temperature": 1.0} if _samples(values) else {}
+    found = {
+        name: value for name, value in _recommended(values).items() if not _objection(name, value)
+    }
+    return SamplingParams().updated(base | found)
 
 
-def unsupported_defaults(values: Mapping[str, Any]) -> tuple[str, ...]:
+def unsupported_defaults(values: Mapping[str, Any], max_context_tokens: int) -> tuple[str, ...]:
     """Return a note for each recommendation of a generation_config.json that is not followed."""
-    return tuple(
-        f"generation_config.json asks for {name} = {values[name]!r}, which hanok does not do"
-        for name, neutral in NEUTRAL.items()
-        if values.get(name) and values[name] != neutral
-    )
+    asked = {name: values[name] for name in NEUTRAL if values.get(name)}
+    length = asked.get("max_length", 0)
+    if _is_number(length, int) and length >= max_context_tokens:
+        del asked["max_length"]  # the context ends a text as well
+    notes = [
+        f"generation_config.json asks for {name} = {value!r}, which hanok does not do"
+        for name, value in asked.items()
+        if value != NEUTRAL[name]
+    ]
+    for name, value in _recommended(values).items():
+        if objection := _objection(name, value):
+            notes.append(f"generation_config.json is not followed in one point: {objection}")
+    return tuple(notes)
+
+
+def _samples(values: Mapping[str, Any]) -> bool:
+    return bool(values.get("do_sample")) and values.get("temperature") != 0
+
+
+def _recommended(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a generation_config.json says of options that hanok has, right or not."""
+    names = GENERATION_CONFIG_FIELDS if _samples(values) else ALWAYS_READ
+    found = {name: values[name] for name in names if values.get(name) is not None}
+    return found | ({"stop": values[STOP_STRINGS]} if values.get(STOP_STRINGS) else {})
+
+
+def _objection(name: str, value: Any) -> str:
+    """Return what is wrong with the value of an option; "" if nothing is."""
+    try:
+        SamplingParams(temperature=1.0).updated({name: value})
+    except OptionError as error:
+        return str(error)
+    return ""
+
+
+def end_ids_of(
+    files: Mapping[str, Mapping[str, Any]], last: int | None, vocab_size: int
+) -> tuple[frozenset[int], tuple[str, ...]]:
+    """Return the end tokens of the first file that names any, else `last`, the tokenizer's own.
+
+    With notes of those that a model of `vocab_size` tokens does not have: they are as if not there.
+    """
+    notes: list[str] = []
+    for file, values in files.items():
+        given = values.get("eos_token_id")
+        listed = given if isinstance(given, list) else [given]
+        known = frozenset(token for token in listed if is_token(token, vocab_size))
+        notes += (
+            f"{file} names {token!r} as an end token, which this model does not have (its tokens are 0 "
+            f"to {vocab_size - 1}): it ends nothing"
+            for token in listed
+            if token is not None and not is_token(token, vocab_size)
+        )
+        if known or given == []:
+            return known, tuple(notes)
+    return frozenset([last] if is_token(last, vocab_size) else []), tuple(notes)
+
+
+def is_token(value: object, vocab_size: int) -> TypeGuard[int]:
+    """Return whether a value is a token id of a vocabulary of this size."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < vocab_size
 
 
 def _is_like(value: Any, default: Any, name: str) -> bool:

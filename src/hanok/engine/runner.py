@@ -7,10 +7,12 @@ import torch
 from torch import Tensor
 
 from hanok.attention.base import ForwardBatch
+from hanok.checkpoint.pooling import Pooling
 from hanok.engine import native_steps
 from hanok.engine.native_steps import NativeSteps
 from hanok.engine.schedule import Chunk
 from hanok.engine.sequence import Ranked, ranked
+from hanok.engine.ticket import Request
 from hanok.memory.heap import give_back
 from hanok.models.decoder import Decoder
 
@@ -27,6 +29,8 @@ class PromptScore:
 
     token_id: int
     logprob: float
+    rank: int
+    """1 for the likeliest."""
     top_logprobs: Ranked
 
 
@@ -36,11 +40,13 @@ class StepResult:
 
     `logits`: (rows, vocab) float32: for each chunk that is the last of its sequence a row behind its
     last token and one behind each drafted one, in the chunks' order; `scores`: for each chunk those of
-    the prompt tokens behind its own.
+    the prompt tokens behind its own; `pooled`: for each chunk that is pooled, (hidden,) float64 on the
+    CPU, the sum of its hidden states or the last of them.
     """
 
     logits: Tensor | None
     scores: list[tuple[PromptScore, ...]]
+    pooled: list[Tensor | None]
 
     @classmethod
     def joined(cls, parts: "Sequence[StepResult]") -> "StepResult":
@@ -49,6 +55,7 @@ class StepResult:
         return cls(
             logits=torch.cat(logits) if logits else None,
             scores=[scores for part in parts for scores in part.scores],
+            pooled=[pooled for part in parts for pooled in part.pooled],
         )
 
 
@@ -63,8 +70,8 @@ class Runner:
         self._recorded = NativeSteps(decoder, self._cache, max_blocks) if is_recorded else None
 
     @torch.inference_mode()
-    def run(self, chunks: Sequence[Chunk], scored: Sequence[int | None]) -> StepResult:
-        """Compute chunks; `scored` says how many likeliest tokens to score a prompt with, if at all.
+    def run(self, chunks: Sequence[Chunk], requests: Sequence[Request]) -> StepResult:
+        """Compute chunks; their requests say whether a prompt is scored, or pooled.
 
         What was in the blocks before is not changed, so a chunk that failed can be computed again.
         """
@@ -84,19 +91,21 @@ class Runner:
         ]
         last = [
             row
-            for end, chunk in zip(ends, chunks, strict=True)
-            if chunk.is_last
+            for end, chunk, request in zip(ends, chunks, requests, strict=True)
+            if chunk.is_last and request.pooling is None
             for row in range(end, end + 1 + len(chunk.draft))
         ]
         logits = self._decoder.logits(hidden[last]) if last else None
         scores: list[tuple[PromptScore, ...]] = []
-        for chunk, end, number in zip(chunks, ends, scored, strict=True):
-            mine = hidden[end + 1 - chunk.count : end + 1]
+        pooled: list[Tensor | None] = []
+        for chunk, end, request in zip(chunks, ends, requests, strict=True):
+            mine, number = hidden[end + 1 - chunk.count : end + 1], request.scored
             scores.append(() if number is None else self._scores(chunk, mine, number))
+            pooled.append(None if request.pooling is None else _pooled(mine, request.pooling))
         if len(batch.token_ids) >= LONG_PASS_TOKENS:
             del batch, hidden
             give_back()
-        return StepResult(logits=logits, scores=scores)
+        return StepResult(logits=logits, scores=scores, pooled=pooled)
 
     def _hidden_states(self, batch: ForwardBatch) -> Tensor:
         num_sequences, num_tokens = len(batch.pages), len(batch.token_ids)
@@ -116,7 +125,16 @@ class Runner:
             logprobs = self._decoder.logits(hidden[start : start + len(tokens)]).log_softmax(-1)
             for row, token in zip(logprobs, tokens, strict=True):
                 top = ranked(row, number) if number else ()
+                rank = 1 + int((row > row[token]).sum())
+                logprob = float(row[token])
                 found.append(
-                    PromptScore(token_id=token, logprob=float(row[token]), top_logprobs=top)
+                    PromptScore(token_id=token, logprob=logprob, rank=rank, top_logprobs=top)
                 )
         return tuple(found)
+
+
+def _pooled(hidden: Tensor, pooling: Pooling) -> Tensor:
+    """Return the sum of (tokens, hidden), or the last: in float64, so that chunks add up to the same."""
+    if pooling == "mean":
+        return hidden.sum(0, dtype=torch.float64).cpu()
+    return hidden[-1].to("cpu", torch.float64)

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from hanok.engine.params import SamplingParams
-from hanok.errors import OptionError
 
 WATERMARK_KEY = 15485863  # that of the paper's and of text-generation-inference's watermarks
 
@@ -70,9 +69,11 @@ def processed(
     if params.temperature == 0:
         return scores
     scores = scores / params.temperature
-    if params.top_k:
+    if params.top_k > 0:
         scores = keep_top_k(scores, params.top_k)
-    if params.top_p < 1:
+    if params.top_p == 0:
+        scores = keep_top_k(scores, 1)
+    elif params.top_p < 1:
         scores = keep_top_p(scores, params.top_p)
     if params.min_p > 0:
         scores = keep_min_p(scores, params.min_p)
@@ -82,12 +83,7 @@ def processed(
 
 
 def add_bias(scores: Tensor, bias: Mapping[int, float]) -> Tensor:
-    """Return the scores with a number added to some tokens'. OptionError: an id out of range."""
-    wrong = [token for token in bias if not 0 <= token < len(scores)]
-    if wrong:
-        raise OptionError(
-            f"logit_bias names token {wrong[0]}; the vocabulary has ids 0 to {len(scores) - 1}."
-        )
+    """Return the scores with a number added to some tokens'."""
     ids = torch.tensor(list(bias), device=scores.device)
     values = torch.tensor(list(bias.values()), dtype=scores.dtype, device=scores.device)
     return scores.index_add(0, ids, values)

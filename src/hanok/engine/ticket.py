@@ -12,10 +12,13 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
+from hanok.checkpoint.pooling import Pooling
 from hanok.engine.sequence import GenerationSequence, TokenEvent
 from hanok.errors import HanokError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from hanok.engine.runner import PromptScore
 
 
@@ -28,6 +31,8 @@ class Request:
     """Smaller ones are served first."""
     deadline: float | None = None
     """Of `time.monotonic`, in seconds; what is not finished then is given up."""
+    asked_at: float | None = None
+    """Since when its time runs, of `time.monotonic`; None: since it was submitted."""
     adapter: str | None = None
     salt: Hashable = None
     """Requests with another salt share nothing in the cache."""
@@ -35,6 +40,8 @@ class Request:
     """So many of the likeliest tokens are reported for each of the prompt's; None: no scores."""
     leader: "Ticket | None" = None
     """One with the same prompt, whose keys and values are worth waiting for."""
+    pooling: Pooling | None = None
+    """Ends with the prompt's pooled hidden states in place of tokens; None: generates."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -62,6 +69,8 @@ class Ticket:
     """Of the prompt's tokens but the first; there before the first token is."""
     num_cached_tokens: int = 0
     """Tokens of the prompt that did not have to be computed; known before the first token."""
+    pooled: "Tensor | None" = None
+    """Of a request with `pooling`, once it is finished: (hidden,) float32 on the CPU."""
     error: HanokError | None = None
     _events: list[TokenEvent] = field(default_factory=list)
     _moments: list[float] = field(default_factory=list)

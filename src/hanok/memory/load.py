@@ -5,7 +5,6 @@ the file as the decoder wants them stays mapped; the rest is read into one arena
 memory beyond the weights is one tensor for each of NUM_READERS threads.
 """
 
-import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +21,7 @@ from hanok.attention.base import AttentionSpec, choose, why_not_table
 from hanok.checkpoint.files import Checkpoint, TensorRef
 from hanok.errors import CheckpointError, OptionError, UnsupportedError
 from hanok.kernels.native import why_not
+from hanok.memory.account import Understood, tied_head_error, understand
 from hanok.memory.budget import host_budget
 from hanok.memory.heap import give_back
 from hanok.memory.needs import choose_dtype, stays_as_it_is, unit_of
@@ -35,11 +35,10 @@ from hanok.memory.threads import set_threads
 from hanok.memory.watch import Watchdog
 from hanok.models.config import ModelConfig
 from hanok.models.decoder import Block, Decoder, Spread, Stage
-from hanok.models.family import Family, Source, read_config, sources
+from hanok.models.family import Family, Source
 from hanok.quant.recipe import Recipe
 
 Progress = Callable[[int], None]
-SHOWN_NAMES = 8
 CPU = torch.device("cpu")
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -71,6 +70,8 @@ class Loaded:
     decoder: Decoder
     family: Family
     sources: Mapping[str, Source]
+    left_out: tuple[TensorRef, ...]
+    """Weights in the files that the decoder does not use."""
     report: LoadReport
     promotion: Promotion | None
     """Moves the mapped weights into memory once the model has answered; None: they stay."""
@@ -103,13 +104,14 @@ def load_decoder(
     UnsupportedError for a plan with a device that is not here, BudgetError when memory runs out.
     """
     started = time.perf_counter()
-    family, config = read_config(checkpoint.config, str(checkpoint.folder / "config.json"))
-    table = sources(family, config, checkpoint.tensors)
-    account_for(checkpoint, family, config, table)
+    found = understand(checkpoint)
+    checkpoint = found.checkpoint
+    family, config, table = found.family, found.config, found.table
+    _check_tied_head(found)
     if weights not in get_args(Weights):
         raise OptionError(f"weights {weights!r} is unknown. Choose auto, mapped or copied.")
     places = _Places(plan)
-    notes: list[str] = []
+    notes = list(found.notes)
     used_threads = set_threads(threads)
     if used_threads.is_held_by_quota:
         notes.append(f"threads: {used_threads}")
@@ -158,6 +160,7 @@ def load_decoder(
         decoder=decoder,
         family=family,
         sources=table,
+        left_out=tuple(ref for refs in found.left_out.values() for ref in refs),
         report=report,
         promotion=Promotion(mapped, placer.files) if moves else None,
         streamer=streamer,
@@ -347,67 +350,14 @@ def _fallback_notes(decoder: Decoder, attention: str, used: Mapping[str, int]) -
     return notes
 
 
-def account_for(
-    checkpoint: Checkpoint, family: Family, config: ModelConfig, table: Mapping[str, Source]
-) -> None:
-    """Raise CheckpointError unless files and decoder agree on every tensor's name and shape."""
-    expected = {
-        name: shape
-        for source in table.values()
-        for name, shape in zip(source.names, source.file_shapes(), strict=True)
-    }
-    missing = [name for name in expected if name not in checkpoint.tensors]
-    left_over = [
-        name
-        for name in checkpoint.tensors
-        if name not in expected
-        and not any(re.fullmatch(pattern, name) for pattern in family.ignored_tensors)
-        and not _is_tied_head(name, checkpoint, family, config, table)
-    ]
-    wrong = [
-        f"{name} is {list(checkpoint.tensors[name].shape)} and should be {list(shape)}"
-        for name, shape in expected.items()
-        if name in checkpoint.tensors and checkpoint.tensors[name].shape != shape
-    ]
-    complaints = [
-        f"{len(items)} {what}: {_shown(items)}"
-        for what, items in (
-            ("missing", missing),
-            ("of the wrong shape", wrong),
-            ("left over", left_over),
-        )
-        if items
-    ]
-    if complaints:
-        raise CheckpointError(
-            f"{checkpoint.folder}: the tensors are not those of the {config.model_type} model that "
-            f"config.json describes. {'; '.join(complaints)}. Check that config.json and the weights "
-            "belong together and that every file was downloaded."
-        )
-
-
-def _is_tied_head(
-    name: str,
-    checkpoint: Checkpoint,
-    family: Family,
-    config: ModelConfig,
-    table: Mapping[str, Source],
-) -> bool:
-    """Return whether `name` is a second copy of the embedding, which ties allow when it is the same."""
-    if not config.tie_embeddings or name != f"{family.names['lm_head']}.weight":
-        return False
-    embedding_name = table["embed_tokens.weight"].names[0]
-    if embedding_name not in checkpoint.tensors:
-        return False
-    files = MappedFiles()
-    head = files.view(checkpoint.tensors[name])
-    embedding = files.view(checkpoint.tensors[embedding_name])
-    if head.dtype != embedding.dtype or not torch.equal(head, embedding):
-        raise CheckpointError(
-            f"{checkpoint.folder}: config.json ties the head to the embedding, but {name} differs "
-            "from it. Set tie_word_embeddings to false to use both, or delete the tensor."
-        )
-    return True
+def _check_tied_head(found: Understood) -> None:
+    """Refuse a second copy of the embedding that is another one."""
+    if found.tied_head is None:
+        return
+    files, tensors = MappedFiles(), found.checkpoint.tensors
+    embedding = tensors[found.table["embed_tokens.weight"].names[0]]
+    if not torch.equal(files.view(found.tied_head), files.view(embedding)):
+        raise tied_head_error(found.checkpoint, found.tied_head.name)
 
 
 def _dtype(
@@ -469,8 +419,3 @@ class _Placer:
 
     def _fits_as_it_is(self, source: Source) -> bool:
         return stays_as_it_is(source, self.tensors, str(self._dtype).removeprefix("torch."))
-
-
-def _shown(items: list[str]) -> str:
-    more = f" and {len(items) - SHOWN_NAMES} more" if len(items) > SHOWN_NAMES else ""
-    return ", ".join(items[:SHOWN_NAMES]) + more

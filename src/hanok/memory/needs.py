@@ -117,6 +117,7 @@ def needs_of(
     for name in parameters:
         grouped.setdefault(unit_of(name), []).append(name)
     head = "lm_head" if "lm_head" in grouped else "embed_tokens"
+    head_path = str(family.names_in(tensors)["lm_head"])
     order = ["embed_tokens", *(f"layers.{index}" for index in range(config.num_layers)), "norm"]
     units = []
     for unit in order + (["lm_head"] if head == "lm_head" else []):
@@ -125,7 +126,7 @@ def needs_of(
         units.append(
             Unit(
                 name=unit,
-                modules=_modules_of(unit, [parameters[name] for name in names], family, config),
+                modules=_modules_of(unit, [parameters[name] for name in names], head_path, config),
                 parameters=names,
                 weight_bytes=sum(size.weight_bytes for size in mine),
                 file_bytes=sum(size.file_bytes for size in mine),
@@ -285,7 +286,7 @@ def unit_of(parameter: str) -> str:
 
 
 def _modules_of(
-    unit: str, found: list[Source], family: Family, config: ModelConfig
+    unit: str, found: list[Source], head_path: str, config: ModelConfig
 ) -> tuple[str, ...]:
     """Return how the checkpoint calls a unit: what the names of its tensors begin with."""
     names = [source.names[0] for source in found]
@@ -294,5 +295,5 @@ def _modules_of(
         return (".".join(parts[: parts.index(unit.removeprefix("layers.")) + 1]),)
     modules = [name.rpartition(".")[0] for name in names]
     if unit == "lm_head" or (unit == "embed_tokens" and config.tie_embeddings):
-        modules = [*(modules if unit != "lm_head" else []), str(family.names["lm_head"])]
+        modules = [*(modules if unit != "lm_head" else []), head_path]
     return tuple(dict.fromkeys(modules))

@@ -8,7 +8,6 @@ that nothing takes it for a checkpoint, and neither a part of one nor another's 
 
 import hashlib
 import json
-import os
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from hanok.checkpoint.aside import Batch
 from hanok.checkpoint.files import TensorRef
 from hanok.checkpoint.writer import write_json
 from hanok.errors import CheckpointError
@@ -106,24 +106,23 @@ class PackedCopy:
         return self._items[number].stored.nbytes
 
     def write(self) -> None:
-        """Write it aside and rename it. Raises CheckpointError where that cannot be; nothing is left."""
-        unfinished = self.path.with_name(f".{self.path.name}.unfinished-{os.getpid()}")
+        """Write it. Raises CheckpointError where that cannot be; nothing is left then."""
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            with unfinished.open("wb") as file:
-                file.write(MAGIC + struct.pack("<Q", len(self._header)) + self._header)
-                for parts in self._parts.values():
-                    for part in parts:
-                        file.write(bytes(part.offset_bytes - file.tell()))
-                        file.write(part.tensor.flatten().view(torch.uint8).numpy().data)
-                file.write(END)
-            unfinished.rename(self.path)
+            # Its end shows whether all of it reached the disk.
+            with Batch(is_durable=False) as batch:
+                with batch.open(self.path) as file:
+                    file.write(MAGIC + struct.pack("<Q", len(self._header)) + self._header)
+                    for parts in self._parts.values():
+                        for part in parts:
+                            file.write(bytes(part.offset_bytes - file.tell()))
+                            file.write(part.tensor.flatten().view(torch.uint8).numpy().data)
+                    file.write(END)
+                batch.publish()
         except OSError as error:
             raise CheckpointError(
                 f"the packed copy of {self._end:,} bytes cannot be kept in {self._folder}: {error}."
             ) from error
-        finally:
-            unfinished.unlink(missing_ok=True)
 
     def _hashes(self, files: Iterable[Path]) -> list[str]:
         """Return the hash of each file's contents, and remember those that were not known."""

@@ -213,6 +213,8 @@ class LoadPlan:
     """The cheapest first; only where something does not fit into memory."""
     request: Request | None = None
     """None where no checkpoint was asked about."""
+    notes: tuple[str, ...] = ()
+    """What is unusual about the checkpoint's files, and how it was taken."""
 
     @property
     def uses_disk(self) -> bool:

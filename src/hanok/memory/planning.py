@@ -5,19 +5,20 @@ torch is imported only where it is needed: for GPUs that are there, and for quan
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
+from shlex import quote
 from typing import get_args
 
 from hanok.checkpoint.files import (
-    PICKLES,
-    SAFETENSORS,
     Checkpoint,
-    find_entries,
     open_checkpoint,
     read_object,
+    weights_in,
 )
-from hanok.errors import BudgetError, CheckpointError, OptionError
+from hanok.checkpoint.formats import foreign_weights, refuse_other_layouts
+from hanok.errors import BudgetError, CheckpointError, HanokError, OptionError
+from hanok.memory.account import Understood, understand
 from hanok.memory.budget import device_name, parse_max_memory
 from hanok.memory.needs import (
     DRAFTED_SEQUENCES,
@@ -47,8 +48,6 @@ from hanok.memory.plan import (
     Weights,
     make_plan,
 )
-from hanok.models.config import ModelConfig
-from hanok.models.family import Family, Source, read_config, sources
 
 CORE = re.compile(r"core:\d+")
 GPU_DRIVER = Path("/dev/nvidiactl")
@@ -57,17 +56,6 @@ SMALLEST_CONTEXT = 512
 NUM_READERS = 2  # threads; two fault in and fill pages nearly twice as fast as one
 RUNTIME_BYTES = 148 * 2**20  # Python with torch and hanok loaded, before a weight is
 FIRST_USE_BYTES = 28 * 2**20  # what threads and libraries claim the first time they compute
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Described:
-    """A checkpoint as far as a plan needs it."""
-
-    folder: Path
-    family: Family
-    config: ModelConfig
-    table: Mapping[str, Source]
-    checkpoint: Checkpoint
 
 
 def plan_load(  # noqa: PLR0913 (the options of a load are arguments of their own)
@@ -116,14 +104,14 @@ def plan_load(  # noqa: PLR0913 (the options of a load are arguments of their ow
     places = [*gpus, *host, disk_place(largest, rates)]
     if draft is not None:
         places = [with_draft(place, draft) for place in places]
-    unknown = set(allowed) - {place.name for place in places}
-    if unknown:
-        raise OptionError(
-            f"max_memory names {', '.join(sorted(unknown))}, which is not there. Places: "
-            f"{', '.join(place.name for place in places)}."
-        )
+    _check_places(path, max_memory, allowed, places)
     _check_count("context", context)
     _check_count("batch", batch)
+    if context is not None and context > config.max_context_tokens:
+        raise OptionError(
+            f"context is {context:,} tokens, and a sequence of this model has "
+            f"{config.max_context_tokens:,} at the most. Choose that or fewer."
+        )
     if weights not in get_args(Weights):
         raise OptionError(f"weights {weights!r} is unknown. Choose auto, mapped or copied.")
     if cache_dtype not in get_args(CacheDtype):
@@ -145,7 +133,7 @@ def plan_load(  # noqa: PLR0913 (the options of a load are arguments of their ow
         # What streams through the page cache would push mapped weights out of it.
         use, request = replace(use, may_map=False), replace(request, weights="copied")
         plan = _plan(described, use, places, device_map, runtime_bytes)
-    plan = replace(plan, request=request)
+    plan = replace(plan, request=request, notes=described.notes)
     if plan.fits and not plan.uses_disk:
         return plan
     in_memory = [place for place in places if place.kind != "disk"]
@@ -175,13 +163,15 @@ def plan_draft(
 ) -> LoadPlan:
     """Return the plan of a model that drafts, to be made before that of the model it drafts for.
 
-    `batch` is at how many sequences it guesses at a time, DRAFTED_SEQUENCES at the most. Raises
-    BudgetError where it does not fit into memory: to read weights anew for each guess never pays.
+    `batch` is at how many sequences it guesses at a time, DRAFTED_SEQUENCES at the most; beyond its own
+    context it does not guess. Raises BudgetError where it does not fit into memory: to read weights anew
+    for each guess never pays.
     """
+    own_context = _looked_at(path)[0].config.max_context_tokens
     plan = plan_load(
         path,
         max_memory=max_memory,
-        context=context,
+        context=context and min(context, own_context),
         batch=min(batch, DRAFTED_SEQUENCES),
         quant=quant,
         dtype=dtype,
@@ -198,7 +188,7 @@ def plan_draft(
     return plan
 
 
-def _looked_at(path: str | Path) -> tuple[Described, bool]:
+def _looked_at(path: str | Path) -> tuple[Understood, bool]:
     """Return what can be known of a checkpoint without its weights, and whether it is on this disk."""
     if Path(path).exists():
         return describe(path), True
@@ -208,31 +198,25 @@ def _looked_at(path: str | Path) -> tuple[Described, bool]:
     if not is_repo_id(str(path)):
         return describe(path), True
     with without_weights(str(path)) as folder:
-        return describe(folder), False
+        try:
+            return describe(folder), False
+        except HanokError as error:
+            # The folder of the headers is gone when somebody reads this.
+            raise type(error)(str(error).replace(str(folder), str(path))) from error
 
 
-def describe(path: str | Path) -> Described:
+def describe(path: str | Path) -> Understood:
     """Return what the headers and config.json of a checkpoint say; the weights may be missing."""
     path = Path(path)
     folder = path if path.is_dir() else path.parent
-    has_weights = not path.is_dir() or any(
-        find_entries(path, kind) for kind in (SAFETENSORS, PICKLES)
-    )
-    if path.name == "config.json" or not has_weights:
-        file = folder / "config.json"
-        if not file.is_file():
-            raise CheckpointError(f"{folder}: has neither weights nor a config.json to plan from")
-        checkpoint = Checkpoint(folder=folder, config=read_object(file), tensors={}, files=())
-    else:
-        checkpoint = open_checkpoint(path)
-    family, config = read_config(checkpoint.config, str(folder / "config.json"))
-    return Described(
-        folder=folder,
-        family=family,
-        config=config,
-        table=sources(family, config, checkpoint.tensors),
-        checkpoint=checkpoint,
-    )
+    weights = weights_in(path)
+    if path.name != "config.json" and (weights or foreign_weights(folder)):
+        return understand(open_checkpoint(path))
+    file = folder / "config.json"
+    refuse_other_layouts(folder, weights)
+    if not file.is_file():
+        raise CheckpointError(f"{folder}: has neither weights nor a config.json to plan from")
+    return understand(Checkpoint(folder=folder, config=read_object(file), tensors={}, files=()))
 
 
 def read_bits(quant: str) -> WeightBits:
@@ -245,7 +229,7 @@ def read_bits(quant: str) -> WeightBits:
 
 
 def _plan(
-    described: Described,
+    described: Understood,
     use: Use,
     places: Sequence[Place],
     device_map: DeviceMap,
@@ -299,6 +283,33 @@ def _gpu_places(
 
     found = gpu_places(allowed)
     return [place for place in found if not has_limits or device_name(place.name) in allowed]
+
+
+def _check_places(
+    path: str | Path,
+    max_memory: str | Mapping[str | int, str | int] | None,
+    allowed: Mapping[str, int],
+    places: Sequence[Place],
+) -> None:
+    """Refuse memory of what is not there; of GPUs, say how they are described."""
+    unknown = sorted(set(allowed) - {place.name for place in places})
+    if not unknown:
+        return
+    gpus = [int(name) for name in allowed if name.isdigit()]
+    how = ""
+    if gpus and any(name.isdigit() for name in unknown):
+        sizes = max_memory
+        if isinstance(max_memory, Mapping):
+            sizes = ",".join(f"{name}={size}" for name, size in max_memory.items())
+        device = " --device name=a100" * (max(gpus) + 1)
+        how = (
+            " To plan for GPUs that are not in this machine, describe each from 0 on by its name or "
+            f"its memory and bandwidth: hanok plan {quote(str(path))} --max-memory {sizes}{device}"
+        )
+    raise OptionError(
+        f"max_memory names {', '.join(unknown)}, which is not there. Places: "
+        f"{', '.join(place.name for place in places)}.{how}"
+    )
 
 
 def _check_count(name: str, value: int | None) -> None:

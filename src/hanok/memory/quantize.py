@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from hanok.checkpoint.files import TensorRef
+from hanok.errors import CheckpointError
 from hanok.memory.needs import CHUNK_BYTES
-from hanok.memory.tensors import dtype_of, from_file_order, read_into
+from hanok.memory.tensors import DTYPE_NAMES, dtype_of, from_file_order, read_into
 from hanok.models.decoder import Decoder
 from hanok.models.family import Source
 from hanok.models.layers import Embedding
@@ -106,7 +107,20 @@ def quantize_source(tensors: Mapping[str, TensorRef], item: QuantizedSource) -> 
     else:
         _quantize_rows(refs, source, stored)
     stored.finish()
+    _check_range(refs, stored)
     return stored.nbytes
+
+
+def _check_range(refs: list[TensorRef], stored: Stored) -> None:
+    """Refuse weights whose scales are infinite or no numbers: so would be every score."""
+    scales = [part for part in stored.parts if part.dtype in (torch.float16, torch.float32)]
+    if not all(bool(scale.isfinite().all()) for scale in scales):
+        names = " and ".join(ref.name for ref in refs)
+        raise CheckpointError(
+            f"{refs[0].path}: {names} have values too large for the {DTYPE_NAMES[scales[0].dtype]} "
+            f"scales of {stored.method.name}, or that are no numbers. Load without quant, or with a "
+            "method that has float32 scales (fp8, nf4, int8-outlier)."
+        )
 
 
 def _whole(refs: list[TensorRef], source: Source) -> Tensor:

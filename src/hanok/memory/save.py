@@ -1,17 +1,19 @@
 """Writes a decoder's weights under the names and in the order of its family's files.
 
-Fused weights are written as the parts that the files have, tied ones once. One tensor is in memory
-beyond the model.
+Fused weights are written as the parts that the files have, all experts' as one where files have them so,
+tied ones once. What the decoder left out (a
+vision tower) is copied from the files it came from. One tensor is in memory beyond the model.
 """
 
 import ctypes
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor
 
+from hanok.checkpoint.files import TensorRef
 from hanok.checkpoint.writer import TensorData, write_safetensors
-from hanok.memory.tensors import DTYPE_NAMES, to_file_order
+from hanok.memory.tensors import DTYPE_NAMES, MappedFiles, to_file_order
 from hanok.models.decoder import Decoder
 from hanok.models.family import Source
 
@@ -21,19 +23,31 @@ def save_weights(
     decoder: Decoder,
     sources: Mapping[str, Source],
     *,
+    left_out: Sequence[TensorRef] = (),
     progress: Callable[[int], None] | None = None,
 ) -> tuple[Path, ...]:
     """Write the weights as safetensors (sharded when large) and return the files."""
-    tensors = []
+    files = MappedFiles()
+    tensors = [
+        TensorData(
+            name=ref.name,
+            dtype=ref.dtype,
+            shape=ref.shape,
+            read=lambda ref=ref: _bytes_of(files.view(ref)),  # type: ignore[misc]
+        )
+        for ref in left_out
+    ]
+    stacks: dict[str, list[TensorData]] = {}
     for name, parameter in decoder.named_parameters():
         source = sources[name]
         start = 0
+        target = stacks.setdefault(source.stack, []) if source.stack else tensors
         for file_name, rows, shape in zip(
             source.names, source.rows, source.file_shapes(), strict=True
         ):
             part = parameter.detach()[start : start + rows]
             start += rows
-            tensors.append(
+            target.append(
                 TensorData(
                     name=file_name,
                     dtype=DTYPE_NAMES[parameter.dtype],
@@ -41,17 +55,31 @@ def save_weights(
                     read=_reader(part, source),
                 )
             )
+    tensors += [_stacked(name, parts) for name, parts in stacks.items()]
     return write_safetensors(folder, tensors, progress=progress)
+
+
+def _stacked(name: str, parts: Sequence[TensorData]) -> TensorData:
+    """Return one tensor of all experts' matrices, in turn."""
+    return TensorData(
+        name=name,
+        dtype=parts[0].dtype,
+        shape=(len(parts), *parts[0].shape),
+        read=lambda: b"".join(part.read() for part in parts),
+    )
 
 
 def _reader(part: Tensor, source: Source) -> Callable[[], memoryview]:
     def read() -> memoryview:
-        ordered = part if source.layout == "rows" else to_file_order(part, source)
-        host = ordered.cpu().contiguous()
-        if host.numel() == 0:
-            return memoryview(b"")
-        view = memoryview((ctypes.c_char * host.nbytes).from_address(host.data_ptr())).cast("B")
-        # The view does not own the memory; a copy of one tensor keeps it alive while it is written.
-        return memoryview(bytes(view))
+        return _bytes_of(part if source.layout == "rows" else to_file_order(part, source))
 
     return read
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    host = tensor.cpu().contiguous()
+    if host.numel() == 0:
+        return memoryview(b"")
+    view = memoryview((ctypes.c_char * host.nbytes).from_address(host.data_ptr())).cast("B")
+    # The view does not own the memory; a copy of one tensor keeps it alive while it is written.
+    return memoryview(bytes(view))

@@ -143,6 +143,18 @@ def read_into(ref: TensorRef, target: Tensor) -> None:
             scratch.view(ref.shape) if strides is None else scratch.as_strided(ref.shape, strides)
         )
         target.copy_(shaped)
+        if target.dtype is torch.float16:
+            _check_range(ref, target)
+
+
+def _check_range(ref: TensorRef, target: Tensor) -> None:
+    """Refuse values that float16 cannot hold; each would make every score infinite."""
+    least, most = torch.aminmax(target)
+    if not (least.isfinite() and most.isfinite()):
+        raise CheckpointError(
+            f"{ref.path}: tensor {ref.name} has values beyond float16's 65,504, or that are no numbers. "
+            "Compute in bfloat16 or float32 (dtype)."
+        )
 
 
 def read_parameter(tensors: Mapping[str, TensorRef], source: Source, target: Tensor) -> None:

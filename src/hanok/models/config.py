@@ -17,9 +17,10 @@ DTYPE_BYTES: Mapping[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinearScaling:
-    """Positions divided by `factor`."""
+    """Positions divided by `factor`, so that `original_max_positions` become that many times more."""
 
     factor: float
+    original_max_positions: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +51,8 @@ class YarnScaling:
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     truncate: bool = True
+    query_growth: float = 0.0
+    """Queries are multiplied by 1 + this x ln(1 + position // `original_max_positions`)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +77,11 @@ class Rope:
     is_interleaved: bool = False  # pairs are neighbours (GLM) instead of halves (GPT-NeoX, Llama)
     scaling: RopeScaling | None = None
 
+    @property
+    def query_growth(self) -> float:
+        """How much queries grow with their position; 0: they do not."""
+        return self.scaling.query_growth if isinstance(self.scaling, YarnScaling) else 0.0
+
     def angles_for(self, num_tokens: int) -> int:
         """Return the length that the angles of a sequence of `num_tokens` are computed for.
 
@@ -86,6 +94,23 @@ class Rope:
                 return limit + 1 if num_tokens > limit else limit
             case _:
                 return 0
+
+    def scaled_positions(self, declared: int) -> int:
+        """Return how many positions this rope tells apart, where the model declares `declared`.
+
+        vLLM's rule: the original length times the factor, for linear, dynamic and YaRN scaling. Files
+        may declare the length of before the scaling (Qwen2.5's recipe) or of after it; llama3 and
+        longrope always declare the latter. What is declared is never taken back.
+        """
+        match self.scaling:
+            case LinearScaling(factor=factor, original_max_positions=original):
+                return max(declared, int(original * factor))
+            case DynamicScaling(factor=factor, max_positions=original):
+                return max(declared, int(original * factor))
+            case YarnScaling(factor=factor, original_max_positions=original):
+                return max(declared, int(original * factor))
+            case _:
+                return declared
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,7 +170,7 @@ class ModelConfig:
     tie_embeddings: bool = False
     has_qkv_bias: bool = False
     has_output_bias: bool = False
-    norm_placement: Literal["pre", "post", "sandwich", "parallel"] = "pre"
+    norm_placement: Literal["pre", "post", "sandwich", "parallel", "shared"] = "pre"
     qk_norm: Literal["head", "full"] | None = None
     has_learned_positions: bool = False
     attention_scale: float = field(default=0.0)  # 0: 1 / sqrt(head_dim)
@@ -167,10 +192,12 @@ class ModelConfig:
 
     @property
     def max_context_tokens(self) -> int:
-        """Tokens of a sequence at the most; dynamic scaling goes beyond `max_positions`."""
-        scalings = [layer.rope.scaling for layer in self.layers if layer.rope is not None]
-        factors = [item.factor for item in scalings if isinstance(item, DynamicScaling)]
-        return int(self.max_positions * max(factors, default=1.0))
+        """Tokens of a sequence at the most: what every layer's positions reach, scaled or not."""
+        ropes = {layer.rope for layer in self.layers if layer.rope is not None}
+        if self.has_learned_positions:
+            return self.max_positions
+        reached = [rope.scaled_positions(self.max_positions) for rope in ropes]
+        return min(reached, default=self.max_positions)
 
     def shares_angles(self, num_tokens: int, other: int) -> bool:
         """Return whether sequences of these lengths turn their heads by the same angles."""
@@ -188,6 +215,7 @@ class ModelConfig:
         return {
             "pre": ("attention_norm", "mlp_norm"),
             "parallel": ("attention_norm", "mlp_norm"),
+            "shared": ("attention_norm",),  # parallel, and both read the same norm
             "post": ("attention_post_norm", "mlp_post_norm"),
             "sandwich": ("attention_norm", "attention_post_norm", "mlp_norm", "mlp_post_norm"),
         }[self.norm_placement]

@@ -36,6 +36,7 @@ class Attention(nn.Module):
             softcap=config.attention_softcap,
         )
         self.rotary = rotary
+        self.grows = rotary is not None and rotary.rope.query_growth != 0
         self.qk_norm = config.qk_norm
         self.backend: Backend = choose("eager", self.spec, torch.device("cpu"), torch.float32)
         hidden, (query_rows, key_rows, _) = config.hidden_size, config.qkv_sizes
@@ -52,22 +53,29 @@ class Attention(nn.Module):
         spec, num_tokens = self.spec, x.shape[0]
         packed: Tensor = self.qkv_proj(x)
         heads = packed.view(num_tokens, -1, spec.head_dim)
-        # Query and key heads stand side by side, and are turned together unless norms part them.
         num_turned = spec.num_heads + spec.num_kv_heads
         turned, v = heads[:, :num_turned], heads[:, num_turned:]
-        if self.qk_norm is None:
+        if self.qk_norm is None and not self.grows:
+            # Query and key heads stand side by side, and are turned together.
             turned = self._turned(turned, cos_sin)
             q, k = turned[:, : spec.num_heads], turned[:, spec.num_heads :]
         else:
-            q, k = turned[:, : spec.num_heads], turned[:, spec.num_heads :]
-            if self.qk_norm == "full":
-                q, k = q.reshape(num_tokens, -1), k.reshape(num_tokens, -1)
-            q = self.q_norm(q).view(num_tokens, spec.num_heads, spec.head_dim)
-            k = self.k_norm(k).view(num_tokens, spec.num_kv_heads, spec.head_dim)
-            q, k = self._turned(q, cos_sin), self._turned(k, cos_sin)
+            q, k = self._normed(turned[:, : spec.num_heads], turned[:, spec.num_heads :])
+            if self.grows and cos_sin is not None:
+                q, k = self._turned(q, cos_sin[2:]), self._turned(k, cos_sin[:2])
+            else:
+                q, k = self._turned(q, cos_sin), self._turned(k, cos_sin)
         scored = self.backend.attend(q, k, v, spec, batch, state)
         output: Tensor = self.o_proj(scored.reshape(num_tokens, -1))
         return output
+
+    def _normed(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        if self.qk_norm is None:
+            return q, k
+        shapes = q.shape, k.shape
+        if self.qk_norm == "full":
+            q, k = q.reshape(q.shape[0], -1), k.reshape(k.shape[0], -1)
+        return self.q_norm(q).view(shapes[0]), self.k_norm(k).view(shapes[1])
 
     def _turned(self, heads: Tensor, cos_sin: Tensor | None) -> Tensor:
         if self.rotary is None or cos_sin is None:
@@ -85,7 +93,8 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: LayerConfig, rotary: Rotary | None) -> None:
         super().__init__()
-        self.is_parallel = config.norm_placement == "parallel"
+        self.is_parallel = config.norm_placement in ("parallel", "shared")
+        self.shares_norm = config.norm_placement == "shared"
         self.residual_scale = config.residual_scale
         self.self_attn = Attention(config, layer, rotary)
         if layer.has_experts and config.experts is not None:
@@ -101,9 +110,11 @@ class Block(nn.Module):
         self, x: Tensor, batch: ForwardBatch, cos_sin: Tensor | None, state: LayerState | None
     ) -> Tensor:
         """(tokens, hidden) -> (tokens, hidden)."""
-        attended = self.self_attn(self.attention_norm(x), batch, cos_sin, state)
+        normed = self.attention_norm(x)
+        attended = self.self_attn(normed, batch, cos_sin, state)
         if self.is_parallel:
-            output: Tensor = added(added(x, attended), self.mlp(self.mlp_norm(x)))
+            inner = self.mlp(normed if self.shares_norm else self.mlp_norm(x))
+            output: Tensor = added(added(x, attended), inner)
             return output
         x = added(x, self._scaled(self.attention_post_norm(attended)))
         return added(x, self._scaled(self.mlp_post_norm(self.mlp(self.mlp_norm(x)))))

@@ -2,11 +2,13 @@
 
 Our own names are Llama's; a family whose files use others says so in `names`, and says in `layouts`
 where a matrix lies differently. `sources` joins both into one answer: which checkpoint tensors each
-parameter is made of. Imports no torch.
+parameter is made of. Files may put another prefix before the names, or none: a base model without
+"model.", a wrapper's "module." or "_orig_mod.", "language_model.". It is whatever the embedding and the
+layers lie below; wrappers of single modules are left out of their names. Imports no torch.
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Literal
@@ -32,21 +34,84 @@ LLAMA_NAMES: Mapping[str, str | tuple[str, ...]] = {
 }
 
 
+# What torch.compile, FSDP and activation checkpointing put before the names of the modules they wrap.
+_WRAPPERS = re.compile(r"\.(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.)")
+# The `names` that are not relative to a block.
+_WHOLE_PATHS = ("embed_tokens", "embed_positions", "layers", "norm", "lm_head")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
     """One file of `models/families`: `FAMILY = Family(...)` is all the registration there is.
 
+    `model_types` are those that its config.json may have, and which published models they are of.
     `names` maps our module paths to the files' (paths inside a block are relative to it, and an
     expert's number is written `{}`); a tuple lists the parts that a fused weight is made of.
-    `optional_prefix` may be absent from the files; `ignored_tensors` are regular expressions.
+    `stacked` are those of our paths whose matrices lie in one tensor, one for each expert in turn.
+    `ignored_tensors` are regular expressions. `left_out` are weights that are no part of the decoder:
+    what they are, and a regular expression of their names. `other_prefixes` are those that published
+    files have as often as that of `names`.
     """
 
-    model_types: tuple[str, ...]
+    model_types: Mapping[str, str]
     read_config: Callable[[Keys], ModelConfig]
     names: Mapping[str, str | tuple[str, ...]] = field(default_factory=lambda: LLAMA_NAMES)
     layouts: Mapping[str, Layout] = field(default_factory=dict)
     ignored_tensors: tuple[str, ...] = (r".*\.rotary_emb\.inv_freq",)
-    optional_prefix: str = ""
+    stacked: tuple[str, ...] = ()
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    other_prefixes: tuple[str, ...] = ()
+
+    @property
+    def prefix(self) -> str:
+        """What the names of the layers begin with, such as "model."; it may be empty."""
+        return _parent(str(self.names["layers"]))
+
+    def prefixes_in(self, present: Collection[str]) -> list[str]:
+        """Return below which prefixes of these tensor names a decoder lies, the largest first.
+
+        One that is as large as the largest is a second copy; the usual prefix comes before it.
+        """
+        embedding = f"{self.names['embed_tokens']}.weight".removeprefix(self.prefix)
+        layers = f"{self.names['layers']}.".removeprefix(self.prefix)
+        sizes = {
+            prefix: sum(other.startswith(prefix + layers) for other in present)
+            for prefix in _before(embedding, present)
+        }
+        found = [prefix for prefix, size in sizes.items() if size]
+        return sorted(found, key=lambda prefix: (-sizes[prefix], prefix != self.prefix, prefix))
+
+    def names_in(self, present: Collection[str]) -> Mapping[str, str | tuple[str, ...]]:
+        """Return `names` as files with these tensors spell them."""
+        prefix = next(iter(self.prefixes_in(present)), self.prefix)
+        if prefix == self.prefix:
+            return self.names
+        paths = {key: str(self.names[key]) for key in _WHOLE_PATHS if key in self.names}
+        head = paths["lm_head"].rpartition(".")[2]
+        heads = [place for place in _before(f"{head}.weight", present) if prefix.startswith(place)]
+        outer = prefix.removesuffix(self.prefix) if prefix.endswith(self.prefix) else ""
+        spelled = {
+            key: prefix + path.removeprefix(self.prefix)
+            if path.startswith(self.prefix)
+            else outer + path
+            for key, path in paths.items()
+        }
+        if heads:
+            spelled["lm_head"] = max(heads, key=len) + head
+        return {**self.names, **spelled}
+
+    def ignores(self, name: str, prefix: str) -> bool:
+        """Return whether a tensor is no part of the decoder, in files with this prefix."""
+        usual = name
+        if prefix.endswith(self.prefix):
+            usual = name.removeprefix(prefix.removesuffix(self.prefix))
+        elif self.prefix.endswith(prefix):
+            usual = self.prefix.removesuffix(prefix) + name
+        return any(
+            re.fullmatch(pattern, spelling)
+            for pattern in (*self.ignored_tensors, *self.left_out.values())
+            for spelling in {name, usual}
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +127,8 @@ class Source:
     shape: tuple[int, ...]
     head_rows: int
     layout: Layout = "rows"
+    stack: str = ""
+    """The tensor of the file that this is one matrix of; empty where it is a tensor of its own."""
 
     def file_shapes(self) -> tuple[tuple[int, ...], ...]:
         """Return the shape that each of `names` must have in the file."""
@@ -105,28 +172,67 @@ def read_config(config: Mapping[str, object], where: str) -> tuple[Family, Model
     return family, model_config
 
 
-def sources(family: Family, config: ModelConfig, present: Iterable[str]) -> dict[str, Source]:
+def sources(family: Family, config: ModelConfig, present: Collection[str]) -> dict[str, Source]:
     """Return the source of every parameter, by its name in `Decoder`.
 
-    `present` are the checkpoint's tensor names; they only decide whether `optional_prefix` is there.
+    `present` are the checkpoint's tensor names; they only decide how the files spell them.
     """
-    prefix = family.optional_prefix
-    drop = bool(prefix and present) and not any(name.startswith(prefix) for name in present)
+    in_files = unwrapped(present)
+    names = family.names_in(in_files)
     found = {}
     for name, shape in config.parameter_shapes().items():
         module, _, leaf = name.rpartition(".")
-        paths = _file_paths(module, family.names)
-        if drop:
-            paths = tuple(path.removeprefix(prefix) for path in paths)
+        paths = _file_paths(module, names)
         key = _layer_relative(module)[1]
+        pattern = _expert_pattern(key)
+        in_table = tuple(in_files.get(f"{path}.{leaf}", f"{path}.{leaf}") for path in paths)
+        stack = ""
+        if pattern in family.stacked:
+            path, _, expert = paths[0].rpartition(".")
+            stack = in_files.get(path, path)
+            in_table = (f"{stack}.{expert}",)
         found[name] = Source(
-            names=tuple(f"{path}.{leaf}" for path in paths),
+            names=in_table,
             rows=_part_rows(config, key, shape[0], len(paths)),
             shape=shape,
-            layout=family.layouts.get(key, "rows"),
+            layout=family.layouts.get(pattern, "rows"),
             head_rows=config.head_dim,
+            stack=stack,
         )
     return found
+
+
+def unwrapped(present: Collection[str]) -> dict[str, str]:
+    """Return the names in the files by what they are without the wrappers of single modules."""
+    return {_WRAPPERS.sub("", name): name for name in present}
+
+
+def spelling_note(family: Family, present: Collection[str]) -> str | None:
+    """Return how the names in the files differ from the family's; None where they do not."""
+    in_files = unwrapped(present)
+    usual = f"{family.names['embed_tokens']}.weight"
+    prefix = next(iter(family.prefixes_in(in_files)), family.prefix)
+    found = in_files.get(prefix + usual.removeprefix(family.prefix), usual)
+    if found == usual or prefix in family.other_prefixes:
+        usual = found
+        wrapped = (pair for pair in in_files.items() if pair[0] != pair[1])
+        usual, found = next(wrapped, (usual, found))
+    if found == usual:
+        return None
+    return f"tensor names: {found} in the files is read as {usual}, and the others likewise"
+
+
+def _before(tail: str, present: Collection[str]) -> list[str]:
+    """Return what stands before `tail` in the names that end with it."""
+    return [
+        name.removesuffix(tail) for name in present if name == tail or name.endswith(f".{tail}")
+    ]
+
+
+def _parent(path: str) -> str:
+    """Return a path up to its last component: "model." of "model.layers"."""
+    outer, dot, _ = path.rpartition(".")
+    return outer + dot
 
 
 def _layer_relative(module: str) -> tuple[str, str]:
@@ -135,9 +241,14 @@ def _layer_relative(module: str) -> tuple[str, str]:
     return (match[1], match[2]) if match else ("", module)
 
 
+def _expert_pattern(inner: str) -> str:
+    """Return a path inside a block with an expert's number written `{}`."""
+    return re.sub(r"(?<=experts\.)\d+", "{}", inner)
+
+
 def _file_paths(module: str, names: Mapping[str, str | tuple[str, ...]]) -> tuple[str, ...]:
     layer, inner = _layer_relative(module)
-    pattern = re.sub(r"(?<=experts\.)\d+", "{}", inner)
+    pattern = _expert_pattern(inner)
     expert = re.search(r"(?<=experts\.)\d+", inner)
     target = names.get(pattern, pattern)
     parts = (target,) if isinstance(target, str) else target

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from hanok.checkpoint.formats import quantization_of, quantized_error
 from hanok.errors import CheckpointError, UnsupportedError
 from hanok.models.config import (
     Activation,
@@ -24,19 +25,10 @@ from hanok.models.config import (
     RopeScaling,
     YarnScaling,
 )
+from hanok.models.neutral import says_nothing
 
-# What says nothing about the forward pass: provenance, training, and generation defaults that old
-# files keep here.
-IGNORED_KEYS = frozenset(
-    "_name_or_path architectures auto_map model_type transformers_version torch_dtype dtype use_cache"
-    " initializer_range attention_dropout bos_token_id eos_token_id pad_token_id unk_token_id"
-    " sep_token_id tokenizer_class pretraining_tp rope_theta rope_scaling rope_parameters"
-    " output_attentions output_hidden_states return_dict is_decoder task_specific_params"
-    " keys_to_ignore_at_inference problem_type id2label label2id num_labels finetuning_task"
-    " do_sample temperature top_k top_p max_length max_new_tokens repetition_penalty"
-    " gradient_checkpointing _attn_implementation attn_implementation chunk_size_feed_forward"
-    " unsloth_version unsloth_fixed _flash_attn_2_enabled".split()
-)
+# What old files call a key: read where the key itself is not there.
+OLD_NAMES: Mapping[str, str] = {"max_position_embeddings": "max_sequence_length"}
 ACTIVATIONS: Mapping[str, Activation] = {
     "silu": "silu",
     "swish": "silu",
@@ -62,10 +54,18 @@ class Keys:
         """The `model_type` of the file."""
         return str(self._config["model_type"])
 
+    @property
+    def where(self) -> str:
+        """The file, for messages."""
+        return self._where
+
     def get(self, name: str, default: Any = None) -> Any:
-        """Return the value of a key, `default` when it is absent or null."""
+        """Return the value of a key or its old name, `default` when both are absent or null."""
         self._read.add(name)
         value = self._config.get(name)
+        if name in OLD_NAMES:
+            self._read.add(OLD_NAMES[name])
+            value = self._config.get(OLD_NAMES[name]) if value is None else value
         return default if value is None else value
 
     def whole(self, name: str, default: int | object = _REQUIRED, *, least: int = 1) -> int:
@@ -132,6 +132,14 @@ class Keys:
         """Account for keys that do not change what the model computes."""
         self._read.update(names)
 
+    def inside(self, name: str, beneath: Mapping[str, Any], *, model_type: str) -> "Keys":
+        """Return the keys of an object in the file, read as those of a `model_type`.
+
+        What the object leaves out is taken from `beneath`.
+        """
+        values = {**beneath, **self.object(name), "model_type": model_type}
+        return Keys(values, f"{self._where}: {name}")
+
     def activation(self, *names: str, default: str = "silu") -> Activation:
         """Return the activation that the first present of `names` names."""
         values = [value for name in names if (value := self.get(name)) is not None]
@@ -160,17 +168,30 @@ class Keys:
         kind: str = "full_attention",
         default_theta: float = 10000.0,
         default_partial: float = 1.0,
+        default_positions: int | object = _REQUIRED,
         is_interleaved: bool = False,
     ) -> Rope:
         """Return the rotary embedding, from `rope_parameters` or `rope_theta` and `rope_scaling`.
 
         `kind` picks the entry when `rope_parameters` holds one for each kind of layer.
         """
-        values = self._object("rope_parameters") or self._object("rope_scaling")
+        values, scaling = self.object("rope_parameters"), self.object("rope_scaling")
+        if values and not scaling.items() <= values.items():
+            raise CheckpointError(
+                f"{self._where} has rope_parameters {values!r} and, in contradiction to them, "
+                f"rope_scaling {scaling!r}. Write into rope_parameters what is meant, and remove "
+                "rope_scaling."
+            )
+        values = values or scaling
         if isinstance(values.get(kind), Mapping):
             values = dict(values[kind])
         kind_name = values.pop("rope_type", None) or values.pop("type", None) or "default"
         values.pop("type", None)
+        # A token of text has the same position in time, height and width, which mrope turns by: it is
+        # the plain rotation then.
+        values.pop("mrope_section", None)
+        values.pop("mrope_interleaved", None)
+        kind_name = "default" if kind_name == "mrope" else kind_name
         top_theta = self.get("rope_theta", default_theta)
         theta = self._above_zero("rope_theta", values.pop("rope_theta", None) or top_theta)
         top_partial = self.get("partial_rotary_factor", default_partial)
@@ -179,18 +200,21 @@ class Keys:
         if partial > 1:
             raise self._wrong("partial_rotary_factor", partial, "at most 1")
         rotary_dim = int(head_dim * partial)
-        scaling = self._scaling(kind_name, values, rotary_dim)
-        if values and kind_name != "default":
+        max_positions = self.whole("max_position_embeddings", default_positions)
+        scaled = self._scaling(kind_name, values, rotary_dim, max_positions)
+        values.pop("max_position_embeddings", None)  # the file's own, once more
+        if values and (kind_name != "default" or "llama_4_scaling_beta" in values):
             raise UnsupportedError(
                 f"{self._where}: rope type {kind_name!r} has parameters that hanok does not know: "
                 f"{', '.join(sorted(values))}."
             )
         return Rope(
-            theta=theta, rotary_dim=rotary_dim, is_interleaved=is_interleaved, scaling=scaling
+            theta=theta, rotary_dim=rotary_dim, is_interleaved=is_interleaved, scaling=scaled
         )
 
-    def _scaling(self, kind: str, values: dict[str, Any], rotary_dim: int) -> RopeScaling | None:
-        max_positions = self.whole("max_position_embeddings")
+    def _scaling(
+        self, kind: str, values: dict[str, Any], rotary_dim: int, max_positions: int
+    ) -> RopeScaling | None:
         inner_original = values.pop("original_max_position_embeddings", None)
         # Phi-3 keeps the original length beside the rope, and that one counts.
         original = self.get("original_max_position_embeddings") or inner_original or max_positions
@@ -200,7 +224,7 @@ class Keys:
             if kind == "default":
                 return None
             if kind == "linear":
-                return LinearScaling(factor=float(factor))
+                return LinearScaling(factor=float(factor), original_max_positions=int(original))
             if kind == "dynamic":
                 return DynamicScaling(factor=float(factor), max_positions=max_positions)
             if kind == "llama3":
@@ -219,6 +243,7 @@ class Keys:
                     beta_fast=float(values.pop("beta_fast", None) or 32),
                     beta_slow=float(values.pop("beta_slow", None) or 1),
                     truncate=bool(values.pop("truncate", True)),
+                    query_growth=float(values.pop("llama_4_scaling_beta", None) or 0),
                 )
             if kind in ("longrope", "su"):
                 return self._longrope(values, int(original), ratio, rotary_dim)
@@ -253,14 +278,13 @@ class Keys:
 
     def refuse_unread(self) -> None:
         """Raise unless every key was read or is ignored."""
-        if "quantization_config" in self._config and "quantization_config" not in self._read:
-            method = self._config["quantization_config"]
-            name = method.get("quant_method") if isinstance(method, Mapping) else method
-            raise UnsupportedError(
-                f"{self._where}: the checkpoint is quantized ({name!r}). This version reads "
-                "unquantized checkpoints; use the one it was made from."
-            )
-        unread = sorted(set(self._config) - self._read - IGNORED_KEYS)
+        if method := quantization_of(self._config):
+            raise quantized_error(self._where, method)
+        unread = sorted(
+            name
+            for name, value in self._config.items()
+            if name not in self._read and not says_nothing(name, value)
+        )
         if unread:
             shown = ", ".join(f"{name} = {self._config[name]!r}" for name in unread)
             raise UnsupportedError(
@@ -286,7 +310,8 @@ class Keys:
             raise self._wrong(name, value, "a number above 0")
         return float(value)
 
-    def _object(self, name: str) -> dict[str, Any]:
+    def object(self, name: str) -> dict[str, Any]:
+        """Return an object of names and values, a copy; an empty one when it is absent."""
         value = self.get(name, {})
         if not isinstance(value, Mapping):
             raise self._wrong(name, value, "an object of names and values")

@@ -69,6 +69,12 @@ def _yarn(periods: Tensor, rope: Rope, scaling: YarnScaling) -> Tensor:
     return ramp / (scaling.factor * periods) + (1 - ramp) / periods
 
 
+def _query_growth(scaling: YarnScaling, num_positions: int) -> Tensor:
+    """Return what the queries of each position are multiplied by, (positions,) float32."""
+    turns = torch.arange(num_positions) // scaling.original_max_positions
+    return 1 + scaling.query_growth * torch.log1p(turns.float())
+
+
 class Rotary:
     """Cosines and sines of one `Rope`, kept in tables that grow with the longest position seen."""
 
@@ -77,7 +83,11 @@ class Rotary:
         self._tables: dict[object, tuple[int, Tensor]] = {}
 
     def cos_sin(self, batch: ForwardBatch, dtype: torch.dtype) -> Tensor:
-        """Return the packed tokens' cosines and sines, (2, tokens, 1, rotary_dim) in `dtype`."""
+        """Return the packed tokens' cosines and sines, (2, tokens, 1, rotary_dim) in `dtype`.
+
+        Where queries grow with their position there are four: cosines and sines of keys, then those of
+        queries.
+        """
         chosen = {self.rope.angles_for(length) for length in batch.sequence_lengths}
         if len(chosen) == 1:
             table = self._table(chosen.pop(), max(batch.key_lengths), batch.positions.device, dtype)
@@ -95,7 +105,7 @@ class Rotary:
     def _table(
         self, angles_for: int, num_positions: int, device: torch.device, dtype: torch.dtype
     ) -> Tensor:
-        """Return the table for at least `num_positions`, (2, positions, 1, rotary_dim).
+        """Return the table for at least `num_positions`, (2 or 4, positions, 1, rotary_dim).
 
         Only the angles asked for last are kept for each device and dtype.
         """
@@ -110,6 +120,9 @@ class Rotary:
             else:
                 angles = torch.cat([angles, angles], dim=-1)
             table = torch.stack([angles.cos(), angles.sin()])[:, :, None] * factor
+            if isinstance(self.rope.scaling, YarnScaling) and self.rope.query_growth:
+                growth = _query_growth(self.rope.scaling, size)[:, None, None]
+                table = torch.cat([table, table * growth])
             table = table.to(device=device, dtype=dtype)
             self._tables[key] = (angles_for, table)
         return table

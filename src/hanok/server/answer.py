@@ -35,7 +35,8 @@ REASONING: Mapping[str, str] = {
 }
 """What models write around their reasoning, at the beginning of an answer."""
 
-MARKERS = frozenset((*OPENINGS, *CLOSINGS, *INNER, *REASONING, *REASONING.values()))
+REASONING_MARKERS = frozenset((*REASONING, *REASONING.values()))
+CALL_MARKERS = frozenset((*OPENINGS, *CLOSINGS, *INNER))
 """What is read of a model's text; tokens that spell these have to be in it though they are special."""
 
 

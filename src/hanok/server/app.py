@@ -73,7 +73,7 @@ def _route(route: Route, service: Service) -> StarletteRoute:
             _ = service.needed_engine
         body = None
         if route.body is not None:
-            body = await read_body(request, route.body, service.options.max_json_depth)
+            body = await read_body(request, route.body, service.options)
         return await route.handler(service, request, body)
 
     return StarletteRoute(route.path, answer, methods=[route.method], name=route.summary)

@@ -1,19 +1,20 @@
 """A chat request as a prompt, and what is to be read of the answer."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from hanok.checkpoint.tokenizer import Tokenizer
 from hanok.engine.grammar_spec import GrammarSpec
 from hanok.errors import RequestError
-from hanok.server.answer import MARKERS, REASONING, Reads
+from hanok.server.answer import CALL_MARKERS, REASONING, REASONING_MARKERS, Reads
 from hanok.server.constraints import constraint_of
 from hanok.server.errors import ServerError, invalid
 from hanok.server.incoming import MAX_DEPTH
 from hanok.server.openai_models import ChatRequest
 from hanok.server.tools import ToolUse, tool_use
+from hanok.server.web import has_many_containers
 
 TOOL_PROMPT = (
     "These functions can be called. To call one, answer with a JSON object and nothing else: "
@@ -37,9 +38,12 @@ class Conversation:
     """Special tokens that are read, and so have to be spelled out."""
 
 
-def conversation_of(tokenizer: Tokenizer, body: ChatRequest) -> Conversation:
+def conversation_of(
+    tokenizer: Tokenizer, body: ChatRequest, check_length: Callable[[int], None] | None = None
+) -> Conversation:
     """Return a request's conversation as the checkpoint's template writes it.
 
+    `check_length`: see `Service.encoded`.
     Raises ServerError for messages that are not, and where there is no template or it refuses.
     """
     messages = [_message(number, message) for number, message in enumerate(body.messages)]
@@ -73,6 +77,8 @@ def conversation_of(tokenizer: Tokenizer, body: ChatRequest) -> Conversation:
             text = rendered([*messages[:-1], last], tools)
     except RequestError as error:
         raise ServerError(f"Template error: {error}", kind="template_error") from error
+    if check_length is not None:
+        check_length(tokenizer.fewest_tokens(text))
     ids = tokenizer.encode(text, add_special_tokens=False)
     bos = tokenizer.bos_token_id
     while bos is not None and ids[:2] == [bos, bos]:
@@ -102,9 +108,11 @@ def _reads(body: ChatRequest, use: ToolUse, prompt: str, *, is_free: bool) -> Re
 
 
 def _spelled(tokenizer: Tokenizer, reads: Reads) -> tuple[int, ...]:
-    if not reads.functions and not reads.reasoning:
-        return ()
-    ids = (tokenizer.token_to_id(marker) for marker in MARKERS)
+    """Return the special tokens that what is read of an answer is marked with."""
+    read = REASONING_MARKERS if reads.reasoning else frozenset()
+    if reads.functions:
+        read |= CALL_MARKERS
+    ids = (tokenizer.token_to_id(marker) for marker in read)
     special = tokenizer.special_token_ids
     return tuple(sorted(token for token in ids if token is not None and token in special))
 
@@ -181,6 +189,8 @@ def _call(call: Any, place: str) -> dict[str, Any]:
     arguments = function.get("arguments", {})
     value = arguments
     if isinstance(arguments, str):
+        if has_many_containers(arguments.encode()):
+            raise invalid(f"{place} has arguments with too many lists and objects", place)
         try:
             value = json.loads(arguments) if arguments.strip() else {}
         except ValueError:

@@ -15,10 +15,14 @@ OPENAI_TYPES: Mapping[int, str] = {
     400: "invalid_request_error",
     401: "authentication_error",
     404: "not_found_error",
+    405: "invalid_request_error",
+    408: "invalid_request_error",
     413: "invalid_request_error",
+    414: "invalid_request_error",
     415: "invalid_request_error",
     422: "invalid_request_error",
     429: "rate_limit_error",
+    431: "invalid_request_error",
 }
 
 ANTHROPIC_STATUSES: Mapping[int, int] = {408: 504, 422: 400, 424: 500, 429: 529}
@@ -68,15 +72,24 @@ class ContextExceededError(ServerError):
     """A request that is longer than the context."""
 
     num_prompt = 0
-    """Tokens of the prompt."""
+    """Tokens of the prompt; the fewest that there can be where they are not counted."""
+    are_counted = True
     max_input = 0
     """Tokens that a prompt may have."""
 
 
 def context_exceeded(
-    num_prompt: int, num_asked: int, *, max_input: int, max_total: int, parameter: str
+    num_prompt: int,
+    num_asked: int,
+    *,
+    max_input: int,
+    max_total: int,
+    parameter: str,
+    are_counted: bool = True,
 ) -> ContextExceededError:
     """Return the error of a request that is longer than the context.
+
+    Tokens of the prompt that are not counted are the fewest that there can be.
 
     Clients that go on with a summary or a larger model know it by its message: litellm by the first
     words, langchain-openai by the code, which it looks for in the message.
@@ -85,15 +98,16 @@ def context_exceeded(
     limits = f"{max_total} tokens"
     if max_input < max_total - 1:
         limits += f", at most {max_input} of them in the {parameter}"
+    more = "" if are_counted else ", or more"
     error = ContextExceededError(
         f"This model's maximum context length is {limits}. However, you requested "
         f"{num_prompt + num_asked} tokens ({num_prompt} in the {parameter}, {num_asked} in the "
-        f"completion). Shorten the {parameter}, or ask for fewer tokens ({code}).",
+        f"completion){more}. Shorten the {parameter}, or ask for fewer tokens ({code}).",
         status=400,
         parameter=parameter,
         code=code,
     )
-    error.num_prompt, error.max_input = num_prompt, max_input
+    error.num_prompt, error.max_input, error.are_counted = num_prompt, max_input, are_counted
     return error
 
 
@@ -120,14 +134,15 @@ def as_server_error(error: BaseException) -> ServerError:
             status=500,
         )
     kinds = {408: "timeout", 424: "generation", 499: "dropped", 503: "overloaded"}
-    kind = kinds.get(error.http_status, "validation")
+    kind = kinds.get(error.http_status, "validation" if error.http_status < 500 else "internal")
     if kind == "generation":
         return ServerError(f"Request failed during generation: {error}", kind=kind, status=424)
     if isinstance(error, GrammarError):
         return invalid(f"grammar is not valid: {error}", error.pointer)
     if kind == "validation":
         return ServerError(f"Input validation error: {error}", status=422)
-    return ServerError(str(error), kind=kind, status=error.http_status)
+    status = 500 if kind == "internal" else error.http_status
+    return ServerError(str(error), kind=kind, status=status)
 
 
 def flat_body(error: ServerError) -> dict[str, Any]:
@@ -159,6 +174,7 @@ def anthropic_body(error: ServerError) -> dict[str, Any]:
     message = str(error)
     if isinstance(error, ContextExceededError):  # the words by which its clients know it
         message = f"prompt is too long: {error.num_prompt} tokens > {error.max_input} maximum"
+        message += "" if error.are_counted else " (there may be more)"
     kind = ANTHROPIC_TYPES.get(status_on(error.status, "/v1/messages"), "invalid_request_error")
     return {"type": "error", "error": {"type": kind, "message": message}}
 

@@ -1,4 +1,8 @@
-"""One line for each request: what it took, how long, and what came of it. Never the prompt."""
+"""One line for each request: what it took, how long, and what came of it. No text of its body.
+
+What a client chose, such as the path, is quoted wherever it could be taken for something else: a line
+stays one line, its fields can be read back, and nothing reaches the terminal as a command.
+"""
 
 import json
 import logging
@@ -8,6 +12,21 @@ from typing import Any
 from hanok.server.web import Exchange
 
 LOG = logging.getLogger("hanok.requests")
+QUOTED = frozenset(' "=\\')
+"""With them a value is quoted; so is one with a character that cannot be seen."""
+OF_CLIENTS = 422
+"""Errors up to here are told to the client alone: what they say may quote its texts."""
+
+
+class LineFormatter(logging.Formatter):
+    """Lines of the log: what a record has beyond its first, such as a traceback, is indented."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return a record's lines, with what cannot be seen spelled out."""
+        lines = super().format(record).split("\n")
+        return "\n    ".join(
+            "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line) for line in lines
+        )
 
 
 def log_request(exchange: Exchange, *, as_json: bool) -> None:
@@ -43,10 +62,16 @@ def described(exchange: Exchange) -> dict[str, Any]:
             fields["first_token_s"] = round(min(first) - exchange.began, 4)
     fields |= exchange.parameters
     if exchange.error is not None:
-        fields["error"] = f"{exchange.error.kind}: {exchange.error}"
+        kind = exchange.error.kind
+        is_told = exchange.error.status > OF_CLIENTS
+        fields["error"] = f"{kind}: {exchange.error}" if is_told else kind
+        name = (exchange.error.parameter or "").partition(".")[0]
+        if name.isidentifier():  # one of our fields; what follows may be a client's
+            fields["field"] = name
     return fields
 
 
 def _plain(value: Any) -> str:
     text = value if isinstance(value, str) else json.dumps(value)
-    return json.dumps(text) if " " in text or not text else text
+    is_bare = text and text.isprintable() and QUOTED.isdisjoint(text)
+    return text if is_bare else json.dumps(text)

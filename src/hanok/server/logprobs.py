@@ -18,5 +18,7 @@ def logprob_of(tokenizer: Tokenizer, event: TokenEvent) -> dict[str, Any]:
 
 
 def _one(tokenizer: Tokenizer, token: int, logprob: float) -> dict[str, Any]:
-    text = text_of(tokenizer, token)
-    return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+    text, data = text_of(tokenizer, token), tokenizer.token_bytes(token)
+    # Null where no library tells what part of a character it is.
+    shown = list(data) if data or not text else None
+    return {"token": text, "logprob": logprob, "bytes": shown}

@@ -7,15 +7,47 @@ Explicit nulls mean the same as absent fields. Unknown fields are ignored; known
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
 
 from hanok.server.errors import invalid
-from hanok.server.tgi_models import Body, NullFalse
+from hanok.server.tgi_models import Body, Name, NullFalse, Stops
 
-Stops = Annotated[list[str], BeforeValidator(lambda v: [v] if isinstance(v, str) else v or [])]
+MOST_BIASES = 10_000
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+TokenIds = Annotated[list[TokenId], Field(fail_fast=True)]
 MOST_CHOICES = 1000
 Penalty = Annotated[float, Field(ge=-2, le=2)]
+
+
+def _few(value: Any) -> Any:
+    """Refuse a large table before its entries are looked at: each that is wrong would be reported."""
+    if isinstance(value, dict) and len(value) > MOST_BIASES:
+        raise ValueError(f"at most {MOST_BIASES:,} tokens can be given a bias")
+    return value
+
+
+def _kind_of_prompt(value: Any) -> str:
+    """Return what a prompt is, by its first item, so that it is compared with that alone."""
+    first = value[0] if isinstance(value, list) and value else None
+    if isinstance(value, str):
+        return "text"
+    if isinstance(first, str):
+        return "texts"
+    return "token_id_lists" if isinstance(first, list) else "token_ids"
+
+
+Prompt = Annotated[
+    Annotated[str, Tag("text")]
+    | Annotated[TokenIds, Tag("token_ids")]
+    | Annotated[list[str], Field(fail_fast=True, max_length=10_000), Tag("texts")]
+    | Annotated[list[TokenIds], Field(fail_fast=True, max_length=10_000), Tag("token_id_lists")],
+    Discriminator(_kind_of_prompt),
+]
+Biases = Annotated[
+    dict[Annotated[str, Field(pattern=r"^\d{1,9}$")], Annotated[float, Field(ge=-100, le=100)]],
+    Field(max_length=MOST_BIASES),
+    BeforeValidator(_few),
+]
 
 
 NOT_SERVED: Mapping[str, tuple[Any, ...]] = {
@@ -37,7 +69,6 @@ NOT_SERVED: Mapping[str, tuple[Any, ...]] = {
     "modalities": (["text"], []),
     "negative_prompt": ("",),
     "n_probs": (0,),
-    "prompt_logprobs": (),
     "return_tokens_as_token_ids": (False,),
     "skip_special_tokens": (True,),
     "tfs_z": (1,),
@@ -61,21 +92,18 @@ class Sampling(Body):
     # Kept, so that those of NOT_SERVED can be told from what nobody knows.
     model_config = ConfigDict(extra="allow", allow_inf_nan=False)
 
-    model: str | None = None
+    model: Name | None = None
     frequency_penalty: Penalty | None = None
     presence_penalty: Penalty | None = None
-    logit_bias: (
-        dict[Annotated[str, Field(pattern=r"^\d{1,9}$")], Annotated[float, Field(ge=-100, le=100)]]
-        | None
-    ) = None
+    logit_bias: Biases | None = None
     n: Annotated[int, Field(ge=1)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
     stop: Stops = Field(default_factory=list)
     stream: NullFalse = False
     stream_options: StreamOptions | None = None
     temperature: Annotated[float, Field(ge=0, le=100)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    user: str | None = None
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    user: Name | None = None
     # Beyond OpenAI's:
     top_k: Annotated[int, Field(ge=-1)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
@@ -83,21 +111,25 @@ class Sampling(Body):
     repetition_penalty: Annotated[float, Field(gt=0)] | None = None
     ignore_eos: NullFalse = False
     min_tokens: Annotated[int, Field(ge=0)] | None = None
-    stop_token_ids: list[TokenId] | None = None
+    stop_token_ids: Annotated[TokenIds, Field(max_length=1000)] | None = None
     include_stop_str_in_output: NullFalse = False
     timeout: Annotated[float, Field(gt=0)] | None = None
-    cache_salt: str | None = None
+    cache_salt: Name | None = None
     priority: Annotated[int, Field(ge=-1000, le=1000)] | None = None
     truncate_prompt_tokens: Annotated[int, Field(ge=-1)] | None = None
     """So many of the prompt's last tokens are used; -1: as many as there is room for."""
     add_special_tokens: bool | None = None
     """Default: true for a prompt, false for messages, whose template writes them."""
+    prompt_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    """So many of the likeliest tokens at each place of the prompt, and its own."""
     # What the answer has to be; see `server/constraints.py`.
     response_format: dict[str, Any] | None = None
     structured_outputs: dict[str, Any] | None = None
     guided_json: dict[str, Any] | str | None = None
     guided_regex: str | None = None
-    guided_choice: Annotated[list[str], Field(max_length=MOST_CHOICES)] | None = None
+    guided_choice: Annotated[list[str], Field(max_length=MOST_CHOICES, fail_fast=True)] | None = (
+        None
+    )
     guided_grammar: str | None = None
     guided_json_object: bool | None = None
     guided_whitespace_pattern: Any = None
@@ -111,9 +143,10 @@ class Sampling(Body):
 class CompletionRequest(Sampling):
     """The body of /v1/completions."""
 
-    prompt: str | list[TokenId] | list[str] | list[list[TokenId]]
+    prompt: Prompt
     best_of: Annotated[int, Field(ge=1)] | None = None
-    echo: NullFalse = False
+    # @huggingface/inference sends TGI's name of it.
+    echo: NullFalse = Field(False, validation_alias=AliasChoices("echo", "return_full_text"))
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     max_tokens: Annotated[int, Field(ge=0)] | None = None
     suffix: str | None = None
@@ -122,12 +155,14 @@ class CompletionRequest(Sampling):
 class ChatRequest(Sampling):
     """The body of /v1/chat/completions."""
 
-    messages: Annotated[list[dict[str, Any]], Field(min_length=1)]
+    messages: Annotated[
+        list[dict[str, Any]], Field(fail_fast=True, min_length=1, max_length=10_000)
+    ]
     logprobs: NullFalse = False
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
-    tools: list[dict[str, Any]] | None = None
+    tools: Annotated[list[dict[str, Any]], Field(fail_fast=True, max_length=1000)] | None = None
     tool_choice: str | dict[str, Any] | None = None
     tool_prompt: str | None = None
     parallel_tool_calls: bool | None = None
@@ -196,6 +231,10 @@ class Logprobs(BaseModel):
     text_offset: list[int]
 
 
+PromptLogprobs = list[dict[str, dict[str, Any]] | None]
+"""For each token of the prompt a table by token id, as vLLM writes it; None for the first."""
+
+
 class CompletionChoice(BaseModel):
     """One completion."""
 
@@ -203,6 +242,7 @@ class CompletionChoice(BaseModel):
     text: str
     logprobs: Logprobs | None
     finish_reason: Literal["stop", "length"] | None
+    prompt_logprobs: PromptLogprobs | None = None
 
 
 class Completion(BaseModel):
@@ -245,6 +285,7 @@ class ChatCompletion(BaseModel):
     system_fingerprint: str
     choices: list[ChatChoice]
     usage: Usage
+    prompt_logprobs: PromptLogprobs | None = None
 
 
 class ModelCard(BaseModel):

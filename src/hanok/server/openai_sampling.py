@@ -1,6 +1,6 @@
 """OpenAI's parameters as the engine's, and where each value comes from."""
 
-from typing import Any
+from typing import Any, Literal
 
 from hanok.engine.params import SamplingOptions, SamplingParams
 from hanok.server.errors import ServerError, invalid
@@ -10,6 +10,14 @@ from hanok.server.options import ServerOptions
 DRAWING = ("top_k", "top_p", "min_p", "typical_p")
 """What says how to draw, and means nothing at temperature 0."""
 
+MOST_STOPS = 64
+"""Stop texts on OpenAI's routes, where editors send a dozen; OpenAI itself takes 4."""
+PENALTIES: tuple[Literal["repetition_penalty", "presence_penalty", "frequency_penalty"], ...] = (
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+)
+
 
 def check(asked: Sampling, options: ServerOptions) -> None:
     """Raise ServerError for what goes beyond the server's limits, and for what it does not serve."""
@@ -18,7 +26,7 @@ def check(asked: Sampling, options: ServerOptions) -> None:
             raise invalid(f"`{name}` is not supported: leave it out", name)
     if (asked.n or 1) > options.max_choices:
         raise invalid(f"`n` must be <= {options.max_choices}. Given: {asked.n}", "n")
-    most = options.max_stop_sequences
+    most = max(MOST_STOPS, options.max_stop_sequences)
     if len(asked.stop) > most:
         raise invalid(
             f"`stop` supports up to {most} stop sequences. Given: {len(asked.stop)}", "stop"
@@ -28,6 +36,8 @@ def check(asked: Sampling, options: ServerOptions) -> None:
             "`add_special_tokens` is not supported: a chat's template writes them. Leave it out",
             "add_special_tokens",
         )
+    if asked.stream and asked.prompt_logprobs is not None:
+        raise invalid("`prompt_logprobs` is not supported when streaming", "prompt_logprobs")
     if not all(asked.stop):
         raise invalid("`stop` sequences cannot be empty", "stop")
 
@@ -70,23 +80,21 @@ def sampling_options(
     found: SamplingOptions = {
         "max_new_tokens": max_new_tokens,
         "temperature": max(temperature, 1e-6) if temperature else 0.0,
-        "frequency_penalty": asked.frequency_penalty or 0.0,
-        "presence_penalty": asked.presence_penalty or 0.0,
         "logit_bias": {int(token): bias for token, bias in (asked.logit_bias or {}).items()},
-        "stop": asked.stop,
         "seed": asked.seed,
         "ignore_eos": asked.ignore_eos,
         "min_new_tokens": asked.min_tokens or 0,
         "include_stop": asked.include_stop_str_in_output,
     }
-    if asked.repetition_penalty is not None:
-        found["repetition_penalty"] = asked.repetition_penalty
+    for penalty in PENALTIES:
+        if getattr(asked, penalty) is not None:
+            found[penalty] = getattr(asked, penalty)
+    if asked.stop:
+        found["stop"] = asked.stop
     if asked.stop_token_ids:
         found["stop_token_ids"] = asked.stop_token_ids
     if temperature:
         given: dict[str, Any] = {name: getattr(asked, name) for name in DRAWING}
-        if given["top_k"] == -1:  # others' spelling of all
-            given["top_k"] = 0
         if defaults.temperature == 0:  # what the checkpoint says about drawing is not for greedy
             given = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "typical_p": 1.0} | {
                 name: value for name, value in given.items() if value is not None

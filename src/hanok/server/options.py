@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from hanok.checkpoint.pooling import Pooling
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerOptions:
@@ -25,6 +27,7 @@ class ServerOptions:
     max_choices: int = 16
     """The largest `n` of OpenAI's routes."""
     max_stop_sequences: int = 4
+    """Of TGI's routes; see also `openai_sampling.MOST_STOPS`."""
     max_top_n_tokens: int = 5
     max_client_batch_size: int = 32
     """Prompts of one request."""
@@ -32,6 +35,10 @@ class ServerOptions:
     """None: one less than `max_total_tokens`."""
     max_total_tokens: int | None = None
     """Of one request, prompt and answer; None: what the engine holds."""
+    max_embedding_inputs: int = 2048
+    """Texts of one request for embeddings."""
+    pooling: Pooling | None = None
+    """How a text's hidden states become its embedding; None: as the checkpoint says, else "last"."""
     payload_limit: int = 2_000_000
     """Bytes of a request's body."""
     max_json_depth: int = 64
@@ -49,6 +56,12 @@ class ServerOptions:
     """Without an event a stream sends a comment."""
     write_timeout_s: float = 60.0
     """A client that reads nothing for so long is given up."""
+    arrival_s: float = 30.0
+    """How long a request's head may take to come, from its connection or first byte on, and its body."""
+    idle_s: float = 75.0
+    """How long a connection may wait for its next request. Proxies keep theirs for 60 s."""
+    max_connections: int = 1000
+    """Beyond them the one is closed that has waited longest for a request, or the new one."""
     logs_json: bool = False
 
     @property

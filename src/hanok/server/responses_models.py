@@ -57,9 +57,9 @@ class ResponsesRequest(Body):
     model_config = ConfigDict(extra="allow", allow_inf_nan=False)
 
     model: str | None = None
-    input: str | list[dict[str, Any]]
+    input: str | Annotated[list[dict[str, Any]], Field(fail_fast=True, max_length=10_000)]
     instructions: str | None = None
-    tools: list[dict[str, Any]] | None = None
+    tools: Annotated[list[dict[str, Any]], Field(fail_fast=True, max_length=1000)] | None = None
     tool_choice: Literal["auto", "none", "required"] | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     max_output_tokens: Annotated[int, Field(ge=1)] | None = None
@@ -70,14 +70,14 @@ class ResponsesRequest(Body):
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     text: TextOptions | None = None
     reasoning: Reasoning | None = None
-    include: list[str] | None = None
+    include: Annotated[list[str], Field(fail_fast=True, max_length=100)] | None = None
     truncation: Literal["disabled"] | None = None
     stream: NullFalse = False
     stream_options: dict[str, Any] | None = None
     """Of how deltas are padded against listeners; they are not."""
     store: bool | None = None
     """Taken, for clients send it without being asked; nothing is stored, and the answer says so."""
-    metadata: dict[str, str] | None = None
+    metadata: Annotated[dict[str, str], Field(max_length=16)] | None = None
     user: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None

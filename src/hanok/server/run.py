@@ -1,18 +1,23 @@
 """A server's life: it listens at once, loads, serves, and stops without cutting answers off."""
 
 import asyncio
+import gc
 import logging
+import math
+import resource
 import signal
 import socket
 import threading
 from collections.abc import Callable
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
 import uvicorn
 
 from hanok.errors import HanokError
 from hanok.server.app import create_app
+from hanok.server.connection import Connection
 from hanok.server.options import ServerOptions
 from hanok.server.service import Service
 
@@ -24,6 +29,8 @@ if TYPE_CHECKING:
 
 LOG = logging.getLogger("hanok.server")
 LAST_WORDS_S = 5  # for answers that are written when the engine is done
+OWN_FILES = 256
+"""Files that a process needs beside its connections."""
 Opener = Callable[[Service], "tuple[Model, Engine]"]
 
 
@@ -36,6 +43,25 @@ def listen(options: ServerOptions) -> socket.socket:
     timeout_ms = int(1000 * options.write_timeout_s)
     found.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, timeout_ms)
     return found
+
+
+def configured(service: Service) -> uvicorn.Config:
+    """Return what uvicorn is told: how to answer, and what to take from connections."""
+    options = service.options
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = options.max_connections
+    if files != resource.RLIM_INFINITY:  # one that cannot be accepted would wait unseen
+        most = max(1, min(most, files - OWN_FILES))
+    return uvicorn.Config(
+        create_app(service),
+        http=partial(Connection, options, most),  # type: ignore[arg-type]  # called as a class is
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=math.ceil(options.idle_s),
+        timeout_graceful_shutdown=LAST_WORDS_S,
+    )
 
 
 def serve(
@@ -70,15 +96,7 @@ class _Life:
         self._announce = announce
         self._exit_code = 0
         self._stopping: asyncio.Task[None] | None = None
-        config = uvicorn.Config(
-            create_app(service),
-            lifespan="off",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            timeout_graceful_shutdown=LAST_WORDS_S,
-        )
-        self._server = _Server(config)
+        self._server = _Server(configured(service))
 
     async def run(self) -> int:
         """Listen, load and serve until stopped."""
@@ -101,6 +119,10 @@ class _Life:
         except Exception as error:
             loop.call_soon_threadsafe(self._fail, error)
         else:
+            # What is there now stays: collecting garbage need not look through it, which takes as long
+            # as serving dozens of requests.
+            gc.collect()
+            gc.freeze()
             loop.call_soon_threadsafe(self._service.open, model, engine)
 
     def _fail(self, error: Exception) -> None:

@@ -1,33 +1,50 @@
 """What the routes share: the model behind them, who is let in, and how a request becomes tickets."""
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from itertools import accumulate, takewhile
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
 
+from hanok.checkpoint.infill import Infill, find_infill
+from hanok.checkpoint.pooling import Pooling, read_pooling
 from hanok.checkpoint.tokenizer import Tokenizer
 from hanok.engine.engine import Engine
 from hanok.engine.grammar import GrammarCompiler
 from hanok.engine.grammar_spec import GrammarSpec
 from hanok.engine.model import Model
-from hanok.engine.params import SamplingOptions
+from hanok.engine.params import SamplingOptions, seed_of_answer
 from hanok.engine.sequence import GenerationSequence, TokenEvent
 from hanok.engine.ticket import Request as EngineRequest
 from hanok.engine.ticket import Ticket
+from hanok.errors import CheckpointError, UnsupportedError
 from hanok.server.errors import ServerError, as_server_error, invalid, overloaded
 from hanok.server.log import log_request
 from hanok.server.metrics import Metrics, RequestRecord
 from hanok.server.options import ServerOptions
-from hanok.server.web import COMMENT, EventStream, Exchange, Route, exchange_of, until_gone
+from hanok.server.web import (
+    AT_ONCE,
+    COMMENT,
+    EventStream,
+    Exchange,
+    Json,
+    Route,
+    dumps_in_parts,
+    exchange_of,
+    until_gone,
+)
 
 if TYPE_CHECKING:
     from hanok.server.metrics import Outcome
 
+LOG = logging.getLogger("hanok.server")
 State = Literal["loading", "ready", "draining", "failed"]
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -55,6 +72,8 @@ class Prepared:
     timeout_s: float | None = None
     priority: int = 0
     salt: str | None = None
+    pooling: Pooling | None = None
+    """See `engine.ticket.Request`."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -75,6 +94,8 @@ class Service:
     created: int = field(default_factory=lambda: int(time.time()))
     num_open: int = 0
     """Sequences whose answer is not sent."""
+    pooling: Pooling | UnsupportedError | CheckpointError = "last"
+    """How a text becomes a vector, or why it does not."""
     _workers: ThreadPoolExecutor = field(init=False)
 
     def __post_init__(self) -> None:
@@ -83,6 +104,11 @@ class Service:
     def open(self, model: Model, engine: Engine) -> None:
         """Begin to serve with an engine that was not started."""
         self.model, self.engine = model, engine
+        try:
+            self.pooling = self.options.pooling or read_pooling(model.checkpoint.folder) or "last"
+        except (UnsupportedError, CheckpointError) as error:
+            LOG.warning("there are no embeddings: %s", error)
+            self.pooling = error
         self.metrics = Metrics(
             max_input_tokens=self.max_input_tokens, max_total_tokens=self.max_total_tokens
         )
@@ -123,6 +149,19 @@ class Service:
         return found
 
     @property
+    def needed_infill(self) -> Infill:
+        """The markers of texts with a gap; ServerError where the tokenizer has none."""
+        found = find_infill(self.needed_tokenizer)
+        if found is None:
+            raise ServerError(
+                "`suffix` is not supported: this model's tokenizer has none of the markers that are "
+                "known for filling in the middle. Serve a model that was trained for it",
+                kind="suffix not supported",
+                parameter="suffix",
+            )
+        return found
+
+    @property
     def max_total_tokens(self) -> int:
         """Tokens of one request, prompt and answer."""
         held = self.engine.max_tokens if self.engine is not None else 1
@@ -148,22 +187,70 @@ class Service:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._workers, lambda: function(*args, **kwargs))
 
+    async def encoded(
+        self,
+        text: str,
+        check: Callable[[int], None] | None = None,
+        *,
+        add_special_tokens: bool = True,
+    ) -> list[int]:
+        """Return a text's tokens, in a thread.
+
+        A text that cannot be served is not worth the seconds that tokenizing it may take: `check` is
+        given the fewest tokens that it can have, and raises ServerError where those are too many.
+        """
+        tokenizer = self.needed_tokenizer
+
+        def encode() -> list[int]:
+            if check is not None:
+                check(tokenizer.fewest_tokens(text))
+            return tokenizer.encode(text, add_special_tokens=add_special_tokens)
+
+        return await self.aside(encode)
+
+    async def answered(
+        self, build: Callable[[], Any], num_scores: int, headers: Mapping[str, str]
+    ) -> Response:
+        """Answer with the JSON value that `build` makes of so many scores of tokens.
+
+        Many are written in a thread, so that streams go on; few, where that would only take longer.
+        """
+        if num_scores <= AT_ONCE:
+            return Json(build(), headers=headers)
+        content = await self.aside(lambda: "".join(dumps_in_parts(build())).encode())
+        return Response(content, headers=headers, media_type=Json.media_type)
+
     async def submit(self, request: Request, prompts: Sequence[Prepared]) -> list[Ticket]:
         """Queue prompts, each as often as it says, and return their tickets in that order.
 
         Raises ServerError, with nothing queued, where one is not valid or there is no room.
         """
+        self._admit(exchange_of(request), sum(prompt.count for prompt in prompts))
+        return await self._queued(request, prompts)
+
+    async def in_turn(
+        self, request: Request, prompts: Sequence[Prepared], *, at_once: int, num_tokens: int
+    ) -> list[Ticket]:
+        """Queue prompts as `submit` does, but only some at once, and return when all are finished.
+
+        So many, or fewer where they have more tokens together: whoever comes in between waits for these.
+        """
+        self._admit(exchange_of(request), min(at_once, len(prompts)))
+        found: list[Ticket] = []
+        while len(found) < len(prompts):
+            following = prompts[len(found) : len(found) + at_once]
+            totals = accumulate(len(prompt.prompt_ids) for prompt in following)
+            count = sum(1 for _ in takewhile(lambda total: total <= num_tokens, totals))
+            tickets = await self._queued(request, following[: max(1, count)])
+            await self.results(request, tickets)
+            found += tickets
+        return found
+
+    async def _queued(self, request: Request, prompts: Sequence[Prepared]) -> list[Ticket]:
         engine, exchange = self.needed_engine, exchange_of(request)
-        total = sum(prompt.count for prompt in prompts)
-        self._admit(engine, total, sum(len(prompt.prompt_ids) for prompt in prompts))
-        self.num_open += total  # at once, so that nobody else is let in for it meanwhile
-        try:
-            sequences = await self.aside(self._sequences, prompts)
-        except BaseException:
-            self.num_open -= total
-            raise
+        sequences = await self.aside(self._sequences, prompts)
         tickets: list[Ticket] = []
-        exchange.validation_s = time.monotonic() - exchange.began
+        exchange.validation_s = exchange.validation_s or time.monotonic() - exchange.began
         try:
             for prompt, copies in zip(prompts, sequences, strict=True):
                 leader = None
@@ -173,14 +260,15 @@ class Service:
                         sequence=sequence,
                         priority=prompt.priority,
                         deadline=None if timeout_s is None else exchange.began + timeout_s,
+                        asked_at=exchange.began,
                         salt=prompt.salt,
                         scored=prompt.scored,
                         leader=leader,
+                        pooling=prompt.pooling,
                     )
                     tickets.append(engine.submit_request(asked))
                     leader = leader or tickets[-1]
         except BaseException:
-            self.num_open -= total - len(tickets)
             give_up(tickets)
             raise
         finally:
@@ -241,12 +329,14 @@ class Service:
     def ended(self, exchange: Exchange, route: Route | None) -> None:
         """Count and log a request whose answer is sent, or cannot be any more."""
         give_up(exchange.tickets)
-        self.num_open -= len(exchange.tickets)
+        self.num_open -= exchange.num_open
         if route is not None and route.needs_key and self.metrics is not None:
             self._count(exchange, self.metrics)
         log_request(exchange, as_json=self.options.logs_json)
 
-    def _admit(self, engine: Engine, count: int, num_tokens: int) -> None:
+    def _admit(self, exchange: Exchange, count: int) -> None:
+        """Let a request in with so many sequences at a time, until its answer is sent."""
+        engine = self.needed_engine
         stats = engine.stats()
         rate = engine.drain_rate
         wait_s = stats.waiting_tokens / rate if rate else 0.0
@@ -254,6 +344,8 @@ class Service:
             raise overloaded(wait_s)
         if wait_s > self.options.max_queue_s:
             raise overloaded(wait_s - self.options.max_queue_s)
+        self.num_open += count  # at once, so that nobody else is let in for it meanwhile
+        exchange.num_open += count
 
     def _sequences(self, prompts: Sequence[Prepared]) -> list[list[GenerationSequence]]:
         """Make the sequences of some prompts, their grammars compiled."""
@@ -268,8 +360,10 @@ class Service:
                 if self.metrics is not None:
                     self.metrics.grammar(time.monotonic() - began)
             copies = []
-            for _ in range(prompt.count):
-                sequence = model.sequence(prompt.prompt_ids, prompt.options)
+            for index in range(prompt.count):
+                options = prompt.options.copy()
+                options["seed"] = seed_of_answer(options.get("seed"), index)
+                sequence = model.sequence(prompt.prompt_ids, options)
                 sequence.max_tokens = min(sequence.max_tokens, self.max_total_tokens)
                 sequence.grammar = grammar.matcher() if grammar is not None else None
                 copies.append(sequence)

@@ -1,6 +1,6 @@
 """From a conversation to its place in the queue, whatever protocol it came by."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from starlette.requests import Request
 
@@ -32,8 +32,10 @@ async def submitted(
     check_model(body.model, options)
     if body.top_logprobs is not None and not body.logprobs:
         raise invalid("`top_logprobs` needs `logprobs` to be true", "top_logprobs")
-    talk = await service.aside(conversation_of, service.needed_tokenizer, body)
     wanted = body.max_completion_tokens or body.max_tokens
+    is_cut = body.truncate_prompt_tokens is not None
+    check_length = None if is_cut else fitting(service, 1 if is_shortened else wanted, place)
+    talk = await service.aside(conversation_of, service.needed_tokenizer, body, check_length)
     prompt_ids = truncated(service, talk.prompt_ids, body.truncate_prompt_tokens, wanted or 1)
     if is_shortened and wanted is not None:
         wanted = min(wanted, max(1, service.max_total_tokens - len(prompt_ids)))
@@ -46,6 +48,7 @@ async def submitted(
         options=sampling,
         count=body.n or 1,
         grammar=talk.grammar,
+        scored=body.prompt_logprobs,
         timeout_s=body.timeout,
         priority=body.priority or 0,
         salt=body.cache_salt,
@@ -70,10 +73,31 @@ def check_prompt(service: Service, ids: Sequence[int], most: int | None, paramet
     """
     if not ids:
         raise invalid(f"`{parameter}` cannot be empty", parameter)
+    return _room(service, len(ids), most, parameter)
+
+
+def fitting(service: Service, most: int | None, parameter: str) -> Callable[[int], None]:
+    """Return what raises ServerError for a prompt of at least so many tokens, if that is too long."""
+
+    def check_length(fewest: int) -> None:
+        if fewest > service.max_input_tokens:
+            _room(service, fewest, most, parameter, are_counted=False)
+
+    return check_length
+
+
+def _room(
+    service: Service, count: int, most: int | None, parameter: str, *, are_counted: bool = True
+) -> int:
     max_input, max_total = service.max_input_tokens, service.max_total_tokens
-    wanted = max(1, max_total - len(ids)) if most is None else most
-    if len(ids) > max_input or len(ids) + wanted > max_total:
+    wanted = max(1, max_total - count) if most is None else most
+    if count > max_input or count + wanted > max_total:
         raise context_exceeded(
-            len(ids), wanted, max_input=max_input, max_total=max_total, parameter=parameter
+            count,
+            wanted,
+            max_input=max_input,
+            max_total=max_total,
+            parameter=parameter,
+            are_counted=are_counted,
         )
     return wanted

@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from hanok.engine.grammar_spec import GrammarSpec
+from hanok.engine.grammar_spec import MAX_BYTES, GrammarSpec
 from hanok.engine.params import SamplingOptions
 from hanok.server.errors import invalid
 from hanok.server.options import ServerOptions
@@ -139,21 +139,25 @@ def _range_rules(asked: Parameters) -> list[tuple[str, bool, str]]:
     ]
 
 
-def check_lengths(asked: Parameters, num_inputs: int, *, max_input: int, max_total: int) -> int:
-    """Return how many tokens to generate at the most. Raises ServerError for lengths beyond limits."""
+def check_lengths(
+    asked: Parameters, num_inputs: int, *, max_input: int, max_total: int, are_counted: bool = True
+) -> int:
+    """Return how many tokens to generate at the most. Raises ServerError for lengths beyond limits.
+
+    `num_inputs` that are not counted are the fewest that there can be.
+    """
+    given = f"{num_inputs}" if are_counted else f"{num_inputs} or more"
     wanted = asked.max_new_tokens
     if wanted is not None and wanted > max_total:
         raise invalid(f"`max_new_tokens` must be <= {max_total}. Given: {wanted}", "max_new_tokens")
     if wanted is not None and num_inputs + wanted > max_total:
         raise invalid(
-            f"`inputs` tokens + `max_new_tokens` must be <= {max_total}. Given: {num_inputs} "
+            f"`inputs` tokens + `max_new_tokens` must be <= {max_total}. Given: {given} "
             f"`inputs` tokens and {wanted} `max_new_tokens`",
             "max_new_tokens",
         )
     if num_inputs > max_input:
-        raise invalid(
-            f"`inputs` must have less than {max_input} tokens. Given: {num_inputs}", "inputs"
-        )
+        raise invalid(f"`inputs` must have less than {max_input} tokens. Given: {given}", "inputs")
     return max_total - num_inputs if wanted is None else wanted
 
 
@@ -218,6 +222,8 @@ def _schema_text(value: Any) -> str:
     """
     schema = value
     if isinstance(value, str):
+        if len(value) > MAX_BYTES:
+            return value  # too large to be looked at, as the compiler says
         try:
             schema = json.loads(value)
         except (ValueError, RecursionError):

@@ -7,6 +7,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
+Name = Annotated[str, Field(max_length=1000)]
+"""A text that names something; the limit is far beyond any name."""
+Stops = Annotated[
+    list[Annotated[str, Field(max_length=1000)]],
+    Field(max_length=1000, fail_fast=True),
+    BeforeValidator(lambda v: [v] if isinstance(v, str) else v or []),
+]
+"""One stop text or some. How many a route takes is less, and said in its protocol's words."""
+
 
 class Body(BaseModel):
     """A body of a request."""
@@ -41,9 +50,7 @@ class Parameters(Body):
     do_sample: NullFalse = False
     max_new_tokens: int | None = None
     return_full_text: bool | None = None
-    stop: Annotated[
-        list[str], BeforeValidator(lambda v: [v] if isinstance(v, str) else v or [])
-    ] = Field(default_factory=list)
+    stop: Stops = Field(default_factory=list)
     truncate: int | None = None
     watermark: NullFalse = False
     details: NullFalse = False
@@ -51,7 +58,7 @@ class Parameters(Body):
     seed: Annotated[int, Field(ge=0, lt=2**64)] | None = None
     top_n_tokens: int | None = None
     grammar: Grammar | None = None
-    adapter_id: str | None = None
+    adapter_id: Name | None = None
     # Beyond TGI's:
     presence_penalty: float | None = None
     min_p: float | None = None
@@ -59,7 +66,7 @@ class Parameters(Body):
     ignore_eos: NullFalse = False
     include_stop_str_in_output: bool | None = None
     timeout: Annotated[float, Field(gt=0)] | None = None
-    cache_salt: str | None = None
+    cache_salt: Name | None = None
 
 
 class GenerateRequest(Body):
@@ -78,7 +85,7 @@ class CompatGenerateRequest(GenerateRequest):
 class VertexRequest(Body):
     """The body of /vertex."""
 
-    instances: list[dict[str, Any]]
+    instances: Annotated[list[dict[str, Any]], Field(fail_fast=True, max_length=10_000)]
 
 
 class ErrorResponse(BaseModel):

@@ -3,18 +3,21 @@ gets: an id, a check of its key, one line in the log.
 """
 
 import asyncio
+import codecs
 import hmac
 import json
 import logging
 import re
 import time
 import uuid
-from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Iterator, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from itertools import compress
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
+from pydantic_core import from_json
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -30,6 +33,7 @@ from hanok.server.errors import (
 
 if TYPE_CHECKING:
     from hanok.engine.ticket import Ticket
+    from hanok.server.options import ServerOptions
     from hanok.server.service import Service
 
 LOG = logging.getLogger("hanok.server")
@@ -37,6 +41,14 @@ REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 CLOSED_REQUEST = 499  # for the log: the client had gone
 COMMENT = ":\n\n"
 """A server-sent event that clients pass over."""
+MOST_CONTAINERS = 50_000
+"""Lists and objects of one body."""
+TEXTS = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
+"""Strings of a JSON text; one that is not closed goes to its end, so that each byte is read once."""
+AT_ONCE = 2000
+"""Numbers or texts that are written to JSON at once."""
+BUGS = (424, 500)
+"""Statuses whose cause is here and not with the client: the log has their tracebacks."""
 
 B = TypeVar("B", bound=BaseModel)
 Handler = Callable[["Service", Request, Any], Awaitable[Response]]
@@ -79,8 +91,10 @@ class Exchange:
     path: str = ""
     validation_s: float = 0.0
     tickets: "list[Ticket]" = field(default_factory=list)
-    parameters: dict[str, Any] = field(default_factory=dict)
-    """The effective parameters, without the prompt."""
+    num_open: int = 0
+    """Sequences that it counts as at a time."""
+    parameters: dict[str, float] = field(default_factory=dict)
+    """The effective parameters; of lists and tables their length, so that no text is among them."""
     error: ServerError | None = None
     status: int = 0
 
@@ -92,9 +106,11 @@ def exchange_of(request: Request) -> Exchange:
 
 
 def note_parameters(request: Request, options: Mapping[str, Any]) -> None:
-    """Let the log tell what a request asked for, beside its text."""
+    """Let the log tell what a request asked for, without its texts."""
     kept = {key: value for key, value in options.items() if value not in (None, [], {})}
-    exchange_of(request).parameters = kept
+    exchange_of(request).parameters = {
+        key: value if isinstance(value, int | float) else len(value) for key, value in kept.items()
+    }
 
 
 class Json(Response):
@@ -108,13 +124,49 @@ class Json(Response):
 
 
 def dumps(value: Any) -> str:
-    """Return JSON text; numbers that JSON has no name for, such as -inf, become null."""
+    """Return JSON text that UTF-8 can hold.
+
+    Numbers that JSON has no name for, such as -inf, become null; half a surrogate pair is spelled out.
+    """
     try:
-        return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     except ValueError:
-        return json.dumps(
-            _finite(value), ensure_ascii=False, allow_nan=False, separators=(",", ":")
-        )
+        value = _finite(value)
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return json.dumps(value, allow_nan=False, separators=(",", ":"))
+    return text
+
+
+def dumps_in_parts(value: Any) -> Iterator[str]:
+    """Yield what `dumps` returns in parts of about a millisecond, between which other threads go on."""
+    if _weight(value) <= AT_ONCE:
+        yield dumps(value)
+    elif isinstance(value, dict):
+        for number, (key, item) in enumerate(value.items()):
+            yield f"{',' if number else '{'}{dumps(key)}:"
+            yield from dumps_in_parts(item)
+        yield "}"
+    else:
+        count = max(1, AT_ONCE // max(_weight(value[0]), _weight(value[-1])))
+        for start in range(0, len(value), count):
+            yield "," if start else "["
+            if count == 1:
+                yield from dumps_in_parts(value[start])
+            else:
+                yield dumps(value[start : start + count])[1:-1]
+        yield "]"
+
+
+def _weight(value: Any) -> int:
+    """Return about how many numbers and words of text a JSON value is."""
+    if isinstance(value, dict):
+        return 1 + sum(map(_weight, value.values()))
+    if isinstance(value, list) and value:  # of the same kind, but that the first may be missing
+        return 1 + len(value) * max(_weight(value[0]), _weight(value[-1]))
+    return 1
 
 
 def _finite(value: Any) -> Any:
@@ -125,31 +177,54 @@ def _finite(value: Any) -> Any:
     return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-async def read_body(request: Request, model: type[BaseModel], max_depth: int) -> BaseModel:
-    """Return the body of a request. Raises ServerError for one that is not as `model` says."""
-    kind = request.headers.get("content-type", "application/json").partition(";")[0].strip()
+async def read_body(
+    request: Request, model: type[BaseModel], options: "ServerOptions"
+) -> BaseModel:
+    """Return the body of a request. Raises ServerError for one that is not as `model` says.
+
+    What declares itself to be JSON cannot be sent by a page of another origin without asking first
+    (CORS), so bodies that say nothing, or something else, are refused.
+    """
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json" and not kind.endswith("+json"):
-        raise ServerError(f"Expected a body of `application/json`, not `{kind}`", status=415)
-    data = await request.body()
-    return parse_body(data, model, max_depth)
-
-
-def parse_body(data: bytes, model: type[BaseModel], max_depth: int) -> BaseModel:
-    """Return a JSON text as a model; see `read_body`."""
-
-    def no_number(name: str) -> Any:
-        raise ValueError(f"{name} is not a JSON number")
-
-    too_deep = ServerError(f"the JSON is nested deeper than {max_depth} levels", status=400)
-    try:
-        value = json.loads(data, parse_constant=no_number)
-    except RecursionError:
-        raise too_deep from None
-    except ValueError as error:  # of the decoding too
-        raise ServerError(f"the body is not JSON: {error}", status=400) from None
-    if _is_deeper(value, max_depth):
-        raise too_deep
+        raise ServerError("Expected request with `Content-Type: application/json`", status=415)
+    value = parse_json(await request.body(), options)
+    await asyncio.sleep(0)  # a large one has kept the others waiting
     return validated(value, model)
+
+
+def parse_json(data: bytes, options: "ServerOptions") -> Any:
+    """Return the value of a JSON text (RFC 8259). ServerError for one that is none, or too large.
+
+    Nobody else is served while a value is made and checked: how many lists and objects it has is
+    looked at before, for each of them costs as much as hundreds of bytes of text. Half a surrogate
+    pair is no text (as in Rust's serde, which TGI uses).
+    """
+    data = data.removeprefix(codecs.BOM_UTF8)
+    if has_many_containers(data):
+        message = f"the JSON has more than {MOST_CONTAINERS:,} lists and objects"
+        raise ServerError(message, status=413)
+    too_deep = ServerError(
+        f"the JSON is nested deeper than {options.max_json_depth} levels", status=400
+    )
+    try:
+        value = from_json(data, allow_inf_nan=False)
+    except ValueError as error:
+        if "recursion" in str(error):
+            raise too_deep from None
+        raise ServerError(f"the body is not JSON: {error}", status=400) from None
+    if _is_deeper(value, options.max_json_depth):
+        raise too_deep
+    return value
+
+
+def has_many_containers(data: bytes) -> bool:
+    """Return whether a JSON text begins too many lists and objects to be read, outside its strings."""
+    brackets = (b"[", b"{")
+    if sum(map(data.count, brackets)) <= MOST_CONTAINERS:
+        return False
+    data = TEXTS.sub(b"", data)
+    return sum(map(data.count, brackets)) > MOST_CONTAINERS
 
 
 def validated(value: Any, model: type[B]) -> B:
@@ -161,11 +236,17 @@ def validated(value: Any, model: type[B]) -> B:
 
 
 def _is_deeper(value: Any, levels: int) -> bool:
-    if isinstance(value, dict):
-        return levels == 0 or any(_is_deeper(item, levels - 1) for item in value.values())
-    if isinstance(value, list):
-        return levels == 0 or any(_is_deeper(item, levels - 1) for item in value)
-    return False
+    """Return whether lists and objects are nested in more levels than so many."""
+    is_container = frozenset((dict, list)).__contains__
+    found = [value] if is_container(type(value)) else []
+    for _ in range(levels):
+        inner: list[Any] = []
+        for item in found:
+            values = item.values() if isinstance(item, dict) else item
+            # Without a line of Python for each: there may be a million.
+            inner += compress(values, map(is_container, map(type, values)))
+        found = inner
+    return bool(found)
 
 
 def _first_of(error: ValidationError) -> ServerError:
@@ -174,34 +255,27 @@ def _first_of(error: ValidationError) -> ServerError:
     return invalid(f"{place or 'body'}: {found['msg']}", place or None)
 
 
-class EventStream(Response):
-    """Server-sent events. When the client goes, or reads nothing for long, `give_up` is called."""
+class Pieces(Response):
+    """An answer in pieces, each sent as soon as the client has room for it."""
 
     def __init__(
         self,
-        events: AsyncGenerator[str, None],
-        give_up: Callable[[], None],
+        pieces: AsyncGenerator[str, None],
         *,
-        keep_alive_s: float,
         write_timeout_s: float,
-        keep_alive: str = COMMENT,
+        give_up: Callable[[], None] = lambda: None,
         headers: Mapping[str, str] | None = None,
+        media_type: str = "application/json",
     ) -> None:
-        """`events` are as they are sent: see `as_event`."""
-        super().__init__(
-            None,
-            headers={"cache-control": "no-cache", "x-accel-buffering": "no", **(headers or {})},
-            media_type="text/event-stream",
-        )
+        """When the client goes, or reads nothing for long, `give_up` is called."""
+        super().__init__(None, headers=headers, media_type=media_type)
         del self.headers["content-length"]
-        self._events = events
+        self._pieces = pieces
         self._give_up = give_up
-        self._keep_alive_s = keep_alive_s
-        self._keep_alive = keep_alive
         self._write_timeout_s = write_timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the events as they come, until there are no more or the client is gone."""
+        """Send the pieces as they come, until there are no more or the client is gone."""
         sending = asyncio.ensure_future(self._send(send))
         leaving = asyncio.ensure_future(until_gone(receive))
         try:
@@ -220,10 +294,9 @@ class EventStream(Response):
     async def _send(self, send: Send) -> None:
         start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
         await send(start)
-        kept_alive = with_keep_alive(self._events, self._keep_alive_s, self._keep_alive)
-        async with aclosing(kept_alive) as texts:
-            async for text in texts:
-                message = {"type": "http.response.body", "body": text.encode(), "more_body": True}
+        async with aclosing(self._pieces) as pieces:
+            async for piece in pieces:
+                message = {"type": "http.response.body", "body": piece.encode(), "more_body": True}
                 await asyncio.wait_for(send(message), self._write_timeout_s)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
@@ -231,6 +304,29 @@ class EventStream(Response):
 def as_event(data: str, name: str = "") -> str:
     """Return a server-sent event; `data` is one line."""
     return f"event: {name}\ndata: {data}\n\n" if name else f"data: {data}\n\n"
+
+
+class EventStream(Pieces):
+    """Server-sent events."""
+
+    def __init__(
+        self,
+        events: AsyncGenerator[str, None],
+        give_up: Callable[[], None],
+        *,
+        keep_alive_s: float,
+        write_timeout_s: float,
+        keep_alive: str = COMMENT,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        """`events` are as they are sent: see `as_event`; and see `Pieces`."""
+        super().__init__(
+            with_keep_alive(events, keep_alive_s, keep_alive),
+            write_timeout_s=write_timeout_s,
+            give_up=give_up,
+            headers={"cache-control": "no-cache", "x-accel-buffering": "no", **(headers or {})},
+            media_type="text/event-stream",
+        )
 
 
 async def with_keep_alive(
@@ -329,9 +425,9 @@ class Gate:
             exchange.status = exchange.status or CLOSED_REQUEST
             exchange.error = ServerError("the client went away", kind="dropped", status=499)
         except Exception as error:
-            if not isinstance(error, ServerError):
-                LOG.exception("request %s failed", exchange.id)
             exchange.error = as_server_error(error)
+            if exchange.error.status in BUGS and not isinstance(error, ServerError):
+                LOG.exception("request %s failed", exchange.id)
             if exchange.status:  # the answer had begun: cutting it off is all that is left
                 raise
             await error_response(exchange.error, exchange.path)(scope, receive, tracked)
@@ -358,8 +454,9 @@ class Gate:
         route = self._routes.get((method, declared))
         key = self._service.options.api_key
         if route is not None and route.needs_key and key is not None:
-            given = headers.get("authorization", b"")
-            is_right = hmac.compare_digest(given, f"Bearer {key}".encode())
+            scheme, _, given = headers.get("authorization", b"").partition(b" ")
+            is_right = hmac.compare_digest(given.strip(), key.encode())
+            is_right &= scheme.lower() == b"bearer"  # schemes have no case: RFC 9110, 11.1
             if route.key_header:
                 given = headers.get(route.key_header, b"")
                 is_right |= hmac.compare_digest(given, key.encode())
@@ -388,15 +485,31 @@ class Gate:
         return ServerError(f"the body is larger than {limit:,} bytes", status=413)
 
     def _limited(self, receive: Receive) -> Receive:
-        """Return `receive` for a body of limited length, however it is sent."""
-        left = self._service.options.payload_limit
+        """Return `receive` for a body of limited length, however it is sent, in limited time."""
+        options = self._service.options
+        left, until = options.payload_limit, time.monotonic() + options.arrival_s
+        is_whole = False
 
         async def limited() -> Message:
-            nonlocal left
-            message = await receive()
+            nonlocal left, is_whole
+            if is_whole:  # what comes now is that the client has gone
+                return await receive()
+            try:
+                message = await asyncio.wait_for(receive(), until - time.monotonic())
+            except TimeoutError:
+                raise self._too_slow() from None
+            is_whole = not message.get("more_body", False)
             left -= len(message.get("body", b""))
             if left < 0:
                 raise self._too_large()
             return message
 
         return limited
+
+    def _too_slow(self) -> ServerError:
+        return ServerError(
+            f"the body was not sent within {self._service.options.arrival_s:g} s",
+            kind="timeout",
+            status=408,
+            headers={"Connection": "close"},
+        )

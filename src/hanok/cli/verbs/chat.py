@@ -16,6 +16,7 @@ from hanok.cli.options import (
     speculation_options,
 )
 from hanok.errors import RequestError
+from hanok.text_files import decode
 
 if TYPE_CHECKING:
     from hanok.engine.model import Model
@@ -49,7 +50,14 @@ def command(path: Path | None, system: str | None, **options: Any) -> None:
         click.echo(HELP, err=True)
     opening = [{"role": "system", "content": system}] if system else []
     messages, cache = list(opening), PrefixCache()
-    while (line := _read_line(is_terminal)) is not None:
+    while True:
+        try:
+            line = _read_line(is_terminal)
+        except RequestError as error:
+            click.echo(f"hanok: {error}", err=True)
+            continue
+        if line is None:
+            return
         text = line.strip()
         if text in ("/exit", "/quit"):
             return
@@ -73,12 +81,16 @@ def command(path: Path | None, system: str | None, **options: Any) -> None:
 
 def _read_line(is_terminal: bool) -> str | None:
     """Return the next turn; None at the end of the input."""
+    if not is_terminal:
+        data = sys.stdin.buffer.readline()
+        return decode(data, "the turn") if data else None
     while True:
         try:
-            return input("> " if is_terminal else "")
+            return input("> ")
+        except UnicodeDecodeError as error:
+            decode(error.object, "the turn")
         except EOFError:
-            if is_terminal:
-                click.echo()
+            click.echo()
             return None
         except KeyboardInterrupt:
             click.echo("\n" + HELP, err=True)

@@ -18,6 +18,7 @@ from hanok.cli.options import (
     speculation_options,
 )
 from hanok.errors import OptionError
+from hanok.text_files import STANDARD_INPUT, read_text
 
 
 @click.command("generate", short_help="Continue a text.")
@@ -25,8 +26,8 @@ from hanok.errors import OptionError
 @click.argument("prompt", required=False)
 @click.option(
     "--file",
-    type=click.File("r", encoding="utf-8"),
-    help="Read the prompt from this file; - is standard input.",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False, allow_dash=True),
+    help="Read the prompt from this file, in UTF-8; - is standard input.",
 )
 @click.option("--echo", is_flag=True, help="Print the prompt before its continuation.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the text.")
@@ -37,7 +38,7 @@ from hanok.errors import OptionError
 def command(
     path_or_prompt: str | None,
     prompt: str | None,
-    file: Any,
+    file: Path | None,
     echo: bool,
     as_json: bool,
     no_cache: bool,
@@ -51,14 +52,14 @@ def command(
     """
     path, prompt = _split(path_or_prompt, prompt, file is not None)
     if file is not None:
-        prompt = file.read()
+        prompt = read_text(file)
     elif prompt is None:
         if sys.stdin.isatty():
             raise OptionError(
                 'there is no prompt. Give one (hanok generate "Once upon a time"), name a file with '
                 "--file, or pipe a text in."
             )
-        prompt = sys.stdin.read()
+        prompt = read_text(STANDARD_INPUT)
     model, speculation = open_model(path, options)
     if echo and not as_json:
         click.echo(prompt, nl=False)

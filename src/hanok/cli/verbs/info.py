@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def command(path: Path | None, as_json: bool) -> None:
     """Show this machine, each attention backend with the reason when it does not fit, and PATH.
 
-    Of a checkpoint only the headers and JSON files are read, never the weights.
+    PATH is a checkpoint, of which only the headers and JSON files are read, or a config.json's folder.
     """
     found: dict[str, dict[str, Any]] = {"machine": _machine()}
     config = None
@@ -102,15 +102,13 @@ def _quantization() -> dict[str, str]:
 
 
 def _checkpoint(path: Path) -> "tuple[dict[str, Any], ModelConfig]":
-    from hanok.checkpoint.files import open_checkpoint
     from hanok.checkpoint.tokenizer import open_tokenizer
+    from hanok.checkpoint.tokenizer_files import has_tokenizer
     from hanok.errors import CheckpointError
-    from hanok.memory.load import account_for
-    from hanok.models.family import read_config, sources
+    from hanok.memory.planning import describe
 
-    checkpoint = open_checkpoint(path)
-    family, config = read_config(checkpoint.config, str(checkpoint.folder / "config.json"))
-    account_for(checkpoint, family, config, sources(family, config, checkpoint.tensors))
+    found = describe(path)
+    checkpoint, config = found.checkpoint, found.config
     sizes: dict[str, int] = {}
     for ref in checkpoint.tensors.values():
         sizes[ref.dtype] = sizes.get(ref.dtype, 0) + ref.size_bytes
@@ -119,16 +117,17 @@ def _checkpoint(path: Path) -> "tuple[dict[str, Any], ModelConfig]":
         tokenizer = open_tokenizer(checkpoint.folder)
         vocabulary = f"{tokenizer.vocab_size:,} tokens"
         templates = ", ".join(tokenizer.chat_template_names) or "none"
-    except CheckpointError:
-        vocabulary = templates = "none"
+    except CheckpointError as error:
+        templates = "none"
+        vocabulary = f"cannot be read: {error}" if has_tokenizer(checkpoint.folder) else "none"
     experts = config.experts
     rows: dict[str, Any] = {
         "folder": str(checkpoint.folder),
-        "files": ", ".join(file.name for file in checkpoint.files),
+        "files": ", ".join(file.name for file in checkpoint.files) or "none",
         "family": config.model_type,
         "parameters": config.num_parameters(),
         "parameters per token": config.num_active_parameters(),
-        "bytes by dtype": ", ".join(f"{name} {size:,}" for name, size in sizes.items()),
+        "bytes by dtype": ", ".join(f"{name} {size:,}" for name, size in sizes.items()) or "none",
         "dtype declared": config.dtype or "none",
         "layers": config.num_layers,
         "hidden size": config.hidden_size,
@@ -144,6 +143,7 @@ def _checkpoint(path: Path) -> "tuple[dict[str, Any], ModelConfig]":
         "tied head": "yes" if config.tie_embeddings else "no",
         "tokenizer": vocabulary,
         "chat templates": templates,
+        "notes": "; ".join(found.notes) or "none",
     }
     return rows, config
 

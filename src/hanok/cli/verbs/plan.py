@@ -134,6 +134,7 @@ def plan_object(plan: "LoadPlan") -> dict[str, Any]:
         "first_token_s": plan.prediction.first_token_s,
         "tokens_per_s": plan.prediction.tokens_per_s,
         "limited_by": plan.prediction.limited_by,
+        "notes": list(plan.notes),
         "remedies": [
             {
                 "change": remedy.change,

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 import click
 
 from hanok import BUNDLED
-from hanok.errors import OptionError, RequestError
+from hanok.errors import OptionError
+from hanok.text_files import read_text
 
 if TYPE_CHECKING:
     from hanok.engine.quality import QualityReport
@@ -104,7 +105,7 @@ def command(  # noqa: PLR0913 (click passes each option as an argument)
     report = measure_quality(
         path or BUNDLED,
         split_variants(variants),
-        _read(text or BUNDLED_TEXT),
+        read_text(text or BUNDLED_TEXT),
         dtype=dtype,
         device_map=device_map,
         window=window,
@@ -136,15 +137,6 @@ def finite(value: object) -> object:
     if isinstance(value, list | tuple):
         return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _read(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except OSError as error:
-        raise RequestError(f"{file} cannot be read: {error.strerror}.") from None
-    except UnicodeDecodeError as error:
-        raise RequestError(f"{file} is not UTF-8 text, at byte {error.start}.") from None
 
 
 def cells(report: "QualityReport") -> list[tuple[str, ...]]:

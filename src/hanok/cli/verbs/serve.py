@@ -63,6 +63,12 @@ from hanok.errors import OptionError
 @click.option("--max-stop-sequences", type=click.IntRange(0), default=4, show_default=True)
 @click.option("--max-client-batch-size", type=click.IntRange(1), default=32, show_default=True)
 @click.option(
+    "--pooling",
+    type=click.Choice(["last", "mean"]),
+    help="What an embedding is made of: the hidden state of the last token, or the mean of all.  "
+    "[default: as the checkpoint says, else last]",
+)
+@click.option(
     "--timeout",
     type=click.FloatRange(0, min_open=True),
     help="Seconds of a request that names no timeout.  [default: none]",
@@ -107,6 +113,7 @@ def command(path: Path | None, **options: Any) -> None:
         max_best_of=options["max_best_of"],
         max_stop_sequences=options["max_stop_sequences"],
         max_client_batch_size=options["max_client_batch_size"],
+        pooling=options["pooling"],
         timeout_s=options["timeout"],
         termination_s=options["termination_seconds"],
         logs_json=options["json_log"],

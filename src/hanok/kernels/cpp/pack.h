@@ -210,8 +210,8 @@ int pack(const Panels* weight, int64_t start, int64_t count, const void* rows, i
 
 // The numbers of a stored code in byte `j` of each word, before the scale; nibbles are in the low half.
 INLINE Floats number(const Panels& w, const Words& words, int j, const Floats& zero) {
-    if (w.kind == kRowBytes) return byte_value<kRowBytes>(words, j);
-    if (w.kind == kRowFloat8) return byte_value<kRowFloat8>(words, j);
+    if (w.kind == kRowBytes) return byte_value<kRowBytes>(words, j) * Floats::all(float_factor(kRowBytes));
+    if (w.kind == kRowFloat8) return byte_value<kRowFloat8>(words, j) * Floats::all(float_factor(kRowFloat8));
     const Ints code = reinterpret<Ints>((words >> (8 * j)) & Words::all(0xffu));
     if (w.kind == kBytes) return to_floats(code - Ints::all(128));
     if (w.kind == kNibbles) return to_floats(code - Ints::all(8));
@@ -224,9 +224,7 @@ INLINE Floats number(const Panels& w, const Words& words, int j, const Floats& z
 }
 
 INLINE Floats any_scale(const Panels& w, int64_t index) {
-    if (has_half_scale(w.kind)) return load_scale<kBytes>(w, index);
-    const Floats scale = load_scale<kRowBytes>(w, index);
-    return w.kind == kTable ? scale : scale * Floats::all(float_factor(w.kind));
+    return has_half_scale(w.kind) ? load_scale<kBytes>(w, index) : load_scale<kRowBytes>(w, index);
 }
 
 // Sixteen columns from `first`, a multiple of 16, of a panel: one lane for each row.

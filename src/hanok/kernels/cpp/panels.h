@@ -441,10 +441,10 @@ INLINE void float_panel(const Panels& w, int64_t panel, const float* x, int64_t 
                         Item* y) {
     Floats total[kTokens];
     float_tile<kKind, kTokens>(w.codes + panel * columns * kLanes, x, columns, total);
-    const Floats scale = load_scale<kKind>(w, panel) * Floats::all(float_factor(kKind));
+    const Floats scale = load_scale<kKind>(w, panel), factor = Floats::all(float_factor(kKind));
     const int64_t row = panel * kLanes, there = w.rows - row;
     for (int t = 0; t < kTokens; ++t) {
-        Floats value = total[t] * scale;
+        Floats value = total[t] * factor * scale;  // a scale of 256 times 2^120 would be infinite
         if (bias) value = value + load_first(bias + row, there);
         store_first(y + t * w.rows + row, value, there);
     }

@@ -14,6 +14,9 @@ from hanok.models.keys import Keys, llama_config
 def read_config(keys: Keys) -> ModelConfig:
     """Read an EXAONE 4 config.json."""
     config = llama_config(keys, default_eps=1e-5)
+    keys.demand("reorder_qk_norm", True)
+    keys.ignore("max_window_layers", "num_kv_heads")
+    keys.ignore("num_nextn_predict_layers", "mtp_loss_scaling_factor", "mtp_share_layers")
     window = keys.whole_or_none("sliding_window", 4096)
     default = ["full_attention"] * config.num_layers
     if window:
@@ -46,7 +49,9 @@ def _kinds(period: int, num_layers: int) -> list[str]:
 
 
 FAMILY = Family(
-    model_types=("exaone4",),
+    model_types={
+        "exaone4": "EXAONE 4.0 1.2B and 32B",
+    },
     read_config=read_config,
     names={
         **LLAMA_NAMES,

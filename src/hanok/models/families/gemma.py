@@ -26,4 +26,9 @@ def read_config(keys: Keys) -> ModelConfig:
     )
 
 
-FAMILY = Family(model_types=("gemma",), read_config=read_config)
+FAMILY = Family(
+    model_types={
+        "gemma": "Gemma 2B and 7B, CodeGemma",
+    },
+    read_config=read_config,
+)

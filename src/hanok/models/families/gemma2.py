@@ -69,7 +69,10 @@ def _local_rope(keys: Keys, head_dim: int) -> Rope:
 
 
 FAMILY = Family(
-    model_types=("gemma2", "gemma3_text"),
+    model_types={
+        "gemma2": "Gemma 2 2B, 9B and 27B",
+        "gemma3_text": "Gemma 3 270M and 1B",
+    },
     read_config=read_config,
     names={
         **LLAMA_NAMES,

@@ -20,7 +20,9 @@ def read_config(keys: Keys) -> ModelConfig:
 
 
 FAMILY = Family(
-    model_types=("glm4",),
+    model_types={
+        "glm4": "GLM-4 9B and 32B of 0414",
+    },
     read_config=read_config,
     names={
         **LLAMA_NAMES,

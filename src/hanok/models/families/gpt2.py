@@ -43,7 +43,9 @@ _SUMMARY = ("activation", "first_dropout", "proj_to_labels", "type", "use_proj")
 _MATRICES = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj")
 
 FAMILY = Family(
-    model_types=("gpt2",),
+    model_types={
+        "gpt2": "GPT-2 (all sizes), distilgpt2, KoGPT2",
+    },
     read_config=read_config,
     names={
         "embed_tokens": "transformer.wte",
@@ -60,5 +62,4 @@ FAMILY = Family(
     },
     layouts=dict.fromkeys(_MATRICES, "columns"),
     ignored_tensors=(r".*\.attn\.(bias|masked_bias)",),
-    optional_prefix="transformer.",
 )

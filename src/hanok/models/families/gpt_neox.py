@@ -12,6 +12,7 @@ def read_config(keys: Keys) -> ModelConfig:
     """Read a GPT-NeoX config.json."""
     hidden, heads = keys.whole("hidden_size"), keys.whole("num_attention_heads")
     keys.ignore("hidden_dropout", "classifier_dropout", "use_cache")
+    keys.ignore("attention_probs_dropout_prob", "hidden_dropout_prob")
     has_bias = keys.flag("attention_bias", True)
     rope: Rope = keys.rope(
         hidden // heads,
@@ -44,7 +45,9 @@ def read_config(keys: Keys) -> ModelConfig:
 
 
 FAMILY = Family(
-    model_types=("gpt_neox",),
+    model_types={
+        "gpt_neox": "Pythia, GPT-NeoX-20B, Polyglot-ko, KoAlpaca, RedPajama-INCITE",
+    },
     read_config=read_config,
     names={
         "embed_tokens": "gpt_neox.embed_in",

@@ -23,4 +23,9 @@ def read_config(keys: Keys) -> ModelConfig:
     )
 
 
-FAMILY = Family(model_types=("granite",), read_config=read_config)
+FAMILY = Family(
+    model_types={
+        "granite": "Granite 3.0 to 3.3",
+    },
+    read_config=read_config,
+)

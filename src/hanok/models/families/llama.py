@@ -28,4 +28,13 @@ def read_config(keys: Keys) -> ModelConfig:
     )
 
 
-FAMILY = Family(model_types=("llama", "mistral"), read_config=read_config)
+FAMILY = Family(
+    model_types={
+        "llama": (
+            "Llama 2, 3, 3.1, 3.2 (1B, 3B) and 3.3, Code Llama, TinyLlama, "
+            "SmolLM 1 and 2, Yi, SOLAR 10.7B, Kanana, DeepSeek-R1-Distill-Llama"
+        ),
+        "mistral": "Mistral 7B v0.1 to v0.3, Mistral Nemo, Mistral Small (24B)",
+    },
+    read_config=read_config,
+)

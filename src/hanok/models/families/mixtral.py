@@ -25,7 +25,9 @@ def read_config(keys: Keys) -> ModelConfig:
 
 
 FAMILY = Family(
-    model_types=("mixtral",),
+    model_types={
+        "mixtral": "Mixtral 8x7B and 8x22B",
+    },
     read_config=read_config,
     names={
         **LLAMA_NAMES,

@@ -20,7 +20,9 @@ def read_config(keys: Keys) -> ModelConfig:
 
 
 FAMILY = Family(
-    model_types=("olmo2",),
+    model_types={
+        "olmo2": "OLMo 2 1B to 32B",
+    },
     read_config=read_config,
     names={
         **LLAMA_NAMES,

@@ -21,7 +21,9 @@ def read_config(keys: Keys) -> ModelConfig:
 
 
 FAMILY = Family(
-    model_types=("phi3",),
+    model_types={
+        "phi3": "Phi-3, Phi-3.5 mini, Phi-4, Phi-4 mini",
+    },
     read_config=read_config,
     names={
         **LLAMA_NAMES,

@@ -14,4 +14,9 @@ def read_config(keys: Keys) -> ModelConfig:
     return replace(config, layers=windows_above(keys, config.layers), has_qkv_bias=True)
 
 
-FAMILY = Family(model_types=("qwen2",), read_config=read_config)
+FAMILY = Family(
+    model_types={
+        "qwen2": "Qwen2, Qwen2.5, Qwen2.5-Coder, QwQ 32B, DeepSeek-R1-Distill-Qwen, A.X 4.0",
+    },
+    read_config=read_config,
+)

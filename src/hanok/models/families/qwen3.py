@@ -20,6 +20,10 @@ def read_config(keys: Keys) -> ModelConfig:
     if not keys.flag("use_sliding_window", False):
         window = None
     keys.ignore("output_router_logits", "router_aux_loss_coef")
+    # Qwen3-Coder says what the other files leave out.
+    keys.demand("qkv_bias", False)
+    keys.demand("use_qk_norm", True)
+    keys.demand("shared_expert_intermediate_size", 0)
     step, dense = keys.whole("decoder_sparse_step", 1), keys.listed("mlp_only_layers", [])
     return replace(
         config,
@@ -41,7 +45,10 @@ def read_config(keys: Keys) -> ModelConfig:
 
 
 FAMILY = Family(
-    model_types=("qwen3", "qwen3_moe"),
+    model_types={
+        "qwen3": "Qwen3 0.6B to 32B",
+        "qwen3_moe": "Qwen3 30B-A3B and 235B-A22B, Qwen3-Coder 30B-A3B and 480B-A35B",
+    },
     read_config=read_config,
     names={
         **LLAMA_NAMES,

@@ -44,4 +44,9 @@ def read_config(keys: Keys) -> ModelConfig:
     )
 
 
-FAMILY = Family(model_types=("smollm3",), read_config=read_config)
+FAMILY = Family(
+    model_types={
+        "smollm3": "SmolLM3 3B",
+    },
+    read_config=read_config,
+)

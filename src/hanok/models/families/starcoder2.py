@@ -11,6 +11,9 @@ def read_config(keys: Keys) -> ModelConfig:
     """Read a StarCoder2 config.json."""
     config = llama_config(keys)
     keys.ignore("residual_dropout", "embedding_dropout")
+    # Left over from the first StarCoder: `hidden_act` and `norm_epsilon` count.
+    keys.ignore("activation_function", "layer_norm_epsilon", "scale_attn_weights")
+    keys.ignore("attention_softmax_in_fp32", "scale_attention_softmax_in_fp32")
     keys.demand("norm_type", "layer_norm")
     keys.demand("mlp_type", "default")
     has_bias = keys.flag("use_bias", True)
@@ -32,7 +35,9 @@ def read_config(keys: Keys) -> ModelConfig:
 
 
 FAMILY = Family(
-    model_types=("starcoder2",),
+    model_types={
+        "starcoder2": "StarCoder2 3B, 7B and 15B",
+    },
     read_config=read_config,
     names={**LLAMA_NAMES, "mlp.up_proj": "mlp.c_fc", "mlp.down_proj": "mlp.c_proj"},
 )

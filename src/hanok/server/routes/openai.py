@@ -11,14 +11,16 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from hanok import __version__
+from hanok.checkpoint.infill import Infill
 from hanok.checkpoint.tokenizer import Tokenizer
+from hanok.engine.params import SamplingOptions
 from hanok.engine.sequence import Ranked, TokenEvent
 from hanok.engine.ticket import Ticket
 from hanok.server.answer import Answer, AnswerReader, Content, Event, Reasoning
 from hanok.server.calls import CallArguments, CallBegun
 from hanok.server.chat import Conversation
 from hanok.server.constraints import constraint_of
-from hanok.server.errors import ServerError, invalid, openai_body
+from hanok.server.errors import invalid, openai_body
 from hanok.server.logprobs import logprob_of, text_of
 from hanok.server.openai_models import (
     ChatCompletion,
@@ -35,11 +37,20 @@ from hanok.server.openai_sampling import (
     sampling_options,
     unknown_model,
 )
-from hanok.server.routes.tgi import batch_too_large
+from hanok.server.routes.tgi import batch_too_large, num_scores
 from hanok.server.service import Prepared, Service
-from hanok.server.submission import check_prompt, submitted, truncated
+from hanok.server.submission import check_prompt, fitting, submitted, truncated
 from hanok.server.times import stream_headers, timing_headers
-from hanok.server.web import Json, Route, as_event, dumps, exchange_of, note_parameters
+from hanok.server.web import (
+    AT_ONCE,
+    Json,
+    Route,
+    as_event,
+    dumps,
+    dumps_in_parts,
+    exchange_of,
+    note_parameters,
+)
 
 DEFAULT_COMPLETION_TOKENS = 16
 REASONS = {"eos_token": "stop", "stop_sequence": "stop", "length": "length"}
@@ -121,10 +132,7 @@ async def completions(service: Service, request: Request, body: CompletionReques
     options = service.options
     check(body, options)
     check_model(body.model, options)
-    if body.suffix:
-        raise ServerError(
-            "`suffix` is not supported", kind="suffix not supported", parameter="suffix"
-        )
+    infill = infill_of(service, body)
     given = prompts_of(service, body)
     count = body.n or 1
     best_of = body.best_of or count
@@ -139,19 +147,21 @@ async def completions(service: Service, request: Request, body: CompletionReques
         raise invalid("`max_tokens` must be >= 1 without `echo`", "max_tokens")
     prepared, shown = [], []
     for prompt in given:
-        whole = await encoded(service, body, prompt)
+        whole = await encoded(service, body, prompt, max(1, most), infill)
         ids = truncated(service, whole, body.truncate_prompt_tokens, max(1, most))
         shown.append(prompt if len(ids) == len(whole) else ids)
         check_prompt(service, ids, max(1, most), "prompt")
         sampling = sampling_options(body, service.needed_model.defaults, max(1, most))
         sampling["top_logprobs"] = body.logprobs or 0
+        if infill is not None:
+            end_with(sampling, infill)
         prepared.append(
             Prepared(
                 prompt_ids=ids,
                 options=sampling,
                 count=best_of,
                 grammar=constraint_of(body),
-                scored=body.logprobs if body.echo and body.logprobs is not None else None,
+                scored=_scored(body),
                 timeout_s=body.timeout,
                 priority=body.priority or 0,
                 salt=body.cache_salt,
@@ -176,23 +186,116 @@ async def completions(service: Service, request: Request, body: CompletionReques
             service, request, body, head, parts, tickets, lambda: usage_of(tickets, len(given))
         )
     results = await service.results(request, tickets)
-    choices: list[dict[str, Any]] = []
-    for start in range(0, len(tickets), best_of):
-        group = range(start, start + best_of)
-        if best_of > count:
-            group = sorted(group, key=lambda i: -_mean(results[i]))[:count]  # type: ignore[assignment]
-        choices += [writers[index].whole(len(choices), results[index]) for index in group]
-    answer = head.fields() | {"choices": choices, "usage": usage_of(tickets, len(given))}
+
+    def answer() -> dict[str, Any]:
+        choices: list[dict[str, Any]] = []
+        for start in range(0, len(tickets), best_of):
+            group = range(start, start + best_of)
+            if best_of > count:
+                group = sorted(group, key=lambda i: -_mean(results[i]))[:count]  # type: ignore[assignment]
+            choices += [writers[index].whole(len(choices), results[index]) for index in group]
+        return head.fields() | {"choices": choices, "usage": usage_of(tickets, len(given))}
+
     headers = timing_headers(exchange_of(request), tickets, _num_characters(given))
-    return Json(answer, headers=headers)
+    return await service.answered(answer, num_scores(tickets), headers)
 
 
-async def encoded(service: Service, body: CompletionRequest, prompt: str | list[int]) -> list[int]:
-    """Return the tokens of one of a body's prompts."""
+def infill_of(service: Service, body: CompletionRequest) -> Infill | None:
+    """Return what writes a prompt with its `suffix`; None where there is none.
+
+    Raises ServerError where the tokenizer has no markers for it, and for options that a prompt in
+    another order than its text leaves no meaning.
+    """
+    if not body.suffix:
+        return None
+    given = {
+        "echo": body.echo or None,
+        "truncate_prompt_tokens": body.truncate_prompt_tokens,
+        "add_special_tokens": body.add_special_tokens,
+    }
+    for name, value in given.items():
+        if value is not None:
+            raise invalid(f"`{name}` cannot be given beside `suffix`", name)
+    return service.needed_infill
+
+
+def end_with(sampling: SamplingOptions, infill: Infill) -> None:
+    """Let a text in a gap end where its model writes a marker, which is no part of it."""
+    sampling["stop_token_ids"] = [*sampling.get("stop_token_ids", ()), *infill.end_ids]
+    sampling["stop"] = [*sampling.get("stop", ()), *infill.end_texts()]
+
+
+async def encoded(
+    service: Service,
+    body: CompletionRequest,
+    prompt: str | list[int],
+    most: int,
+    infill: Infill | None = None,
+) -> list[int]:
+    """Return the tokens of one of a body's prompts, of which `most` are to be generated.
+
+    With `infill` they are those of a text with a gap, before the body's suffix.
+    """
+    if infill is not None:
+        return await gapped(service, infill, prompt, body.suffix or "", most=most)
     if not isinstance(prompt, str):
         return prompt
+    is_cut = body.truncate_prompt_tokens is not None
+    check_length = None if is_cut else fitting(service, most, "prompt")
     adds = body.add_special_tokens is not False
-    return await service.aside(service.needed_tokenizer.encode, prompt, add_special_tokens=adds)
+    return await service.encoded(prompt, check_length, add_special_tokens=adds)
+
+
+async def gapped(
+    service: Service,
+    infill: Infill,
+    prefix: str | list[int],
+    suffix: str,
+    *,
+    most: int | None,
+    files: Sequence[tuple[str, str]] = (),
+    middle: str = "",
+) -> list[int]:
+    """Return the tokens of a text with a gap (see `Infill.encode`), in which `most` are to be generated.
+
+    A text that cannot be served is refused before it is tokenized, as by `Service.encoded`.
+    """
+
+    def encode() -> list[int]:
+        texts = [suffix, middle, *(part for file in files for part in file)]
+        texts += [prefix] if isinstance(prefix, str) else []
+        fitting(service, most, "prompt")(sum(map(service.needed_tokenizer.fewest_tokens, texts)))
+        return infill.encode(prefix, suffix, files=files, middle=middle)
+
+    return await service.aside(encode)
+
+
+def _scored(body: CompletionRequest) -> int | None:
+    """Return how many likeliest tokens the prompt is scored with; None: it is not."""
+    wanted = (body.logprobs if body.echo else None, body.prompt_logprobs)
+    return max((number for number in wanted if number is not None), default=None)
+
+
+def prompt_logprobs_of(
+    tokenizer: Tokenizer | None, ticket: Ticket, number: int
+) -> list[dict[str, dict[str, Any]] | None]:
+    """Return each prompt token's log-probability with those of the `number` likeliest, None first."""
+    found: list[dict[str, dict[str, Any]] | None] = [None]
+    for score in ticket.prompt_scores:
+        ranks = enumerate(score.top_logprobs[:number], 1)
+        table = {token: (logprob, rank) for rank, (token, logprob) in ranks}
+        table.setdefault(score.token_id, (score.logprob, score.rank))
+        found.append(
+            {
+                str(token): {
+                    "logprob": logprob,
+                    "rank": rank,
+                    "decoded_token": text_of(tokenizer, token) if tokenizer else None,
+                }
+                for token, (logprob, rank) in table.items()
+            }
+        )
+    return found[: len(ticket.request.sequence.prompt_ids)]
 
 
 def _mean(events: Sequence[TokenEvent]) -> float:
@@ -227,13 +330,18 @@ class CompletionWriter:
             logprobs = {name: [x for part in parts for x in part[1][name]] for name in names}
         reason = REASONS[events[-1].finish_reason or "length"] if self.most else "length"
         text = "".join(part[0] for part in parts)
-        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
+        found = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
+        number = self.body.prompt_logprobs
+        if number is not None:
+            found["prompt_logprobs"] = prompt_logprobs_of(self.tokenizer, self.ticket, number)
+        return found
 
     async def stream(self, index: int) -> AsyncIterator[dict[str, Any]]:
         """Yield the choice's chunks."""
         is_first = True
         async for events in self.ticket.groups():
-            parts = [self._echo()] if is_first and self.body.echo else []
+            is_echoed = is_first and self.body.echo
+            parts = [await asyncio.to_thread(self._echo)] if is_echoed else []
             is_first = False
             if self.most:
                 parts += [self._part([event]) for event in events]
@@ -254,16 +362,15 @@ class CompletionWriter:
             text = self.prompt
         else:
             text = self.tokenizer.decode(ids) if self.tokenizer else ""
-        scores = self.ticket.prompt_scores
-        texts = [self._text(token) for token in ids]
-        special = self.tokenizer.special_token_ids if self.tokenizer else frozenset()
-        shown = ["" if token in special else name for token, name in zip(ids, texts, strict=True)]
+        scores, most = self.ticket.prompt_scores, self.body.logprobs or 0
+        stream = self.tokenizer.stream() if self.tokenizer else None
+        shown = [stream.push(token) if stream else "" for token in ids]
         logprobs = {
-            "tokens": texts,
+            "tokens": [self._text(token) for token in ids],
             "token_logprobs": [None, *(score.logprob for score in scores)],
             "top_logprobs": [
                 None,
-                *(self._top(s.top_logprobs, s.token_id, s.logprob) for s in scores),
+                *(self._top(s.top_logprobs[:most], s.token_id, s.logprob) for s in scores),
             ],
             "text_offset": _offsets(shown, len(text)),
         }
@@ -283,7 +390,12 @@ class CompletionWriter:
         }
 
     def _text(self, token: int) -> str:
-        return text_of(self.tokenizer, token) if self.tokenizer else f"token_id:{token}"
+        """Return a token's text; of a part of a character, which has none, its bytes as OpenAI does."""
+        if self.tokenizer is None:
+            return f"token_id:{token}"
+        text, data = text_of(self.tokenizer, token), self.tokenizer.token_bytes(token)
+        is_part = bool(data) and text.encode() != data
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data) if is_part else text
 
     def _top(self, found: Ranked, token: int, logprob: float) -> dict[str, float]:
         """Return the likeliest texts, the chosen one among them."""
@@ -318,13 +430,21 @@ async def chat_completions(service: Service, request: Request, body: ChatRequest
         head = replace(head, object="chat.completion.chunk")
         return stream(service, request, body, head, parts, tickets, usage)
     results = await service.results(request, tickets)
-    choices = [
-        writer.whole(index, events)
-        for index, (writer, events) in enumerate(zip(writers, results, strict=True))
-    ]
-    answer = head.fields() | {"choices": choices, "usage": usage()}
+
+    def answer() -> dict[str, Any]:
+        choices = [
+            writer.whole(index, events)
+            for index, (writer, events) in enumerate(zip(writers, results, strict=True))
+        ]
+        found = head.fields() | {"choices": choices, "usage": usage()}
+        if body.prompt_logprobs is not None:
+            found["prompt_logprobs"] = prompt_logprobs_of(
+                service.needed_tokenizer, tickets[0], body.prompt_logprobs
+            )
+        return found
+
     headers = timing_headers(exchange_of(request), tickets, len(talk.text))
-    return Json(answer, headers=headers)
+    return await service.answered(answer, num_scores(tickets), headers)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -436,7 +556,11 @@ def stream(
                 own = None
                 if tells_each and is_last:
                     own = usage_of([tickets[choice["index"]]], 1)
-                yield as_event(dumps(common | {"choices": [choice], "usage": own}))
+                chunk = common | {"choices": [choice], "usage": own}
+                # A prompt that is echoed may have as many scores as the context has tokens.
+                is_long = len((choice["logprobs"] or {}).get("tokens", ())) > AT_ONCE
+                texts = dumps_in_parts(chunk)
+                yield as_event(await service.aside("".join, texts) if is_long else dumps(chunk))
         if asked is not None and asked.include_usage:
             yield as_event(dumps(common | {"choices": [], "usage": usage()}))
         yield DONE

@@ -1,5 +1,7 @@
 """What those ask who run a server: is it well, what is it, what does it do, what would it do."""
 
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from dataclasses import asdict
 from importlib.resources import files
 from typing import Any
@@ -14,14 +16,14 @@ from hanok.server.chat import conversation_of
 from hanok.server.errors import ServerError, invalid
 from hanok.server.messages_models import MessagesRequest
 from hanok.server.openai_models import ChatRequest, CompletionRequest
-from hanok.server.openai_sampling import origins, sampling_options
+from hanok.server.openai_sampling import check, origins, sampling_options
 from hanok.server.responses_models import ResponsesRequest
 from hanok.server.routes import openai, tgi
 from hanok.server.routes.openai import prompts_of
 from hanok.server.service import Service
-from hanok.server.submission import truncated
-from hanok.server.tgi_models import Body, CompatGenerateRequest, GenerateRequest
-from hanok.server.web import Json, Route, validated
+from hanok.server.submission import check_prompt, fitting, truncated
+from hanok.server.tgi_models import Body, CompatGenerateRequest, GenerateRequest, Name
+from hanok.server.web import Json, Pieces, Route, dumps, validated
 
 
 class Info(BaseModel):
@@ -34,6 +36,8 @@ class Info(BaseModel):
     max_best_of: int
     max_stop_sequences: int
     max_input_tokens: int
+    max_input_length: int
+    """`max_input_tokens`, under its name in TGI before 2.0."""
     max_total_tokens: int
     validation_workers: int
     max_client_batch_size: int
@@ -60,7 +64,7 @@ class Status(BaseModel):
 class ExplainRequest(Body):
     """A request of another route, to be explained and not carried out."""
 
-    route: str = "/v1/chat/completions"
+    route: Name = "/v1/chat/completions"
     body: dict[str, Any] = Field(default_factory=dict)
 
 
@@ -123,6 +127,7 @@ async def info(service: Service, request: Request, body: None) -> Response:
         max_best_of=options.max_best_of,
         max_stop_sequences=options.max_stop_sequences,
         max_input_tokens=service.max_input_tokens,
+        max_input_length=service.max_input_tokens,
         max_total_tokens=total,
         validation_workers=options.validation_workers,
         max_client_batch_size=options.max_client_batch_size,
@@ -150,10 +155,19 @@ async def metrics(service: Service, request: Request, body: None) -> Response:
 
 async def chat_tokenize(service: Service, request: Request, body: ChatRequest) -> Response:
     """Answer with the tokens of a conversation and the text its template makes."""
+    check(body, service.options)
     tokenizer = service.needed_tokenizer
     talk = await service.aside(conversation_of, tokenizer, body)
-    tokens = await service.aside(tgi.tokens_of, tokenizer, talk.text, False)
-    return Json({"tokenize_response": tokens, "templated_text": talk.text})
+    ids = await service.aside(tokenizer.encode, talk.text, add_special_tokens=False)
+
+    async def pieces() -> AsyncGenerator[str, None]:
+        yield '{"tokenize_response":'
+        async with aclosing(tgi.token_list(service, talk.text, ids)) as tokens:
+            async for piece in tokens:
+                yield piece
+        yield f',"templated_text":{dumps(talk.text)}}}'
+
+    return Pieces(pieces(), write_timeout_s=service.options.write_timeout_s)
 
 
 async def invocations(service: Service, request: Request, body: Anything) -> Response:
@@ -185,23 +199,31 @@ async def explain(service: Service, request: Request, body: ExplainRequest) -> R
     model = service.needed_model
     prompts: list[dict[str, Any]] = []
     if (chat := _chat_of(body)) is not None:
-        talk = await service.aside(conversation_of, service.needed_tokenizer, chat)
-        most = chat.max_completion_tokens or chat.max_tokens
-        ids = truncated(service, talk.prompt_ids, chat.truncate_prompt_tokens, most or 1)
-        left = service.max_total_tokens - len(ids)
-        options = sampling_options(chat, model.defaults, left if most is None else most)
+        check(chat, service.options)
+        wanted = chat.max_completion_tokens or chat.max_tokens
+        kept = chat.truncate_prompt_tokens
+        check_length = fitting(service, wanted, "messages") if kept is None else None
+        talk = await service.aside(conversation_of, service.needed_tokenizer, chat, check_length)
+        ids = truncated(service, talk.prompt_ids, kept, wanted or 1)
+        most = check_prompt(service, ids, wanted, "messages")
+        options = sampling_options(chat, model.defaults, most)
         params = model.defaults.updated(options)
         prompts = [{"text": talk.text, "token_ids": ids}]
         return Json({"prompts": prompts, "parameters": origins(chat, params, model.defaults)})
     if body.route == "/v1/completions":
         completion = validated(body.body, CompletionRequest)
-        wanted = completion.max_tokens
+        check(completion, service.options)
+        wanted, infill = completion.max_tokens, openai.infill_of(service, completion)
         most = openai.DEFAULT_COMPLETION_TOKENS if wanted is None else max(1, wanted)
         for prompt in prompts_of(service, completion):
-            ids = await openai.encoded(service, completion, prompt)
+            ids = await openai.encoded(service, completion, prompt, most, infill)
             ids = truncated(service, ids, completion.truncate_prompt_tokens, most)
+            check_prompt(service, ids, most, "prompt")
             prompts.append({"text": prompt if isinstance(prompt, str) else None, "token_ids": ids})
-        params = model.defaults.updated(sampling_options(completion, model.defaults, most))
+        options = sampling_options(completion, model.defaults, most)
+        if infill is not None:
+            openai.end_with(options, infill)
+        params = model.defaults.updated(options)
         return Json({"prompts": prompts, "parameters": origins(completion, params, model.defaults)})
     if body.route in ("/", "/generate", "/generate_stream"):
         generate = validated(body.body, GenerateRequest)

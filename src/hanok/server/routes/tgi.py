@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -12,8 +13,10 @@ from hanok.checkpoint.tokenizer import Tokenizer
 from hanok.engine.sequence import Ranked, TokenEvent
 from hanok.engine.ticket import Ticket
 from hanok.server import tgi_limits as limits
+from hanok.server.chat import conversation_of
 from hanok.server.errors import ServerError, flat_body, invalid
 from hanok.server.logprobs import text_of
+from hanok.server.openai_models import ChatRequest
 from hanok.server.service import Prepared, Service
 from hanok.server.tgi_models import (
     CompatGenerateRequest,
@@ -33,6 +36,8 @@ from hanok.server.web import (
     validated,
 )
 
+TOKENS_AT_ONCE = 1000
+"""Tokens that are written to JSON at once: a millisecond, in which nobody else is served."""
 UNFINISHED = ServerError(
     "Incomplete generation stream", kind="incomplete_generation_stream", status=500
 )
@@ -64,15 +69,20 @@ async def asked_of(
     check_adapter(parameters.adapter_id)
     if not body.inputs:
         raise invalid("`inputs` cannot be empty", "inputs")
-    tokenizer = service.needed_tokenizer
-    prompt_ids = await service.aside(tokenizer.encode, body.inputs)
-    if parameters.truncate is not None:
+    check = partial(limits.check_lengths, parameters, max_input=max_input, max_total=max_total)
+    if parameters.truncate is None:
+
+        def check_fewest(count: int) -> None:
+            if count > max_input:
+                check(count, are_counted=False)
+
+        prompt_ids = await service.encoded(body.inputs, check_fewest)
+    else:
+        prompt_ids = await service.aside(service.needed_tokenizer.encode, body.inputs)
         prompt_ids = prompt_ids[-parameters.truncate :]
     if not prompt_ids:
         raise invalid("`inputs` cannot be empty", "inputs")
-    most = limits.check_lengths(
-        parameters, len(prompt_ids), max_input=max_input, max_total=max_total
-    )
+    most = check(len(prompt_ids))
     options = limits.sampling_options(parameters, service.options, most, includes_stop=True)
     wants_scores = parameters.decoder_input_details and service.options.has_prompt_logprobs
     note_parameters(request, options)
@@ -141,18 +151,22 @@ async def whole(service: Service, request: Request, asked: Asked, *, as_list: bo
     tickets = await service.submit(request, [asked.prepared])
     results = await service.results(request, tickets)
     tokenizer = service.needed_tokenizer
-    answers = [
-        _answer(tokenizer, asked, ticket, events)
-        for ticket, events in zip(tickets, results, strict=True)
-    ]
-    means = [sum(e.logprob for e in events) / len(events) for events in results]
-    best = answers.pop(means.index(max(means)))
-    text = best.pop("generated_text")
-    found: dict[str, Any] = {"generated_text": text}
-    if asked.has_details:
-        found["details"] = best | ({"best_of_sequences": answers} if answers else {})
+
+    def answer() -> Any:
+        answers = [
+            _answer(tokenizer, asked, ticket, events)
+            for ticket, events in zip(tickets, results, strict=True)
+        ]
+        means = [sum(e.logprob for e in events) / len(events) for events in results]
+        best = answers.pop(means.index(max(means)))
+        text = best.pop("generated_text")
+        found: dict[str, Any] = {"generated_text": text}
+        if asked.has_details:
+            found["details"] = best | ({"best_of_sequences": answers} if answers else {})
+        return [found] if as_list else found
+
     headers = timing_headers(exchange_of(request), tickets, len(asked.inputs))
-    return Json([found] if as_list else found, headers=headers)
+    return await service.answered(answer, num_scores(tickets), headers)
 
 
 def _answer(
@@ -243,18 +257,37 @@ async def _events(tokenizer: Tokenizer, asked: Asked, ticket: Ticket) -> AsyncGe
         raise UNFINISHED
 
 
-def tokens_of(tokenizer: Tokenizer, text: str, adds_special: bool) -> list[dict[str, Any]]:
-    """Return a text's tokens; `start` and `stop` are bytes of its UTF-8, 0 for special tokens.
+async def token_list(service: Service, text: str, ids: list[int]) -> AsyncGenerator[str, None]:
+    """Yield the JSON list of a text's tokens in parts: it is dozens of times as long as the text."""
+    tokenizer, total = service.needed_tokenizer, len(text.encode())
+    stream, stop = tokenizer.stream(skip_special_tokens=True), 0
+
+    def part(part_ids: list[int]) -> str:
+        nonlocal stop
+        sizes = [len(stream.push(token).encode()) for token in part_ids]
+        stops = list(accumulate(sizes, initial=stop))[1:]
+        stop = stops[-1]
+        return dumps(tokens_of(tokenizer, part_ids, sizes, stops, total))[1:-1]
+
+    yield "["
+    for start in range(0, len(ids), TOKENS_AT_ONCE):
+        text = await service.aside(part, ids[start : start + TOKENS_AT_ONCE])
+        yield f",{text}" if start else text
+    yield "]"
+
+
+def tokens_of(
+    tokenizer: Tokenizer,
+    ids: Sequence[int],
+    sizes: Sequence[int],
+    stops: Sequence[int],
+    total: int,
+) -> list[dict[str, Any]]:
+    """Return tokens of a text; `start` and `stop` are bytes of its UTF-8, 0 for special tokens.
 
     Every token is given the bytes that it adds to the text; one that only begins a character gets
     none, and the one that ends it all of its bytes.
     """
-    ids = tokenizer.encode(text, add_special_tokens=adds_special)
-    stream = tokenizer.stream(skip_special_tokens=True)
-    pieces = [stream.push(token) for token in ids]
-    sizes = [len(piece.encode()) for piece in pieces]
-    stops = list(accumulate(sizes))
-    total = len(text.encode())
     found = []
     for token, size, stop in zip(ids, sizes, stops, strict=True):
         is_special = token in tokenizer.special_token_ids
@@ -280,8 +313,9 @@ async def vertex(service: Service, request: Request, body: VertexRequest) -> Res
         given = instance.get("parameters") if isinstance(instance.get("parameters"), dict) else {}
         chosen = {key: (given or {}).get(key) for key in ("max_new_tokens", "seed")}
         if "messages" in instance:
-            tokenizer = service.needed_tokenizer
-            prompt = await service.aside(tokenizer.render_chat, instance["messages"])
+            chat = validated({"messages": instance["messages"]}, ChatRequest)
+            talk = await service.aside(conversation_of, service.needed_tokenizer, chat)
+            prompt = talk.text
         else:
             prompt = instance.get("inputs", "")
         if not isinstance(prompt, str):
@@ -292,6 +326,15 @@ async def vertex(service: Service, request: Request, body: VertexRequest) -> Res
     tickets = await service.submit(request, prepared)
     results = await service.results(request, tickets)
     return Json({"predictions": ["".join(e.text for e in events) for events in results]})
+
+
+def num_scores(tickets: Sequence[Ticket]) -> int:
+    """Return how many scores an answer may tell of: of each token, and of those likely there."""
+    return sum(
+        (len(ticket.prompt_scores) + len(ticket.request.sequence.generated_ids))
+        * (1 + ticket.request.sequence.params.top_logprobs)
+        for ticket in tickets
+    )
 
 
 def batch_too_large(service: Service) -> ServerError:

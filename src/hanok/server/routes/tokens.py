@@ -1,9 +1,9 @@
 """Text to tokens and back: TGI's /tokenize and vLLM's at one path, and vLLM's /detokenize."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import ConfigDict, RootModel
+from pydantic import ConfigDict, Field, RootModel
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -11,11 +11,11 @@ from hanok.server.chat import conversation_of
 from hanok.server.errors import invalid
 from hanok.server.logprobs import text_of
 from hanok.server.openai_models import ChatRequest, TokenId
-from hanok.server.openai_sampling import check_model
-from hanok.server.routes.tgi import tokens_of
+from hanok.server.openai_sampling import check, check_model
+from hanok.server.routes.tgi import token_list
 from hanok.server.service import Service
-from hanok.server.tgi_models import Body, NullFalse, TokenizedToken
-from hanok.server.web import Json, Route, validated
+from hanok.server.tgi_models import Body, Name, NullFalse, TokenizedToken
+from hanok.server.web import Json, Pieces, Route, validated
 
 ONE_OF = ("inputs", "prompt", "messages")
 
@@ -27,8 +27,8 @@ class TokenizeRequest(Body):
 
     inputs: str | None = None
     prompt: str | None = None
-    messages: list[dict[str, Any]] | None = None
-    model: str | None = None
+    messages: Annotated[list[dict[str, Any]], Field(fail_fast=True)] | None = None
+    model: Name | None = None
     add_special_tokens: bool | None = None
     """Default: true for a prompt, false for messages, whose template writes them."""
     return_token_strs: NullFalse = False
@@ -50,8 +50,8 @@ class Tokenized(RootModel[list[TokenizedToken] | TokenIds]):
 class DetokenizeRequest(Body):
     """The body of /detokenize."""
 
-    tokens: list[TokenId]
-    model: str | None = None
+    tokens: Annotated[list[TokenId], Field(fail_fast=True)]
+    model: Name | None = None
 
 
 class Detokenized(Body):
@@ -68,20 +68,24 @@ async def tokenize(service: Service, request: Request, body: TokenizeRequest) ->
     check_model(body.model, service.options)
     tokenizer = service.needed_tokenizer
     if body.inputs is not None:
-        return Json(await service.aside(tokens_of, tokenizer, body.inputs, True))
+        ids = await service.encoded(body.inputs)
+        pieces = token_list(service, body.inputs, ids)
+        return Pieces(pieces, write_timeout_s=service.options.write_timeout_s)
     text, adds_special = body.prompt, body.add_special_tokens is not False
     if text is None:
-        talk = await service.aside(
-            conversation_of, tokenizer, validated(body.model_dump(), ChatRequest)
-        )
+        chat = validated(body.model_dump(exclude={"add_special_tokens"}), ChatRequest)
+        check(chat, service.options)
+        talk = await service.aside(conversation_of, tokenizer, chat)
         text, adds_special, ids = talk.text, bool(body.add_special_tokens), talk.prompt_ids
     if adds_special or body.prompt is not None:
-        ids = await service.aside(tokenizer.encode, text, add_special_tokens=adds_special)
-    texts = [text_of(tokenizer, token) for token in ids] if body.return_token_strs else None
-    found = TokenIds(
-        count=len(ids), max_model_len=service.max_total_tokens, tokens=ids, token_strs=texts
-    )
-    return Json(found.model_dump())
+        ids = await service.encoded(text, add_special_tokens=adds_special)
+
+    def found() -> dict[str, Any]:
+        texts = [text_of(tokenizer, token) for token in ids] if body.return_token_strs else None
+        size = service.max_total_tokens
+        return {"count": len(ids), "max_model_len": size, "tokens": ids, "token_strs": texts}
+
+    return await service.answered(found, len(ids), {})
 
 
 async def detokenize(service: Service, request: Request, body: DetokenizeRequest) -> Response:
@@ -95,8 +99,8 @@ async def detokenize(service: Service, request: Request, body: DetokenizeRequest
 
 def check_ids(ids: Sequence[int], size: int, parameter: str) -> None:
     """Raise ServerError for an id that no row of the embedding has."""
-    wrong = next((token for token in ids if token >= size), None)
-    if wrong is not None:
+    wrong = max(ids, default=0)
+    if wrong >= size:
         raise invalid(
             f"`{parameter}` has {wrong}, which is not a token id: they are 0 to {size - 1}",
             parameter,

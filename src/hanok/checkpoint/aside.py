@@ -1,0 +1,156 @@
+"""Files and folders that are written aside and get their names once they are complete.
+
+What is not complete is called ".NAME.xxxxxxxx.partial", beside NAME, and is locked (flock) by whoever
+writes it. An error or an interrupt removes it. A killed writer cannot, but loses its lock: whoever
+writes into the same folder next removes what nobody holds, and leaves alone what is being written.
+
+Invariant: under its name a file or folder is complete, and on disk where a batch is durable.
+"""
+
+import fcntl
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO, Self
+
+PARTIAL = re.compile(r"\..+\.[0-9a-f]{8}\.partial")
+
+
+class Batch:
+    """Files written aside, which get their names together or not at all.
+
+    One that is not durable leaves to the system when the bytes reach the disk.
+    """
+
+    def __init__(self, *, is_durable: bool = True) -> None:
+        self._is_durable = is_durable
+        self._waiting: dict[Path, Path] = {}
+        self._files: list[BinaryIO] = []
+        self._cleaned: set[Path] = set()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        for temporary in self._waiting.values():
+            temporary.unlink(missing_ok=True)
+        for file in self._files:
+            file.close()
+
+    @property
+    def waiting(self) -> Mapping[Path, Path]:
+        """Where each file is until it gets its name, in the order they were opened."""
+        return self._waiting
+
+    @contextmanager
+    def open(self, path: Path) -> Iterator[BinaryIO]:
+        """Yield a new file beside `path`; when the block ends, its bytes are written."""
+        if path.parent not in self._cleaned:
+            remove_leftovers(path.parent)
+            self._cleaned.add(path.parent)
+        file = self._created(path)
+        yield file
+        file.flush()
+        if self._is_durable:
+            os.fsync(file.fileno())
+
+    def _created(self, path: Path) -> BinaryIO:
+        """Return a new file that stays open, and so locked, until it has its name."""
+        while True:
+            # Exclusive creation and not tempfile, whose files only their owner may read.
+            temporary = _partial_name(path)
+            self._waiting[path] = temporary
+            file = temporary.open("xb")
+            self._files.append(file)
+            if _is_mine(temporary, file.fileno()):
+                return file
+
+    def publish(self) -> tuple[Path, ...]:
+        """Rename the files in the order they were opened and return their names."""
+        paths = tuple(self._waiting)
+        for path in paths:
+            self._waiting[path].replace(path)
+            del self._waiting[path]
+        for folder in {path.parent for path in paths} if self._is_durable else ():
+            # The renames themselves are only safe once the folder is on disk.
+            with _opened(folder) as descriptor:
+                os.fsync(descriptor)
+        return paths
+
+
+@contextmanager
+def folder_aside(path: Path) -> Iterator[Path]:
+    """Yield a new folder beside `path`, which gets that name when the block ends without an error.
+
+    `path` may be an empty folder; it is replaced.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(path.parent)
+    temporary, descriptor = _created_folder(path)
+    try:
+        yield temporary
+        if path.exists():
+            path.rmdir()
+        temporary.rename(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        os.close(descriptor)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what killed writers left in a folder; what cannot be removed stays."""
+    with suppress(OSError):
+        for entry in folder.iterdir():
+            if PARTIAL.fullmatch(entry.name) and not entry.is_symlink():
+                _remove_unless_held(entry)
+
+
+def _remove_unless_held(entry: Path) -> None:
+    with suppress(OSError), _opened(entry) as descriptor:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails where somebody holds it
+        if entry.is_dir():
+            shutil.rmtree(entry, ignore_errors=True)
+        else:
+            entry.unlink()
+
+
+def _partial_name(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+
+
+def _created_folder(path: Path) -> tuple[Path, int]:
+    """Return a new folder, and the descriptor that locks it until it is closed."""
+    while True:
+        temporary = _partial_name(path)
+        temporary.mkdir()
+        descriptor = os.open(temporary, os.O_RDONLY | os.O_CLOEXEC)
+        if _is_mine(temporary, descriptor):
+            return temporary, descriptor
+        os.close(descriptor)
+
+
+def _is_mine(temporary: Path, descriptor: int) -> bool:
+    """Lock what was just created; return whether nobody took it for a leftover before that."""
+    # Some network file systems have no locks; then nobody gets one, and nothing is removed there.
+    with suppress(OSError):
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    return temporary.exists()
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)

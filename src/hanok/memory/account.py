@@ -1,0 +1,218 @@
+"""Understands a checkpoint from its headers: whose model it is, and where each parameter lies in it.
+
+Loading, planning and `hanok info` ask here, so that none of them accepts what another refuses. Every
+tensor is accounted for by name, shape and dtype; only the values are not looked at. Imports no torch.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from hanok.checkpoint.files import Checkpoint
+from hanok.checkpoint.formats import (
+    adapter_note,
+    quantization_in,
+    quantization_of,
+    quantized_error,
+)
+from hanok.checkpoint.safetensors import TensorRef
+from hanok.errors import CheckpointError, UnsupportedError
+from hanok.models.config import ModelConfig
+from hanok.models.family import (
+    Family,
+    Source,
+    read_config,
+    sources,
+    spelling_note,
+    unwrapped,
+)
+
+FLOATS = ("F64", "F32", "F16", "BF16")  # what parameters may be stored in
+SHOWN_NAMES = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Understood:
+    """A checkpoint as its headers and JSON files describe it."""
+
+    checkpoint: Checkpoint
+    """As it was opened, but for tensors of all experts: these are one for each here."""
+    family: Family
+    config: ModelConfig
+    table: Mapping[str, Source]
+    """Where each parameter lies, by its name in `Decoder`."""
+    tied_head: TensorRef | None
+    """A second copy of the embedding in the files, whose values should be the same."""
+    left_out: Mapping[str, tuple[TensorRef, ...]]
+    """Weights in the files that are no part of the decoder, by what they are; they are never read."""
+    notes: tuple[str, ...]
+    """What is unusual about the files and was decided on the user's behalf."""
+
+
+def understand(checkpoint: Checkpoint) -> Understood:
+    """Return what a checkpoint is; one without weights files is taken to hold what its config says.
+
+    Raises CheckpointError and UnsupportedError for what cannot be loaded.
+    """
+    where = str(checkpoint.folder / "config.json")
+    if method := quantization_of(checkpoint.config, checkpoint.folder):
+        raise quantized_error(str(checkpoint.folder), method)
+    family, config = read_config(checkpoint.config, where)
+    table = {
+        name: _as_stacked(source, checkpoint.tensors)
+        for name, source in sources(family, config, checkpoint.tensors).items()
+    }
+    checkpoint = replace(checkpoint, tensors=_unstacked(checkpoint.tensors, table))
+    tied_head = None
+    if checkpoint.files:
+        tied_head = _account_for(checkpoint, family, config, table)
+    left_out = _left_out(family, checkpoint.tensors)
+    notes = (
+        *(_left_out_note(name, refs) for name, refs in left_out.items()),
+        spelling_note(family, checkpoint.tensors),
+        adapter_note(checkpoint.folder),
+        *(f"index: {text}, and none of them is needed" for text in checkpoint.disagreements),
+    )
+    return Understood(
+        checkpoint=checkpoint,
+        family=family,
+        config=config,
+        table=table,
+        tied_head=tied_head,
+        left_out=left_out,
+        notes=tuple(note for note in notes if note is not None),
+    )
+
+
+def tied_head_error(checkpoint: Checkpoint, name: str) -> CheckpointError:
+    """Return the error of a head that is stored beside the embedding it is tied to, and differs."""
+    return CheckpointError(
+        f"{checkpoint.folder}: config.json ties the head to the embedding, but {name} differs "
+        "from it. Set tie_word_embeddings to false to use both, or delete the tensor."
+    )
+
+
+def _account_for(
+    checkpoint: Checkpoint, family: Family, config: ModelConfig, table: Mapping[str, Source]
+) -> TensorRef | None:
+    """Raise unless files and decoder agree on every tensor; return the second copy of a tied one."""
+    tensors = checkpoint.tensors
+    expected = {
+        name: shape
+        for source in table.values()
+        for name, shape in zip(source.names, source.file_shapes(), strict=True)
+    }
+    in_files = unwrapped(tensors)
+    prefixes = family.prefixes_in(in_files)
+    prefix = prefixes[0] if prefixes else family.prefix
+    left_over = [
+        name
+        for plain, name in in_files.items()
+        if name not in expected and not family.ignores(plain, prefix)
+    ]
+    head = _tied_head(checkpoint, config, table, str(family.names_in(in_files)["lm_head"]))
+    if head is not None and head.name in left_over:
+        left_over.remove(head.name)
+    wrong = [
+        f"{name} is {list(tensors[name].shape)} and should be {list(shape)}"
+        for name, shape in expected.items()
+        if name in tensors and tensors[name].shape != shape
+    ]
+    complaints = [
+        f"{len(items)} {what}: {_shown(items)}"
+        for what, items in (
+            ("missing", [name for name in expected if name not in tensors]),
+            ("of the wrong shape", wrong),
+            ("left over", left_over),
+        )
+        if items
+    ]
+    if complaints:
+        if method := quantization_in(tensors):
+            raise quantized_error(str(checkpoint.folder), f"{method}, by its tensors")
+        copies = ""
+        if left_over and len(prefixes) > 1:
+            copies = f" Layers lie below {' and '.join(map(repr, prefixes))}: keep one of them."
+        raise CheckpointError(
+            f"{checkpoint.folder}: the tensors are not those of the {config.model_type} model that "
+            f"config.json describes. {'; '.join([*complaints, *checkpoint.disagreements])}.{copies} "
+            "Check that config.json and the weights belong together and that every file was downloaded."
+        )
+    _check_dtypes(checkpoint, [tensors[name] for name in expected])
+    return head
+
+
+def _as_stacked(source: Source, tensors: Mapping[str, TensorRef]) -> Source:
+    """Return a source whose matrices are (out, in) in these files, whatever its family's usually are.
+
+    transformers 5 writes them so, and reads both by their shapes.
+    """
+    stack = tensors.get(source.stack)
+    if stack is None or stack.shape[1:] == source.file_shapes()[0]:
+        return source
+    return replace(source, layout="rows") if stack.shape[1:] == source.shape else source
+
+
+def _unstacked(
+    tensors: Mapping[str, TensorRef], table: Mapping[str, Source]
+) -> Mapping[str, TensorRef]:
+    """Return the tensors with those that hold a matrix for each expert cut into these."""
+    stacks = {source.stack for source in table.values() if source.stack in tensors}
+    found: dict[str, TensorRef] = {}
+    for name, ref in tensors.items():
+        if name not in stacks or len(ref.shape) != 3 or ref.strides is not None:
+            found[name] = ref
+            continue
+        count, *shape = ref.shape
+        size = ref.size_bytes // max(count, 1)
+        for index in range(count):
+            part = f"{name}.{index}"
+            start = ref.offset_bytes + index * size
+            found[part] = replace(
+                ref, name=part, shape=tuple(shape), offset_bytes=start, size_bytes=size
+            )
+    return found
+
+
+def _left_out(family: Family, tensors: Mapping[str, TensorRef]) -> dict[str, tuple[TensorRef, ...]]:
+    in_files = unwrapped(tensors).items()
+    found = {
+        what: tuple(tensors[name] for plain, name in in_files if re.fullmatch(pattern, plain))
+        for what, pattern in family.left_out.items()
+    }
+    return {what: refs for what, refs in found.items() if refs}
+
+
+def _left_out_note(what: str, refs: tuple[TensorRef, ...]) -> str:
+    count = f"{len(refs)} tensor{'s' * (len(refs) > 1)}"
+    return f"left out: {what}, {count} of {sum(ref.size_bytes for ref in refs):,} bytes"
+
+
+def _check_dtypes(checkpoint: Checkpoint, refs: list[TensorRef]) -> None:
+    others = sorted({ref.dtype for ref in refs} - set(FLOATS))
+    if others:
+        named = [ref.name for ref in refs if ref.dtype in others]
+        raise UnsupportedError(
+            f"{checkpoint.folder}: {len(named)} weights are {' and '.join(others)}, which this version "
+            f"does not compute with: {_shown(named)}. It reads {', '.join(FLOATS)}; use the checkpoint "
+            "that these were made from."
+        )
+
+
+def _tied_head(
+    checkpoint: Checkpoint, config: ModelConfig, table: Mapping[str, Source], path: str
+) -> TensorRef | None:
+    """Return the head that is stored though it is tied; one that cannot be the embedding is refused."""
+    name = unwrapped(checkpoint.tensors).get(f"{path}.weight")
+    embedding = checkpoint.tensors.get(table["embed_tokens.weight"].names[0])
+    if not config.tie_embeddings or name is None or embedding is None:
+        return None
+    head = checkpoint.tensors[name]
+    if (head.dtype, head.shape) != (embedding.dtype, embedding.shape):
+        raise tied_head_error(checkpoint, name)
+    return head
+
+
+def _shown(items: list[str]) -> str:
+    more = f" and {len(items) - SHOWN_NAMES} more" if len(items) > SHOWN_NAMES else ""
+    return ", ".join(items[:SHOWN_NAMES]) + more

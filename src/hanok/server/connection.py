@@ -1,0 +1,189 @@
+"""A connection within limits: how large a request's head may be, and how long it may take to come.
+
+uvicorn reads requests with httptools, which has no such limits: a client, even one without a key, could
+send headers until the memory is full, or keep connections open for ever that never ask for anything.
+"""
+
+import asyncio
+import json
+from typing import Any
+
+import httptools
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+
+from hanok.server.errors import ServerError, flat_body, openai_body
+from hanok.server.options import ServerOptions
+
+MOST_HEADERS = 100  # as hyper, on which TGI is built
+MOST_HEAD_BYTES = 64 * 1024
+MOST_URL_BYTES = 8 * 1024
+BYTES_OF_CHUNK = 8
+"""Beside each part of a body that is sent in chunks, which may be of one byte."""
+MOST_PIPELINED = 16
+"""Requests that a client sends before it has read the answer to its first."""
+
+
+class Connection(HttpToolsProtocol):
+    """One connection of a client. The event loop's thread calls it."""
+
+    def __init__(self, options: ServerOptions, max_connections: int, **given: Any) -> None:
+        """`given` is what uvicorn gives a protocol."""
+        super().__init__(**given)
+        self._options = options
+        self._max_connections = max_connections
+        self._timer: asyncio.TimerHandle | None = None
+        self._waits_since = 0.0
+        self._refusal: ServerError | None = None
+        self._is_arriving = False
+        """Whether a request has begun to arrive and is not whole."""
+        self._num_headers = 0
+        self._head_bytes = 0
+        """What came of this request beside its body."""
+        self._body_bytes = 0
+        self._has_begun = False
+        """Whether a request began in the data that is being read."""
+
+    @property
+    def since(self) -> float | None:
+        """When it began to wait for a request, by the loop's clock; None while one is answered."""
+        return None if self._timer is None or self._is_answering() else self._waits_since
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Take a connection; where there are too many, close the one that waited longest."""
+        super().connection_made(transport)
+        self._wait(self._options.arrival_s)
+        if len(self.connections) <= self._max_connections:
+            return
+        others = [item for item in self.connections if isinstance(item, Connection)]
+        waiting = [item for item in others if item is not self and item.since is not None]
+        if waiting:
+            min(waiting, key=lambda item: item.since or 0.0).close()
+        else:
+            self._refuse(
+                ServerError(
+                    f"there are {self._max_connections} connections, as many as there may be",
+                    kind="overloaded",
+                    status=503,
+                    headers={"Retry-After": "1"},
+                )
+            )
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Forget the connection."""
+        self._cancel_timer()
+        super().connection_lost(exc)
+
+    def close(self) -> None:
+        """Close it unless a request is answered; say so where one has begun to arrive."""
+        self._cancel_timer()
+        if self.transport.is_closing() or self._is_answering():
+            return  # after the answer it waits anew
+        if self._is_arriving and (self.cycle is None or self.cycle.scope is not self.scope):
+            seconds = self._options.arrival_s
+            message = f"the request was not sent within {seconds:g} s"
+            self._refuse(ServerError(message, kind="timeout", status=408))
+        else:
+            self.transport.close()
+
+    def data_received(self, data: bytes) -> None:
+        """Read what came; count what is not of a body."""
+        body_bytes, self._has_begun = self._body_bytes, False
+        super().data_received(data)
+        if self._has_begun or not self._is_arriving or self.transport.is_closing():
+            return
+        self._head_bytes += len(data) - (self._body_bytes - body_bytes)
+        if self._has_large_head():
+            self._refuse(_too_large(f"more than {MOST_HEAD_BYTES:,} bytes"))
+
+    def on_message_begin(self) -> None:
+        """Begin to count."""
+        super().on_message_begin()
+        self._is_arriving = self._has_begun = True
+        self._num_headers = self._head_bytes = self._body_bytes = 0
+        self._wait(self._options.arrival_s)
+
+    def on_url(self, url: bytes) -> None:
+        """Take a part of the URL."""
+        super().on_url(url)
+        if len(self.url) > MOST_URL_BYTES:
+            message = f"the URL has more than {MOST_URL_BYTES:,} bytes"
+            self._stop_reading(ServerError(message, status=414))
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Take a header."""
+        self._num_headers += 1
+        self._head_bytes += len(name) + len(value) + 4
+        if self._num_headers > MOST_HEADERS:
+            self._stop_reading(_too_large(f"more than {MOST_HEADERS} headers"))
+        if self._has_large_head():
+            self._stop_reading(_too_large(f"more than {MOST_HEAD_BYTES:,} bytes"))
+        super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        """Let the application answer, which has its own deadline for the body."""
+        if len(self.pipeline) >= MOST_PIPELINED:
+            message = f"more than {MOST_PIPELINED} requests wait for an answer on this connection"
+            self._stop_reading(ServerError(message, status=400))
+        self._cancel_timer()
+        super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        """Take a part of a body."""
+        self._body_bytes += len(body)
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        """The request is whole."""
+        self._is_arriving = False
+        super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        """Wait for the next request, or for the rest of one that was answered before it was whole."""
+        super().on_response_complete()
+        if not self._is_answering() and not self.transport.is_closing():
+            self._wait(self._options.arrival_s if self._is_arriving else self._options.idle_s)
+
+    def send_400_response(self, msg: str) -> None:
+        """Answer what is no request, or too large a one."""
+        self._refuse(self._refusal or ServerError(msg, status=400))
+
+    def _has_large_head(self) -> bool:
+        return self._head_bytes > MOST_HEAD_BYTES + BYTES_OF_CHUNK * self._body_bytes
+
+    def _is_answering(self) -> bool:
+        return self.cycle is not None and not self.cycle.response_complete
+
+    def _wait(self, seconds: float) -> None:
+        """Close the connection in so many seconds, unless a request has come until then."""
+        self._cancel_timer()
+        self._waits_since = self.loop.time()
+        self._timer = self.loop.call_later(seconds, self.close)
+
+    def _cancel_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _stop_reading(self, refusal: ServerError) -> None:
+        """Leave the parser: what it raises makes uvicorn call `send_400_response`."""
+        self._refusal = refusal
+        raise httptools.HttpParserError(str(refusal))
+
+    def _refuse(self, error: ServerError) -> None:
+        """Answer with an error and close. An answer that has begun is cut off instead."""
+        if not self._is_answering():
+            is_openai = getattr(self, "url", b"").startswith(b"/v1/")
+            body = json.dumps(openai_body(error) if is_openai else flat_body(error)).encode()
+            headers = {
+                "content-type": "application/json",
+                "content-length": str(len(body)),
+                "connection": "close",
+                **error.headers,
+            }
+            lines = [f"{name}: {value}\r\n".encode() for name, value in headers.items()]
+            self.transport.write(b"".join([STATUS_LINE[error.status], *lines, b"\r\n", body]))
+        self.transport.close()
+
+
+def _too_large(how: str) -> ServerError:
+    return ServerError(f"the request's head has {how}", status=431)

@@ -1,0 +1,51 @@
+"""One reader for every text that people give: what it takes, and what it says otherwise."""
+
+import io
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hanok.errors import RequestError
+from hanok.text_files import STANDARD_INPUT, decode, read_text
+
+
+@given(text=st.text(st.characters(exclude_characters="\r\ufeff", exclude_categories=["Cs"])))
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_the_same_text_whatever_wrote_it(text, encoding, end):
+    assert decode(text.replace("\n", end).encode(encoding), "x") == text
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ("déjà".encode("latin-1"), r"x is not UTF-8 text, at byte 1 \(0xE9\); it may be Latin-1"),
+        (
+            "hi".encode("utf-16"),
+            r"at byte 0 \(0xFF\); it begins as UTF-16 .*iconv -f UTF-16 -t UTF-8",
+        ),
+        (b"\xfe\xff\x00h", r"at byte 0 \(0xFE\); it begins as UTF-16"),
+        (b"\xef\xbb\xbfab\xff", r"at byte 5 \(0xFF\)"),
+        (b"ab\xec\x9a", r"at byte 2 \(0xEC\)"),
+    ],
+)
+def test_other_encodings_are_named(data, message):
+    with pytest.raises(RequestError, match=message):
+        decode(data, "x")
+
+
+def test_files_and_standard_input(tmp_path, monkeypatch):
+    file = tmp_path / "prompt.txt"
+    file.write_bytes(b"\xef\xbb\xbfone\r\ntwo")
+    assert read_text(file) == "one\ntwo"
+    with pytest.raises(RequestError, match=r"nothing cannot be read: No such file"):
+        read_text(tmp_path / "nothing")
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(b"\xef\xbb\xbfthree")))
+    assert read_text(STANDARD_INPUT) == "three"
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(b"caf\xe9")))
+    with pytest.raises(RequestError, match="standard input is not UTF-8 text, at byte 3"):
+        read_text(Path("-"))
