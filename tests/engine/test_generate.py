@@ -225,10 +225,13 @@ def test_what_is_shown_is_the_text_before_the_first_stop(
     ends = [text.find(stop) + len(stop) for stop in stops if stop in text]
     if not ends:
         assert shown == text
+        assert matcher.reached is None
     else:
         first_seen = min(border for border in borders if border >= min(ends))
         starts = [text[:first_seen].find(stop) for stop in stops]
         assert shown == text[: min(start for start in starts if start >= 0)]
+        assert matcher.reached in stops
+        assert text.startswith(matcher.reached, len(shown))
     assert is_stopped == bool(ends)
 
 

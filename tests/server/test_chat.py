@@ -1,42 +1,20 @@
 """Conversations over the wire: what a written answer becomes, and what of a history is taken."""
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import openai
 import pytest
+from tests.server.written import Given, Spelled, collected
 
-from hanok.engine.sequence import TokenEvent
+from hanok.errors import RequestError
 from hanok.server.answer import Reads
-from hanok.server.chat import Conversation, conversation_of
+from hanok.server.chat import TOOL_PROMPT, Conversation, conversation_of
 from hanok.server.errors import ServerError
 from hanok.server.openai_models import ChatRequest
 from hanok.server.routes.openai import ChatWriter
 
 TOOLS: Any = [{"type": "function", "function": {"name": "find", "parameters": {"type": "object"}}}]
-
-
-class Spelled:
-    """A tokenizer that shows what the template would see."""
-
-    bos_token_id = None
-    special_token_ids = frozenset({5, 6, 8})
-
-    def __init__(self, ending: str = "") -> None:
-        self._ending = ending
-
-    def render_chat(self, messages: Any, **options: Any) -> str:
-        return json.dumps([messages, options["tools"]]) + self._ending
-
-    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        return [1]
-
-    def fewest_tokens(self, text: str) -> int:
-        return 1
-
-    def token_to_id(self, text: str) -> int | None:
-        return {"[TOOL_CALLS]": 5, "<tool_call>": 7, "<think>": 8}.get(text)
 
 
 def talk(ending: str = "", **body: Any) -> Conversation:
@@ -90,6 +68,31 @@ def test_a_history_is_read_in_the_forms_that_clients_send() -> None:
     assert shown({"role": "assistant", "content": parts})[0]["content"] == "ab"
 
 
+def test_tools_are_told_by_the_template_or_in_the_last_message() -> None:
+    class Without(Spelled):
+        """Knows no tools."""
+
+        def render_chat(self, messages: Any, **options: Any) -> str:
+            return super().render_chat(messages, **options | {"tools": None})
+
+    class Needs(Spelled):
+        """Cannot do without them."""
+
+        def render_chat(self, messages: Any, **options: Any) -> str:
+            if options["tools"] is None:
+                raise RequestError("no tools")
+            return super().render_chat(messages, **options)
+
+    request = ChatRequest(messages=[{"role": "user", "content": "hi"}], tools=TOOLS)
+    for tokenizer, content in (
+        (Spelled(), "hi"),
+        (Needs(), "hi"),
+        (Without(), f"hi\n---\n{json.dumps(TOOLS)}\n{TOOL_PROMPT}"),
+    ):
+        text = conversation_of(tokenizer, request).text  # type: ignore[arg-type]
+        assert json.loads(text)[0] == [{"role": "user", "content": content}]
+
+
 def deep(levels: int) -> str:
     return '{"a": ' + "[" * levels + "]" * levels + "}"
 
@@ -115,31 +118,6 @@ def test_a_message_that_is_not_one_is_refused(message: Any, words: str) -> None:
     assert caught.value.status == 422
 
 
-class Given:
-    """A ticket whose tokens are all there."""
-
-    def __init__(self, pieces: list[str], reason: Any) -> None:
-        self._events = [
-            TokenEvent(
-                sequence=0,
-                token_id=number,
-                text=piece,
-                logprob=-1.0,
-                top_logprobs=(),
-                finish_reason=reason if number == len(pieces) - 1 else None,
-            )
-            for number, piece in enumerate(pieces)
-        ]
-
-    @property
-    def events(self) -> list[TokenEvent]:
-        return self._events
-
-    async def groups(self) -> Any:
-        for event in self._events:
-            yield [event]
-
-
 def written(pieces: list[str], reason: str = "eos_token", **body: Any) -> tuple[Any, list[Any]]:
     """The message of an answer whole, and its choices in a stream."""
     ticket = Given(pieces, reason)
@@ -149,17 +127,7 @@ def written(pieces: list[str], reason: str = "eos_token", **body: Any) -> tuple[
         return ChatWriter(body=request, talk=talk(**body), tokenizer=None, ticket=ticket)  # type: ignore[arg-type]
 
     stream = writer().stream(0)
-    return writer().whole(0, ticket.events), list(_collected(stream))
-
-
-def _collected(stream: Any) -> Iterator[Any]:
-    while True:
-        try:
-            stream.__anext__().send(None)
-        except StopIteration as found:
-            yield found.value
-        except StopAsyncIteration:
-            return
+    return writer().whole(0, ticket.events), list(collected(stream))
 
 
 def test_a_call_is_whole_in_an_answer_and_in_pieces_in_a_stream() -> None:
@@ -225,11 +193,13 @@ def test_nested_models_are_filled(sdk: openai.OpenAI) -> None:
         "type": "object",
         "properties": {"seat": {"$ref": "#/$defs/Seat"}},
         "required": ["seat"],
+        "additionalProperties": False,  # which a small model would go on writing
         "$defs": {
             "Seat": {
                 "type": "object",
                 "properties": {"kind": {"$ref": "#/$defs/Kind"}},
                 "required": ["kind"],
+                "additionalProperties": False,
             },
             "Kind": {"enum": ["aisle", "window"]},
         },

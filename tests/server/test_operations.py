@@ -265,7 +265,12 @@ def bounded(case: schemathesis.Case) -> None:
     body = case.body
     if not isinstance(body, dict):
         return
-    for name in ("max_tokens", "max_completion_tokens"):
+    lengths = {
+        "/v1/responses": ("max_output_tokens",),
+        "/v1/messages": ("max_tokens",),
+        "/v1/messages/count_tokens": (),
+    }
+    for name in lengths.get(case.path, ("max_tokens", "max_completion_tokens")):
         if not isinstance(body.get(name), int) or body[name] > 4:
             body[name] = 4
     parameters = body.get("parameters")

@@ -14,7 +14,7 @@ from tests.server.conftest import LocalServer, local_server
 from hanok.engine.model import Model
 from hanok.server import web
 from hanok.server.app import all_routes
-from hanok.server.errors import ServerError
+from hanok.server.errors import ServerError, is_anthropic
 from hanok.server.options import ServerOptions
 from hanok.server.web import AT_ONCE, MOST_CONTAINERS, dumps, dumps_in_parts, parse_json
 
@@ -165,6 +165,43 @@ SOUND: dict[str, dict[str, Any]] = {
             {"messages": [MESSAGE], "parameters": {"max_new_tokens": 1}},
         ]
     },
+    "/v1/responses": {
+        "input": [
+            {"role": "user", "content": [{"type": "input_text", "text": "a"}]},
+            {"type": "reasoning", "summary": [], "content": [{"type": "x", "text": "b"}]},
+            {"type": "function_call", "call_id": "1", "name": "f", "arguments": "{}"},
+            {"type": "function_call_output", "call_id": "1", "output": "c"},
+        ],
+        "tools": [{"type": "function", "name": "f", "parameters": {"type": "object"}}],
+        "tool_choice": "auto",
+        "text": {"format": {"type": "text"}},
+        "reasoning": {"effort": "low"},
+        "include": ["message.output_text.logprobs"],
+        "metadata": {"a": "b"},
+        "max_output_tokens": 1,
+    },
+    "/v1/messages": {
+        "system": [{"type": "text", "text": "a"}],
+        "messages": [
+            {"role": "user", "content": [{"type": "text", "text": "a"}]},
+            {
+                "role": "assistant",
+                "content": [
+                    {"type": "thinking", "thinking": "b", "signature": ""},
+                    {"type": "tool_use", "id": "1", "name": "f", "input": {"a": 1}},
+                ],
+            },
+            {
+                "role": "user",
+                "content": [{"type": "tool_result", "tool_use_id": "1", "content": "c"}],
+            },
+        ],
+        "tools": [{"name": "f", "input_schema": {"type": "object"}}],
+        "tool_choice": {"type": "auto"},
+        "context_management": {"edits": [{"keep": "all"}]},
+        "stop_sequences": ["x"],
+        "max_tokens": 1,
+    },
 }
 OF_OTHERS = {
     "/": "/generate",
@@ -172,6 +209,8 @@ OF_OTHERS = {
     "/tokenize": "/generate",
     "/chat_tokenize": "/v1/chat/completions",
     "/invocations": "/v1/chat/completions",
+    "/v1/messages/count_tokens": "/v1/messages",
+    "/v1/responses/input_tokens": "/v1/responses",
 }
 POSTS = sorted({route.path for route in all_routes() if route.method == "POST"})
 HOSTILE = st.sampled_from(
@@ -267,7 +306,8 @@ def check_answer(client: httpx.Client, path: str, body: Any) -> None:
     text = found.content.decode()  # strictly
     if kind.startswith("text/event-stream"):
         assert found.status_code == 200
-        events = [line.removeprefix("data: ") for line in text.split("\n\n") if line]
+        lines = [line for line in text.split("\n") if line and not line.startswith("event: ")]
+        events = [line.removeprefix("data: ") for line in lines]
         values = [json.loads(event) for event in events if event not in ("[DONE]", ":")]
         assert all("error" not in value for value in values)
         return
@@ -275,7 +315,7 @@ def check_answer(client: httpx.Client, path: str, body: Any) -> None:
     value = json.loads(text, parse_constant=pytest.fail)
     if found.status_code != 200:
         assert value["error"]
-        assert value["error_type"]
+        assert value["type"] == "error" if is_anthropic(path) else value["error_type"]
 
 
 FORMERLY_FAULTS: list[tuple[str, Any]] = [

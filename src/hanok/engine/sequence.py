@@ -68,6 +68,8 @@ class StopTexts:
     def __init__(self, stops: Sequence[str], *, are_included: bool = False) -> None:
         self._stops = tuple(stops)
         self._are_included = are_included
+        self.reached: str | None = None
+        """The stop text that was reached."""
         self._held = ""
         """Perhaps the beginning of a stop text. Where these are included, it is given already."""
         self._shows: list[bool] = []
@@ -86,6 +88,7 @@ class StopTexts:
         found = [(at, stop) for stop in self._stops if (at := known.find(stop)) >= 0]
         if found:
             at, stop = min(found)
+            self.reached = stop
             end, kept = at + len(stop) if self._are_included else at, len(known)
         else:
             kept = len(known) - max(self._overlap(known, stop) for stop in self._stops)

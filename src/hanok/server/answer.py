@@ -7,7 +7,7 @@ whose arguments turn out not to be JSON is content of a whole answer; a stream h
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hanok.server.calls import (
     CLOSINGS,
@@ -22,6 +22,9 @@ from hanok.server.calls import (
     NotACallError,
 )
 from hanok.server.incoming import Incoming, Reading
+
+if TYPE_CHECKING:
+    from hanok.engine.sequence import TokenEvent
 
 REASONING: Mapping[str, str] = {
     "<think>": "</think>",  # DeepSeek-R1, Qwen3, SmolLM3, EXAONE 4, GLM, Granite 3.3, Nemotron
@@ -123,12 +126,23 @@ class AnswerReader:
         self._is_whole = is_whole
         self.is_reasoning = bool(reads.opening)
         """Whether the last text that came is of the model's reasoning, or of a marker around it."""
+        self.num_reasoning_tokens = 0
         self._source = Incoming()
         self._events: list[Event] = []
         self._held: list[CallEvent] = []
         """Events of a call that is not certain yet."""
         self._calls = CallReader(self._source, reads.functions, self._call_event)
         self._reading = self._answer()
+
+    def read(self, tokens: Iterable["TokenEvent"]) -> list[Event]:
+        """Return what some tokens add, and what was held back where the last of them is the last."""
+        found: list[Event] = []
+        for token in tokens:
+            found += self.push(token.text)
+            self.num_reasoning_tokens += self.is_reasoning
+            if token.finish_reason is not None:
+                found += self.finish()
+        return found
 
     def push(self, text: str) -> list[Event]:
         """Return what is certain now and was not before."""

@@ -62,10 +62,16 @@ def conversation_of(
             template_variables=variables,
         )
 
+    def knows_tools(text: str) -> bool:
+        try:
+            return text != rendered(messages, None)
+        except RequestError:  # it does not do without
+            return True
+
     try:
         tools = list(use.tools) or None
         text = rendered(messages, tools)
-        if tools and text == rendered(messages, None):  # a template that knows no tools, as in TGI
+        if tools and not knows_tools(text):  # as in TGI
             told = f"\n---\n{json.dumps(tools)}\n{body.tool_prompt or TOOL_PROMPT}"
             last = {**messages[-1], "content": (messages[-1].get("content") or "") + told}
             text = rendered([*messages[:-1], last], tools)
@@ -149,7 +155,7 @@ def _message(number: int, message: Mapping[str, Any]) -> dict[str, Any]:
     calls = found.pop("tool_calls", None) or ([{"function": older}] if older else [])
     if not isinstance(calls, Sequence) or isinstance(calls, str):
         raise invalid(f"{place}.tool_calls must be a list of calls", place)
-    found["content"] = _content(message.get("content"), f"{place}.content")
+    found["content"] = content_text(message.get("content"), f"{place}.content")
     if role == "function":
         found |= {"role": "tool", "tool_call_id": _id_of(message.get("name"))}
     if calls:
@@ -158,7 +164,8 @@ def _message(number: int, message: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _content(content: Any, place: str) -> str:
+def content_text(content: Any, place: str) -> str:
+    """Return the text of a message, or of its parts. ServerError, which tells the place, for others."""
     if content is None:
         return ""
     if isinstance(content, str):

@@ -1,6 +1,7 @@
-"""How errors look on the wire: one body that clients of both protocols read.
+"""How errors look on the wire: as the protocol of the path that was asked has it.
 
 `error` is TGI's message on its routes, and OpenAI's object on /v1; `error_type` is TGI's on both.
+Anthropic's routes have a shape and statuses of their own.
 """
 
 from collections.abc import Mapping
@@ -26,6 +27,18 @@ OPENAI_TYPES: Mapping[int, str] = {
 
 LONGEST = 4000
 """Characters of a message."""
+ANTHROPIC_STATUSES: Mapping[int, int] = {408: 504, 422: 400, 424: 500, 429: 529}
+"""Statuses of Anthropic's by ours, where they differ: 429 says there that the client asks too much."""
+ANTHROPIC_TYPES: Mapping[int, str] = {
+    401: "authentication_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    500: "api_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+    529: "overloaded_error",
+}
+"""Anthropic's types by its status; any other is a request that is not valid."""
 
 
 class ServerError(HanokError):
@@ -57,6 +70,16 @@ def invalid(message: str, parameter: str | None = None) -> ServerError:
     return ServerError(f"Input validation error: {message}", parameter=parameter)
 
 
+class ContextExceededError(ServerError):
+    """A request that is longer than the context."""
+
+    num_prompt = 0
+    """Tokens of the prompt; the fewest that there can be where they are not counted."""
+    are_counted = True
+    max_input = 0
+    """Tokens that a prompt may have."""
+
+
 def context_exceeded(
     num_prompt: int,
     num_asked: int,
@@ -65,7 +88,7 @@ def context_exceeded(
     max_total: int,
     parameter: str,
     are_counted: bool = True,
-) -> ServerError:
+) -> ContextExceededError:
     """Return the error of a request that is longer than the context.
 
     Tokens of the prompt that are not counted are the fewest that there can be.
@@ -78,7 +101,7 @@ def context_exceeded(
     if max_input < max_total - 1:
         limits += f", at most {max_input} of them in the {parameter}"
     more = "" if are_counted else ", or more"
-    return ServerError(
+    error = ContextExceededError(
         f"This model's maximum context length is {limits}. However, you requested "
         f"{num_prompt + num_asked} tokens ({num_prompt} in the {parameter}, {num_asked} in the "
         f"completion){more}. Shorten the {parameter}, or ask for fewer tokens ({code}).",
@@ -86,6 +109,8 @@ def context_exceeded(
         parameter=parameter,
         code=code,
     )
+    error.num_prompt, error.max_input, error.are_counted = num_prompt, max_input, are_counted
+    return error
 
 
 def overloaded(retry_after_s: float) -> ServerError:
@@ -145,3 +170,30 @@ def _told(error: ServerError) -> str:
     """Return an error's message, without most of what it repeats of a long request."""
     text = str(error)
     return text if len(text) <= LONGEST else f"{text[:LONGEST]}… ({len(text):,} characters)"
+
+
+def is_anthropic(path: str) -> bool:
+    """Return whether a path is of Anthropic's protocol."""
+    return path == "/v1/messages" or path.startswith("/v1/messages/")
+
+
+def anthropic_body(error: ServerError) -> dict[str, Any]:
+    """Return an error as Anthropic writes it."""
+    message = _told(error)
+    if isinstance(error, ContextExceededError):  # the words by which its clients know it
+        message = f"prompt is too long: {error.num_prompt} tokens > {error.max_input} maximum"
+        message += "" if error.are_counted else " (there may be more)"
+    kind = ANTHROPIC_TYPES.get(status_on(error.status, "/v1/messages"), "invalid_request_error")
+    return {"type": "error", "error": {"type": kind, "message": message}}
+
+
+def status_on(status: int, path: str) -> int:
+    """Return the status that a path's protocol has for one of ours."""
+    return ANTHROPIC_STATUSES.get(status, status) if is_anthropic(path) else status
+
+
+def body_on(error: ServerError, path: str) -> dict[str, Any]:
+    """Return an error in the shape of a path's protocol."""
+    if is_anthropic(path):
+        return anthropic_body(error)
+    return openai_body(error) if path.startswith("/v1/") else flat_body(error)

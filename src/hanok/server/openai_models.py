@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
 
+from hanok.server.errors import invalid
 from hanok.server.tgi_models import Body, Name, NullFalse, Stops
 
 MOST_BIASES = 10_000
@@ -171,6 +172,46 @@ class ChatRequest(Sampling):
     chat_template_kwargs: dict[str, Any] | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
+
+
+PASSED_ON = frozenset(
+    (
+        "add_special_tokens",
+        "cache_salt",
+        "chat_template_kwargs",
+        "frequency_penalty",
+        "ignore_eos",
+        "include_stop_str_in_output",
+        "logit_bias",
+        "min_p",
+        "min_tokens",
+        "presence_penalty",
+        "priority",
+        "repetition_penalty",
+        "seed",
+        "separate_reasoning",
+        "stop",
+        "stop_token_ids",
+        "timeout",
+        "tool_prompt",
+        "top_k",
+        "truncate_prompt_tokens",
+        "typical_p",
+        "user",
+    )
+)
+"""Fields of a chat request that other protocols have no word of their own for."""
+
+
+def passed_on(extra: Mapping[str, Any], path: str) -> dict[str, Any]:
+    """Return what a body of another protocol says in the words of a chat request.
+
+    Raises ServerError for what is a chat request's alone, or would be refused there.
+    """
+    for name, value in extra.items():
+        if name in ChatRequest.model_fields and name not in PASSED_ON and value is not None:
+            raise invalid(f"`{name}` is no field of {path}", name)
+    return {name: value for name, value in extra.items() if name in PASSED_ON | NOT_SERVED.keys()}
 
 
 class Usage(BaseModel):

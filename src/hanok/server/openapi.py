@@ -2,12 +2,13 @@
 
 import re
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from hanok import __version__
+from hanok.server.errors import is_anthropic, status_on
 from hanok.server.tgi_models import ErrorResponse
 from hanok.server.web import Route
 
@@ -24,9 +25,18 @@ MEANINGS = {
     429: "There is no room now; Retry-After says when there may be",
     500: "The server failed",
     503: "Not ready",
+    504: "Not finished in the time it had",
+    529: "There is no room now; Retry-After says when there may be",
 }
 PARAMETER = re.compile(r"\{(\w+)")
 OF_BODIES = (400, 408, 413, 415, 422)
+
+
+class AnthropicErrorResponse(BaseModel):
+    """What went wrong, as Anthropic writes it."""
+
+    type: Literal["error"]
+    error: dict[str, str]
 
 
 class OpenAIErrorResponse(BaseModel):
@@ -47,6 +57,7 @@ def document(routes: Iterable[Route], *, has_key: bool) -> dict[str, Any]:
             *((model, "serialization") for model in sorted(outputs, key=lambda m: m.__name__)),
             (ErrorResponse, "serialization"),
             (OpenAIErrorResponse, "serialization"),
+            (AnthropicErrorResponse, "serialization"),
         ],
         ref_template=REFERENCE,
     )
@@ -56,13 +67,16 @@ def document(routes: Iterable[Route], *, has_key: bool) -> dict[str, Any]:
         paths.setdefault(route.shown_path, {})[route.method.lower()] = operation
     components: dict[str, Any] = {"schemas": definitions.get("$defs", {})}
     if has_key:
-        components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+        components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}} | {
+            name: {"type": "apiKey", "in": "header", "name": name}
+            for name in sorted({route.key_header for route in routes} - {""})
+        }
     return {
         "openapi": "3.1.0",
         "info": {
             "title": "hanok",
             "version": __version__,
-            "description": "Text generation over TGI's protocol and OpenAI's.",
+            "description": "Text generation over TGI's protocol, OpenAI's and Anthropic's.",
         },
         "paths": paths,
         "components": components,
@@ -100,9 +114,9 @@ def _operation(route: Route, found: dict[Any, Any], *, has_key: bool) -> dict[st
         statuses.add(503)
     if route.needs_key and has_key:
         statuses.add(401)
-        operation["security"] = [{"key": []}]
-    shape = OpenAIErrorResponse if route.path.startswith("/v1/") else ErrorResponse
-    for status in sorted(statuses):
+        operation["security"] = [{name: []} for name in ("key", route.key_header) if name]
+    shape = _error_shape(route.path)
+    for status in sorted({status_on(status, route.path) for status in statuses}):
         is_told = route.path != "/ready"
         operation["responses"][str(status)] = {
             "description": MEANINGS[status],
@@ -111,3 +125,9 @@ def _operation(route: Route, found: dict[Any, Any], *, has_key: bool) -> dict[st
             },
         }
     return operation
+
+
+def _error_shape(path: str) -> type[BaseModel]:
+    if is_anthropic(path):
+        return AnthropicErrorResponse
+    return OpenAIErrorResponse if path.startswith("/v1/") else ErrorResponse

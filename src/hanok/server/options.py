@@ -16,7 +16,8 @@ class ServerOptions:
     host: str = "127.0.0.1"
     port: int = 8080
     api_key: str | None = None
-    """What every request for tokens has to bring as `Authorization: Bearer KEY`; None: nothing."""
+    """What every request for tokens has to bring as `Authorization: Bearer KEY`, or in the
+    header that its protocol has for it; None: nothing."""
     cors_allow_origins: tuple[str, ...] = ("*",)
     max_concurrent_requests: int = 128
     """Sequences that are waiting or running; beyond them requests get 429."""

@@ -3,8 +3,9 @@
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from itertools import accumulate, takewhile
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
@@ -28,7 +29,17 @@ from hanok.server.errors import ServerError, as_server_error, invalid, overloade
 from hanok.server.log import log_request
 from hanok.server.metrics import Metrics, RequestRecord
 from hanok.server.options import ServerOptions
-from hanok.server.web import AT_ONCE, Exchange, Json, Route, dumps_in_parts, exchange_of, until_gone
+from hanok.server.web import (
+    AT_ONCE,
+    COMMENT,
+    EventStream,
+    Exchange,
+    Json,
+    Route,
+    dumps_in_parts,
+    exchange_of,
+    until_gone,
+)
 
 if TYPE_CHECKING:
     from hanok.server.metrics import Outcome
@@ -279,6 +290,40 @@ class Service:
             for task in (leaving, collecting):
                 task.cancel()
             await asyncio.gather(leaving, collecting, return_exceptions=True)
+
+    def stream(
+        self,
+        request: Request,
+        tickets: Sequence[Ticket],
+        events: AsyncGenerator[str, None],
+        *,
+        failed: Callable[[ServerError], Iterable[str]],
+        headers: Mapping[str, str],
+        keep_alive: str = COMMENT,
+    ) -> EventStream:
+        """Answer with server-sent events; should they fail, with those that `failed` makes of it.
+
+        When the client goes, or reads nothing for long, all tickets are given up.
+        """
+        exchange = exchange_of(request)
+
+        async def told() -> AsyncGenerator[str, None]:
+            try:
+                async with aclosing(events) as texts:
+                    async for text in texts:
+                        yield text
+            except Exception as error:
+                for text in failed(exchange.failed(error)):
+                    yield text
+
+        return EventStream(
+            told(),
+            lambda: give_up(tickets),
+            keep_alive_s=self.options.keep_alive_s,
+            write_timeout_s=self.options.write_timeout_s,
+            keep_alive=keep_alive,
+            headers=headers,
+        )
 
     def ended(self, exchange: Exchange, route: Route | None) -> None:
         """Count and log a request whose answer is sent, or cannot be any more."""

@@ -22,7 +22,14 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from hanok.server.errors import ServerError, as_server_error, flat_body, invalid, openai_body
+from hanok.server.errors import (
+    ServerError,
+    as_server_error,
+    body_on,
+    invalid,
+    is_anthropic,
+    status_on,
+)
 
 if TYPE_CHECKING:
     from hanok.engine.ticket import Ticket
@@ -32,6 +39,8 @@ if TYPE_CHECKING:
 LOG = logging.getLogger("hanok.server")
 REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 CLOSED_REQUEST = 499  # for the log: the client had gone
+COMMENT = ":\n\n"
+"""A server-sent event that clients pass over."""
 MOST_CONTAINERS = 50_000
 """Lists and objects of one body."""
 TEXTS = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
@@ -60,6 +69,8 @@ class Route:
     streams: bool = False
     """Whether it may answer with server-sent events."""
     needs_key: bool = False
+    key_header: str = ""
+    """Another header that may bring the key as it is; "": `Authorization` alone."""
     needs_model: bool = False
     """Whether it waits for the model, and answers 503 before."""
     statuses: tuple[int, ...] = ()
@@ -297,6 +308,11 @@ class Pieces(Response):
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
+def as_event(data: str, name: str = "") -> str:
+    """Return a server-sent event; `data` is one line."""
+    return f"event: {name}\ndata: {data}\n\n" if name else f"data: {data}\n\n"
+
+
 class EventStream(Pieces):
     """Server-sent events."""
 
@@ -307,11 +323,12 @@ class EventStream(Pieces):
         *,
         keep_alive_s: float,
         write_timeout_s: float,
+        keep_alive: str = COMMENT,
         headers: Mapping[str, str] | None = None,
     ) -> None:
-        """`events` are the `data` of each event; see `Pieces`."""
+        """`events` are as they are sent: see `as_event`; and see `Pieces`."""
         super().__init__(
-            with_keep_alive(events, keep_alive_s),
+            with_keep_alive(events, keep_alive_s, keep_alive),
             write_timeout_s=write_timeout_s,
             give_up=give_up,
             headers={"cache-control": "no-cache", "x-accel-buffering": "no", **(headers or {})},
@@ -320,9 +337,9 @@ class EventStream(Pieces):
 
 
 async def with_keep_alive(
-    events: AsyncGenerator[str, None], seconds: float
+    events: AsyncGenerator[str, None], seconds: float, keep_alive: str
 ) -> AsyncGenerator[str, None]:
-    """Yield events as they are written, and a comment whenever none came for some seconds.
+    """Yield events as they come, and `keep_alive` whenever none came for some seconds.
 
     `events` is closed when this is.
     """
@@ -333,10 +350,10 @@ async def with_keep_alive(
                 waiting = asyncio.ensure_future(anext(events))
             done, _ = await asyncio.wait({waiting}, timeout=seconds)
             if not done:
-                yield ":\n\n"
+                yield keep_alive
                 continue
             try:
-                yield f"data: {waiting.result()}\n\n"
+                yield waiting.result()
             except StopAsyncIteration:
                 return
             finally:
@@ -356,8 +373,7 @@ async def until_gone(receive: Receive) -> None:
 
 def error_response(error: ServerError, path: str) -> Json:
     """Return an error in the shape of a path's protocol."""
-    body = openai_body(error) if path.startswith("/v1/") else flat_body(error)
-    return Json(body, error.status, error.headers)
+    return Json(body_on(error, path), status_on(error.status, path), error.headers)
 
 
 class Gate:
@@ -396,12 +412,16 @@ class Gate:
         )
         scope.setdefault("state", {})["exchange"] = exchange
 
+        names = [b"x-request-id"]
+        if is_anthropic(exchange.path):
+            names.append(b"request-id")
+
         async def tracked(message: Message) -> None:
             if message["type"] == "http.response.start":
                 exchange.status = message["status"]
                 message["headers"] = [
                     *message.get("headers", []),
-                    (b"x-request-id", exchange.id.encode()),
+                    *((name, exchange.id.encode()) for name in names),
                 ]
             await send(message)
 
@@ -441,9 +461,14 @@ class Gate:
         if route is not None and route.needs_key and key is not None:
             scheme, _, given = headers.get("authorization", b"").partition(b" ")
             is_right = hmac.compare_digest(given.strip(), key.encode())
-            if scheme.lower() != b"bearer" or not is_right:  # schemes have no case: RFC 9110, 11.1
+            is_right &= scheme.lower() == b"bearer"  # schemes have no case: RFC 9110, 11.1
+            if route.key_header:
+                given = headers.get(route.key_header, b"")
+                is_right |= hmac.compare_digest(given, key.encode())
+            if not is_right:
+                other = f" or `{route.key_header}: KEY`" if route.key_header else ""
                 raise ServerError(
-                    "the API key is missing or wrong; send it as `Authorization: Bearer KEY`",
+                    f"the API key is missing or wrong; send it as `Authorization: Bearer KEY`{other}",
                     kind="authentication",
                     status=401,
                     code="invalid_api_key",

@@ -15,8 +15,8 @@ from hanok.errors import HanokError
 from hanok.server.errors import ServerError, invalid
 from hanok.server.openai_models import Prompt
 from hanok.server.openai_sampling import check_model
-from hanok.server.routes.openai import check_prompt, fitting
 from hanok.server.service import Prepared, Service
+from hanok.server.submission import check_prompt, fitting
 from hanok.server.tgi_models import Body, Name
 from hanok.server.times import timing_headers
 from hanok.server.web import Route, dumps, exchange_of

@@ -5,7 +5,6 @@ order here, and times that it may take at the most are not either.
 """
 
 from collections.abc import AsyncGenerator, Mapping, Sequence
-from contextlib import aclosing
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -18,14 +17,15 @@ from hanok.server.constraints import constraint_of
 from hanok.server.errors import flat_body, invalid
 from hanok.server.openai_models import CompletionRequest
 from hanok.server.openai_sampling import check, check_model, sampling_options
-from hanok.server.routes.openai import check_prompt, end_with, gapped
-from hanok.server.service import Prepared, Service, give_up
+from hanok.server.routes.openai import end_with, gapped
+from hanok.server.service import Prepared, Service
+from hanok.server.submission import check_prompt
 from hanok.server.tgi_models import Body, NullFalse
 from hanok.server.times import stream_headers, timing_headers
 from hanok.server.web import (
-    EventStream,
     Json,
     Route,
+    as_event,
     dumps,
     exchange_of,
     note_parameters,
@@ -204,7 +204,7 @@ def _streamed(
     num_characters: int,
 ) -> Response:
     """Answer with server-sent events: pieces of the text, and with the last all other fields."""
-    exchange, options, ticket = exchange_of(request), service.options, tickets[0]
+    ticket = tickets[0]
 
     async def texts() -> AsyncGenerator[str, None]:
         events: list[TokenEvent] = []
@@ -212,23 +212,15 @@ def _streamed(
             events += group
             content = "" if body.n_predict == 0 else "".join(event.text for event in group)
             if content:
-                yield dumps({"index": 0, "content": content, "stop": False})
+                yield as_event(dumps({"index": 0, "content": content, "stop": False}))
         last = _answer(service, body, ticket, events) | {"content": ""}
-        yield dumps(_chosen(last, body.response_fields))
+        yield as_event(dumps(_chosen(last, body.response_fields)))
 
-    async def guarded() -> AsyncGenerator[str, None]:
-        try:
-            async with aclosing(texts()) as found:
-                async for text in found:
-                    yield text
-        except Exception as error:
-            yield dumps(flat_body(exchange.failed(error)))
-
-    return EventStream(
-        guarded(),
-        lambda: give_up(tickets),
-        keep_alive_s=options.keep_alive_s,
-        write_timeout_s=options.write_timeout_s,
+    return service.stream(
+        request,
+        tickets,
+        texts(),
+        failed=lambda error: [as_event(dumps(flat_body(error)))],
         headers=stream_headers(num_characters),
     )
 

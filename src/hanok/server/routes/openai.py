@@ -18,9 +18,10 @@ from hanok.engine.sequence import Ranked, TokenEvent
 from hanok.engine.ticket import Ticket
 from hanok.server.answer import Answer, AnswerReader, Content, Event, Reasoning
 from hanok.server.calls import CallArguments, CallBegun
-from hanok.server.chat import Conversation, conversation_of
+from hanok.server.chat import Conversation
 from hanok.server.constraints import constraint_of
-from hanok.server.errors import context_exceeded, invalid, openai_body
+from hanok.server.errors import invalid, openai_body
+from hanok.server.logprobs import logprob_of, text_of
 from hanok.server.openai_models import (
     ChatCompletion,
     ChatRequest,
@@ -36,14 +37,15 @@ from hanok.server.openai_sampling import (
     sampling_options,
     unknown_model,
 )
-from hanok.server.routes.tgi import batch_too_large, num_scores, text_of
-from hanok.server.service import Prepared, Service, give_up
+from hanok.server.routes.tgi import batch_too_large, num_scores
+from hanok.server.service import Prepared, Service
+from hanok.server.submission import check_prompt, fitting, submitted, truncated
 from hanok.server.times import stream_headers, timing_headers
 from hanok.server.web import (
     AT_ONCE,
-    EventStream,
     Json,
     Route,
+    as_event,
     dumps,
     dumps_in_parts,
     exchange_of,
@@ -52,7 +54,7 @@ from hanok.server.web import (
 
 DEFAULT_COMPLETION_TOKENS = 16
 REASONS = {"eos_token": "stop", "stop_sequence": "stop", "length": "length"}
-DONE = "[DONE]"
+DONE = as_event("[DONE]")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -268,52 +270,6 @@ async def gapped(
     return await service.aside(encode)
 
 
-def truncated(service: Service, ids: list[int], kept: int | None, most: int) -> list[int]:
-    """Return the last tokens of a prompt: `kept` of them, or with -1 what `most` leaves room for."""
-    if kept is None:
-        return ids
-    if kept == -1:
-        kept = min(service.max_input_tokens, max(1, service.max_total_tokens - most))
-    return ids[-kept:] if kept else []
-
-
-def check_prompt(service: Service, ids: Sequence[int], most: int | None, parameter: str) -> int:
-    """Return how many tokens to generate at the most: `most`, or what there is room for.
-
-    Raises ServerError for a prompt that is empty or too long. `parameter` is where it came from.
-    """
-    if not ids:
-        raise invalid(f"`{parameter}` cannot be empty", parameter)
-    return _room(service, len(ids), most, parameter)
-
-
-def fitting(service: Service, most: int | None, parameter: str) -> Callable[[int], None]:
-    """Return what raises ServerError for a prompt of at least so many tokens, if that is too long."""
-
-    def check_length(fewest: int) -> None:
-        if fewest > service.max_input_tokens:
-            _room(service, fewest, most, parameter, are_counted=False)
-
-    return check_length
-
-
-def _room(
-    service: Service, count: int, most: int | None, parameter: str, *, are_counted: bool = True
-) -> int:
-    max_input, max_total = service.max_input_tokens, service.max_total_tokens
-    wanted = max(1, max_total - count) if most is None else most
-    if count > max_input or count + wanted > max_total:
-        raise context_exceeded(
-            count,
-            wanted,
-            max_input=max_input,
-            max_total=max_total,
-            parameter=parameter,
-            are_counted=are_counted,
-        )
-    return wanted
-
-
 def _scored(body: CompletionRequest) -> int | None:
     """Return how many likeliest tokens the prompt is scored with; None: it is not."""
     wanted = (body.logprobs if body.echo else None, body.prompt_logprobs)
@@ -457,41 +413,6 @@ def _offsets(texts: Sequence[str], total: int) -> list[int]:
     return offsets
 
 
-async def submitted(
-    service: Service, request: Request, body: ChatRequest
-) -> tuple[Conversation, list[Ticket]]:
-    """Queue the answers that a conversation asks for.
-
-    Raises ServerError, with nothing queued, for a request that is not valid or does not fit.
-    """
-    options = service.options
-    check(body, options)
-    check_model(body.model, options)
-    if body.top_logprobs is not None and not body.logprobs:
-        raise invalid("`top_logprobs` needs `logprobs` to be true", "top_logprobs")
-    wanted = body.max_completion_tokens or body.max_tokens
-    is_cut = body.truncate_prompt_tokens is not None
-    check_length = None if is_cut else fitting(service, wanted, "messages")
-    talk = await service.aside(conversation_of, service.needed_tokenizer, body, check_length)
-    prompt_ids = truncated(service, talk.prompt_ids, body.truncate_prompt_tokens, wanted or 1)
-    most = check_prompt(service, prompt_ids, wanted, "messages")
-    sampling = sampling_options(body, service.needed_model.defaults, most)
-    sampling["top_logprobs"] = body.top_logprobs or 0
-    sampling["spelled_token_ids"] = talk.spelled_token_ids
-    prepared = Prepared(
-        prompt_ids=prompt_ids,
-        options=sampling,
-        count=body.n or 1,
-        grammar=talk.grammar,
-        scored=body.prompt_logprobs,
-        timeout_s=body.timeout,
-        priority=body.priority or 0,
-        salt=body.cache_salt,
-    )
-    note_parameters(request, sampling)
-    return talk, await service.submit(request, [prepared])
-
-
 async def chat_completions(service: Service, request: Request, body: ChatRequest) -> Response:
     """Answer a conversation."""
     talk, tickets = await submitted(service, request, body)
@@ -538,7 +459,9 @@ class ChatWriter:
 
     def whole(self, index: int, events: Sequence[TokenEvent]) -> dict[str, Any]:
         """Return the choice of a finished answer."""
-        answer = Answer.of(self._events(events, AnswerReader(self.talk.reads, is_whole=True)))
+        reader = AnswerReader(self.talk.reads, is_whole=True)
+        answer = Answer.of(reader.read(events))
+        self.num_reasoning_tokens = reader.num_reasoning_tokens
         message: dict[str, Any] = {"role": "assistant", "content": answer.content}
         if answer.reasoning:
             message["reasoning_content"] = answer.reasoning
@@ -546,7 +469,9 @@ class ChatWriter:
             message["content"] = answer.content or None
             message["tool_calls"] = [call.body() for call in answer.calls]
         reason = REASONS[events[-1].finish_reason or "length"]
-        logprobs = [self._logprob(event) for event in events] if self.body.logprobs else None
+        logprobs = None
+        if self.body.logprobs:
+            logprobs = [logprob_of(self.tokenizer, event) for event in events]
         return {
             "index": index,
             "message": message,
@@ -561,12 +486,11 @@ class ChatWriter:
         async for events in self.ticket.groups():
             for event in events:
                 found = [
-                    delta
-                    for item in self._events([event], reader)
-                    if (delta := _delta(item)) is not None
+                    delta for item in reader.read([event]) if (delta := _delta(item)) is not None
                 ]
+                self.num_reasoning_tokens = reader.num_reasoning_tokens
                 has_calls = has_calls or any("tool_calls" in delta for delta in found)
-                logprobs = [self._logprob(event)] if self.body.logprobs else None
+                logprobs = [logprob_of(self.tokenizer, event)] if self.body.logprobs else None
                 if not found and logprobs:
                     found = [{"content": ""}]
                 for number, delta in enumerate(found):
@@ -576,16 +500,6 @@ class ChatWriter:
                     if has_calls and reason == "stop":
                         reason = "tool_calls"
                     yield self._chunk(index, {} if has_calls else {"content": ""}, None, reason)
-
-    def _events(self, events: Sequence[TokenEvent], reader: AnswerReader) -> list[Event]:
-        """Return what some tokens add to an answer."""
-        found: list[Event] = []
-        for event in events:
-            found += reader.push(event.text)
-            self.num_reasoning_tokens += reader.is_reasoning
-            if event.finish_reason is not None:
-                found += reader.finish()
-        return found
 
     def _chunk(
         self,
@@ -600,17 +514,6 @@ class ChatWriter:
             "logprobs": None if logprobs is None else {"content": logprobs},
             "finish_reason": reason,
         }
-
-    def _logprob(self, event: TokenEvent) -> dict[str, Any]:
-        found = self._one(event.token_id, event.logprob)
-        top = [self._one(token, logprob) for token, logprob in event.top_logprobs]
-        return found | {"top_logprobs": top}
-
-    def _one(self, token: int, logprob: float) -> dict[str, Any]:
-        text, data = text_of(self.tokenizer, token), self.tokenizer.token_bytes(token)
-        # Null where no library tells what part of a character it is.
-        shown = list(data) if data or not text else None
-        return {"token": text, "logprob": logprob, "bytes": shown}
 
 
 def _delta(event: Event) -> dict[str, Any] | None:
@@ -642,35 +545,31 @@ def stream(
 
     Completions whose request says nothing of usage have each choice's in its last chunk, as TGI's do.
     """
-    exchange, options = exchange_of(request), service.options
     asked = body.stream_options
     tells_each = asked is None and isinstance(body, CompletionRequest)
 
     async def events() -> AsyncGenerator[str, None]:
         common = head.fields()
-        try:
-            async with aclosing(merged(parts)) as chunks:
-                async for choice in chunks:
-                    is_last = choice["finish_reason"] is not None
-                    own = None
-                    if tells_each and is_last:
-                        own = usage_of([tickets[choice["index"]]], 1)
-                    chunk = common | {"choices": [choice], "usage": own}
-                    # A prompt that is echoed may have as many scores as the context has tokens.
-                    is_long = len((choice["logprobs"] or {}).get("tokens", ())) > AT_ONCE
-                    texts = dumps_in_parts(chunk)
-                    yield await service.aside("".join, texts) if is_long else dumps(chunk)
-            if asked is not None and asked.include_usage:
-                yield dumps(common | {"choices": [], "usage": usage()})
-        except Exception as error:
-            yield dumps(openai_body(exchange.failed(error)))
+        async with aclosing(merged(parts)) as chunks:
+            async for choice in chunks:
+                is_last = choice["finish_reason"] is not None
+                own = None
+                if tells_each and is_last:
+                    own = usage_of([tickets[choice["index"]]], 1)
+                chunk = common | {"choices": [choice], "usage": own}
+                # A prompt that is echoed may have as many scores as the context has tokens.
+                is_long = len((choice["logprobs"] or {}).get("tokens", ())) > AT_ONCE
+                texts = dumps_in_parts(chunk)
+                yield as_event(await service.aside("".join, texts) if is_long else dumps(chunk))
+        if asked is not None and asked.include_usage:
+            yield as_event(dumps(common | {"choices": [], "usage": usage()}))
         yield DONE
 
-    return EventStream(
+    return service.stream(
+        request,
+        tickets,
         events(),
-        lambda: give_up(tickets),
-        keep_alive_s=options.keep_alive_s,
-        write_timeout_s=options.write_timeout_s,
+        failed=lambda error: [as_event(dumps(openai_body(error))), DONE],
         headers=stream_headers(0),
     )
 

@@ -11,13 +11,17 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 
 from hanok import __version__
+from hanok.server import messages_input, responses_input
 from hanok.server.chat import conversation_of
 from hanok.server.errors import ServerError, invalid
+from hanok.server.messages_models import MessagesRequest
 from hanok.server.openai_models import ChatRequest, CompletionRequest
 from hanok.server.openai_sampling import check, origins, sampling_options
+from hanok.server.responses_models import ResponsesRequest
 from hanok.server.routes import openai, tgi
 from hanok.server.routes.openai import prompts_of
 from hanok.server.service import Service
+from hanok.server.submission import check_prompt, fitting, truncated
 from hanok.server.tgi_models import Body, CompatGenerateRequest, GenerateRequest, Name
 from hanok.server.web import Json, Pieces, Route, dumps, validated
 
@@ -179,19 +183,29 @@ async def invocations(service: Service, request: Request, body: Anything) -> Res
     return await tgi.compat_generate(service, request, compat)
 
 
+def _chat_of(asked: ExplainRequest) -> ChatRequest | None:
+    """Return a conversation of any protocol as a chat request; None for other routes' bodies."""
+    if asked.route == "/v1/chat/completions":
+        return validated(asked.body, ChatRequest)
+    if asked.route == "/v1/responses":
+        return responses_input.chat_request(validated(asked.body, ResponsesRequest))
+    if asked.route == "/v1/messages":
+        return messages_input.chat_request(validated(asked.body, MessagesRequest))
+    return None
+
+
 async def explain(service: Service, request: Request, body: ExplainRequest) -> Response:
     """Answer with the prompt's tokens and the effective parameters with their origins."""
     model = service.needed_model
     prompts: list[dict[str, Any]] = []
-    if body.route == "/v1/chat/completions":
-        chat = validated(body.body, ChatRequest)
+    if (chat := _chat_of(body)) is not None:
         check(chat, service.options)
         wanted = chat.max_completion_tokens or chat.max_tokens
         kept = chat.truncate_prompt_tokens
-        check_length = openai.fitting(service, wanted, "messages") if kept is None else None
+        check_length = fitting(service, wanted, "messages") if kept is None else None
         talk = await service.aside(conversation_of, service.needed_tokenizer, chat, check_length)
-        ids = openai.truncated(service, talk.prompt_ids, kept, wanted or 1)
-        most = openai.check_prompt(service, ids, wanted, "messages")
+        ids = truncated(service, talk.prompt_ids, kept, wanted or 1)
+        most = check_prompt(service, ids, wanted, "messages")
         options = sampling_options(chat, model.defaults, most)
         params = model.defaults.updated(options)
         prompts = [{"text": talk.text, "token_ids": ids}]
@@ -203,8 +217,8 @@ async def explain(service: Service, request: Request, body: ExplainRequest) -> R
         most = openai.DEFAULT_COMPLETION_TOKENS if wanted is None else max(1, wanted)
         for prompt in prompts_of(service, completion):
             ids = await openai.encoded(service, completion, prompt, most, infill)
-            ids = openai.truncated(service, ids, completion.truncate_prompt_tokens, most)
-            openai.check_prompt(service, ids, most, "prompt")
+            ids = truncated(service, ids, completion.truncate_prompt_tokens, most)
+            check_prompt(service, ids, most, "prompt")
             prompts.append({"text": prompt if isinstance(prompt, str) else None, "token_ids": ids})
         options = sampling_options(completion, model.defaults, most)
         if infill is not None:
@@ -222,7 +236,8 @@ async def explain(service: Service, request: Request, body: ExplainRequest) -> R
         prompts = [{"text": body.body.get("inputs"), "token_ids": asked.prepared.prompt_ids}]
         return Json({"prompts": prompts, "parameters": parameters})
     raise invalid(
-        f"`route` is {body.route!r}; it must be /generate, /v1/completions or /v1/chat/completions",
+        f"`route` is {body.route!r}; it must be /generate, /v1/completions, /v1/chat/completions, "
+        "/v1/responses or /v1/messages",
         "route",
     )
 

@@ -1,7 +1,6 @@
 """TGI's own routes: /generate and its kin, in its words and shapes."""
 
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
@@ -16,8 +15,9 @@ from hanok.engine.ticket import Ticket
 from hanok.server import tgi_limits as limits
 from hanok.server.chat import conversation_of
 from hanok.server.errors import ServerError, flat_body, invalid
+from hanok.server.logprobs import text_of
 from hanok.server.openai_models import ChatRequest
-from hanok.server.service import Prepared, Service, give_up
+from hanok.server.service import Prepared, Service
 from hanok.server.tgi_models import (
     CompatGenerateRequest,
     GenerateRequest,
@@ -27,9 +27,9 @@ from hanok.server.tgi_models import (
 )
 from hanok.server.times import stream_headers, timing_headers
 from hanok.server.web import (
-    EventStream,
     Json,
     Route,
+    as_event,
     dumps,
     exchange_of,
     note_parameters,
@@ -223,30 +223,14 @@ def _top(tokenizer: Tokenizer, found: Ranked) -> list[dict[str, Any]]:
     ]
 
 
-def text_of(tokenizer: Tokenizer, token: int) -> str:
-    """Return a token's text; "" for a row of the embedding that has none."""
-    return tokenizer.token_text(token) if token < tokenizer.vocab_size else ""
-
-
 async def streamed(service: Service, request: Request, asked: Asked) -> Response:
     """Answer with server-sent events, without the [DONE] of other protocols."""
     tickets = await service.submit(request, [asked.prepared])
-    exchange = exchange_of(request)
-
-    async def events() -> AsyncGenerator[str, None]:
-        try:
-            async with aclosing(_events(service.needed_tokenizer, asked, tickets[0])) as texts:
-                async for text in texts:
-                    yield text
-        except Exception as error:
-            yield dumps(flat_body(exchange.failed(error)))
-
-    options = service.options
-    return EventStream(
-        events(),
-        lambda: give_up(tickets),
-        keep_alive_s=options.keep_alive_s,
-        write_timeout_s=options.write_timeout_s,
+    return service.stream(
+        request,
+        tickets,
+        _events(service.needed_tokenizer, asked, tickets[0]),
+        failed=lambda error: [as_event(dumps(flat_body(error)))],
         headers=stream_headers(len(asked.inputs)),
     )
 
@@ -268,7 +252,7 @@ async def _events(tokenizer: Tokenizer, asked: Asked, ticket: Ticket) -> AsyncGe
                     "seed": _seed(ticket),
                     "input_length": len(asked.prepared.prompt_ids),
                 }
-        yield dumps(found)
+        yield as_event(dumps(found))
     if reason is None:
         raise UNFINISHED
 
