@@ -1,5 +1,6 @@
 """Anthropic's own client, unmodified, against a live server."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,8 +15,9 @@ GREEDY = {"temperature": 0}  # which the client has no word for
 
 
 @pytest.fixture
-def sdk(server: Server) -> Any:
-    return anthropic.Anthropic(base_url=server.url, api_key="k", max_retries=0)
+def sdk(server: Server) -> Iterator[Any]:
+    with anthropic.Anthropic(base_url=server.url, api_key="k", max_retries=0) as found:
+        yield found
 
 
 class Seat(BaseModel):

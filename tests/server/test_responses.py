@@ -5,9 +5,10 @@ from typing import Any, Literal
 
 import openai
 import pytest
+from langchain_openai import ChatOpenAI
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import BaseModel, TypeAdapter
-from tests.server.conftest import LocalServer
+from tests.server.conftest import LocalServer, Server
 from tests.server.written import Given, Spelled, collected
 
 from hanok.server.chat import conversation_of
@@ -430,8 +431,8 @@ def test_a_stream_that_fails_says_so(local: LocalServer, monkeypatch: pytest.Mon
         raise RuntimeError("a broken kernel")
 
     monkeypatch.setattr(local.engine._runner, "_hidden_states", faulty)
-    sdk = openai.OpenAI(base_url=f"{local.url}/v1", api_key="k", max_retries=0)
-    events = list(sdk.responses.create(model="bundled", input="dog", stream=True))
+    with openai.OpenAI(base_url=f"{local.url}/v1", api_key="k", max_retries=0) as sdk:
+        events = list(sdk.responses.create(model="bundled", input="dog", stream=True))
     assert [event.type for event in events] == [
         "response.created",
         "response.in_progress",
@@ -441,3 +442,18 @@ def test_a_stream_that_fails_says_so(local: LocalServer, monkeypatch: pytest.Mon
     assert events[-1].response.status == "failed"
     assert events[-1].response.error is not None
     assert "a broken kernel" in events[-1].response.error.message
+
+
+def test_langchain(server: Server) -> None:
+    options: Any = {"base_url": f"{server.url}/v1", "api_key": "k", "max_retries": 0}
+    chat = ChatOpenAI(
+        model="bundled", use_responses_api=True, max_tokens=80, temperature=0, **options
+    )
+    whole = chat.invoke("Tell me of a dog.")
+    assert "".join(str(chunk.text) for chunk in chat.stream("Tell me of a dog.")) == whole.text
+    schema = {"title": "weather", **WEATHER["parameters"]}
+    called = chat.bind_tools([schema], tool_choice="any").invoke("How is it?")
+    assert called.tool_calls[0]["args"]["place"] in ("Seoul", "Bonn")
+    filled = chat.with_structured_output(schema, method="json_schema").invoke("How is it?")
+    assert isinstance(filled, dict)
+    assert filled["place"] in ("Seoul", "Bonn")
