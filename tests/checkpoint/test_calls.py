@@ -159,6 +159,13 @@ def test_empty_lists_and_nulls_are_as_if_they_were_not_there() -> None:
         assert rendered(name, empty) == rendered(name, plain) == "[user]hi[assistant]ho"
 
 
+def test_a_developer_is_the_system_of_templates_that_know_no_developer() -> None:
+    sent = [{"role": "developer", "content": "Be brief."}, {"role": "user", "content": "hi"}]
+    assert rendered("knows none", sent) == "[system]Be brief.[user]hi"
+    own = "{% if messages[0].role == 'developer' %}D{% endif %}"
+    assert ChatTemplates({"default": own}, variables={}).render(sent) == "D"
+
+
 def test_a_template_that_goes_over_parts_gets_parts() -> None:
     assert rendered("parts", [{"role": "user", "content": "hi"}]) == "[user]hi"
     listed = [{"role": "user", "content": [{"type": "text", "text": "hi"}]}]

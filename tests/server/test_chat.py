@@ -12,7 +12,7 @@ from hanok.server.answer import Reads
 from hanok.server.chat import TOOL_PROMPT, Conversation, conversation_of
 from hanok.server.errors import ServerError
 from hanok.server.openai_models import ChatRequest
-from hanok.server.routes.openai import ChatWriter
+from hanok.server.routes.chat import ChatWriter
 
 TOOLS: Any = [{"type": "function", "function": {"name": "find", "parameters": {"type": "object"}}}]
 

@@ -47,6 +47,7 @@ _SPAN_START, _SPAN_END = "\ufdd0", "\ufdd1"
 # Variables that begin with a digit: no template can spell them, so none can read or replace them.
 _SPAN_START_NAME, _SPAN_END_NAME, _COUNT_STEPS = "0span_start", "0span_end", "0count_steps"
 _END_OF_CONTENT = "HANOK_END_OF_FINAL_MESSAGE "
+_DEVELOPER = "developer"
 _NO_FINAL_TEXT = (
     "continue_final_message is set, but the last message has no text content to go on with; "
     "give it one, or set continue_final_message=False"
@@ -173,6 +174,11 @@ class ChatTemplates:
     ) -> list[dict[str, Any]]:
         """A plain copy of the messages, in the form in which the template writes all of them out."""
         conversation, moment = _plain_messages(messages), self._now()
+        if _DEVELOPER not in text:  # OpenAI's newer word, which few templates know
+            conversation = [
+                {**message, "role": "system"} if message.get("role") == _DEVELOPER else message
+                for message in conversation
+            ]
 
         def render(form: list[dict[str, Any]]) -> str:
             return self._run(text, origin, form, variables, lambda: moment)

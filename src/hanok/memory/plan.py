@@ -24,8 +24,8 @@ PlaceKind = Literal["gpu", "core", "cpu", "disk"]
 Weights = Literal["auto", "mapped", "copied"]
 CacheDtype = Literal["auto", "int8"]
 POLICIES = ("auto", "balanced", "balanced_low_0", "sequential")
-HOST_KINDS: tuple[PlaceKind, ...] = ("core", "cpu")  # whose memory is the host's
 DeviceMap = str | int | Mapping[str, str | int]
+HOST_KINDS: tuple[PlaceKind, ...] = ("core", "cpu")  # whose memory is the host's
 STREAM_BUFFERS = 2  # one is computed with while the other is read
 BALANCE_STEPS = 48  # halvings of the search for equal work
 
@@ -588,13 +588,10 @@ def _predict(needs: Needs, places: Sequence[Place], chosen: Sequence[int]) -> Pr
         for unit, index in zip(needs.units, chosen, strict=True)
         for runner in [places[runner_of(places)] if places[index].kind == "disk" else places[index]]
     )
-    in_memory = [
-        unit.file_bytes
-        for unit, index in zip(needs.units, chosen, strict=True)
-        if places[index].kind != "disk"
-    ]
+    pairs = zip(needs.units, chosen, strict=True)
+    loaded = sum(unit.file_bytes for unit, index in pairs if places[index].kind != "disk")
     return Prediction(
-        load_s=sum(in_memory) / needs.file_bytes_per_s,
+        load_s=loaded / needs.file_bytes_per_s,
         first_token_s=max(compute_s, step_s),
         tokens_per_s=needs.batch / step_s if step_s else 0.0,
         limited_by=f"{what} at {slowest.bytes_per_s / 1e9:.1f} GB/s",

@@ -1,35 +1,27 @@
-"""OpenAI's routes: completions, chat completions and the list of models."""
+"""OpenAI's completions, and the names under which the model can be asked."""
 
 import asyncio
-import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
-from contextlib import aclosing
-from dataclasses import dataclass, replace
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
 
-from hanok import __version__
 from hanok.checkpoint.infill import Infill
 from hanok.checkpoint.tokenizer import Tokenizer
 from hanok.engine.params import SamplingOptions
 from hanok.engine.sequence import Ranked, TokenEvent
 from hanok.engine.ticket import Ticket
-from hanok.server.answer import Answer, AnswerReader, Content, Event, Reasoning
-from hanok.server.calls import CallArguments, CallBegun
-from hanok.server.chat import Conversation
 from hanok.server.constraints import constraint_of
-from hanok.server.errors import invalid, openai_body
-from hanok.server.logprobs import logprob_of, text_of
+from hanok.server.errors import invalid
+from hanok.server.logprobs import num_scores, prompt_logprobs_of, text_of
+from hanok.server.openai_answer import REASONS, head_of, stream, usage_of
 from hanok.server.openai_models import (
-    ChatCompletion,
-    ChatRequest,
     Completion,
     CompletionRequest,
     ModelCard,
     ModelList,
-    Sampling,
 )
 from hanok.server.openai_sampling import (
     check,
@@ -37,80 +29,18 @@ from hanok.server.openai_sampling import (
     sampling_options,
     unknown_model,
 )
-from hanok.server.routes.tgi import batch_too_large, num_scores
+from hanok.server.routes.tgi import batch_too_large
 from hanok.server.service import Prepared, Service
-from hanok.server.submission import check_prompt, fitting, submitted, truncated
-from hanok.server.times import stream_headers, timing_headers
+from hanok.server.submission import check_prompt, fitting, truncated
+from hanok.server.times import timing_headers
 from hanok.server.web import (
-    AT_ONCE,
     Json,
     Route,
-    as_event,
-    dumps,
-    dumps_in_parts,
     exchange_of,
     note_parameters,
 )
 
 DEFAULT_COMPLETION_TOKENS = 16
-REASONS = {"eos_token": "stop", "stop_sequence": "stop", "length": "length"}
-DONE = as_event("[DONE]")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Head:
-    """What every chunk of an answer says."""
-
-    id: str
-    object: str
-    created: int
-    model: str
-
-    def fields(self) -> dict[str, Any]:
-        """Return it as JSON."""
-        return {
-            "id": self.id,
-            "object": self.object,
-            "created": self.created,
-            "model": self.model,
-            "system_fingerprint": f"{__version__}-native",
-        }
-
-
-def head_of(service: Service, request: Request, kind: str, prefix: str) -> Head:
-    """Return the head of an answer; its id is the request's own where that is one."""
-    return Head(
-        id=f"{prefix}-{uuid.uuid5(uuid.NAMESPACE_OID, exchange_of(request).id).hex}",
-        object=kind,
-        created=service.created_now(),
-        model=service.options.model_id,
-    )
-
-
-def usage_of(
-    tickets: Sequence[Ticket], num_prompts: int, reasoning_tokens: int = 0
-) -> dict[str, Any]:
-    """Return the tokens of a request; several answers to one prompt count it once."""
-    each = max(1, len(tickets) // num_prompts)
-    firsts = tickets[::each]
-    prompt = sum(len(ticket.request.sequence.prompt_ids) for ticket in firsts)
-    generated = sum(len(ticket.request.sequence.generated_ids) for ticket in tickets)
-    guessed = [ticket.request.sequence.speculation for ticket in tickets]
-    return {
-        "prompt_tokens": prompt,
-        "completion_tokens": generated,
-        "total_tokens": prompt + generated,
-        "prompt_tokens_details": {
-            "cached_tokens": sum(ticket.num_cached_tokens for ticket in firsts)
-        },
-        "completion_tokens_details": {
-            **({"reasoning_tokens": reasoning_tokens} if reasoning_tokens else {}),
-            "accepted_prediction_tokens": sum(counts.accepted for counts in guessed),
-            "rejected_prediction_tokens": sum(
-                counts.proposed - counts.accepted for counts in guessed
-            ),
-        },
-    }
 
 
 def prompts_of(service: Service, body: CompletionRequest) -> list[str | list[int]]:
@@ -276,28 +206,6 @@ def _scored(body: CompletionRequest) -> int | None:
     return max((number for number in wanted if number is not None), default=None)
 
 
-def prompt_logprobs_of(
-    tokenizer: Tokenizer | None, ticket: Ticket, number: int
-) -> list[dict[str, dict[str, Any]] | None]:
-    """Return each prompt token's log-probability with those of the `number` likeliest, None first."""
-    found: list[dict[str, dict[str, Any]] | None] = [None]
-    for score in ticket.prompt_scores:
-        ranks = enumerate(score.top_logprobs[:number], 1)
-        table = {token: (logprob, rank) for rank, (token, logprob) in ranks}
-        table.setdefault(score.token_id, (score.logprob, score.rank))
-        found.append(
-            {
-                str(token): {
-                    "logprob": logprob,
-                    "rank": rank,
-                    "decoded_token": text_of(tokenizer, token) if tokenizer else None,
-                }
-                for token, (logprob, rank) in table.items()
-            }
-        )
-    return found[: len(ticket.request.sequence.prompt_ids)]
-
-
 def _mean(events: Sequence[TokenEvent]) -> float:
     return sum(event.logprob for event in events) / len(events)
 
@@ -413,199 +321,6 @@ def _offsets(texts: Sequence[str], total: int) -> list[int]:
     return offsets
 
 
-async def chat_completions(service: Service, request: Request, body: ChatRequest) -> Response:
-    """Answer a conversation."""
-    talk, tickets = await submitted(service, request, body)
-    head = head_of(service, request, "chat.completion", "chatcmpl")
-    writers = [
-        ChatWriter(body=body, talk=talk, tokenizer=service.needed_tokenizer, ticket=ticket)
-        for ticket in tickets
-    ]
-
-    def usage() -> dict[str, Any]:
-        return usage_of(tickets, 1, sum(writer.num_reasoning_tokens for writer in writers))
-
-    if body.stream:
-        parts = [writer.stream(index) for index, writer in enumerate(writers)]
-        head = replace(head, object="chat.completion.chunk")
-        return stream(service, request, body, head, parts, tickets, usage)
-    results = await service.results(request, tickets)
-
-    def answer() -> dict[str, Any]:
-        choices = [
-            writer.whole(index, events)
-            for index, (writer, events) in enumerate(zip(writers, results, strict=True))
-        ]
-        found = head.fields() | {"choices": choices, "usage": usage()}
-        if body.prompt_logprobs is not None:
-            found["prompt_logprobs"] = prompt_logprobs_of(
-                service.needed_tokenizer, tickets[0], body.prompt_logprobs
-            )
-        return found
-
-    headers = timing_headers(exchange_of(request), tickets, len(talk.text))
-    return await service.answered(answer, num_scores(tickets), headers)
-
-
-@dataclass(slots=True, kw_only=True)
-class ChatWriter:
-    """Writes one answer, whole or in chunks."""
-
-    body: ChatRequest
-    talk: Conversation
-    tokenizer: Tokenizer
-    ticket: Ticket
-    num_reasoning_tokens: int = 0
-
-    def whole(self, index: int, events: Sequence[TokenEvent]) -> dict[str, Any]:
-        """Return the choice of a finished answer."""
-        reader = AnswerReader(self.talk.reads, is_whole=True)
-        answer = Answer.of(reader.read(events))
-        self.num_reasoning_tokens = reader.num_reasoning_tokens
-        message: dict[str, Any] = {"role": "assistant", "content": answer.content}
-        if answer.reasoning:
-            message["reasoning_content"] = answer.reasoning
-        if answer.calls:
-            message["content"] = answer.content or None
-            message["tool_calls"] = [call.body() for call in answer.calls]
-        reason = REASONS[events[-1].finish_reason or "length"]
-        logprobs = None
-        if self.body.logprobs:
-            logprobs = [logprob_of(self.tokenizer, event) for event in events]
-        return {
-            "index": index,
-            "message": message,
-            "logprobs": None if logprobs is None else {"content": logprobs},
-            "finish_reason": "tool_calls" if answer.calls and reason == "stop" else reason,
-        }
-
-    async def stream(self, index: int) -> AsyncIterator[dict[str, Any]]:
-        """Yield the choice's chunks; the first says who speaks."""
-        reader, has_calls = AnswerReader(self.talk.reads), False
-        yield self._chunk(index, {"role": "assistant", "content": ""}, None, None)
-        async for events in self.ticket.groups():
-            for event in events:
-                found = [
-                    delta for item in reader.read([event]) if (delta := _delta(item)) is not None
-                ]
-                self.num_reasoning_tokens = reader.num_reasoning_tokens
-                has_calls = has_calls or any("tool_calls" in delta for delta in found)
-                logprobs = [logprob_of(self.tokenizer, event)] if self.body.logprobs else None
-                if not found and logprobs:
-                    found = [{"content": ""}]
-                for number, delta in enumerate(found):
-                    yield self._chunk(index, delta, logprobs if number == 0 else None, None)
-                if event.finish_reason is not None:
-                    reason = REASONS[event.finish_reason]
-                    if has_calls and reason == "stop":
-                        reason = "tool_calls"
-                    yield self._chunk(index, {} if has_calls else {"content": ""}, None, reason)
-
-    def _chunk(
-        self,
-        index: int,
-        delta: dict[str, Any],
-        logprobs: list[dict[str, Any]] | None,
-        reason: str | None,
-    ) -> dict[str, Any]:
-        return {
-            "index": index,
-            "delta": delta,
-            "logprobs": None if logprobs is None else {"content": logprobs},
-            "finish_reason": reason,
-        }
-
-
-def _delta(event: Event) -> dict[str, Any] | None:
-    """Return what a chunk says of an event; None of the end of a call, of which it says nothing."""
-    if isinstance(event, Content):
-        return {"content": event.text}
-    if isinstance(event, Reasoning):
-        return {"reasoning_content": event.text}
-    if isinstance(event, CallBegun):
-        function = {"name": event.name, "arguments": ""}
-        call = {"index": event.index, "id": event.id, "type": "function", "function": function}
-        return {"tool_calls": [call]}
-    if isinstance(event, CallArguments):
-        call = {"index": event.index, "function": {"arguments": event.text}}
-        return {"tool_calls": [call]}
-    return None
-
-
-def stream(
-    service: Service,
-    request: Request,
-    body: Sampling,
-    head: Head,
-    parts: Sequence[AsyncIterator[dict[str, Any]]],
-    tickets: Sequence[Ticket],
-    usage: Callable[[], dict[str, Any]],
-) -> Response:
-    """Answer with the chunks of all choices as they come, usage if asked for, and [DONE].
-
-    Completions whose request says nothing of usage have each choice's in its last chunk, as TGI's do.
-    """
-    asked = body.stream_options
-    tells_each = asked is None and isinstance(body, CompletionRequest)
-
-    async def events() -> AsyncGenerator[str, None]:
-        common = head.fields()
-        async with aclosing(merged(parts)) as chunks:
-            async for choice in chunks:
-                is_last = choice["finish_reason"] is not None
-                own = None
-                if tells_each and is_last:
-                    own = usage_of([tickets[choice["index"]]], 1)
-                chunk = common | {"choices": [choice], "usage": own}
-                # A prompt that is echoed may have as many scores as the context has tokens.
-                is_long = len((choice["logprobs"] or {}).get("tokens", ())) > AT_ONCE
-                texts = dumps_in_parts(chunk)
-                yield as_event(await service.aside("".join, texts) if is_long else dumps(chunk))
-        if asked is not None and asked.include_usage:
-            yield as_event(dumps(common | {"choices": [], "usage": usage()}))
-        yield DONE
-
-    return service.stream(
-        request,
-        tickets,
-        events(),
-        failed=lambda error: [as_event(dumps(openai_body(error))), DONE],
-        headers=stream_headers(0),
-    )
-
-
-async def merged(
-    parts: Sequence[AsyncIterator[dict[str, Any]]],
-) -> AsyncGenerator[dict[str, Any], None]:
-    """Yield what several iterators yield, as it comes. What one raises ends all."""
-    found: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
-
-    async def pump(part: AsyncIterator[dict[str, Any]]) -> None:
-        try:
-            async for item in part:
-                found.put_nowait(item)
-        finally:
-            found.put_nowait(None)
-
-    tasks = [asyncio.ensure_future(pump(part)) for part in parts]
-    try:
-        left = len(tasks)
-        while left:
-            item = await found.get()
-            if item is not None:
-                yield item
-                continue
-            left -= 1
-            for task in tasks:
-                if task.done():
-                    task.result()
-        await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-
 async def models(service: Service, request: Request, body: None) -> Response:
     """Answer with the one model there is, under each of its names."""
     cards = [card_of(service, name) for name in service.options.model_names]
@@ -631,29 +346,18 @@ def card_of(service: Service, name: str) -> dict[str, Any]:
     }
 
 
-_COMMON: dict[str, Any] = {
-    "method": "POST",
-    "needs_key": True,
-    "needs_model": True,
-    "streams": True,
-    "statuses": (404, 424, 429, 500),
-}
 ROUTES = (
     Route(
+        method="POST",
         path="/v1/completions",
         handler=completions,
         summary="Complete prompts",
         body=CompletionRequest,
         answer=Completion,
-        **_COMMON,
-    ),
-    Route(
-        path="/v1/chat/completions",
-        handler=chat_completions,
-        summary="Answer a conversation",
-        body=ChatRequest,
-        answer=ChatCompletion,
-        **_COMMON,
+        needs_key=True,
+        needs_model=True,
+        streams=True,
+        statuses=(404, 424, 429, 500),
     ),
     Route(
         method="GET",

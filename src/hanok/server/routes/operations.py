@@ -19,6 +19,7 @@ from hanok.server.openai_models import ChatRequest, CompletionRequest
 from hanok.server.openai_sampling import check, origins, sampling_options
 from hanok.server.responses_models import ResponsesRequest
 from hanok.server.routes import openai, tgi
+from hanok.server.routes.chat import chat_completions
 from hanok.server.routes.openai import prompts_of
 from hanok.server.service import Service
 from hanok.server.submission import check_prompt, fitting, truncated
@@ -174,8 +175,7 @@ async def invocations(service: Service, request: Request, body: Anything) -> Res
     """Answer any of the three kinds of requests at one path, as SageMaker sends them."""
     given = body.model_extra or {}
     if "messages" in given:
-        chat = validated(given, ChatRequest)
-        return await openai.chat_completions(service, request, chat)
+        return await chat_completions(service, request, validated(given, ChatRequest))
     if "prompt" in given:
         completion = validated(given, CompletionRequest)
         return await openai.completions(service, request, completion)

@@ -15,7 +15,7 @@ from hanok.engine.ticket import Ticket
 from hanok.server import tgi_limits as limits
 from hanok.server.chat import conversation_of
 from hanok.server.errors import ServerError, flat_body, invalid
-from hanok.server.logprobs import text_of
+from hanok.server.logprobs import num_scores, text_of
 from hanok.server.openai_models import ChatRequest
 from hanok.server.service import Prepared, Service
 from hanok.server.tgi_models import (
@@ -326,15 +326,6 @@ async def vertex(service: Service, request: Request, body: VertexRequest) -> Res
     tickets = await service.submit(request, prepared)
     results = await service.results(request, tickets)
     return Json({"predictions": ["".join(e.text for e in events) for events in results]})
-
-
-def num_scores(tickets: Sequence[Ticket]) -> int:
-    """Return how many scores an answer may tell of: of each token, and of those likely there."""
-    return sum(
-        (len(ticket.prompt_scores) + len(ticket.request.sequence.generated_ids))
-        * (1 + ticket.request.sequence.params.top_logprobs)
-        for ticket in tickets
-    )
 
 
 def batch_too_large(service: Service) -> ServerError:
