@@ -370,12 +370,46 @@ def test_an_activation_that_is_not_known_is_refused() -> None:
             CheckpointError,
             "short_factor has 3 values; 128 rotated components need 64",
         ),
+        ({"factor": 2.0}, CheckpointError, "without a factor, or of a type"),
+        ({"rope_type": "default", "factor": 2.0}, CheckpointError, "without a factor"),
+        ({"rope_type": "linear", "factor": 0}, CheckpointError, "must be a number above 0"),
+        ({"rope_type": "linear", "factor": float("nan")}, CheckpointError, "a number above 0"),
+        ({"rope_type": "dynamic", "factor": "2"}, CheckpointError, "'dynamic' is '2'"),
+        ({"rope_type": "yarn", "factor": 2.0, "beta_fast": -1}, CheckpointError, "beta_fast"),
     ],
 )
 def test_a_rope_that_cannot_be_read_says_why(
     scaling: dict[str, Any], error: type[HanokError], part: str
 ) -> None:
     assert part in message_of(LLAMA_3_1_8B | {"rope_scaling": scaling}, error)
+
+
+def test_what_a_rope_leaves_empty_or_tells_of_its_training_is_no_matter() -> None:
+    yarn = {"type": "yarn", "factor": 16.0, "original_max_position_embeddings": 8192}
+    noted = yarn | {"finetuned": True, "attention_factor": None, "low_freq_factor": None}
+    found = read(LLAMA_3_1_8B | {"rope_scaling": noted})
+    assert found == read(LLAMA_3_1_8B | {"rope_scaling": yarn})
+    assert read(LLAMA_3_1_8B | {"rope_scaling": {"type": None}}).layers[0].rope == Rope(
+        theta=500000.0, rotary_dim=128
+    )
+
+
+@pytest.mark.parametrize("changes", [{"head_dim": 15}, {"partial_rotary_factor": 0.01}])
+def test_what_is_rotated_comes_in_pairs(changes: dict[str, Any]) -> None:
+    assert "rotated in pairs" in message_of(LLAMA_3_1_8B | changes, CheckpointError)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"model_type": "falcon", "hidden_size": 64, "num_attention_heads": 71},
+        {"model_type": "gpt2", "n_embd": 64, "n_head": 5},
+        {"model_type": "gpt_bigcode", "n_embd": 64, "n_head": 128},
+        {"model_type": "gpt_neox", "hidden_size": 64, "num_attention_heads": 7},
+    ],
+)
+def test_heads_share_the_hidden_size_evenly(config: dict[str, Any]) -> None:
+    assert "do not share a hidden size of 64 evenly" in message_of(config, CheckpointError)
 
 
 @pytest.mark.parametrize("config", [LLAMA_3_1_8B, MIXTRAL_8X7B, QWEN3_30B_A3B])

@@ -1130,3 +1130,28 @@ def test_layers_that_guess_ahead_are_left_out(built: Callable[[str], Built]) -> 
     assert loaded.report.notes[0] == (
         f"left out: the layers that guess tokens ahead, 2 tensors of {num_bytes:,} bytes"
     )
+
+
+@pytest.mark.parametrize("name", ["mistral3", "internvl"])
+def test_a_head_that_nothing_is_said_of_is_the_embedding_where_files_hold_none(
+    name: str, built: Callable[[str], Built], tmp_path: Path
+) -> None:
+    made = built(name)
+    folder = Path(shutil.copytree(made.folder, tmp_path / "unsaid"))
+    config = json.loads((folder / "config.json").read_text())
+    config.pop("tie_word_embeddings", None)
+    config["text_config"].pop("tie_word_embeddings", None)
+    (folder / "config.json").write_text(json.dumps(config))
+    decoder = hanok_decoder(folder)
+    assert not decoder.config.tie_embeddings
+    torch.testing.assert_close(
+        prefill(decoder, made.tokens), oracle(made, made.tokens), atol=TOLERANCE, rtol=0
+    )
+    tensors = load_file(folder / "model.safetensors")
+    tensors.pop(next(key for key in tensors if "lm_head" in key))
+    save_file(tensors, folder / "model.safetensors")
+    tied = transformers.AutoModelForImageTextToText.from_pretrained(folder).float().eval()
+    expected = tied(torch.tensor([made.tokens]), use_cache=False).logits[0]
+    with torch.inference_mode():
+        found = prefill(hanok_decoder(folder), made.tokens)
+    torch.testing.assert_close(found, expected.detach(), atol=TOLERANCE, rtol=0)

@@ -131,6 +131,7 @@ def test_a_value_that_may_change_the_model_is_refused(name: str, value: object) 
         {"num_beams": 5, "bad_words_ids": [[3]], "stop_strings": ["x"], "prefix": "Q: "},
         {"attn_pdrop": 0.1, "hidden_dropout_prob": 0.1, "dropout": 0.5, "layerdrop": 0.2},
         {"author": "A", "license": "mit", "created_date": "2020-04-28", "_saved_by": "me"},
+        {"custom_pipelines": {"text-generation": {"impl": "a.B"}}, "is_composition": True},
         {"unsloth_version": "2025.1", "quantization_config": {}},
     ],
 )

@@ -58,6 +58,8 @@ def understand(checkpoint: Checkpoint) -> Understood:
     if method := quantization_of(checkpoint.config, checkpoint.folder):
         raise quantized_error(str(checkpoint.folder), method)
     family, config = read_config(checkpoint.config, where)
+    if _is_tied_unsaid(checkpoint, family):
+        config = replace(config, tie_embeddings=True)
     table = {
         name: _as_stacked(source, checkpoint.tensors)
         for name, source in sources(family, config, checkpoint.tensors).items()
@@ -140,6 +142,19 @@ def _account_for(
         )
     _check_dtypes(checkpoint, [tensors[name] for name in expected])
     return head
+
+
+def _is_tied_unsaid(checkpoint: Checkpoint, family: Family) -> bool:
+    """Return whether the head is the embedding though config.json does not say so.
+
+    transformers ties then, and untied files of these families have both, with or without a word of it.
+    """
+    config, names = checkpoint.config, unwrapped(checkpoint.tensors)
+    if config["model_type"] not in family.tied_without_head or not names:
+        return False
+    inner = config.get("text_config") or {}
+    is_said = any(place.get("tie_word_embeddings") is not None for place in (config, inner))
+    return not is_said and f"{family.names_in(names)['lm_head']}.weight" not in names
 
 
 def _as_stacked(source: Source, tensors: Mapping[str, TensorRef]) -> Source:

@@ -50,7 +50,8 @@ class Family:
     `stacked` are those of our paths whose matrices lie in one tensor, one for each expert in turn.
     `ignored_tensors` are regular expressions. `left_out` are weights that are no part of the decoder:
     what they are, and a regular expression of their names. `other_prefixes` are those that published
-    files have as often as that of `names`.
+    files have as often as that of `names`. `tied_without_head` are model types whose head is the
+    embedding where config.json says nothing of it and the files hold no head.
     """
 
     model_types: Mapping[str, str]
@@ -61,6 +62,7 @@ class Family:
     stacked: tuple[str, ...] = ()
     left_out: Mapping[str, str] = field(default_factory=dict)
     other_prefixes: tuple[str, ...] = ()
+    tied_without_head: tuple[str, ...] = ()
 
     @property
     def prefix(self) -> str:

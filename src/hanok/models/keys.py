@@ -38,6 +38,9 @@ ACTIVATIONS: Mapping[str, Activation] = {
     "gelu_pytorch_tanh": "gelu_tanh",
     "relu": "relu",
 }
+_ROPE_NUMBERS = frozenset(
+    ("factor", "attention_factor", "beta_fast", "beta_slow", "low_freq_factor", "high_freq_factor")
+)
 _REQUIRED = object()
 
 
@@ -96,6 +99,14 @@ class Keys:
         if num_heads % value:
             raise self._wrong("num_key_value_heads", value, f"a divisor of the {num_heads} heads")
         return value
+
+    def even_head_dim(self, hidden: int, num_heads: int) -> int:
+        """Return the components of a head where the heads share the hidden size evenly."""
+        if hidden % num_heads:
+            raise CheckpointError(
+                f"{self._where}: {num_heads} heads do not share a hidden size of {hidden} evenly."
+            )
+        return hidden // num_heads
 
     def listed(self, name: str, default: list[Any], *, length: int | None = None) -> list[Any]:
         """Return a list, of `length` items where that is given."""
@@ -185,7 +196,11 @@ class Keys:
         values = values or scaling
         if isinstance(values.get(kind), Mapping):
             values = dict(values[kind])
+        values = {name: value for name, value in values.items() if value is not None}
+        values.pop("finetuned", None)  # how the makers of YaRN came to the weights
         kind_name = values.pop("rope_type", None) or values.pop("type", None) or "default"
+        if kind_name == "default" and "factor" in values:
+            raise self._wrong("rope_scaling", scaling or values, "without a factor, or of a type")
         values.pop("type", None)
         # A token of text has the same position in time, height and width, which mrope turns by: it is
         # the plain rotation then.
@@ -200,6 +215,11 @@ class Keys:
         if partial > 1:
             raise self._wrong("partial_rotary_factor", partial, "at most 1")
         rotary_dim = int(head_dim * partial)
+        if rotary_dim < 2 or rotary_dim % 2:
+            raise CheckpointError(
+                f"{self._where}: {rotary_dim} of a head's {head_dim} components are rotated; they are "
+                "rotated in pairs."
+            )
         max_positions = self.whole("max_position_embeddings", default_positions)
         scaled = self._scaling(kind_name, values, rotary_dim, max_positions)
         values.pop("max_position_embeddings", None)  # the file's own, once more
@@ -219,6 +239,8 @@ class Keys:
         # Phi-3 keeps the original length beside the rope, and that one counts.
         original = self.get("original_max_position_embeddings") or inner_original or max_positions
         self._above_zero("original_max_position_embeddings", original)
+        for name in _ROPE_NUMBERS & values.keys():
+            self._above_zero(f"{name} of the rope type {kind!r}", values[name])
         factor = values.pop("factor", None)
         try:
             if kind == "default":

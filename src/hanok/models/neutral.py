@@ -21,7 +21,7 @@ _TRANSFORMERS = (
     " use_return_dict torchscript use_bfloat16 tf_legacy_loss xla_device chunk_size_feed_forward"
     " tie_last_hidden_states is_decoder use_cache attn_implementation problem_type id2label"
     " label2id num_labels finetuning_task task_specific_params tokenizer_class model_max_length"
-    " transformers.js_config"
+    " transformers.js_config custom_pipelines is_composition"
 )
 _TRAINING = (
     "initializer_range initializer_factor gradient_checkpointing gradient_checkpointing_kwargs"

@@ -8,13 +8,14 @@ from hanok.models.keys import Keys, declared_dtype
 def read_config(keys: Keys) -> ModelConfig:
     """Read a Falcon config.json."""
     hidden, heads = keys.whole("hidden_size"), keys.whole("num_attention_heads")
+    head_dim = keys.even_head_dim(hidden, heads)
     keys.ignore("hidden_dropout", "num_kv_heads", "num_ln_in_parallel_attn")
     keys.demand("alibi", False)
     keys.demand("new_decoder_architecture", False)  # 40B, 180B and Falcon 2
     keys.demand("multi_query", True)
     keys.demand("apply_residual_connection_post_layernorm", False)
     has_bias = keys.flag("bias", False)
-    rope = keys.rope(hidden // heads, default_positions=2048)
+    rope = keys.rope(head_dim, default_positions=2048)
     is_parallel = keys.flag("parallel_attn", True)
     return ModelConfig(
         model_type=keys.model_type,
@@ -22,7 +23,7 @@ def read_config(keys: Keys) -> ModelConfig:
         hidden_size=hidden,
         num_heads=heads,
         num_kv_heads=1,
-        head_dim=hidden // heads,
+        head_dim=head_dim,
         max_positions=keys.whole("max_position_embeddings", 2048),
         norm=Norm(kind="layer", eps=keys.number("layer_norm_epsilon", 1e-5), has_bias=True),
         norm_placement="shared" if is_parallel else "pre",

@@ -8,6 +8,7 @@ from hanok.models.keys import Keys, declared_dtype
 def read_config(keys: Keys) -> ModelConfig:
     """Read a GPT-2 config.json."""
     hidden, heads = keys.whole("n_embd"), keys.whole("n_head")
+    head_dim = keys.even_head_dim(hidden, heads)
     keys.ignore("n_ctx", "resid_pdrop", "embd_pdrop", "attn_pdrop", "reorder_and_upcast_attn")
     keys.ignore("n_special", "predict_special_tokens")
     keys.ignore(*(f"summary_{name}" for name in _SUMMARY))
@@ -20,7 +21,7 @@ def read_config(keys: Keys) -> ModelConfig:
         hidden_size=hidden,
         num_heads=heads,
         num_kv_heads=heads,
-        head_dim=hidden // heads,
+        head_dim=head_dim,
         max_positions=keys.whole("n_positions", 1024),
         norm=Norm(kind="layer", eps=keys.number("layer_norm_epsilon", 1e-5), has_bias=True),
         mlp=Mlp(
@@ -33,7 +34,7 @@ def read_config(keys: Keys) -> ModelConfig:
         has_learned_positions=True,
         has_qkv_bias=True,
         has_output_bias=True,
-        attention_scale=(hidden // heads) ** -0.5 if scales else 1.0,
+        attention_scale=head_dim**-0.5 if scales else 1.0,
         tie_embeddings=keys.flag("tie_word_embeddings", True),
         dtype=declared_dtype(keys),
     )

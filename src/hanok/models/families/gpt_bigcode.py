@@ -8,6 +8,7 @@ from hanok.models.keys import Keys, declared_dtype
 def read_config(keys: Keys) -> ModelConfig:
     """Read a GPTBigCode config.json."""
     hidden, heads = keys.whole("n_embd"), keys.whole("n_head")
+    head_dim = keys.even_head_dim(hidden, heads)
     keys.ignore("resid_pdrop", "embd_pdrop", "attn_pdrop", *_RUNNER)
     keys.ignore("attention_softmax_in_fp32", "scale_attention_softmax_in_fp32")
     keys.ignore(*(f"summary_{name}" for name in _SUMMARY))
@@ -21,7 +22,7 @@ def read_config(keys: Keys) -> ModelConfig:
         hidden_size=hidden,
         num_heads=heads,
         num_kv_heads=1,
-        head_dim=hidden // heads,
+        head_dim=head_dim,
         max_positions=keys.whole("n_positions", 1024),
         norm=Norm(kind="layer", eps=keys.number("layer_norm_epsilon", 1e-5), has_bias=True),
         mlp=Mlp(
@@ -34,7 +35,7 @@ def read_config(keys: Keys) -> ModelConfig:
         has_learned_positions=True,
         has_qkv_bias=True,
         has_output_bias=True,
-        attention_scale=(hidden // heads) ** -0.5 if scales else 1.0,
+        attention_scale=head_dim**-0.5 if scales else 1.0,
         tie_embeddings=keys.flag("tie_word_embeddings", True),
         dtype=declared_dtype(keys),
     )

@@ -11,11 +11,12 @@ from hanok.models.keys import Keys, declared_dtype
 def read_config(keys: Keys) -> ModelConfig:
     """Read a GPT-NeoX config.json."""
     hidden, heads = keys.whole("hidden_size"), keys.whole("num_attention_heads")
+    head_dim = keys.even_head_dim(hidden, heads)
     keys.ignore("hidden_dropout", "classifier_dropout", "use_cache")
     keys.ignore("attention_probs_dropout_prob", "hidden_dropout_prob")
     has_bias = keys.flag("attention_bias", True)
     rope: Rope = keys.rope(
-        hidden // heads,
+        head_dim,
         default_theta=keys.number("rotary_emb_base", 10000.0),
         default_partial=keys.number("rotary_pct", 0.25),
     )
@@ -26,7 +27,7 @@ def read_config(keys: Keys) -> ModelConfig:
         hidden_size=hidden,
         num_heads=heads,
         num_kv_heads=heads,
-        head_dim=hidden // heads,
+        head_dim=head_dim,
         max_positions=keys.whole("max_position_embeddings"),
         norm=Norm(kind="layer", eps=keys.number("layer_norm_eps", 1e-5), has_bias=True),
         norm_placement="parallel" if is_parallel else "pre",

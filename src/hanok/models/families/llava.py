@@ -53,4 +53,5 @@ FAMILY = Family(
     names=LLAMA_NAMES,
     other_prefixes=TEXT_PREFIXES,
     left_out=TOWER,
+    tied_without_head=("internvl", "mistral3"),
 )
