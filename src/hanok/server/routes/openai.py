@@ -737,6 +737,7 @@ _COMMON: dict[str, Any] = {
     "method": "POST",
     "needs_key": True,
     "needs_model": True,
+    "needs_head": True,
     "streams": True,
     "statuses": (404, 424, 429, 500),
 }
