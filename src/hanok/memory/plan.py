@@ -118,6 +118,8 @@ class Needs:
     """Claimed on the host beside the weights while they are read."""
     file_bytes_per_s: float
     """At which the checkpoint's files are read."""
+    has_head: bool = True
+    """Whether tokens are generated; a model without a head makes embeddings only."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

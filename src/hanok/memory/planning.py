@@ -18,7 +18,7 @@ from hanok.checkpoint.files import (
 )
 from hanok.checkpoint.formats import foreign_weights, refuse_other_layouts
 from hanok.errors import BudgetError, CheckpointError, HanokError, OptionError
-from hanok.memory.account import Understood, understand
+from hanok.memory.account import Understood, check_head, understand
 from hanok.memory.budget import device_name, parse_max_memory
 from hanok.memory.needs import (
     DRAFTED_SEQUENCES,
@@ -167,7 +167,9 @@ def plan_draft(
     context it does not guess. Raises BudgetError where it does not fit into memory: to read weights anew
     for each guess never pays.
     """
-    own_context = _looked_at(path)[0].config.max_context_tokens
+    config = _looked_at(path)[0].config
+    check_head(Path(path), has_head=config.has_head)
+    own_context = config.max_context_tokens
     plan = plan_load(
         path,
         max_memory=max_memory,
