@@ -149,6 +149,23 @@ def plan_load(  # noqa: PLR0913 (the options of a load are arguments of their ow
     return replace(plan, remedies=tuple(found))
 
 
+def check_fits(plan: LoadPlan, path: Path) -> None:
+    """Raise BudgetError, which says what is missing and what would help."""
+    if plan.fits:
+        return
+    lacks = ", ".join(
+        f"{tier.place.title} lacks {tier.missing_bytes:,} bytes of {tier.peak_bytes:,} "
+        f"({tier.place.budget.source})"
+        for tier in plan.tiers
+        if tier.missing_bytes and tier.place.budget
+    )
+    changes = ", ".join(remedy.change for remedy in plan.remedies) or "more memory"
+    raise BudgetError(
+        f"{path} does not fit: {lacks}. What would help: {changes}. `hanok plan` shows where every "
+        "byte would be."
+    )
+
+
 def plan_draft(
     path: str | Path,
     *,
