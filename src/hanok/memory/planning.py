@@ -181,8 +181,8 @@ def plan_draft(
     """Return the plan of a model that drafts, to be made before that of the model it drafts for.
 
     `batch` is at how many sequences it guesses at a time, DRAFTED_SEQUENCES at the most; beyond its own
-    context it does not guess. Raises BudgetError where it does not fit into memory: to read weights anew
-    for each guess never pays.
+    context it does not guess. Raises OptionError where it has no head, and BudgetError where it does not
+    fit into memory: to read weights anew for each guess never pays.
     """
     config = _looked_at(path)[0].config
     check_head(Path(path), has_head=config.has_head)
