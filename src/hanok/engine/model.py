@@ -44,17 +44,11 @@ from hanok.engine.sequence import (
     TokenEvent,
 )
 from hanok.engine.speculate import Speculation, Speculator
-from hanok.errors import (
-    BudgetError,
-    CheckpointError,
-    OptionError,
-    RequestError,
-    UnsupportedError,
-)
+from hanok.errors import CheckpointError, OptionError, RequestError, UnsupportedError
 from hanok.memory.account import check_head
 from hanok.memory.load import Loaded, LoadReport, load_decoder
 from hanok.memory.plan import CacheDtype, DeviceMap, LoadPlan, Weights
-from hanok.memory.planning import plan_load
+from hanok.memory.planning import check_fits, plan_load
 from hanok.memory.save import save_weights
 from hanok.models.config import ModelConfig
 from hanok.quant.recipe import read_recipe
@@ -549,7 +543,7 @@ def load(  # noqa: PLR0913 (the options of a load are arguments of their own)
             f"{request.path} is not on this disk. If it is a model on the hub, download it "
             f"(`hf download {request.path}`) and give its folder."
         )
-    _check_fits(plan, request.path)
+    check_fits(plan, request.path)
     checkpoint = open_checkpoint(request.path)
     loaded = load_decoder(
         checkpoint,
@@ -566,23 +560,6 @@ def load(  # noqa: PLR0913 (the options of a load are arguments of their own)
     loaded.decoder.cache_dtype = torch.int8 if request.cache_dtype == "int8" else None
     return Model(
         checkpoint, loaded, _tokenizer_of(checkpoint), plan=plan, pipeline_depth=pipeline_depth
-    )
-
-
-def _check_fits(plan: LoadPlan, path: Path) -> None:
-    """Raise BudgetError, which says what is missing and what would help."""
-    if plan.fits:
-        return
-    lacks = ", ".join(
-        f"{tier.place.title} lacks {tier.missing_bytes:,} bytes of {tier.peak_bytes:,} "
-        f"({tier.place.budget.source})"
-        for tier in plan.tiers
-        if tier.missing_bytes and tier.place.budget
-    )
-    changes = ", ".join(remedy.change for remedy in plan.remedies) or "more memory"
-    raise BudgetError(
-        f"{path} does not fit: {lacks}. What would help: {changes}. `hanok plan` shows where every "
-        "byte would be."
     )
 
 
