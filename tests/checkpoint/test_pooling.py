@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from hanok.checkpoint.pooling import read_pooling
-from hanok.errors import CheckpointError, UnsupportedError
+from hanok.checkpoint.pooling import choose_pooling, has_modules, pooling_files, read_pooling
+from hanok.errors import CheckpointError, OptionError, UnsupportedError
 
 MODULES = [
     {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
@@ -88,3 +88,43 @@ def test_a_file_that_is_no_json_is_told(tmp_path: Path) -> None:
     (tmp_path / "modules.json").write_text("[")
     with pytest.raises(CheckpointError, match="cannot be read"):
         read_pooling(tmp_path)
+
+
+def test_what_is_asked_for_comes_before_what_the_checkpoint_says(tmp_path: Path) -> None:
+    assert choose_pooling(None, tmp_path, {}) == "last"
+    write(tmp_path, mode("mean_tokens"))
+    assert choose_pooling(None, tmp_path, {}) == "mean"
+    assert choose_pooling("last", tmp_path, {}) == "last"
+    with pytest.raises(OptionError, match="Choose last or mean"):
+        choose_pooling("cls", tmp_path, {})
+
+
+def test_hidden_states_of_code_that_is_not_run_are_an_error_unless_asked_for(
+    tmp_path: Path,
+) -> None:
+    """gte-Qwen2 and its like: tokens attend to later ones in code that comes with the weights."""
+    config = {"model_type": "qwen2", "auto_map": {"AutoModel": "modeling_qwen.Qwen2Model"}}
+    write(tmp_path, mode("lasttoken"))
+    with pytest.raises(UnsupportedError, match=r"modeling_qwen\.Qwen2Model.*not run here"):
+        choose_pooling(None, tmp_path, config)
+    assert choose_pooling("last", tmp_path, config) == "last"
+    others = {"AutoConfig": "configuration_x.X", "AutoModelForCausalLM": "modeling_x.XForCausalLM"}
+    assert choose_pooling(None, tmp_path, {"auto_map": others}) == "last"
+
+
+def test_the_files_are_those_of_the_modules_and_none_outside(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    assert pooling_files(folder) == []
+    assert not has_modules(folder)
+    outside = [
+        {"path": "../other", "type": "x.Pooling"},
+        {"path": str(tmp_path), "type": "x.Pooling"},
+    ]
+    write(tmp_path, mode("lasttoken"), [], "other")
+    write(folder, mode("lasttoken"), [*MODULES, *outside])
+    (folder / "config.json").write_text("{}")
+    (folder / "sentence_bert_config.json").write_text("{}")
+    found = [str(file.relative_to(folder)) for file in pooling_files(folder)]
+    assert found == ["modules.json", "sentence_bert_config.json", "1_Pooling/config.json"]
+    assert has_modules(folder)

@@ -13,7 +13,7 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
-from transformers import GPT2Tokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerFast
 from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
 
 from hanok.checkpoint.tokenizer import Tokenizer, open_tokenizer
@@ -151,6 +151,49 @@ def test_flags_of_two_tokens_leave_others_in_place(tmp_path, adds_bos):
     tokenizer = open_tokenizer(tmp_path)
     assert tokenizer.encode("well") == library.encode("well").ids
     assert tokenizer.encode("well")[:2] == list(ids)
+
+
+@pytest.mark.parametrize("text", ["well", "", "Instruct: find\nQuery: the roof", "well<|end|>"])
+def test_an_embedders_end_token_is_added_as_transformers_adds_it(tmp_path, text):
+    """As Qwen3-Embedding has it: not the token that ends an answer, and no flag says so."""
+    library = byte_level(tmp_path)
+    library.add_special_tokens(["<|end|>"])
+    end = library.token_to_id("<|end|>")
+    library.post_processor = processors.Sequence(
+        [
+            processors.ByteLevel(trim_offsets=False),
+            processors.TemplateProcessing(
+                single="$A <|end|>",
+                pair="$A <|end|> $B:1 <|end|>:1",
+                special_tokens=[("<|end|>", end)],
+            ),
+        ]
+    )
+    library.save(str(tmp_path / "tokenizer.json"))
+    names = {"eos_token": "</s>", "pad_token": "<|end|>", "add_bos_token": False}
+    write(
+        tmp_path, "tokenizer_config.json", {**names, "tokenizer_class": "PreTrainedTokenizerFast"}
+    )
+    ids = open_tokenizer(tmp_path).encode(text)
+    assert ids == AutoTokenizer.from_pretrained(tmp_path)(text)["input_ids"]
+    assert ids[-1] == end
+
+
+@pytest.mark.parametrize("adds", ["bos", "bos eos"])
+def test_an_embedders_flag_adds_the_end_token_once(tmp_path, adds):
+    """As e5-mistral has it: the flag, with the end token in tokenizer.json or without."""
+    byte_level(tmp_path, adds=adds)
+    flags = {"add_bos_token": True, "add_eos_token": True}
+    write(tmp_path, "tokenizer_config.json", {**NAMES, **flags})
+    theirs = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    for text in ("well", "", "Instruct: find\nQuery: the roof"):
+        inner = theirs.encode(text, add_special_tokens=False)
+        ids = open_tokenizer(tmp_path).encode(text)
+        assert ids == [1, *inner, 2]
+        if "eos" in adds:
+            assert ids == theirs.encode(text)
+        # Clients that append it themselves, as the first such models asked them to, get no second one.
+        assert open_tokenizer(tmp_path).encode(text + "</s>") == ids
 
 
 def test_names_may_stand_in_either_file_and_new_ones_are_added(tmp_path):

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from tests.engine.test_embed import WORDS, save_base
 
 import hanok
 from hanok.cli.main import cli, main
@@ -22,7 +23,7 @@ from hanok.cli.verbs.quality import finite
 from hanok.engine.model import Model
 from hanok.engine.params import SamplingParams
 from hanok.engine.sequence import TokenEvent
-from hanok.errors import RequestError
+from hanok.errors import OptionError, RequestError
 
 
 def run(*args: str, text: str | None = None) -> Result:
@@ -358,6 +359,36 @@ def test_info_of_a_config_alone_and_of_what_is_no_checkpoint(tmp_path: Path) -> 
     (tmp_path / "a.gguf").touch()
     refused = run("info", str(tmp_path)).exception
     assert "holds GGUF (a.gguf) weights" in str(refused)
+
+
+def test_what_generates_refuses_a_base_model_before_it_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_base(tmp_path / "model")
+    folder = str(tmp_path / "model")
+
+    def refuse(*args: Any, **options: Any) -> None:
+        raise AssertionError("nothing must be loaded")
+
+    monkeypatch.setattr("hanok.engine.model.load_decoder", refuse)
+    for words in (
+        ["generate", folder, "a"],
+        ["generate", "--draft", folder, "a"],
+        ["chat", folder],
+        ["bench", folder],
+        ["tune", folder],
+        ["quality", folder],
+        ["serve", folder, "--speculate", "ngram"],
+        ["serve", "--draft", folder],
+        ["plan", "--draft", folder],
+    ):
+        error = run(*words, text="").exception
+        assert isinstance(error, OptionError), words
+        assert WORDS in str(error), words
+        assert error.exit_code == 2
+    found = json.loads(run("info", folder, "--json").stdout)["checkpoint"]
+    assert found["tied head"].startswith("no head at all")
+    assert "no head: config.json names the base model MistralModel" in found["notes"]
 
 
 def test_convert_then_nothing_to_do(tmp_path: Path) -> None:

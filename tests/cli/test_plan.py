@@ -54,6 +54,30 @@ def test_the_table_says_what_is_where_and_how_fast(rates: Path) -> None:
     assert len(re.findall(line, found.stdout, re.M)) == 1
 
 
+def test_a_base_models_plan_speaks_of_no_tokens_to_come(tmp_path: Path, rates: Path) -> None:
+    config = {**LLAMA_405B, "num_hidden_layers": 2, "architectures": ["LlamaModel"]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    gpu = ["--device", "name=h100,memory=80GiB,bandwidth=3.3TB/s", "--context", "256"]
+    found = run(str(tmp_path), *gpu, cache=rates)
+    assert found.returncode == 0, found.stderr
+    assert "texts that fill the context" in found.stdout
+    assert "Note: no head: config.json names the base model LlamaModel" in found.stdout
+    assert "lm_head" not in found.stdout.replace("no lm_head", "")
+    small = [
+        "--device",
+        "name=h100,memory=10GiB,bandwidth=3.3TB/s",
+        "--max-memory",
+        "0=10GiB,cpu=1GiB",
+    ]
+    for options in (gpu, [*small, "--context", "256"]):
+        printed = run(str(tmp_path), *options, cache=rates).stdout
+        assert "tokens/s" not in printed
+        plan = json.loads(run(str(tmp_path), *options, "--json", cache=rates).stdout)
+        assert (plan["tokens_per_s"], plan["limited_by"]) == (None, None)
+        assert {remedy["tokens_per_s"] for remedy in plan["remedies"]} <= {None}
+    assert plan["remedies"]
+
+
 def test_a_plan_for_a_cluster_from_a_config_alone(tmp_path: Path, rates: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(LLAMA_405B))
     gpus = ["--device", "name=h100,memory=80GiB,bandwidth=3.3TB/s"] * 8

@@ -343,3 +343,89 @@ def test_what_is_left_out_is_named_as_a_whole(tmp_path: Path) -> None:
     tensors["model.visually.weight"] = torch.ones(3)
     with pytest.raises(CheckpointError, match=r"1 left over: model\.visually\.weight"):
         load(write(tmp_path / "b", tensors, **VISION))
+
+
+def headless(folder: Path, **keys: Any) -> Path:
+    """Write a checkpoint whose files have no head."""
+    tensors = {name: item for name, item in tensors_of().items() if name != "lm_head.weight"}
+    return write(folder, tensors, **keys)
+
+
+MODULES = '[{"path": "", "type": "sentence_transformers.models.Transformer"}]'
+
+
+@pytest.mark.parametrize("modules", [None, MODULES])
+@pytest.mark.parametrize(
+    ("architectures", "is_base"),
+    [
+        (["LlamaModel"], True),
+        (["LlavaModel", "LlamaModel"], True),
+        (["LlamaForCausalLM"], False),
+        (["LlamaModel", "LlamaForCausalLM"], False),
+        (["GPT2LMHeadModel"], False),
+        (["GPT2DoubleHeadsModel"], False),
+        (["Model"], False),
+        ([], False),
+        (None, False),
+        ("LlamaModel", False),
+    ],
+)
+def test_a_model_without_a_head_is_one_that_says_so(
+    tmp_path: Path, architectures: Any, is_base: bool, modules: str | None
+) -> None:
+    folder = headless(tmp_path / "model", architectures=architectures)
+    if modules is not None:
+        (folder / "modules.json").write_text(modules)
+    if not is_base and modules is None:
+        with pytest.raises(
+            CheckpointError, match=r"1 missing: lm_head\.weight.*meant for embeddings"
+        ):
+            describe(folder)
+        with pytest.raises(CheckpointError, match=r"1 missing: lm_head\.weight.*modules\.json"):
+            load(folder)
+        return
+    found = describe(folder)
+    assert not found.config.has_head
+    assert "lm_head.weight" not in found.table
+    words = architectures[0] if is_base else "modules.json"
+    notes = [note for note in found.notes if note.startswith("no head: ")]
+    assert len(notes) == 1
+    assert words in notes[0]
+    loaded = load(folder)
+    assert notes[0] in notes_of(loaded)
+    assert "lm_head" not in dict(loaded.decoder.named_children())
+    # Without weights files it is what its files say all the same.
+    (folder / "model.safetensors").unlink()
+    assert not describe(folder).config.has_head
+    assert describe(folder).config.num_parameters() == found.config.num_parameters()
+
+
+@pytest.mark.parametrize("modules", [None, MODULES])
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_a_head_that_is_there_is_used_whatever_the_model_is_called(
+    tmp_path: Path, is_tied: bool, modules: str | None
+) -> None:
+    plain = load(write(tmp_path / "plain", tensors_of(tied=is_tied), tie_word_embeddings=is_tied))
+    folder = write(
+        tmp_path / "named",
+        tensors_of(tied=is_tied),
+        tie_word_embeddings=is_tied,
+        architectures=["LlamaModel"],
+    )
+    if modules is not None:
+        (folder / "modules.json").write_text(modules)
+    assert describe(folder).config.has_head
+    assert torch.equal(logits(load(folder)), logits(plain))
+
+
+def test_more_than_the_head_missing_is_no_base_model(tmp_path: Path) -> None:
+    tensors = {name: item for name, item in tensors_of().items() if name != "model.norm.weight"}
+    with pytest.raises(CheckpointError, match=r"1 missing: model\.norm\.weight") as found:
+        load(write(tmp_path / "a", tensors))
+    assert "embeddings" not in str(found.value)
+    del tensors["lm_head.weight"]
+    with pytest.raises(CheckpointError, match="2 missing") as found:
+        load(write(tmp_path / "b", tensors))
+    assert "embeddings" not in str(found.value)
+    with pytest.raises(CheckpointError, match=r"1 missing: model\.norm\.weight"):
+        load(write(tmp_path / "c", tensors, architectures=["LlamaModel"]))

@@ -6,13 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from tests.engine.test_embed import save_base
 
 import hanok
 from hanok.errors import OptionError
 from hanok.memory.load import load_decoder
 from hanok.memory.needs import KNOWN_RECIPES, Use, activation_bytes, choose_dtype, needs_of
 from hanok.memory.plan import Needs
-from hanok.memory.planning import describe
+from hanok.memory.planning import describe, plan_load
 from hanok.models.family import read_config, sources
 from hanok.quant.base import methods
 from hanok.quant.recipe import read_recipe
@@ -171,3 +172,31 @@ def test_activations_grow_with_tokens_up_to_one_pass() -> None:
     ]
     assert sizes[1] == 2 * sizes[0]
     assert sizes[3] == sizes[2]
+
+
+@pytest.mark.parametrize("quant", [None, "int8", "int4:group_size=32", "int8:embedding=int8"])
+@pytest.mark.parametrize("family", ["mistral", "qwen3"])
+def test_what_a_model_without_a_head_needs_is_what_it_holds(
+    tmp_path: Path, family: str, quant: str | None
+) -> None:
+    save_base(tmp_path / "model", family)
+    plan = plan_load(
+        tmp_path / "model", quant=quant, dtype="float32", weights="copied", context=64, batch=2
+    )
+    model = hanok.load(plan=plan)
+    planned = sum(tier.weight_bytes for tier in plan.tiers)
+    held = model.report.copied_bytes + model.report.quantized_bytes
+    assert planned == pytest.approx(held, rel=0.005)
+    if quant is None:
+        assert planned == held == 4 * sum(item.numel() for item in model.decoder.parameters())
+        assert held == model.config.parameter_bytes("float32")
+    assert [unit.name for unit in plan.needs.units][-1] == "norm"
+    # No scores are computed, of which the plan of a causal model has a row for each sequence.
+    assert sum(unit.work_bytes for unit in plan.needs.units) == 0
+    assert sum(tier.cache_bytes for tier in plan.tiers) == model.decoder.new_cache(2, 64).size_bytes
+    sizes = model.config
+    assert sizes.num_active_parameters() == sum(
+        item.numel()
+        for name, item in hanok.load(tmp_path / "model").decoder.named_parameters()
+        if item.dim() == 2 and name != "embed_tokens.weight"
+    )

@@ -208,6 +208,11 @@ def test_what_models_write_nearly_as_json_becomes_json(written: str, read: Any) 
     assert put_together(events_of(text, [20, 30, 31]))[2][0][1] == call.arguments
 
 
+def test_escapes_that_python_does_not_know_are_no_warnings() -> None:
+    (call,) = read_answer(READS, r"[weather(place='\d')]").calls
+    assert json.loads(call.arguments) == {"place": "\\d"}
+
+
 @pytest.mark.parametrize("wrong", ["{'a': 1}", '{"a": 01}', '{"a": 1,}', '{"a" 1}', '{"a": nope}'])
 def test_a_call_that_is_not_json_is_content_and_ends_in_a_stream(wrong: str) -> None:
     text = f'<tool_call>{{"name": "time", "arguments": {wrong}}}</tool_call>'

@@ -15,7 +15,16 @@ import openai
 import pytest
 import torch
 import transformers
-from tests.server.conftest import PATIENCE_S, LocalServer, Server, local_server
+from tests.engine.test_embed import WORDS, save_base
+from tests.server.conftest import (
+    PATIENCE_S,
+    LocalServer,
+    Server,
+    local_server,
+    start_server,
+    stop,
+    wait_until_ready,
+)
 from torch import Tensor
 
 import hanok
@@ -25,6 +34,8 @@ from hanok.engine.engine import Engine
 from hanok.engine.model import Model
 from hanok.engine.speculate import Speculation
 from hanok.engine.ticket import Request
+from hanok.server.app import all_routes
+from hanok.server.errors import status_on
 
 STORY = "Once upon a time, there was a little dog. The dog had a red ball and a big friend. "
 TEXTS = ["Lily had a cat.", "a", STORY * 12, "The sun went down.", STORY]
@@ -111,6 +122,54 @@ def test_the_pooling_is_the_checkpoints_unless_the_server_is_told(
     with local_server(model, pooling="last") as local, local.client() as client:
         found = vectors(client, TEXTS[:2])
         np.testing.assert_allclose(found, expected(oracle, TEXTS[:2], "last"), atol=2e-5)
+
+
+def test_a_base_model_serves_what_needs_no_head(tmp_path: Path) -> None:
+    save_base(tmp_path / "model")
+    model = hanok.load(tmp_path / "model", dtype="float32", context=256, batch=8)
+    with local_server(model) as local, local.client() as client:
+        rows = vectors(client, [text[:200] for text in TEXTS])
+        expected_rows = model.embed([text[:200] for text in TEXTS]).numpy()
+        np.testing.assert_allclose(rows, expected_rows, atol=2e-6)
+        tokens = client.post("/tokenize", json={"inputs": "Lily"}).json()
+        assert [token["id"] for token in tokens] == model.encode("Lily")
+        assert client.post("/detokenize", json={"tokens": model.encode("Lily")}).status_code == 200
+        for path in ("/", "/health", "/ping", "/ready", "/metrics", "/v1/models", "/openapi.json"):
+            assert client.get(path).status_code == 200, path
+        info = client.get("/info").json()
+        assert info["model_pipeline_tag"] == "feature-extraction"
+        refused = [route for route in all_routes() if route.needs_head]
+        for route in refused:
+            found = client.post(route.path, json={})
+            assert found.status_code == status_on(422, route.path), route.path
+            assert WORDS in found.text, route.path
+        assert local.engine.stats().generated_tokens == 0
+    others = {route.path for route in all_routes() if route.method == "POST"}
+    others -= {route.path for route in refused}
+    assert others == {
+        "/v1/embeddings",
+        "/tokenize",
+        "/detokenize",
+        "/chat_tokenize",
+        "/v1/messages/count_tokens",
+        "/v1/responses/input_tokens",
+        "/v1/responses/{response_id}/cancel",
+    }
+
+
+def test_a_base_model_is_served_from_the_command_line(tmp_path: Path) -> None:
+    save_base(tmp_path / "model")
+    server = start_server(str(tmp_path / "model"), "--context", "256")
+    try:
+        wait_until_ready(server)
+        with server.client() as client:
+            model = hanok.load(tmp_path / "model", dtype="float32")
+            np.testing.assert_allclose(
+                vectors(client, TEXTS[:2]), model.embed(TEXTS[:2]).numpy(), atol=2e-6
+            )
+    finally:
+        status = stop(server)
+    assert status == 0
 
 
 def test_all_forms_of_input_are_the_same_alone_and_together(client: httpx.Client) -> None:

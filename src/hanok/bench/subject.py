@@ -19,6 +19,7 @@ from hanok.engine.cuda_graph import PAGE_TABLE_BACKEND
 from hanok.engine.native_steps import KEYS_IN_PLACE_BACKEND
 from hanok.engine.quality import text_windows
 from hanok.errors import BudgetError, OptionError
+from hanok.memory.account import check_head
 from hanok.memory.needs import STORED_NAMES, choose_dtype
 from hanok.memory.plan import LoadPlan
 from hanok.memory.planning import describe
@@ -37,6 +38,7 @@ class SubjectModel:
         self.options = options
         described = describe(options.path)
         self.checkpoint = described.checkpoint
+        check_head(self.checkpoint.folder, has_head=described.config.has_head)
         self.config: ModelConfig = described.config
         self._family = described.config.model_type
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

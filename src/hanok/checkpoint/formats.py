@@ -53,9 +53,10 @@ def quantization_of(config: Mapping[str, Any], folder: Path | None = None) -> st
 
     None where neither does. Raises CheckpointError where such a file cannot be read.
     """
-    if declared := config.get("quantization_config"):
-        return _declared(declared)
-    if declared := config.get("quantization"):
+    if method := _declared(config.get("quantization_config") or config.get("compression_config")):
+        return method
+    # MLX writes the same object under both names, and names no method in either.
+    if declared := config.get("quantization") or config.get("quantization_config"):
         bits = declared.get("bits") if isinstance(declared, Mapping) else None
         return f"MLX, {bits} bits" if bits else f"MLX, {declared!r}"
     if folder is None:

@@ -6,17 +6,49 @@ the pooling's `config.json` says which kind. Imports no torch.
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any, Literal
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal, get_args
 
-from hanok.errors import CheckpointError, UnsupportedError
+from hanok.errors import CheckpointError, OptionError, UnsupportedError
 
 Pooling = Literal["last", "mean"]
 """The hidden state of the last token, or the mean of those of all."""
 
 KINDS: Mapping[str, Pooling] = {"lasttoken": "last", "mean_tokens": "mean", "mean": "mean"}
 MODULES = ("Transformer", "Pooling", "Normalize")
-ELSE = "say --pooling last or --pooling mean to have vectors all the same"
+MODULES_FILE = "modules.json"
+SETTINGS = ("config_sentence_transformers.json", "sentence_bert_config.json")
+"""What else sentence-transformers keeps beside a model: its prompts, and how it tokenizes."""
+ELSE = 'say --pooling last (in Python: embed(…, pooling="last")), or mean, to have vectors all the same'
+
+
+def has_modules(folder: Path) -> bool:
+    """Return whether a checkpoint is one of sentence-transformers: an embedder."""
+    return (folder / MODULES_FILE).is_file()
+
+
+def choose_pooling(asked: str | None, folder: Path, config: Mapping[str, Any]) -> Pooling:
+    """Return what makes a vector of a text: what is asked for, else what the checkpoint says, else last.
+
+    `config` is the checkpoint's config.json. Raises OptionError for another word, and for a checkpoint
+    where nothing is asked for what `read_pooling` does; UnsupportedError too where it brings code of its
+    own for hidden states.
+    """
+    for pooling in get_args(Pooling):
+        if asked == pooling:
+            return pooling  # type: ignore[no-any-return]
+    if asked is not None:
+        raise OptionError(f"pooling {asked!r} is unknown. Choose last or mean.")
+    own_code = config.get("auto_map")
+    own_code = own_code.get("AutoModel") if isinstance(own_code, Mapping) else None
+    if own_code:
+        # Embedders of this kind let tokens attend to later ones (gte-Qwen2): other vectors.
+        raise UnsupportedError(
+            f"{folder / 'config.json'} has its hidden states computed by code that comes with it "
+            f"({own_code}), which is not run here. Where that code computes what transformers' own "
+            f"{config.get('model_type')} does, {ELSE}."
+        )
+    return read_pooling(folder) or "last"
 
 
 def read_pooling(folder: Path) -> Pooling | None:
@@ -26,18 +58,14 @@ def read_pooling(folder: Path) -> Pooling | None:
     CheckpointError for files that cannot be read.
     """
     config = folder / "1_Pooling" / "config.json"
-    if (folder / "modules.json").is_file():
-        modules = _read(folder / "modules.json")
-        if not isinstance(modules, list) or not all(isinstance(item, dict) for item in modules):
-            raise CheckpointError(f"{folder / 'modules.json'} is not a list of modules.")
-        for module in modules:
-            kind = str(module.get("type", "")).rpartition(".")[2]
-            if kind not in MODULES:
-                raise UnsupportedError(
-                    f"{folder / 'modules.json'} has a {kind} module, which is not computed here; {ELSE}."
-                )
-            if kind == "Pooling":
-                config = folder / str(module.get("path", "")) / "config.json"
+    for module in _modules(folder):
+        kind = str(module.get("type", "")).rpartition(".")[2]
+        if kind not in MODULES:
+            raise UnsupportedError(
+                f"{folder / MODULES_FILE} has a {kind} module, which is not computed here; {ELSE}."
+            )
+        if kind == "Pooling":
+            config = folder / str(module.get("path", "")) / "config.json"
     if not config.is_file():
         return None
     values = _read(config)
@@ -50,6 +78,28 @@ def read_pooling(folder: Path) -> Pooling | None:
             f"{config} asks for {names}; only lasttoken or mean_tokens alone is computed here; {ELSE}."
         )
     return KINDS[found[0]]
+
+
+def pooling_files(folder: Path) -> list[Path]:
+    """Return the files of sentence-transformers in a checkpoint, those of its modules too."""
+    names = ["1_Pooling", *(str(module.get("path", "")) for module in _modules(folder))]
+    inner = [PurePosixPath(name) for name in dict.fromkeys(names)]
+    # The model's own files are no part of these, and nothing is looked for outside of the folder.
+    places = [path for path in inner if path.parts and not {"..", path.anchor} & set(path.parts)]
+    found = [folder / name for name in (MODULES_FILE, *SETTINGS)]
+    for place in places:
+        found += sorted((folder / place).glob("*"))
+    return [file for file in found if file.is_file()]
+
+
+def _modules(folder: Path) -> list[Mapping[str, Any]]:
+    """Return what follows one another; nothing where the checkpoint does not list it."""
+    if not has_modules(folder):
+        return []
+    modules = _read(folder / MODULES_FILE)
+    if not isinstance(modules, list) or not all(isinstance(item, dict) for item in modules):
+        raise CheckpointError(f"{folder / MODULES_FILE} is not a list of modules.")
+    return modules
 
 
 def _kinds(values: Mapping[str, Any]) -> list[str]:

@@ -110,8 +110,12 @@ def parse_json_object(raw: bytes, what: str, *, is_strict: bool = False) -> dict
             found[name] = value
         return found
 
+    if raw.startswith(LFS_MARK):
+        raise CheckpointError(
+            f"{what} is a Git LFS pointer and not the file itself; fetch it with `git lfs pull`"
+        )
     try:
-        value = json.loads(raw.decode("utf-8"), object_pairs_hook=unique if is_strict else None)
+        value = json.loads(raw.decode("utf-8-sig"), object_pairs_hook=unique if is_strict else None)
     except UnicodeDecodeError as error:
         raise CheckpointError(f"{what} is not UTF-8 text: {error}; the file is damaged") from None
     except (ValueError, RecursionError) as error:

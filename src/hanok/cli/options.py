@@ -342,12 +342,13 @@ def given(options: Mapping[str, Any]) -> SamplingOptions:
 
 
 def open_model(path: Path | None, options: Mapping[str, Any]) -> "tuple[Model, Speculation | None]":
-    """Load the model of a verb with a progress bar; without a path the bundled one, and say so.
+    """Load the model of a verb that generates with a progress bar; without a path the bundled one.
 
     `options` are those of `model_options` and of `speculation_options`: both models are planned before
     one is loaded.
     """
     from hanok.engine.model import load
+    from hanok.memory.account import check_head
     from hanok.memory.planning import plan_load
 
     if path is None:
@@ -367,6 +368,7 @@ def open_model(path: Path | None, options: Mapping[str, Any]) -> "tuple[Model, S
         may_measure=False,
         draft=draft_plan,
     )
+    check_head(path, has_head=plan.needs.has_head)
     speculation = open_speculation(options, draft_plan)
     with bytes_bar(f"Loading {path.name}") as bar:
         bar.start(sum(tier.weight_bytes for tier in plan.tiers if tier.place.kind != "disk"))

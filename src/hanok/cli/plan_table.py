@@ -85,13 +85,7 @@ def print_plan(plan: LoadPlan) -> None:
     console = Console()
     console = console if console.is_terminal else Console(width=PIPED_WIDTH)
     console.print(table)
-    prediction = plan.prediction
-    click.echo(
-        f"\n{plan.needs.batch} x {plan.needs.context} tokens. Reading the files takes "
-        f"{prediction.load_s:.1f} s, prompts that fill the context {prediction.first_token_s:.1f} s; "
-        f"then at most {rate(prediction.tokens_per_s)} tokens/s, limited by "
-        f"{prediction.limited_by}."
-    )
+    click.echo(f"\n{prediction_line(plan)}")
     for place in (tier.place for tier in plan.tiers):
         if place.is_host and place.cpus is not None:
             click.echo(host_line(place, place.cpus))
@@ -112,12 +106,27 @@ def print_plan(plan: LoadPlan) -> None:
         click.echo(line)
 
 
+def prediction_line(plan: LoadPlan) -> str:
+    """Return how long things will take; a model without a head generates no tokens."""
+    prediction = plan.prediction
+    what = "prompts" if plan.needs.has_head else "texts"
+    line = (
+        f"{plan.needs.batch} x {plan.needs.context} tokens. Reading the files takes "
+        f"{prediction.load_s:.1f} s, {what} that fill the context {prediction.first_token_s:.1f} s"
+    )
+    if not plan.needs.has_head:
+        return f"{line}."
+    speed = rate(prediction.tokens_per_s)
+    return f"{line}; then at most {speed} tokens/s, limited by {prediction.limited_by}."
+
+
 def advice(plan: LoadPlan) -> list[str]:
     """Return what to know of the files, and what would help where something does not fit."""
-    return [f"Note: {note}." for note in plan.notes] + [
-        f"  {remedy.change} fits in {places(remedy.places)}: {rate(remedy.tokens_per_s)} tokens/s"
-        for remedy in plan.remedies
-    ]
+    lines = [f"Note: {note}." for note in plan.notes]
+    for remedy in plan.remedies:
+        speed = f": {rate(remedy.tokens_per_s)} tokens/s" if plan.needs.has_head else ""
+        lines.append(f"  {remedy.change} fits in {places(remedy.places)}{speed}")
+    return lines
 
 
 def plan_facts(plan: LoadPlan) -> list[dict[str, Any]]:

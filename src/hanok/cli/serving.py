@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from hanok.cli.options import check_profile, open_speculation, plan_drafting
+from hanok.cli.options import check_profile, open_speculation, plan_drafting, read_speculate
 from hanok.cli.plan_table import plan_facts, print_plan
 from hanok.cli.units import size
 from hanok.errors import OptionError
@@ -43,10 +43,13 @@ def start(
     `load` are the options of a verb that loads (`model_options`) and guesses (`speculation_options`).
     """
     # Imported here: `hanok serve --help` starts without torch.
+    from hanok.memory.account import check_head
     from hanok.server.run import listen, serve
 
     check_profile(load["profile"], path, load["threads"])
     plans, users = plan_for(path, engine, load)
+    if read_speculate(load) != "off":
+        check_head(path, has_head=plans.model.needs.has_head)
     try:
         listener = listen(server)
     except OSError as error:

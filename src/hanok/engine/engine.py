@@ -22,6 +22,7 @@ from typing import Literal, Protocol, Unpack
 from torch import Tensor
 
 from hanok.engine.blocks import BlockPool
+from hanok.engine.embed import finished
 from hanok.engine.model import Model, Prompt
 from hanok.engine.pace import Pace
 from hanok.engine.params import SamplingOptions
@@ -203,7 +204,12 @@ class Engine:
         return self.submit_request(Request(sequence=self.model.sequence(prompt, options)))
 
     def submit_request(self, request: Request) -> Ticket:
-        """Queue a request and return its ticket at once; ClosedError where the engine takes none."""
+        """Queue a request and return its ticket at once; ClosedError where the engine takes none.
+
+        A model without a head takes only requests with `pooling`: OptionError for others.
+        """
+        if request.pooling is None or request.scored is not None:
+            self.model.check_head()
         sequence = request.sequence
         sequence.max_tokens = min(sequence.max_tokens, self.max_tokens)
         if sequence.room < 1:
@@ -432,19 +438,18 @@ class Engine:
 
     def _pool(self, entry: _Entry, chunk: Chunk, pooled: Tensor) -> None:
         """Add what came of a chunk to what its request is pooled to; end it with its last."""
-        ticket = entry.ticket
-        is_mean = ticket.request.pooling == "mean"
+        ticket, pooling = entry.ticket, entry.ticket.request.pooling or "last"
         # From the first token on, also where it was begun again.
-        begun = entry.pooled if is_mean and chunk.start else None
+        begun = entry.pooled if pooling == "mean" and chunk.start else None
         entry.pooled = pooled if begun is None else begun + pooled
         if not chunk.is_last:
             return
-        vector = entry.pooled / len(chunk.row.tokens) if is_mean else entry.pooled
-        if not vector.isfinite().all():
-            self._end(entry, GenerationError("the hidden states of the text are not finite."))
-            return
-        ticket.pooled = vector.float()
-        self._end(entry, None)
+        try:
+            ticket.pooled = finished(entry.pooled, pooling, len(chunk.row.tokens))
+        except GenerationError as error:
+            self._end(entry, error)
+        else:
+            self._end(entry, None)
 
     def _hand_over(self, entry: _Entry, taken: Taken) -> None:
         """Give a request its new tokens, and end it where they do."""

@@ -5,7 +5,7 @@
 
 A prompt is a text, a list of token ids, or a conversation (a list of messages with "role" and
 "content"). A list of those is several prompts, which are generated together and give the same tokens
-as each alone.
+as each alone. A base model, which has no head, makes embeddings (`Model.embed`) and generates nothing.
 """
 
 import math
@@ -22,8 +22,10 @@ from hanok.attention.base import ForwardBatch
 from hanok.attention.cache import KVCache
 from hanok.checkpoint.aside import folder_aside
 from hanok.checkpoint.files import Checkpoint, open_checkpoint
+from hanok.checkpoint.pooling import Pooling, choose_pooling, pooling_files
 from hanok.checkpoint.tokenizer_files import has_tokenizer
 from hanok.checkpoint.writer import write_json
+from hanok.engine.embed import embed
 from hanok.engine.generate import generate
 from hanok.engine.params import (
     SamplingOptions,
@@ -42,16 +44,11 @@ from hanok.engine.sequence import (
     TokenEvent,
 )
 from hanok.engine.speculate import Speculation, Speculator
-from hanok.errors import (
-    BudgetError,
-    CheckpointError,
-    OptionError,
-    RequestError,
-    UnsupportedError,
-)
+from hanok.errors import CheckpointError, OptionError, RequestError, UnsupportedError
+from hanok.memory.account import check_head
 from hanok.memory.load import Loaded, LoadReport, load_decoder
 from hanok.memory.plan import CacheDtype, DeviceMap, LoadPlan, Weights
-from hanok.memory.planning import plan_load
+from hanok.memory.planning import check_fits, plan_load
 from hanok.memory.save import save_weights
 from hanok.models.config import ModelConfig
 from hanok.quant.recipe import read_recipe
@@ -192,6 +189,10 @@ class Model:
         """Return the number of parameters, tied ones counted once."""
         return self.config.num_parameters()
 
+    def check_head(self) -> None:
+        """Raise OptionError for a model without a head: one that makes embeddings and no tokens."""
+        check_head(self.checkpoint.folder, has_head=self.config.has_head)
+
     @overload
     def generate(  # type: ignore[overload-overlap]  # a text is also a sequence of texts
         self,
@@ -227,6 +228,7 @@ class Model:
         text. Raises RequestError for a prompt that cannot be served and OptionError for an option that
         cannot be.
         """
+        self.check_head()
         prompts, is_several = _as_list(prompt)
         sequences = [self.sequence(item, options) for item in prompts]
         events: list[list[TokenEvent]] = [[] for _ in sequences]
@@ -252,6 +254,7 @@ class Model:
         call to call: what the next shares with it is not computed again, as in a conversation.
         `speculation` as in `generate`.
         """
+        self.check_head()
         prompts, _ = _as_list(prompt)
         if cache is not None and len(prompts) > 1:
             raise OptionError(
@@ -321,10 +324,12 @@ class Model:
 
     def logits(self, prompt: Prompt) -> Tensor:
         """Return the scores of the token after each position, (tokens, vocab) float32."""
+        self.check_head()
         return self._hidden_and(self.encode(prompt), lambda rows: self.decoder.logits(rows))
 
     def score(self, prompt: Prompt) -> Score:
         """Return the log-probability of each token of a text given those before it."""
+        self.check_head()
         token_ids = self.encode(prompt)
         following = torch.tensor([*token_ids[1:], 0], device=self.device)
         done = 0
@@ -345,6 +350,23 @@ class Model:
         hidden = self.decoder(ForwardBatch.of([token_ids], device=self.device))
         starts = range(0, len(token_ids), LOGIT_ROWS)
         return torch.cat([then(hidden[start : start + LOGIT_ROWS]) for start in starts])
+
+    def embed(self, texts: Prompt | Sequence[Prompt], *, pooling: Pooling | None = None) -> Tensor:
+        """Return a text's vector of length 1, (hidden,), or those of several, (texts, hidden).
+
+        float32, on the CPU, from the hidden states behind the last norm. A text may be token ids or a
+        conversation, as a prompt; the tokenizer adds its special tokens, an end token only where it is
+        told to. `pooling` is "last" (the last token's) or "mean" (of all); by default what the
+        checkpoint's files of sentence-transformers say, else "last". Each vector is that of its text
+        alone, and of /v1/embeddings. Raises RequestError for a text that cannot be served,
+        UnsupportedError where the checkpoint makes its vectors otherwise, OptionError for another
+        pooling and GenerationError for hidden states that are not finite.
+        """
+        items, is_several = _as_list(texts)
+        chosen = choose_pooling(pooling, self.checkpoint.folder, self.checkpoint.config)
+        vectors = embed(self.decoder, [self.encode(item) for item in items], chosen)
+        self.settle()
+        return vectors if is_several else vectors[0]
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Return the token ids of a prompt; RequestError when they cannot be served."""
@@ -402,9 +424,10 @@ class Model:
             if self.checkpoint.generation_config:
                 values = dict(self.checkpoint.generation_config)
                 write_json(unfinished / "generation_config.json", values)
-            for file in self.tokenizer.files if self.tokenizer else ():
+            kept = [*(self.tokenizer.files if self.tokenizer else ())]
+            for file in dict.fromkeys([*kept, *pooling_files(self.checkpoint.folder)]):
                 target = unfinished / file.relative_to(self.checkpoint.folder)
-                target.parent.mkdir(exist_ok=True)
+                target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(file, target)
         return folder
 
@@ -520,7 +543,7 @@ def load(  # noqa: PLR0913 (the options of a load are arguments of their own)
             f"{request.path} is not on this disk. If it is a model on the hub, download it "
             f"(`hf download {request.path}`) and give its folder."
         )
-    _check_fits(plan, request.path)
+    check_fits(plan, request.path)
     checkpoint = open_checkpoint(request.path)
     loaded = load_decoder(
         checkpoint,
@@ -537,23 +560,6 @@ def load(  # noqa: PLR0913 (the options of a load are arguments of their own)
     loaded.decoder.cache_dtype = torch.int8 if request.cache_dtype == "int8" else None
     return Model(
         checkpoint, loaded, _tokenizer_of(checkpoint), plan=plan, pipeline_depth=pipeline_depth
-    )
-
-
-def _check_fits(plan: LoadPlan, path: Path) -> None:
-    """Raise BudgetError, which says what is missing and what would help."""
-    if plan.fits:
-        return
-    lacks = ", ".join(
-        f"{tier.place.title} lacks {tier.missing_bytes:,} bytes of {tier.peak_bytes:,} "
-        f"({tier.place.budget.source})"
-        for tier in plan.tiers
-        if tier.missing_bytes and tier.place.budget
-    )
-    changes = ", ".join(remedy.change for remedy in plan.remedies) or "more memory"
-    raise BudgetError(
-        f"{path} does not fit: {lacks}. What would help: {changes}. `hanok plan` shows where every "
-        "byte would be."
     )
 
 

@@ -24,7 +24,9 @@ from hanok.attention.base import ForwardBatch
 from hanok.engine.bandwidth import read_gb_per_s
 from hanok.engine.model import Model, load
 from hanok.errors import OptionError, RequestError
+from hanok.memory.account import check_head
 from hanok.memory.plan import DeviceMap
+from hanok.memory.planning import describe
 from hanok.models.config import DTYPE_BYTES
 from hanok.models.decoder import Decoder
 from hanok.models.layers import ExpertsLayer
@@ -99,10 +101,12 @@ def measure_quality(  # noqa: PLR0913 (the options of a measurement are argument
     windows of at most `window` tokens, of which `max_tokens` are scored at the most. `others` are
     checkpoints of the same model that are compared too, by the name of their rows. `threads` as in
     `hanok.load`. `progress` is called with each row's name before it is measured. A variant that
-    computes NaN has NaN in its row. Raises OptionError for variants that are not known or twice there
-    and for sizes that cannot be, RequestError where the text is too short.
+    computes NaN has NaN in its row. Raises OptionError for variants that are not known or twice there,
+    for sizes that cannot be and for a model without a head, RequestError where the text is too short.
     """
     _check(variants, window, max_tokens)
+    for item in (path, *others.values()):
+        check_head(Path(item), has_head=describe(item).config.has_head)
     progress("reference")
     model = _load(path, dtype, device_map, threads)
     gb_per_s = read_gb_per_s(model.device)

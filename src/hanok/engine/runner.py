@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from hanok.attention.base import ForwardBatch
-from hanok.checkpoint.pooling import Pooling
 from hanok.engine import native_steps
+from hanok.engine.embed import pooled
 from hanok.engine.native_steps import NativeSteps
 from hanok.engine.schedule import Chunk
 from hanok.engine.sequence import Ranked, ranked
@@ -97,15 +97,15 @@ class Runner:
         ]
         logits = self._decoder.logits(hidden[last]) if last else None
         scores: list[tuple[PromptScore, ...]] = []
-        pooled: list[Tensor | None] = []
+        vectors: list[Tensor | None] = []
         for chunk, end, request in zip(chunks, ends, requests, strict=True):
             mine, number = hidden[end + 1 - chunk.count : end + 1], request.scored
             scores.append(() if number is None else self._scores(chunk, mine, number))
-            pooled.append(None if request.pooling is None else _pooled(mine, request.pooling))
+            vectors.append(None if request.pooling is None else pooled(mine, request.pooling))
         if len(batch.token_ids) >= LONG_PASS_TOKENS:
             del batch, hidden
             give_back()
-        return StepResult(logits=logits, scores=scores, pooled=pooled)
+        return StepResult(logits=logits, scores=scores, pooled=vectors)
 
     def _hidden_states(self, batch: ForwardBatch) -> Tensor:
         num_sequences, num_tokens = len(batch.pages), len(batch.token_ids)
@@ -131,10 +131,3 @@ class Runner:
                     PromptScore(token_id=token, logprob=logprob, rank=rank, top_logprobs=top)
                 )
         return tuple(found)
-
-
-def _pooled(hidden: Tensor, pooling: Pooling) -> Tensor:
-    """Return the sum of (tokens, hidden), or the last: in float64, so that chunks add up to the same."""
-    if pooling == "mean":
-        return hidden.sum(0, dtype=torch.float64).cpu()
-    return hidden[-1].to("cpu", torch.float64)

@@ -69,7 +69,9 @@ class Speculation:
 
     def check(self, model: "Model") -> None:
         """Raise OptionError where a model's tokens cannot be guessed so."""
+        model.check_head()
         if self.draft is not None:
+            self.draft.check_head()
             check_vocabularies(model, self.draft)
 
     @property

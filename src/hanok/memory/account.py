@@ -7,6 +7,7 @@ tensor is accounted for by name, shape and dtype; only the values are not looked
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from hanok.checkpoint.files import Checkpoint
 from hanok.checkpoint.formats import (
@@ -15,8 +16,9 @@ from hanok.checkpoint.formats import (
     quantization_of,
     quantized_error,
 )
+from hanok.checkpoint.pooling import has_modules
 from hanok.checkpoint.safetensors import TensorRef
-from hanok.errors import CheckpointError, UnsupportedError
+from hanok.errors import CheckpointError, OptionError, UnsupportedError
 from hanok.models.config import ModelConfig
 from hanok.models.family import (
     Family,
@@ -29,6 +31,8 @@ from hanok.models.family import (
 
 FLOATS = ("F64", "F32", "F16", "BF16")  # what parameters may be stored in
 SHOWN_NAMES = 8
+# Classes of transformers without a head. GPT2LMHeadModel has one, and so have others with "Head".
+BASE_MODEL = re.compile(r"(?!.*Head)\w+Model")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +64,8 @@ def understand(checkpoint: Checkpoint) -> Understood:
     family, config = read_config(checkpoint.config, where)
     if _is_tied_unsaid(checkpoint, family):
         config = replace(config, tie_embeddings=True)
+    why_headless = None if config.tie_embeddings else _why_headless(checkpoint, family)
+    config = replace(config, has_head=why_headless is None)
     table = {
         name: _as_stacked(source, checkpoint.tensors)
         for name, source in sources(family, config, checkpoint.tensors).items()
@@ -73,6 +79,8 @@ def understand(checkpoint: Checkpoint) -> Understood:
         *(_left_out_note(name, refs) for name, refs in left_out.items()),
         spelling_note(family, checkpoint.tensors),
         adapter_note(checkpoint.folder),
+        why_headless
+        and f"no head: {why_headless}. The model makes embeddings and generates nothing",
         *(f"index: {text}, and none of them is needed" for text in checkpoint.disagreements),
     )
     return Understood(
@@ -94,6 +102,47 @@ def tied_head_error(checkpoint: Checkpoint, name: str) -> CheckpointError:
     )
 
 
+def check_head(path: Path, *, has_head: bool) -> None:
+    """Raise OptionError for a model without a head, where tokens or their scores are asked for."""
+    if not has_head:
+        raise OptionError(
+            f"{path} is a base model without a head: it makes embeddings (hanok.load(…).embed, "
+            "/v1/embeddings of `hanok serve`), and neither tokens nor their scores. To generate, "
+            "choose the causal model that it was made from."
+        )
+
+
+def _why_headless(checkpoint: Checkpoint, family: Family) -> str | None:
+    """Return what says that a checkpoint without a head is meant to have none; None: it has one.
+
+    transformers writes base models so (AutoModel), and sentence-transformers lists what follows them.
+    A causal model whose head is missing says neither, and transformers would draw it at random.
+    """
+    in_files = unwrapped(checkpoint.tensors)
+    head = f"{family.names_in(in_files)['lm_head']}.weight"
+    if head in in_files:
+        return None
+    absent = f"the files have no {head}" if checkpoint.files else "there are no weights files"
+    architectures = checkpoint.config.get("architectures")
+    names = architectures if isinstance(architectures, list) else []
+    if names and all(BASE_MODEL.fullmatch(str(name)) for name in names):
+        return f"config.json names the base model {names[0]}, and {absent}"
+    if has_modules(checkpoint.folder):
+        return f"it is an embedder (modules.json), and {absent}"
+    return None
+
+
+def _headless_advice(missing: list[str], head: str) -> str:
+    """Return what to do where nothing but the head is missing."""
+    if missing != [head]:
+        return ""
+    return (
+        " Without a head nothing is generated. If the model is meant for embeddings alone, say so: name "
+        'the base model in config.json (such as "architectures": ["MistralModel"] instead of '
+        '["MistralForCausalLM"]), or add the modules.json of sentence-transformers.'
+    )
+
+
 def _account_for(
     checkpoint: Checkpoint, family: Family, config: ModelConfig, table: Mapping[str, Source]
 ) -> TensorRef | None:
@@ -112,7 +161,8 @@ def _account_for(
         for plain, name in in_files.items()
         if name not in expected and not family.ignores(plain, prefix)
     ]
-    head = _tied_head(checkpoint, config, table, str(family.names_in(in_files)["lm_head"]))
+    head_path = str(family.names_in(in_files)["lm_head"])
+    head = _tied_head(checkpoint, config, table, head_path)
     if head is not None and head.name in left_over:
         left_over.remove(head.name)
     wrong = [
@@ -120,10 +170,11 @@ def _account_for(
         for name, shape in expected.items()
         if name in tensors and tensors[name].shape != shape
     ]
+    missing = [name for name in expected if name not in tensors]
     complaints = [
         f"{len(items)} {what}: {_shown(items)}"
         for what, items in (
-            ("missing", [name for name in expected if name not in tensors]),
+            ("missing", missing),
             ("of the wrong shape", wrong),
             ("left over", left_over),
         )
@@ -139,6 +190,7 @@ def _account_for(
             f"{checkpoint.folder}: the tensors are not those of the {config.model_type} model that "
             f"config.json describes. {'; '.join([*complaints, *checkpoint.disagreements])}.{copies} "
             "Check that config.json and the weights belong together and that every file was downloaded."
+            + _headless_advice(missing, f"{head_path}.weight")
         )
     _check_dtypes(checkpoint, [tensors[name] for name in expected])
     return head

@@ -112,6 +112,8 @@ def load_decoder(
         raise OptionError(f"weights {weights!r} is unknown. Choose auto, mapped or copied.")
     places = _Places(plan)
     notes = list(found.notes)
+    if recipe is not None and recipe.names_head and not config.has_head:
+        notes.append(f"quant: {recipe.text} says what becomes of a head, and this model has none")
     used_threads = set_threads(threads)
     if used_threads.is_held_by_quota:
         notes.append(f"threads: {used_threads}")

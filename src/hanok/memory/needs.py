@@ -134,7 +134,7 @@ def needs_of(
                 stream_bytes=sum(size.stream_bytes for size in mine),
                 mapped_bytes=sum(size.mapped_bytes for size in mine),
                 cache_bytes=_cache_bytes(config, use) if unit.startswith("layers.") else 0,
-                work_bytes=_logits_bytes(config, use) if unit == head else 0,
+                work_bytes=_logits_bytes(config, use) if unit == head and config.has_head else 0,
             )
         )
     return Needs(
@@ -144,6 +144,7 @@ def needs_of(
         prompt_flops=float(config.flops_per_token(use.context // 2 or 1)) * use.context * use.batch,
         load_bytes=num_readers * max(size.load_bytes for size in sizes.values()),
         file_bytes_per_s=file_bytes_per_s,
+        has_head=config.has_head,
     )
 
 

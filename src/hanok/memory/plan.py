@@ -118,6 +118,7 @@ class Needs:
     """Claimed on the host beside the weights while they are read."""
     file_bytes_per_s: float
     """At which the checkpoint's files are read."""
+    has_head: bool = True  # whether tokens are generated
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -229,8 +230,7 @@ class LoadPlan:
     @property
     def runner(self) -> Place:
         """The place that computes what lies on disk."""
-        places = [tier.place for tier in self.tiers]
-        return places[runner_of(places)]
+        return self.tiers[runner_of([tier.place for tier in self.tiers])].place
 
     @property
     def fits(self) -> bool:
@@ -263,12 +263,11 @@ def make_plan(needs: Needs, places: Sequence[Place], device_map: DeviceMap = "au
         Placement(unit=unit, device=places[index].name, reason=_reason(asked, index, places))
         for unit, index in zip(needs.units, chosen, strict=True)
     )
-    tiers = tuple(_tier(index, places, needs, chosen) for index in range(len(places)))
     return LoadPlan(
         needs=needs,
         device_map=asked,
         placements=placements,
-        tiers=tiers,
+        tiers=tuple(_tier(index, places, needs, chosen) for index in range(len(places))),
         prediction=_predict(needs, places, chosen),
     )
 

@@ -18,7 +18,7 @@ from hanok.checkpoint.files import (
 )
 from hanok.checkpoint.formats import foreign_weights, refuse_other_layouts
 from hanok.errors import BudgetError, CheckpointError, HanokError, OptionError
-from hanok.memory.account import Understood, understand
+from hanok.memory.account import Understood, check_head, understand
 from hanok.memory.budget import device_name, parse_max_memory
 from hanok.memory.needs import (
     DRAFTED_SEQUENCES,
@@ -149,6 +149,23 @@ def plan_load(  # noqa: PLR0913 (the options of a load are arguments of their ow
     return replace(plan, remedies=tuple(found))
 
 
+def check_fits(plan: LoadPlan, path: Path) -> None:
+    """Raise BudgetError, which says what is missing and what would help."""
+    if plan.fits:
+        return
+    lacks = ", ".join(
+        f"{tier.place.title} lacks {tier.missing_bytes:,} bytes of {tier.peak_bytes:,} "
+        f"({tier.place.budget.source})"
+        for tier in plan.tiers
+        if tier.missing_bytes and tier.place.budget
+    )
+    changes = ", ".join(remedy.change for remedy in plan.remedies) or "more memory"
+    raise BudgetError(
+        f"{path} does not fit: {lacks}. What would help: {changes}. `hanok plan` shows where every "
+        "byte would be."
+    )
+
+
 def plan_draft(
     path: str | Path,
     *,
@@ -164,10 +181,12 @@ def plan_draft(
     """Return the plan of a model that drafts, to be made before that of the model it drafts for.
 
     `batch` is at how many sequences it guesses at a time, DRAFTED_SEQUENCES at the most; beyond its own
-    context it does not guess. Raises BudgetError where it does not fit into memory: to read weights anew
-    for each guess never pays.
+    context it does not guess. Raises OptionError where it has no head, and BudgetError where it does not
+    fit into memory: to read weights anew for each guess never pays.
     """
-    own_context = _looked_at(path)[0].config.max_context_tokens
+    config = _looked_at(path)[0].config
+    check_head(Path(path), has_head=config.has_head)
+    own_context = config.max_context_tokens
     plan = plan_load(
         path,
         max_memory=max_memory,

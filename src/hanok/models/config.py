@@ -168,6 +168,7 @@ class ModelConfig:
     layers: tuple[LayerConfig, ...]
     experts: Experts | None = None
     tie_embeddings: bool = False
+    has_head: bool = True  # False: a base model, which makes hidden states and no scores of tokens
     has_qkv_bias: bool = False
     has_output_bias: bool = False
     norm_placement: Literal["pre", "post", "sandwich", "parallel", "shared"] = "pre"
@@ -230,7 +231,7 @@ class ModelConfig:
             for name, shape in self._layer_shapes(layer).items():
                 shapes[f"layers.{index}.{name}"] = shape
         shapes |= self._norm_shapes("norm", hidden)
-        if not self.tie_embeddings:
+        if self.has_head and not self.tie_embeddings:
             shapes["lm_head.weight"] = (self.vocab_size, hidden)
         return shapes
 
@@ -270,7 +271,7 @@ class ModelConfig:
 
     def num_active_parameters(self) -> int:
         """Return the parameters that one token is multiplied with: matrices of chosen experts, head."""
-        total = self.vocab_size * self.hidden_size
+        total = self.vocab_size * self.hidden_size if self.has_head else 0
         for layer in self.layers:
             for name, shape in self._layer_shapes(layer).items():
                 share = 1.0

@@ -143,7 +143,7 @@ class Spread:
 
 
 class Decoder(nn.Module):
-    """Embedding, blocks, norm and head of one `ModelConfig`.
+    """Embedding, blocks, norm and head of one `ModelConfig`; a base model has no head.
 
     Build it on the `meta` device and assign the weights, or `initialise` it to train from nothing.
     """
@@ -170,13 +170,15 @@ class Decoder(nn.Module):
             for layer in config.layers
         )
         self.norm = NormLayer(config.norm, hidden)
-        self.lm_head = Linear(hidden, config.vocab_size)
+        if config.has_head:
+            self.lm_head = Linear(hidden, config.vocab_size)
         self.tie()
 
     def tie(self) -> None:
         """Let the head share the embedding's weight where the config says so and both are floats."""
-        is_plain = isinstance(self.lm_head, Linear) and isinstance(self.embed_tokens, Embedding)
-        if self.config.tie_embeddings and is_plain:
+        if not self.config.tie_embeddings:
+            return
+        if isinstance(self.lm_head, Linear) and isinstance(self.embed_tokens, Embedding):
             self.lm_head.register_parameter("weight", self.embed_tokens.get_parameter("weight"))
 
     @property
@@ -300,7 +302,10 @@ class Decoder(nn.Module):
         return output
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Return the scores of the next token, (rows, vocab) float32, of some hidden states."""
+        """Return the scores of the next token, (rows, vocab) float32, of some hidden states.
+
+        Only a decoder with a head has any.
+        """
         if self.spread is not None:
             hidden = hidden.to(self.spread.head_device)
         scores: Tensor = self.lm_head(hidden)

@@ -56,6 +56,7 @@ NEUTRAL_VALUES: Mapping[str, tuple[Any, ...]] = {
     "is_encoder_decoder": (False,),
     "tie_encoder_decoder": (False,),
     "add_cross_attention": (False,),
+    "is_causal": (True,),
     # A bias that is there shows among the tensors as well.
     "attention_bias": (False,),
     "qkv_bias": (False,),

@@ -28,6 +28,8 @@ class Recipe:
     shares_embedding: bool = True
     """Whether a tied embedding looks up the head's quantized weight."""
     text: str
+    names_head: bool = False
+    """Whether the text has a choice for the head, which a base model does not have."""
 
     def method_for(self, parameter: str, *, is_tied: bool) -> QuantMethod | None:
         """Return what quantizes a parameter of `Decoder`; None: it stays as it is.
@@ -56,6 +58,7 @@ def read_recipe(text: str) -> Recipe:
                 "Write for example int4:group_size=64,head=int8."
             )
         options[option.strip()] = value.strip()
+    names = frozenset(options)
     head = options.pop("head", HEAD_METHODS.get(name, ""))
     embedding = options.pop("embedding", "")
     linears = method_of(name, options)
@@ -65,6 +68,7 @@ def read_recipe(text: str) -> Recipe:
         embedding=_other(embedding or NONE, linears),
         shares_embedding=not embedding,
         text=text,
+        names_head="head" in names,
     )
 
 

@@ -71,6 +71,8 @@ def _route(route: Route, service: Service) -> StarletteRoute:
     async def answer(request: Request) -> Response:
         if route.needs_model:
             _ = service.needed_engine
+        if route.needs_head:
+            service.needed_model.check_head()
         body = None
         if route.body is not None:
             body = await read_body(request, route.body, service.options)

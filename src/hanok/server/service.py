@@ -14,7 +14,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from hanok.checkpoint.infill import Infill, find_infill
-from hanok.checkpoint.pooling import Pooling, read_pooling
+from hanok.checkpoint.pooling import Pooling, choose_pooling
 from hanok.checkpoint.tokenizer import Tokenizer
 from hanok.engine.engine import Engine
 from hanok.engine.grammar import GrammarCompiler
@@ -105,7 +105,10 @@ class Service:
         """Begin to serve with an engine that was not started."""
         self.model, self.engine = model, engine
         try:
-            self.pooling = self.options.pooling or read_pooling(model.checkpoint.folder) or "last"
+            checkpoint = model.checkpoint
+            self.pooling = choose_pooling(
+                self.options.pooling, checkpoint.folder, checkpoint.config
+            )
         except (UnsupportedError, CheckpointError) as error:
             LOG.warning("there are no embeddings: %s", error)
             self.pooling = error
@@ -114,7 +117,8 @@ class Service:
         )
         engine.observer = self.metrics
         engine.start()
-        if model.tokenizer is not None and self.options.has_grammars:
+        has_grammars = self.options.has_grammars and model.config.has_head
+        if model.tokenizer is not None and has_grammars:
             self.grammars = GrammarCompiler(model.tokenizer, model.config.vocab_size, model.end_ids)
         self.state = "ready"
 

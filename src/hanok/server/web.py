@@ -73,6 +73,8 @@ class Route:
     """Another header that may bring the key as it is; "": `Authorization` alone."""
     needs_model: bool = False
     """Whether it waits for the model, and answers 503 before."""
+    needs_head: bool = False
+    """Whether it is about generated tokens, and answers 422 where the model makes embeddings alone."""
     statuses: tuple[int, ...] = ()
     """Errors that it may answer with, beside those that every route with a body may."""
 

@@ -140,12 +140,18 @@ def _checkpoint(path: Path) -> "tuple[dict[str, Any], ModelConfig]":
         "vocabulary": config.vocab_size,
         "context": f"{config.max_context_tokens:,} tokens",
         "kv cache": f"{config.kv_cache_bytes(1, 'bfloat16'):,} bytes per token in bfloat16",
-        "tied head": "yes" if config.tie_embeddings else "no",
+        "tied head": _tied_head(config),
         "tokenizer": vocabulary,
         "chat templates": templates,
         "notes": "; ".join(found.notes) or "none",
     }
     return rows, config
+
+
+def _tied_head(config: "ModelConfig") -> str:
+    if not config.has_head:
+        return "no head at all: it makes embeddings and generates nothing"
+    return "yes" if config.tie_embeddings else "no"
 
 
 COMMAND = command

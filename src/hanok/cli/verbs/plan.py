@@ -95,6 +95,7 @@ def command(
 
 def plan_object(plan: "LoadPlan") -> dict[str, Any]:
     """Return the plan as plain data, as docs/plan.md describes it."""
+    generates = plan.needs.has_head
     return {
         "fits": plan.fits,
         "uses_disk": plan.uses_disk,
@@ -132,14 +133,14 @@ def plan_object(plan: "LoadPlan") -> dict[str, Any]:
         "reasons": {item.unit.modules[0]: item.reason for item in plan.placements},
         "load_s": plan.prediction.load_s,
         "first_token_s": plan.prediction.first_token_s,
-        "tokens_per_s": plan.prediction.tokens_per_s,
-        "limited_by": plan.prediction.limited_by,
+        "tokens_per_s": plan.prediction.tokens_per_s if generates else None,
+        "limited_by": plan.prediction.limited_by if generates else None,
         "notes": list(plan.notes),
         "remedies": [
             {
                 "change": remedy.change,
                 "places": list(remedy.places),
-                "tokens_per_s": remedy.tokens_per_s,
+                "tokens_per_s": remedy.tokens_per_s if generates else None,
             }
             for remedy in plan.remedies
         ],

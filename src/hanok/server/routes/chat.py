@@ -157,6 +157,7 @@ ROUTES = (
         method="POST",
         needs_key=True,
         needs_model=True,
+        needs_head=True,
         streams=True,
         statuses=(404, 424, 429, 500),
     ),

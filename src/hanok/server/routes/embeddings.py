@@ -8,8 +8,8 @@ import torch
 from pydantic import BaseModel, Field
 from starlette.requests import Request
 from starlette.responses import Response
-from torch.nn.functional import normalize
 
+from hanok.engine.embed import unit_length
 from hanok.engine.ticket import Ticket
 from hanok.errors import HanokError
 from hanok.server.errors import ServerError, invalid
@@ -145,7 +145,7 @@ def _encoded(
 def _written(answer: dict[str, Any], tickets: Sequence[Ticket], body: EmbeddingRequest) -> str:
     """Return the answer as JSON text, with a vector of length 1 for each ticket."""
     rows = torch.stack([ticket.pooled for ticket in tickets if ticket.pooled is not None])
-    rows = normalize(rows[:, : body.dimensions], dim=-1)
+    rows = unit_length(rows[:, : body.dimensions])
     data = []
     for index, row in enumerate(rows):  # one by one: other threads have to get a word in
         vector: Any = row.tolist()

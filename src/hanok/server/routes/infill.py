@@ -225,7 +225,12 @@ def _streamed(
     )
 
 
-_COMMON: dict[str, Any] = {"needs_key": True, "needs_model": True, "streams": True}
+_COMMON: dict[str, Any] = {
+    "needs_key": True,
+    "needs_model": True,
+    "needs_head": True,
+    "streams": True,
+}
 ROUTES = (
     Route(
         method="POST",

@@ -235,6 +235,7 @@ ROUTES = (
         summary="Answer a conversation with blocks",
         body=MessagesRequest,
         answer=MessageBody,
+        needs_head=True,
         streams=True,
         **_COMMON,
     ),

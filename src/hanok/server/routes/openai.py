@@ -356,6 +356,7 @@ ROUTES = (
         answer=Completion,
         needs_key=True,
         needs_model=True,
+        needs_head=True,
         streams=True,
         statuses=(404, 424, 429, 500),
     ),

@@ -123,7 +123,7 @@ async def info(service: Service, request: Request, body: None) -> Response:
     found = Info(
         model_id=options.model_id,
         model_sha=None,
-        model_pipeline_tag="text-generation",
+        model_pipeline_tag="text-generation" if model.config.has_head else "feature-extraction",
         max_concurrent_requests=options.max_concurrent_requests,
         max_best_of=options.max_best_of,
         max_stop_sequences=options.max_stop_sequences,
@@ -297,6 +297,7 @@ ROUTES = (
     ),
     Route(
         path="/invocations",
+        needs_head=True,
         handler=invocations,
         summary="Any of the generating requests, as SageMaker sends them",
         body=Anything,
@@ -306,6 +307,7 @@ ROUTES = (
     ),
     Route(
         path="/explain",
+        needs_head=True,
         handler=explain,
         summary="What a request means: its prompt, its effective parameters and their origins",
         body=ExplainRequest,

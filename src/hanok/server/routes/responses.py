@@ -332,6 +332,7 @@ ROUTES = (
         handler=create,
         summary="Answer a conversation with items",
         answer=ResponseBody,
+        needs_head=True,
         streams=True,
         **_COMMON,
     ),

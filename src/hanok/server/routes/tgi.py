@@ -341,6 +341,7 @@ _COMMON: dict[str, Any] = {
     "method": "POST",
     "needs_key": True,
     "needs_model": True,
+    "needs_head": True,
     "statuses": (404, 424, 429, 500),
 }
 ROUTES = (
