@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from hanok.checkpoint import convert as convert_module
 from hanok.checkpoint.convert import convert
 from hanok.checkpoint.files import open_checkpoint
-from hanok.errors import CheckpointError
+from hanok.errors import CheckpointError, UnsupportedError
 
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -298,3 +298,20 @@ def test_refuses_an_index_that_lists_more_than_its_shards_have(tmp_path: Path) -
     (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
     with pytest.raises(CheckpointError, match="lists 1 tensors that no shard has: b"):
         convert(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("adapter_config.json", '{"base_model_name_or_path": "a/b"}', "a PEFT adapter of a/b"),
+        ("params.json", "{}", "makers' own layout"),
+    ],
+)
+def test_refuses_what_loading_refuses_as_another_layout(
+    tmp_path: Path, file: str, content: str, message: str
+) -> None:
+    (tmp_path / file).write_text(content)
+    torch.save({"a": torch.ones(2)}, tmp_path / "adapter_model.bin")
+    with pytest.raises(UnsupportedError, match=message):
+        convert(tmp_path)
+    assert not list(tmp_path.glob("*.safetensors"))

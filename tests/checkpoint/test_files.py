@@ -147,6 +147,7 @@ def test_needs_a_config_unless_told_otherwise(tmp_path: Path) -> None:
         (b"{", r"config\.json is not JSON"),
         (b"[]", r"config\.json is JSON, but a list and not an object"),
         (b'"\xff"', r"config\.json is not UTF-8"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "is a Git LFS pointer .*git lfs pull"),
     ],
 )
 def test_refuses_a_damaged_config(folder: Path, text: bytes, message: str) -> None:
@@ -154,6 +155,12 @@ def test_refuses_a_damaged_config(folder: Path, text: bytes, message: str) -> No
     (folder / "config.json").write_bytes(text)
     with pytest.raises(CheckpointError, match=message):
         open_checkpoint(folder)
+
+
+def test_a_byte_order_mark_is_no_part_of_a_config(folder: Path) -> None:
+    put(folder, "model.safetensors", "a")
+    (folder / "config.json").write_bytes(b'\xef\xbb\xbf{"model_type": "llama"}')
+    assert open_checkpoint(folder).config == {"model_type": "llama"}
 
 
 def test_refuses_an_unreadable_config(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

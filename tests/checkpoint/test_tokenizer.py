@@ -518,6 +518,27 @@ def test_damaged_files(tmp_path, name, content, message):
         open_tokenizer(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja"],
+)
+def test_pointers_of_git_lfs_are_no_tokenizer_and_no_template(tmp_path, name):
+    byte_level(tmp_path)
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    with pytest.raises(CheckpointError, match=f"{name} is a Git LFS pointer.*git lfs pull"):
+        open_tokenizer(tmp_path)
+
+
+def test_a_byte_order_mark_is_no_part_of_a_file(tmp_path):
+    byte_level(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    settings = path.read_bytes() if path.exists() else b"{}"
+    path.write_bytes(b"\xef\xbb\xbf" + settings)
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xef\xbb\xbf{{ messages[0].content }}")
+    found = open_tokenizer(tmp_path)
+    assert found.render_chat([{"role": "user", "content": "a"}]) == "a"
+
+
 def test_damaged_models(tmp_path):
     (tmp_path / "vocab.json").write_text("{", encoding="utf-8")
     (tmp_path / "merges.txt").write_text("", encoding="utf-8")

@@ -192,6 +192,18 @@ FILES: Mapping[str, tuple[Mapping[str, Any], str]] = {
         {"config.json": {"quantization": {"group_size": 64, "bits": 4}}},
         r"quantized \(MLX, 4 bits\)",
     ),
+    "MLX under both names": (
+        {"config.json": dict.fromkeys(("quantization", "quantization_config"), {"bits": 4})},
+        r"quantized \(MLX, 4 bits\)",
+    ),
+    "nameless": (
+        {"config.json": {"quantization_config": {"bits": 4}}},
+        r"quantized \(by a method that quantization_config does not name\)",
+    ),
+    "compressed-tensors, once": (
+        {"config.json": {"compression_config": {"quant_method": "compressed-tensors"}}},
+        r"quantized \('compressed-tensors'\)",
+    ),
     "HQQ": ({"config.json": {"quantization_config": {"quant_method": "hqq"}}}, r"\('hqq'\)"),
 }
 

@@ -28,7 +28,9 @@ from hanok.checkpoint.files import (
     open_checkpoint,
     read_object,
     read_tensor_bytes,
+    weights_in,
 )
+from hanok.checkpoint.formats import refuse_other_layouts
 from hanok.checkpoint.safetensors import TensorRef, read_header
 from hanok.checkpoint.writer import (
     CHUNK_BYTES,
@@ -76,7 +78,10 @@ def convert(
     written and verified, and `progress` how many of them were done since its last call. A
     destination that holds other weights is a CheckpointError, and so is a result that differs.
     """
-    entry = _find_source(Path(source))
+    source = Path(source)
+    if source.is_dir():
+        refuse_other_layouts(source, weights_in(source))
+    entry = _find_source(source)
     checkpoint = open_checkpoint(entry, needs_config=False)
     if checkpoint.disagreements:
         raise CheckpointError(

@@ -53,12 +53,16 @@ def quantization_of(config: Mapping[str, Any], folder: Path | None = None) -> st
 
     None where neither does. Raises CheckpointError where such a file cannot be read.
     """
-    if method := _declared(config.get("quantization_config") or config.get("compression_config")):
+    declared = config.get("quantization_config") or config.get("compression_config")
+    if method := _declared(declared):
         return method
-    # MLX writes the same object under both names, and names no method in either.
-    if declared := config.get("quantization") or config.get("quantization_config"):
-        bits = declared.get("bits") if isinstance(declared, Mapping) else None
-        return f"MLX, {bits} bits" if bits else f"MLX, {declared!r}"
+    if mlx := config.get(
+        "quantization"
+    ):  # beside it MLX writes quantization_config, without a method
+        bits = mlx.get("bits") if isinstance(mlx, Mapping) else None
+        return f"MLX, {bits} bits" if bits else f"MLX, {mlx!r}"
+    if declared:
+        return "by a method that quantization_config does not name"
     if folder is None:
         return None
     inner = _object(folder / "hf_quant_config.json").get("quantization")
@@ -137,13 +141,14 @@ def adapter_note(folder: Path) -> str | None:
     )
 
 
-def _declared(declared: Any) -> str:
+def _declared(declared: Any) -> str | None:
+    """Return the method that a quantization_config names; None where it names none."""
     if not isinstance(declared, Mapping):
-        return repr(declared)
+        return repr(declared) if declared else None
     method, algorithm = declared.get("quant_method"), declared.get("quant_algo")
     if algorithm and method in (None, "modelopt"):
         return f"ModelOpt {algorithm}"
-    return repr(method) if method else "by a method that quantization_config does not name"
+    return repr(method) if method else None
 
 
 def _foreign_error(path: Path, method: str) -> CheckpointError:

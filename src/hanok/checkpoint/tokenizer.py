@@ -31,6 +31,7 @@ from hanok.checkpoint.tokenizer_files import (
     LOOKED_FOR,
     Form,
     find_vocabulary,
+    refuse_pointers,
     tokenizer_files,
 )
 from hanok.checkpoint.vocabulary import (
@@ -272,6 +273,8 @@ def open_tokenizer(folder: Path, *, now: Callable[[], datetime] = datetime.now) 
 
     `now` is the clock that chat templates read through `strftime_now`.
     """
+    present = tokenizer_files(folder)
+    refuse_pointers(present)
     settings = read_tokenizer_config(folder)
     found = find_vocabulary(folder)
     if found is None:
@@ -291,7 +294,7 @@ def open_tokenizer(folder: Path, *, now: Callable[[], datetime] = datetime.now) 
         vocabulary,
         settings,
         templates=read_templates(folder, additional, settings, now),
-        files=tokenizer_files(folder),
+        files=present,
     )
 
 

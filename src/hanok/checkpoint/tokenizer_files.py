@@ -5,8 +5,12 @@ with `merges.txt`; `tekken.json`; a tiktoken file.
 """
 
 import re
+from collections.abc import Iterable
 from enum import Enum
 from pathlib import Path
+
+from hanok.checkpoint.safetensors import LFS_MARK
+from hanok.errors import CheckpointError
 
 SETTINGS_FILES = (
     "tokenizer_config.json",
@@ -64,6 +68,17 @@ def tokenizer_files(folder: Path) -> tuple[Path, ...]:
     names += ["tiktoken.model", *SETTINGS_FILES]
     found = [file for name in names for file in sorted(folder.glob(name)) if file.is_file()]
     return (*found, *sorted((folder / "additional_chat_templates").glob("*.jinja")))
+
+
+def refuse_pointers(files: Iterable[Path]) -> None:
+    """Raise CheckpointError where Git LFS left a pointer in the place of one of these files."""
+    for path in files:
+        with path.open("rb") as file:
+            if file.read(len(LFS_MARK)) == LFS_MARK:
+                raise CheckpointError(
+                    f"{path} is a Git LFS pointer and not the file itself; fetch it with "
+                    "`git lfs pull`"
+                )
 
 
 def _has_ranks(path: Path) -> bool:

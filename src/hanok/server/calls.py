@@ -369,7 +369,9 @@ class CallReader:
         """Read a call as Python has it, with literals as arguments."""
         text = yield from self._parenthesized()
         try:
-            with warnings.catch_warnings():  # of escapes that Python does not know: nobody's to read
+            with (
+                warnings.catch_warnings()
+            ):  # of escapes that Python does not know: nobody's to read
                 warnings.simplefilter("ignore")
                 call = ast.parse(f"f{text}", mode="eval").body
             if not isinstance(call, ast.Call):
