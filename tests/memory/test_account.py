@@ -193,7 +193,7 @@ FILES: Mapping[str, tuple[Mapping[str, Any], str]] = {
         r"quantized \(MLX, 4 bits\)",
     ),
     "MLX under both names": (
-        {"config.json": dict.fromkeys(("quantization", "quantization_config"), {"bits": 4})},
+        {"config.json": {"quantization": {"bits": 4}, "quantization_config": {"bits": 4}}},
         r"quantized \(MLX, 4 bits\)",
     ),
     "nameless": (

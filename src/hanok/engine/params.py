@@ -39,6 +39,16 @@ NEUTRAL: Mapping[str, Any] = {
     "begin_suppress_tokens": (),
     "forced_bos_token_id": 0,
     "forced_eos_token_id": 0,
+    "forced_decoder_ids": (),
+    "exponential_decay_length_penalty": (),
+    "constraints": (),
+    "watermarking_config": (),
+    "diversity_penalty": 0.0,
+    "top_h": 1.0,
+    "token_healing": False,
+    "dola_layers": "",
+    "max_time": 0,
+    "num_return_sequences": 1,
 }
 
 
@@ -216,6 +226,11 @@ def unsupported_defaults(values: Mapping[str, Any], max_context_tokens: int) -> 
         for name, value in asked.items()
         if value != NEUTRAL[name]
     ]
+    if values.get("do_sample") not in (None, True, False):
+        notes.append(
+            "generation_config.json is not followed in one point: do_sample is "
+            f"{values['do_sample']!r}; it must be true or false. The likeliest token is taken."
+        )
     for name, value in _recommended(values).items():
         if objection := _objection(name, value):
             notes.append(f"generation_config.json is not followed in one point: {objection}")
@@ -223,7 +238,8 @@ def unsupported_defaults(values: Mapping[str, Any], max_context_tokens: int) -> 
 
 
 def _samples(values: Mapping[str, Any]) -> bool:
-    return bool(values.get("do_sample")) and values.get("temperature") != 0
+    asks = values.get("do_sample")  # 1 as well as true, no text
+    return not isinstance(asks, str) and asks == 1 and values.get("temperature") != 0
 
 
 def _recommended(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -238,7 +254,7 @@ def _objection(name: str, value: Any) -> str:
     try:
         SamplingParams(temperature=1.0).updated({name: value})
     except OptionError as error:
-        return str(error)
+        return f"{STOP_STRINGS}: {error}" if name == "stop" else str(error)
     return ""
 
 
