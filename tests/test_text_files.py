@@ -13,7 +13,7 @@ from hanok.errors import RequestError
 from hanok.text_files import STANDARD_INPUT, decode, read_text
 
 
-@given(text=st.text(st.characters(exclude_characters="\r\ufeff", exclude_categories=["Cs"])))
+@given(text=st.text(st.characters(exclude_characters="\0\r\ufeff", exclude_categories=["Cs"])))
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
 def test_the_same_text_whatever_wrote_it(text, encoding, end):
@@ -29,6 +29,10 @@ def test_the_same_text_whatever_wrote_it(text, encoding, end):
             r"at byte 0 \(0xFF\); it begins as UTF-16 .*iconv -f UTF-16 -t UTF-8",
         ),
         (b"\xfe\xff\x00h", r"at byte 0 \(0xFE\); it begins as UTF-16"),
+        ("hi".encode("utf-32"), r"begins as UTF-32 .*iconv -f UTF-32 -t UTF-8"),
+        ("hi".encode("utf-16-le"), r"holds a NUL.* at byte 1 .*iconv -f UTF-16LE -t UTF-8"),
+        ("hi".encode("utf-16-be"), r"holds a NUL.* at byte 0 .*iconv -f UTF-16BE -t UTF-8"),
+        ("한글 hi".encode("utf-16-le"), r"not UTF-8 text.*iconv -f UTF-16LE -t UTF-8"),
         (b"\xef\xbb\xbfab\xff", r"at byte 5 \(0xFF\)"),
         (b"ab\xec\x9a", r"at byte 2 \(0xEC\)"),
     ],

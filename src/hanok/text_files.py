@@ -11,6 +11,13 @@ from pathlib import Path
 from hanok.errors import RequestError
 
 STANDARD_INPUT = Path("-")
+# The longer marks first: that of UTF-32 begins as that of UTF-16 does.
+_MARKS = {
+    codecs.BOM_UTF32_LE: "UTF-32",
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
 
 
 def read_text(file: Path) -> str:
@@ -31,11 +38,23 @@ def decode(data: bytes, name: str) -> str:
     except UnicodeDecodeError as error:
         # The mark that UTF-8 may begin with is not counted by the error.
         at = error.start + (len(codecs.BOM_UTF8) if data.startswith(codecs.BOM_UTF8) else 0)
-        is_utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-        encoding = "UTF-16" if is_utf16 else "LATIN1"
-        what = "it begins as UTF-16 does" if is_utf16 else "it may be Latin-1 or the like"
-        raise RequestError(
-            f"{name} is not UTF-8 text, at byte {at} (0x{data[at]:02X}); {what}. Convert it first, for "
-            f"example with: iconv -f {encoding} -t UTF-8"
-        ) from None
+        raise _other_encoding(data, name, at, "is not UTF-8 text") from None
+    if "\0" in text:  # no text that people write, but what other encodings are made of
+        raise _other_encoding(data, name, data.index(0), "holds a NUL, which no UTF-8 text has")
     return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _other_encoding(data: bytes, name: str, at: int, what: str) -> RequestError:
+    """The error of bytes that are no UTF-8 text, with the encoding that they may be in."""
+    encoding = next((word for mark, word in _MARKS.items() if data.startswith(mark)), None)
+    guess = f"it begins as {encoding} does"
+    if encoding is None:
+        first, second = data[:64:2].count(0), data[1:64:2].count(0)  # of each pair of bytes
+        encoding, guess = "LATIN1", "it may be Latin-1 or the like"
+        if first or second:
+            encoding = "UTF-16LE" if second > first else "UTF-16BE"
+            guess = f"it may be {encoding}"
+    return RequestError(
+        f"{name} {what}, at byte {at} (0x{data[at]:02X}); {guess}. Convert it first, for "
+        f"example with: iconv -f {encoding} -t UTF-8"
+    )
