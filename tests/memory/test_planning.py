@@ -128,6 +128,7 @@ def test_a_cache_that_is_too_large_is_made_smaller_first(tmp_path: Path, rates: 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"max_memory": "disk=1GiB"}, "max_memory names disk, which has no budget"),
         ({"max_memory": "3=1GiB"}, "max_memory names 3, which is not there. Places: cpu, disk"),
         ({"batch": 0}, "batch is 0; it must be at least 1"),
         ({"context": -1}, "context is -1"),

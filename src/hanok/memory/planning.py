@@ -311,6 +311,10 @@ def _check_places(
     places: Sequence[Place],
 ) -> None:
     """Refuse memory of what is not there; of GPUs, say how they are described."""
+    if any(place.kind == "disk" and place.name in allowed for place in places):
+        raise OptionError(
+            "max_memory names disk, which has no budget: what nothing else holds stays in its file."
+        )
     unknown = sorted(set(allowed) - {place.name for place in places})
     if not unknown:
         return
