@@ -286,6 +286,24 @@ def test_a_scaled_rope_reaches_as_far_as_vllm_says(
     assert read(config | {"rope_scaling": scaling}).max_context_tokens == tokens
 
 
+def test_a_context_ends_where_attention_comes_in_chunks() -> None:
+    chunks = {"chunk_size": 262144, "local_size": 8192, "original_max_position_embeddings": 262144}
+    million = QWEN_2_5_7B | {"max_position_embeddings": 1010000}
+    found = read(million | {"dual_chunk_attention_config": chunks})
+    assert found.max_context_tokens == 262144 - 8192
+    assert replace(found, max_positions=1010000) == read(million)
+    short = QWEN_2_5_7B | {"max_position_embeddings": 4096, "dual_chunk_attention_config": chunks}
+    assert read(short).max_context_tokens == 4096
+    for wrong, part in (
+        ({"chunk_size": 8, "local_size": 8}, "local_size takes all of chunk_size"),
+        ({"local_size": 8}, "has no chunk_size"),
+        (chunks | {"sparse_attention_config": {"a": 1}}, "sparse_attention_config"),
+    ):
+        changed = QWEN_2_5_7B | {"dual_chunk_attention_config": wrong}
+        with pytest.raises(HanokError, match=part):
+            read(changed)
+
+
 def test_a_key_that_nobody_reads_is_refused_with_its_value() -> None:
     message = message_of(LLAMA_3_1_8B | {"attention_twist": 3, "use_cache": 1}, UnsupportedError)
     assert "a/config.json" in message
