@@ -41,7 +41,7 @@ def _plain_positions(keys: Keys, max_positions: int) -> int:
 
 FAMILY = Family(
     model_types={
-        "qwen2": "Qwen2, Qwen2.5, Qwen2.5-Coder, Qwen2.5-1M (to its first chunk), QwQ 32B, DeepSeek-R1-Distill-Qwen, A.X 4.0",
+        "qwen2": "Qwen2, Qwen2.5, Qwen2.5-Coder, QwQ 32B, DeepSeek-R1-Distill-Qwen, A.X 4.0",
     },
     read_config=read_config,
 )
