@@ -58,6 +58,7 @@ NOT_SERVED: Mapping[str, tuple[Any, ...]] = {
     "allowed_token_ids": ([],),
     "audio": ({},),
     "bad_words": ([],),
+    "best_of": (1,),
     "chat_template": ("",),
     "documents": ([],),
     "dry_multiplier": (0,),
