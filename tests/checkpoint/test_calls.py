@@ -99,6 +99,7 @@ def test_every_call_is_written_in_every_form_that_clients_send(name: str) -> Non
                 # As JSON writes it: neither Python's spelling nor JSON within JSON.
                 assert json.dumps(value, ensure_ascii=False) in text
         assert "None" not in text
+        assert ("Let me see." in text) == (content == "Let me see.")
     # How the client spells "no content" and the arguments does not change the prompt.
     assert [len(found) for found in texts.values()] == [1, 1, 1, 1]
 
@@ -119,6 +120,21 @@ def test_calls_one_by_one_are_followed_by_their_own_answers() -> None:
     assert re.sub("{.*?}", "", text) == (
         "[user]What is it?<weather >[tool]result 0<clock >[tool]result 1"
     )
+
+
+def test_calls_stay_calls_where_the_template_has_no_place_for_what_was_said_beside_them() -> None:
+    template = (
+        f"{EACH}{{% if m.tool_calls %}}{CALLS}<{{{{ c.function.name }}}}>"
+        f"{{{{ c.function.arguments|tojson }}}}{END}{{% else %}}"
+        "{% if loop.previtem is defined and m.role == loop.previtem.role == 'assistant' %}"
+        "{{ raise_exception('roles alternate') }}{% endif %}"
+        "{% if m.role == 'assistant' and loop.nextitem is defined %}"
+        "{{ raise_exception('the last alone') }}{% endif %}"
+        f"{OTHERWISE}{{% endif %}}{END}"
+    )
+    sent = conversation(content="Let me see.", as_text=True, several=False)
+    text = ChatTemplates({"default": template}, variables={}).render(sent)
+    assert text.startswith("[user]What is it?<weather>{")
 
 
 def test_arguments_that_are_no_object_go_to_templates_that_want_text() -> None:
@@ -164,6 +180,41 @@ def test_a_developer_is_the_system_of_templates_that_know_no_developer() -> None
     assert rendered("knows none", sent) == "[system]Be brief.[user]hi"
     own = "{% if messages[0].role == 'developer' %}D{% endif %}"
     assert ChatTemplates({"default": own}, variables={}).render(sent) == "D"
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% if messages[0].role == 'system' %}[system]{{ messages[0].content }}{% endif %}"
+        "{% for m in messages if m.role == 'user' %}[user]{{ m.content }}{% endfor %}",
+        "{% set ns = namespace(said='') %}{% for m in messages if m.role == 'system' %}"
+        "{% set ns.said = m.content %}{% endfor %}[system]{{ ns.said }}"
+        "{% for m in messages if m.role == 'user' %}[user]{{ m.content }}{% endfor %}",
+        "{# for every developer #}{% for m in messages if m.role in ('system', 'user') %}"
+        "{% if m.role == 'system' and not loop.first %}{{ raise_exception('too late') }}{% endif %}"
+        "[{{ m.role }}]{{ m.content }}{% endfor %}",
+    ],
+    ids=["the first", "the last", "no other"],
+)
+@pytest.mark.parametrize("roles", [("system", "developer"), ("system", "system")])
+def test_nothing_that_a_system_or_developer_says_is_lost(
+    template: str, roles: tuple[str, str]
+) -> None:
+    """By templates that write one such message, and have the word "developer" elsewhere."""
+    sent = [
+        {"role": roles[0], "content": "Be brief."},
+        {"role": roles[1], "content": "Be kind."},
+        {"role": "user", "content": "hi"},
+    ]
+    text = ChatTemplates({"default": template}, variables={}).render(sent)
+    assert text == "[system]Be brief.\n\nBe kind.[user]hi"
+
+
+def test_a_developer_is_the_system_where_the_template_has_the_word_for_something_else() -> None:
+    template = "{# developers #}{% for m in messages if m.role != 'developer' %}" + OTHERWISE + END
+    sent = [{"role": "developer", "content": "Be brief."}, {"role": "user", "content": "hi"}]
+    text = ChatTemplates({"default": template}, variables={}).render(sent)
+    assert text == "[system]Be brief.[user]hi"
 
 
 def test_a_template_that_goes_over_parts_gets_parts() -> None:

@@ -87,6 +87,13 @@ WRITTEN: dict[str, tuple[str, str, list[str]]] = {
     "deepseek 3.1": (f"<｜tool▁calls▁begin｜>{DEEPSEEK_31}<｜tool▁calls▁end｜>", "", ONE),
     "openai's own": (NESTED, "", ONE),
     "arguments first": (json.dumps({"arguments": ARGUMENTS, "name": "weather"}), "", ONE),
+    "words around": (f"Yes. <tool_call>{CALL}</tool_call>\nDone.", "Yes. Done.", ONE),
+    "words between": (
+        f"One, <tool_call>{CALL}</tool_call> two,\n\n<tool_call>{CALL}</tool_call>three.",
+        "One, two,\n\nthree.", TWO,
+    ),
+    "names in a list": ('[{"name": "time"}, {"name": "lunch"}]',) * 2 + ([],),
+    "a name with an id": ('{"id": 5, "name": "time"}', '{"id": 5, "name": "time"}', []),
     "none": ("A <tool is a [TOOL of {braces}. ", "A <tool is a [TOOL of {braces}. ", []),
     "object": ('{"answer": 42} is it', '{"answer": 42} is it', []),
     "a name": ('{"name": "Ada", "age": 36}', '{"name": "Ada", "age": 36}', []),
@@ -213,7 +220,62 @@ def test_escapes_that_python_does_not_know_are_no_warnings() -> None:
     assert json.loads(call.arguments) == {"place": "\\d"}
 
 
-@pytest.mark.parametrize("wrong", ["{'a': 1}", '{"a": 01}', '{"a": 1,}', '{"a" 1}', '{"a": nope}'])
+HALF = "\\ud83d"
+PAIR = "\\ud83d\\ude00"
+HALVES = {
+    "object": '{"name": "weather", "arguments": {"x": "%s"}}',
+    "text": '{"name": "weather", "arguments": "{\\"x\\": \\"%s\\"}"}',
+    "text in text": '{"name": "weather", "arguments": "{\\"x\\": \\"\\%s\\"}"}',
+    "python": '[weather(x="%s")]',
+    "tagged": '<function=weather><parameter=x>"%s"</parameter></function>',
+    "pairs": "<tool_call>weather<arg_key>x</arg_key><arg_value>%s</arg_value></tool_call>",
+}
+
+
+@pytest.mark.parametrize("name", HALVES)
+def test_half_a_surrogate_pair_becomes_a_character(name: str) -> None:
+    """Arguments with one could neither be written nor be sent back as part of a conversation."""
+    quoted = '"%s"' if name == "pairs" else "%s"
+    for written, read in ((HALF, "�"), (f"{HALF}a", "�a"), (HALF * 2, "��"), (PAIR, "😀")):
+        if name == "text in text":
+            written = written.replace("\\u", "\\\\u")[1:]
+        text = HALVES[name] % (quoted % written)
+        (call,) = read_answer(READS, text).calls
+        assert json.loads(call.arguments) == {"x": read}
+        assert put_together(events_of(text, list(range(len(text)))))[2][0][1] == call.arguments
+    (call,) = read_answer(READS, HALVES["object"] % "\\ude00").calls
+    assert json.loads(call.arguments) == {"x": "�"}
+
+
+ODD_NAMES = ("print", "functions.get", "get", "get_it", "f", "a.b", "my tool", "날씨", "name", "1")
+SPELLINGS = (
+    "[TOOL_CALLS]%s[ARGS]{}",
+    "<function=%s>{}</function>",
+    "<tool_call>%s</tool_call>",
+    "%s\n{}",
+    "<｜tool▁call▁begin｜>function<｜tool▁sep｜>%s\n```json\n{}\n```<｜tool▁call▁end｜>",
+    "<｜tool▁call▁begin｜>%s<｜tool▁sep｜>{}<｜tool▁call▁end｜>",
+    "```tool_code\n%s()\n```",
+    "```tool_code\nprint(%s())\n```",
+    "[%s()]",
+)
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_a_function_may_have_any_name(spelling: str) -> None:
+    """One that begins as another one does, or as what stands before names."""
+    reads = Reads(functions={name: {"name": name} for name in ODD_NAMES})
+    for name in ODD_NAMES:
+        text = spelling % name
+        assert told(read_answer(reads, text)) == ("", [(name, "{}")]), name
+        assert put_together(events_of(text, [2, 9, 13, 17], reads))[2] == [(name, "{}", True)]
+    reads = Reads(functions={"get": {}, "f": {}})
+    assert told(read_answer(reads, "[TOOL_CALLS]functions.get{}")) == ("", [("get", "{}")])
+
+
+@pytest.mark.parametrize(
+    "wrong", ["{'a': 1}", '{"a": 01}', '{"a": 1,}', '{"a" 1}', '{"a": nope}', '{"a": 1e999}']
+)
 def test_a_call_that_is_not_json_is_content_and_ends_in_a_stream(wrong: str) -> None:
     text = f'<tool_call>{{"name": "time", "arguments": {wrong}}}</tool_call>'
     assert told(read_answer(READS, text)) == (text, [])
@@ -297,6 +359,15 @@ def test_reasoning_may_talk_of_calls_and_precede_them() -> None:
     answer = read_answer(READS, text)
     assert answer.reasoning == f"I could <tool_call>{CALL}</tool_call>."
     assert told(answer) == ("", [("weather", SHORT)])
+
+
+def test_nothing_that_is_not_read_as_reasoning_counts_as_such() -> None:
+    for reads in (
+        Reads(reasoning=False, opening="<think>"),
+        Reads(functions=FUNCTIONS, is_forced=True, opening="<think>"),
+    ):
+        assert not AnswerReader(reads).is_reasoning
+    assert AnswerReader(Reads(opening="<think>")).is_reasoning
 
 
 def test_reasoning_stays_where_the_request_wants_it() -> None:

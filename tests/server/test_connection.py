@@ -254,11 +254,29 @@ def test_beyond_the_limit_who_comes_is_told_so_while_all_are_answered(
         assert '"finish_reason":"length"' in [line for line in lines if line][-1]
 
 
-def test_errors_have_the_shape_of_the_protocol(patient: LocalServer) -> None:
+@pytest.mark.parametrize(
+    "path", ["/v1/models", "/v1/messages", "/v1/messages/count_tokens?beta=true"]
+)
+def test_errors_have_the_shape_of_the_protocol(patient: LocalServer, path: str) -> None:
     with connected(patient) as connection:
         connection.sendall(
-            b"GET /v1/models HTTP/1.1\r\nhost: a\r\n" + b"x: y\r\n" * MOST_HEADERS + b"\r\n"
+            f"GET {path} HTTP/1.1\r\nhost: a\r\n".encode() + b"x: y\r\n" * MOST_HEADERS + b"\r\n"
         )
         answer = read_to_end(connection)
-    error = httpx.Response(431, content=answer.partition(b"\r\n\r\n")[2]).json()["error"]
-    assert error["type"] == "invalid_request_error"
+    body = httpx.Response(431, content=answer.partition(b"\r\n\r\n")[2]).json()
+    assert body["error"]["type"] == "invalid_request_error"
+    assert body.get("type") == ("error" if "messages" in path else None)
+    assert ("http_status_code" in body["error"]) == ("messages" not in path)
+
+
+def test_no_connection_becomes_one_without_limits(patient: LocalServer) -> None:
+    """Asked for a WebSocket, the server answers the request as any other."""
+    upgrade = (
+        b"connection: upgrade\r\nupgrade: websocket\r\nsec-websocket-version: 13\r\n"
+        b"sec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+    )
+    with connected(patient) as connection:
+        connection.sendall(GET + upgrade)
+        answer = connection.recv(65536)
+    assert status_of(answer) == 200
+    assert b"x-request-id" in answer

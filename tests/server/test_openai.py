@@ -147,6 +147,66 @@ def test_a_seed_gives_several_answers_of_their_own(
     assert best[0]["text"] in texts
 
 
+def chunks_of(answer: httpx.Response) -> list[dict[str, Any]]:
+    """Return the chunks of a stream, whose end is told."""
+    lines = [line.removeprefix("data: ") for line in answer.iter_lines() if line]
+    assert lines.pop() == "[DONE]"
+    return [json.loads(line) for line in lines]
+
+
+@pytest.mark.parametrize("best_of", [2, 3])
+def test_every_completion_has_a_place_of_its_own(client: httpx.Client, best_of: int) -> None:
+    """Of several prompts with several answers, whole as in chunks."""
+    body = {"prompt": [PROMPT, "The"], "max_tokens": 8, "temperature": 1.2, "seed": 5, "n": 2}
+    whole = client.post("/v1/completions", json={**body, "best_of": best_of}).json()["choices"]
+    assert [choice["index"] for choice in whole] == [0, 1, 2, 3]
+    if best_of > 2:
+        return
+    texts = dict.fromkeys(range(4), "")
+    with client.stream("POST", "/v1/completions", json={**body, "stream": True}) as answer:
+        for chunk in chunks_of(answer):
+            choice = chunk["choices"][0]
+            texts[choice["index"]] += choice["text"]
+    assert texts == {choice["index"]: choice["text"] for choice in whole}
+
+
+@pytest.mark.parametrize("usage", [None, {"include_usage": True}])
+def test_who_wants_the_prompt_alone_is_told_of_no_more_tokens(
+    client: httpx.Client, usage: Any
+) -> None:
+    body = {"prompt": PROMPT, "max_tokens": 0, "echo": True, "logprobs": 0}
+    whole = client.post("/v1/completions", json=body).json()
+    streamed = {**body, "stream": True, "stream_options": usage}
+    with client.stream("POST", "/v1/completions", json=streamed) as answer:
+        last = [chunk["usage"] for chunk in chunks_of(answer)][-1]
+    for told in (whole["usage"], last):
+        assert told["completion_tokens"] == 0
+        assert told["total_tokens"] == told["prompt_tokens"]
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("chat/completions", {"messages": MESSAGES, "max_tokens": 4}),
+        ("responses", {"input": MESSAGES, "max_output_tokens": 4}),
+        ("messages", {"messages": MESSAGES, "max_tokens": 4}),
+    ],
+)
+def test_conversations_of_every_protocol_have_the_same_limits(
+    client: httpx.Client, path: str, body: dict[str, Any]
+) -> None:
+    wrong = 400 if path == "messages" else 422
+    for given, status in (
+        ({"top_p": 0}, 200),
+        ({"top_p": 1.1}, wrong),
+        ({"best_of": 1}, 200),
+        ({"best_of": 2}, wrong),
+        ({"user": "a" * 1001}, wrong),
+    ):
+        found = client.post(f"/v1/{path}", json={**body, **given})
+        assert found.status_code == status, given
+
+
 def test_parts_of_characters_have_their_bytes(client: httpx.Client) -> None:
     """é is the bytes C3 and A9; a token of one of them has no text of its own."""
     tokenizer = hanok.load(hanok.BUNDLED).tokenizer

@@ -65,3 +65,43 @@ def test_what_is_wrong_is_told(
     found = client.post(f"/{path}", json=body)
     assert found.status_code == status
     assert words in found.json()["error"]
+
+
+@pytest.mark.parametrize("wrong", [True, "5", 5.5, -1, 2**31, 10**30, None, [5]])
+@pytest.mark.parametrize(
+    ("path", "field"),
+    [
+        ("detokenize", "tokens"),
+        ("v1/completions", "prompt"),
+        ("v1/completions", "stop_token_ids"),
+        ("v1/embeddings", "input"),
+        ("v1/chat/completions", "stop_token_ids"),
+        ("v1/responses", "stop_token_ids"),
+        ("v1/messages", "stop_token_ids"),
+    ],
+)
+def test_only_whole_numbers_are_token_ids(
+    client: httpx.Client, path: str, field: str, wrong: Any
+) -> None:
+    needed: dict[str, dict[str, Any]] = {
+        "v1/completions": {"prompt": "a", "max_tokens": 1},
+        "v1/chat/completions": {"messages": [{"role": "user", "content": "a"}], "max_tokens": 1},
+        "v1/responses": {"input": "a", "max_output_tokens": 1},
+        "v1/messages": {"messages": [{"role": "user", "content": "a"}], "max_tokens": 1},
+    }
+    body = needed.get(path, {})
+    assert client.post(f"/{path}", json={**body, field: [5]}).status_code == 200
+    found = client.post(f"/{path}", json={**body, field: [5, wrong]})
+    assert found.status_code == (400 if path == "v1/messages" else 422)
+    assert field in str(found.json()["error"])
+
+
+@pytest.mark.parametrize("key", ["-1", " 5", "5.0", "05", "٣", "１", "", "1e2", "+5", "4294967296"])
+def test_a_bias_is_of_a_token_id_as_it_is_written(client: httpx.Client, key: str) -> None:
+    for path, body in (
+        ("completions", {"prompt": "a"}),
+        ("chat/completions", {"messages": [{"role": "user", "content": "a"}]}),
+    ):
+        found = client.post(f"/v1/{path}", json={**body, "max_tokens": 1, "logit_bias": {key: 1}})
+        assert found.status_code == 422, path
+        assert "logit_bias" in found.json()["error"]["message"]

@@ -459,6 +459,20 @@ def test_a_body_says_that_it_is_json(fuzzed: LocalServer, kind: str | None, stat
         assert "Content-Type: application/json" in found.json()["error"]
 
 
+@pytest.mark.parametrize(("encoding", "status"), [("identity", 200), ("gzip", 415), ("br", 415)])
+@pytest.mark.parametrize("path", ["/tokenize", "/v1/messages/count_tokens"])
+def test_a_body_that_is_encoded_is_told_so(
+    fuzzed: LocalServer, encoding: str, status: int, path: str
+) -> None:
+    body = (
+        {"inputs": "a"} if path == "/tokenize" else {"messages": [{"role": "user", "content": "a"}]}
+    )
+    with fuzzed.client() as client:
+        found = client.post(path, json=body, headers={"content-encoding": encoding})
+    assert found.status_code == status
+    assert status == 200 or "Content-Encoding" in str(found.json()["error"])
+
+
 def lists_and_tables(schema: Any) -> Iterator[dict[str, Any]]:
     """Yield the lists and tables that a model's schema is made of."""
     if isinstance(schema, dict):

@@ -4,7 +4,8 @@ Published templates disagree about how a call is handed to them: content null, e
 it; arguments as an object or as JSON text; one call in a message or several; ids of nine characters.
 Given another form, a template fails, or it leaves the call out of the prompt without a word. So the
 forms of `forms_of` are tried in order, and the first is taken in which the template writes the name and
-the arguments of every call, which is seen by marking them. A template that knows no calls gets them as
+the arguments of every call, and what was said beside them, which is seen by marking these. Where it
+writes calls in every form without what was said, so it is. A template that knows no calls gets them as
 content, as `spelled_calls` spells them.
 
 Cost: two renderings for a template that takes the first form, three where content is null and the word
@@ -26,7 +27,9 @@ Content = Literal["null", "empty", "absent"]
 SHORT_ID_LENGTH = 9
 """Mistral's templates refuse calls whose ids have another length."""
 
-_LOST, _MISSPELLED, _WRITTEN = range(3)
+_LOST, _MISSPELLED, _SPELLED, _ALONE, _WRITTEN = range(5)
+"""What became of the calls, the better the higher: spelled, they are content; alone, they are there, and
+what was said beside them is not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +51,7 @@ def form_of(messages: list[Message], render: Render) -> list[Message]:
 
     Raises RequestError where there is none: the template's own, of the first form, if it refuses all.
     """
-    best: tuple[int, list[Message]] | None = None
+    best, found = _LOST, messages
     refusal: RequestError | None = None
     for form in forms_of(messages):
         try:
@@ -58,10 +61,10 @@ def form_of(messages: list[Message], render: Render) -> list[Message]:
             continue
         if quality == _WRITTEN:
             return form.messages
-        if quality == _MISSPELLED and best is None:
-            best = quality, form.messages
-    if best is not None:
-        return best[1]
+        if quality > best:
+            best, found = quality, form.messages
+    if best > _LOST:
+        return found
     raise refusal or RequestError(
         "the chat template leaves tool calls of this conversation out, in whatever form they are given; "
         "pass another template, or write the calls into the content of their messages"
@@ -102,7 +105,11 @@ def _quality(form: Form, render: Render) -> int:
         # Python's spelling of an object, or JSON text that was made JSON text once more.
         if f"'{mark}'" in written or f'\\"{mark}' in written:
             return _MISSPELLED
-    return _MISSPELLED if _writes_none(form, render) else _WRITTEN
+    if _writes_none(form, render):
+        return _MISSPELLED
+    if form.spelled:
+        return _SPELLED
+    return _WRITTEN if all(mark in written for mark in marked.said) else _ALONE
 
 
 def _writes_none(form: Form, render: Render) -> bool:
@@ -126,6 +133,8 @@ class _Marked:
         """What the template has to write."""
         self.arguments: list[str] = []
         """Those of the marks that are keys and values of arguments."""
+        self.said: list[str] = []
+        """What it should write, too: the content beside calls."""
         self.messages = [
             self._message(message, place in form.spelled)
             for place, message in enumerate(form.messages)
@@ -133,9 +142,13 @@ class _Marked:
 
     def _message(self, message: Message, is_spelled: bool) -> Message:
         if calls := _calls_of(message):
-            return {**message, "tool_calls": [self._call(call) for call in calls]}
+            marked = {**message, "tool_calls": [self._call(call) for call in calls]}
+            if content := message.get("content"):
+                self.said.append(f"saidmark{len(self.said)}x")
+                marked["content"] = joined_content(content, self.said[-1])
+            return marked
         if is_spelled or message.get("role") == "tool":
-            return {**message, "content": _joined(message.get("content"), self._mark())}
+            return {**message, "content": joined_content(message.get("content"), self._mark())}
         return message
 
     def _call(self, call: Message) -> Message:
@@ -301,7 +314,7 @@ def _as_content(messages: list[Message]) -> Form:
     for place, message in enumerate(messages):
         if calls := _calls_of(message):
             kept = {key: value for key, value in message.items() if key != "tool_calls"}
-            content = _joined(message.get("content"), spelled_calls(calls))
+            content = joined_content(message.get("content"), spelled_calls(calls))
             found.append({**kept, "content": content})
             spelled.append(place)
         else:
@@ -309,7 +322,7 @@ def _as_content(messages: list[Message]) -> Form:
     return Form(found, frozenset(spelled))
 
 
-def _joined(content: Any, text: str) -> Any:
+def joined_content(content: Any, text: str) -> Any:
     """Return content, a text or a list of parts, with a text on a line after it."""
     if isinstance(content, list):
         return [*content, {"type": "text", "text": text}]
@@ -333,7 +346,7 @@ def _merged(form: Form) -> Form:
         last = found[-1] if found else {}
         content = message.get("content")
         if last.get("role") == message.get("role") and isinstance(content, str):
-            found[-1] = {**last, "content": _joined(last.get("content"), content)}
+            found[-1] = {**last, "content": joined_content(last.get("content"), content)}
         else:
             found.append(message)
         if place in form.spelled:

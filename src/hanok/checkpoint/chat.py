@@ -26,7 +26,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
-from hanok.checkpoint.calls import form_of, has_calls
+from hanok.checkpoint.calls import form_of, has_calls, joined_content
 from hanok.errors import CheckpointError, RequestError
 
 DEFAULT_TEMPLATE = "default"
@@ -173,21 +173,28 @@ class ChatTemplates:
         variables: Mapping[str, object],
     ) -> list[dict[str, Any]]:
         """A plain copy of the messages, in the form in which the template writes all of them out."""
-        conversation, moment = _plain_messages(messages), self._now()
-        if _DEVELOPER not in text:  # OpenAI's newer word, which few templates know
-            conversation = [
-                {**message, "role": "system"} if message.get("role") == _DEVELOPER else message
-                for message in conversation
-            ]
+        moment = self._now()
 
         def render(form: list[dict[str, Any]]) -> str:
             return self._run(text, origin, form, variables, lambda: moment)
 
-        in_parts = "text" in text and _reads_parts_only(conversation, render)
-        if has_calls(conversation):
-            shape = _with_parts if in_parts else list
-            conversation = form_of(conversation, lambda form: render(shape(form)))
-        return _with_parts(conversation) if in_parts else conversation
+        def written(conversation: list[dict[str, Any]]) -> list[dict[str, Any]]:
+            in_parts = "text" in text and _reads_parts_only(conversation, render)
+            if has_calls(conversation):
+                shape = _with_parts if in_parts else list
+                conversation = form_of(conversation, lambda form: render(shape(form)))
+            return _with_parts(conversation) if in_parts else conversation
+
+        forms = _instructed(_plain_messages(messages), knows_developer=_DEVELOPER in text)
+        for form in forms if len(forms) > 1 else ():
+            marked, marks = _with_marked_instructions(form)
+            try:
+                found = render(written(marked))
+            except RequestError:
+                continue
+            if all(mark in found for mark in marks):
+                return written(form)
+        return written(forms[0])
 
     def _choose(self, template: str | None, *, has_tools: bool) -> tuple[str, str]:
         """The text of the template to use, and what to call it in a message."""
@@ -415,6 +422,43 @@ def _plain_messages(messages: Sequence[Mapping[str, object]]) -> list[dict[str, 
             fields = {"thinking": reasoning, **fields, "reasoning_content": reasoning}
         conversation.append(fields)
     return conversation
+
+
+def _instructed(
+    conversation: list[dict[str, Any]], *, knows_developer: bool
+) -> list[list[dict[str, Any]]]:
+    """Return forms of what the developer and the system say, the nearest to what was sent first.
+
+    "developer" is OpenAI's newer word for "system", which few templates know, although some have the
+    word in another place; and many templates write one such message only, the first or the last.
+    """
+    as_system = [
+        {**message, "role": "system"} if message.get("role") == _DEVELOPER else message
+        for message in conversation
+    ]
+    forms = [as_system]
+    if knows_developer and any(message.get("role") == _DEVELOPER for message in conversation):
+        forms.insert(0, conversation)
+    said = [message.get("content") for message in as_system if message.get("role") == "system"]
+    texts = [content for content in said if isinstance(content, str)]
+    if len(texts) == len(said) > 1:
+        others = [message for message in as_system if message.get("role") != "system"]
+        forms.append([{"role": "system", "content": "\n\n".join(texts)}, *others])
+    return forms
+
+
+def _with_marked_instructions(
+    conversation: list[dict[str, Any]],
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Return the conversation with a word of its own in each message of `_instructed`, and the words."""
+    found: list[dict[str, Any]] = []
+    marks: list[str] = []
+    for message in conversation:
+        if message.get("role") in ("system", _DEVELOPER):
+            marks.append(f"instructionmark{len(marks)}x")
+            message = {**message, "content": joined_content(message.get("content"), marks[-1])}
+        found.append(message)
+    return found, marks
 
 
 def _reads_parts_only(

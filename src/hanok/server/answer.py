@@ -124,13 +124,17 @@ class AnswerReader:
     def __init__(self, reads: Reads, *, is_whole: bool = False) -> None:
         self._reads = reads
         self._is_whole = is_whole
-        self.is_reasoning = bool(reads.opening)
+        self._reads_reasoning = reads.reasoning and not reads.is_forced
+        self.is_reasoning = self._reads_reasoning and bool(reads.opening)
         """Whether the last text that came is of the model's reasoning, or of a marker around it."""
         self.num_reasoning_tokens = 0
         self._source = Incoming()
         self._events: list[Event] = []
         self._held: list[CallEvent] = []
         """Events of a call that is not certain yet."""
+        self._has_content = False
+        self._gap = ""
+        """The space between what was said before a call and what may be said after it."""
         self._calls = CallReader(self._source, reads.functions, self._call_event)
         self._reading = self._answer()
 
@@ -172,7 +176,7 @@ class AnswerReader:
 
     def _answer(self) -> Reading[None]:
         source, reads = self._source, self._reads
-        if reads.reasoning and not reads.is_forced:
+        if self._reads_reasoning:
             yield from self._reasoning()
         if not reads.functions:
             yield from self._everything()
@@ -240,7 +244,7 @@ class AnswerReader:
             cut = min(starts)[0] if starts else _certain(rest, OPENINGS, source)
             words = rest[:cut] if source.is_ended and not starts else rest[:cut].rstrip()
             if words:
-                self._events.append(Content(words))
+                self._say(words)
                 source.at += len(words)
             source.forget()
             if starts:
@@ -248,13 +252,19 @@ class AnswerReader:
                 space = rest[len(words) : cut]
                 source.at += len(space) + len(word) - len(FIRST_OF_CALL.get(word, ""))
                 if (yield from self._calls_here(0, is_marked=True)):
+                    if self._has_content:
+                        self._gap = space or "\n"
                     return True
-                self._events.append(Content(space + word))
+                self._say(space + word)
                 source.at += len(space) + len(word)
             elif source.is_ended:
                 return False
             else:
                 yield
+
+    def _say(self, text: str) -> None:
+        self._events.append(Content(self._gap + text))
+        self._has_content, self._gap = True, ""
 
     def _unmarked(self, *, is_marked: bool) -> Reading[bool]:
         """Read a call where no marker announces it; return whether there was one."""

@@ -5,6 +5,7 @@ call: the marker of a family before it, or its place, an answer's beginning or a
 """
 
 import ast
+import itertools
 import json
 import uuid
 import warnings
@@ -17,6 +18,7 @@ from hanok.server.incoming import (
     NotJsonError,
     Reading,
     expect,
+    of_whole_characters,
     read_string,
     read_value,
 )
@@ -67,6 +69,10 @@ INNER = (
 )
 """What stands inside of calls."""
 
+PREFIXES = ("", "functions.", "function<｜tool▁sep｜>")
+"""What may stand before a function's name behind a marker."""
+NAME_MARKS = ("_", "-", ".")
+"""Besides letters and digits, what a name goes on with."""
 NAME_KEYS = ("name", "tool_name")
 ARGUMENT_KEYS = ("arguments", "parameters")
 OTHER_KEYS = ("type", "id", "tool_call_id", "index")
@@ -174,7 +180,7 @@ class CallReader:
         if not is_listed and (yield from source.takes(fence)):
             yield from source.skip_space()
         if (yield from source.starts_with("{")):
-            yield from self._object(is_marked=is_marked)
+            yield from self._object(is_marked=is_marked, is_listed=is_listed)
         elif (yield from source.takes("<function=")):
             yield from self._tagged()
         else:
@@ -195,13 +201,13 @@ class CallReader:
 
     def _begin_with(self, name: str, arguments: Mapping[str, Any]) -> None:
         self._begin(name)
-        self._write(json.dumps(arguments, ensure_ascii=False, allow_nan=False))
+        self._write(_as_json(arguments))
 
     # {"name": …, "arguments": {…}}
 
-    def _object(self, *, is_marked: bool) -> Reading[None]:
+    def _object(self, *, is_marked: bool, is_listed: bool) -> Reading[None]:
         """Read a call as a JSON object, whose keys come in any order."""
-        source, name, held = self._source, "", ""
+        source, name, held, is_bare = self._source, "", "", True
         source.at += 1
         while True:
             yield from source.skip_space()
@@ -210,7 +216,7 @@ class CallReader:
             yield from expect(source, ":")
             yield from source.skip_space()
             if key == "function" and (yield from source.starts_with("{")):
-                yield from self._object(is_marked=is_marked)
+                yield from self._object(is_marked=is_marked, is_listed=is_listed)
                 name = "" if self.is_open else name
             elif key in NAME_KEYS or key == "function":
                 name = yield from self._string()
@@ -219,6 +225,7 @@ class CallReader:
             elif key in ARGUMENT_KEYS and not self.is_open:
                 held = yield from self._arguments(name)
             elif is_marked or self.is_open or key in OTHER_KEYS:
+                is_bare = is_bare and key == "type"
                 yield from read_value(source, lambda _: None)
             else:
                 raise NotACallError
@@ -228,13 +235,16 @@ class CallReader:
             yield from expect(source, ",")
         if not self.is_open:
             if not held and not is_marked:
-                self._check_needs_nothing(name)
+                self._check_needs_nothing(name, is_bare=is_bare and not is_listed)
             self._begin(name)
             self._write(held or "{}")
 
-    def _check_needs_nothing(self, name: str) -> None:
-        """Raise NotACallError for a name alone that no marker announces, if the function needs more."""
-        if _parameters_of(self._functions.get(name, {})).get("required"):
+    def _check_needs_nothing(self, name: str, *, is_bare: bool) -> None:
+        """Raise NotACallError for a name alone that no marker announces, if the function needs more.
+
+        So are names in a list, and those that have an id: data is written like that.
+        """
+        if not is_bare or _parameters_of(self._functions.get(name, {})).get("required"):
             raise NotACallError
 
     def _string(self) -> Reading[str]:
@@ -294,18 +304,15 @@ class CallReader:
     def _member(self, count: int, function: str, key: str, value: str) -> None:
         schema = _parameters_of(self._functions[function])
         comma = ", " if count else ""
-        text = json.dumps(_typed(value, key, schema), ensure_ascii=False, allow_nan=False)
+        text = _as_json(_typed(value, key, schema))
         self._write(f"{comma}{json.dumps(key, ensure_ascii=False)}: {text}")
 
     # name{…}, name[ARGS]{…}, name\n{…}, name(key=value), name<arg_key>…
 
     def _named(self, *, is_marked: bool, is_listed: bool) -> Reading[None]:
         source = self._source
-        is_printed = is_marked and (yield from source.takes("print("))
-        for prefix in ("functions.", "function<｜tool▁sep｜>"):
-            if is_marked and (yield from source.takes(prefix)):
-                break
-        name = yield from self._name()
+        is_printed = is_marked and (yield from self._is_printed())
+        name = yield from self._name(PREFIXES if is_marked else ("",))
         if (is_marked or is_listed) and (yield from source.starts_with("(")):
             yield from self._python(name)
             if is_printed:
@@ -328,10 +335,31 @@ class CallReader:
         else:
             raise NotACallError
 
-    def _name(self) -> Reading[str]:
-        for name in self._names:
-            if (yield from self._source.takes(name)):
-                return name
+    def _is_printed(self) -> Reading[bool]:
+        """Read the beginning of a printed call; a function of that name is called, not printed with."""
+        source = self._source
+        start = source.at
+        if (yield from source.takes("print(")):
+            inner = source.at
+            try:
+                yield from self._name(PREFIXES)
+                is_printed = yield from source.starts_with("(")
+            except NotACallError:
+                is_printed = False
+            source.at = inner if is_printed else start
+            return is_printed
+        return False
+
+    def _name(self, prefixes: Sequence[str]) -> Reading[str]:
+        """Read a function's name, all of it, which may itself begin as a prefix does."""
+        source = self._source
+        start = source.at
+        for prefix, name in itertools.product(prefixes, self._names):
+            source.at = start
+            if (yield from source.takes(prefix + name)):
+                following = yield from source.peek()
+                if not (following.isalnum() or following in NAME_MARKS):
+                    return name
         raise NotACallError
 
     def _skip_separators(self) -> Reading[None]:
@@ -423,13 +451,20 @@ def _literal(node: ast.expr) -> Any:
 
 def _object_text(text: str) -> str:
     """Return JSON text of an object as it stands."""
-    try:
-        value = json.loads(text) if text.strip() else {}
-    except (ValueError, RecursionError) as error:
-        raise NotACallError from error
-    if not isinstance(value, dict):
+    source, pieces = Incoming(), list[str]()
+    source.push(text.strip() or "{}")
+    source.is_ended = True
+    if not source.text.startswith("{"):
         raise NotACallError
-    return text if text.strip() else "{}"
+    for _ in read_value(source, pieces.append):
+        pass
+    if source.rest.strip():
+        raise NotACallError
+    return "".join(pieces)
+
+
+def _as_json(value: Any) -> str:
+    return of_whole_characters(json.dumps(value, ensure_ascii=False, allow_nan=False))
 
 
 def _parameters_of(function: Mapping[str, Any]) -> Mapping[str, Any]:

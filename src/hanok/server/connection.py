@@ -11,7 +11,7 @@ from typing import Any
 import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
-from hanok.server.errors import ServerError, flat_body, openai_body
+from hanok.server.errors import ServerError, body_on, status_on
 from hanok.server.options import ServerOptions
 
 MOST_HEADERS = 100  # as hyper, on which TGI is built
@@ -186,8 +186,8 @@ class Connection(HttpToolsProtocol):
     def _refuse(self, error: ServerError) -> None:
         """Answer with an error and close. An answer that has begun is cut off instead."""
         if not self._is_answering():
-            is_openai = getattr(self, "url", b"").startswith(b"/v1/")
-            body = json.dumps(openai_body(error) if is_openai else flat_body(error)).encode()
+            path = getattr(self, "url", b"").partition(b"?")[0].decode("latin-1")
+            body = json.dumps(body_on(error, path)).encode()
             headers = {
                 "content-type": "application/json",
                 "content-length": str(len(body)),
@@ -195,7 +195,9 @@ class Connection(HttpToolsProtocol):
                 **error.headers,
             }
             lines = [f"{name}: {value}\r\n".encode() for name, value in headers.items()]
-            self.transport.write(b"".join([STATUS_LINE[error.status], *lines, b"\r\n", body]))
+            self.transport.write(
+                b"".join([STATUS_LINE[status_on(error.status, path)], *lines, b"\r\n", body])
+            )
         self.transport.close()
 
 

@@ -5,6 +5,7 @@ when the text has ended. JSON is checked as it comes, character by character: wh
 """
 
 import json
+import math
 import re
 from collections.abc import Callable, Generator
 from typing import TypeVar
@@ -190,6 +191,19 @@ def _escape(source: Incoming) -> Reading[str]:
         return char
     if char != "u":
         return "\\" + char
+    digits = yield from _four_digits(source)
+    if not _is_half(digits):
+        return "\\u" + digits
+    start = source.at
+    if digits[:2].upper() < "DC" and (yield from source.takes("\\u")):
+        second = yield from _four_digits(source)
+        if _is_half(second) and second[:2].upper() >= "DC":
+            return f"\\u{digits}\\u{second}"
+    source.at = start
+    return "\\ufffd"  # half a pair is no character: the client could not read it, nor send it back
+
+
+def _four_digits(source: Incoming) -> Reading[str]:
     digits = ""
     while len(digits) < 4:
         digit = yield from source.peek()
@@ -197,7 +211,17 @@ def _escape(source: Incoming) -> Reading[str]:
             raise NotJsonError
         digits += digit
         source.at += 1
-    return "\\u" + digits
+    return digits
+
+
+def _is_half(digits: str) -> bool:
+    """Whether four hexadecimal digits are half of a surrogate pair."""
+    return 0xD800 <= int(digits, 16) <= 0xDFFF
+
+
+def of_whole_characters(text: str) -> str:
+    """Return a text with halves of surrogate pairs put together, or replaced where they are alone."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _read_word(source: Incoming, write: Write) -> Reading[None]:
@@ -210,7 +234,7 @@ def _read_word(source: Incoming, write: Write) -> Reading[None]:
             break
         yield
     word = source.text[start:end]
-    if word not in _LITERALS and not _NUMBER.fullmatch(word):
-        raise NotJsonError
+    if word not in _LITERALS and not (_NUMBER.fullmatch(word) and math.isfinite(float(word))):
+        raise NotJsonError  # a number beyond all that clients have is none
     source.at = end
     write(_LITERALS.get(word, word))

@@ -73,7 +73,7 @@ class MessagesRequest(CountTokensRequest):
     stop_sequences: Annotated[list[str], Field(fail_fast=True)] | None = None
     stream: NullFalse = False
     temperature: Annotated[float, Field(ge=0, le=100)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1)] | None = None
     metadata: dict[str, Any] | None = None
 

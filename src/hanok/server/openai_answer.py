@@ -62,13 +62,21 @@ def head_of(service: Service, request: Request, kind: str, prefix: str) -> Head:
 
 
 def usage_of(
-    tickets: Sequence[Ticket], num_prompts: int, reasoning_tokens: int = 0
+    tickets: Sequence[Ticket],
+    num_prompts: int,
+    reasoning_tokens: int = 0,
+    *,
+    is_answered: bool = True,
 ) -> dict[str, Any]:
-    """Return the tokens of a request; several answers to one prompt count it once."""
+    """Return the tokens of a request; several answers to one prompt count it once.
+
+    Not `is_answered`: only the prompt was wanted back, and the token behind it is nobody's.
+    """
     each = max(1, len(tickets) // num_prompts)
     firsts = tickets[::each]
     prompt = sum(len(ticket.request.sequence.prompt_ids) for ticket in firsts)
-    generated = sum(len(ticket.request.sequence.generated_ids) for ticket in tickets)
+    answered = tickets if is_answered else ()
+    generated = sum(len(ticket.request.sequence.generated_ids) for ticket in answered)
     guessed = [ticket.request.sequence.speculation for ticket in tickets]
     return {
         "prompt_tokens": prompt,
@@ -101,7 +109,6 @@ def stream(
     Completions whose request says nothing of usage have each choice's in its last chunk, as TGI's do.
     """
     asked = body.stream_options
-    tells_each = asked is None and isinstance(body, CompletionRequest)
 
     async def events() -> AsyncGenerator[str, None]:
         common = head.fields()
@@ -109,8 +116,9 @@ def stream(
             async for choice in chunks:
                 is_last = choice["finish_reason"] is not None
                 own = None
-                if tells_each and is_last:
-                    own = usage_of([tickets[choice["index"]]], 1)
+                if asked is None and is_last and isinstance(body, CompletionRequest):
+                    ticket = tickets[choice["index"]]
+                    own = usage_of([ticket], 1, is_answered=body.max_tokens != 0)
                 chunk = common | {"choices": [choice], "usage": own}
                 # A prompt that is echoed may have as many scores as the context has tokens.
                 is_long = len((choice["logprobs"] or {}).get("tokens", ())) > AT_ONCE

@@ -13,7 +13,8 @@ from hanok.server.errors import invalid
 from hanok.server.tgi_models import Body, Name, NullFalse, Stops
 
 MOST_BIASES = 10_000
-TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+TokenId = Annotated[int, Field(strict=True, ge=0, lt=2**31)]
+"""True is no id, and neither is a text of digits."""
 TokenIds = Annotated[list[TokenId], Field(fail_fast=True)]
 MOST_CHOICES = 1000
 Penalty = Annotated[float, Field(ge=-2, le=2)]
@@ -44,7 +45,10 @@ Prompt = Annotated[
     Discriminator(_kind_of_prompt),
 ]
 Biases = Annotated[
-    dict[Annotated[str, Field(pattern=r"^\d{1,9}$")], Annotated[float, Field(ge=-100, le=100)]],
+    dict[
+        Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,8})$")],
+        Annotated[float, Field(ge=-100, le=100)],
+    ],
     Field(max_length=MOST_BIASES),
     BeforeValidator(_few),
 ]
@@ -54,6 +58,7 @@ NOT_SERVED: Mapping[str, tuple[Any, ...]] = {
     "allowed_token_ids": ([],),
     "audio": ({},),
     "bad_words": ([],),
+    "best_of": (1,),
     "chat_template": ("",),
     "documents": ([],),
     "dry_multiplier": (0,),

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from hanok.server.tgi_models import Body, NullFalse
+from hanok.server.tgi_models import Body, Name, NullFalse
 
 _STORED = "nothing is stored here. Send the whole conversation as `input`"
 NOT_SERVED: Mapping[str, str] = {
@@ -66,7 +66,7 @@ class ResponsesRequest(Body):
     max_tool_calls: Annotated[int, Field(ge=1)] | None = None
     """Of tools that run on the server; there are none."""
     temperature: Annotated[float, Field(ge=0, le=100)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     text: TextOptions | None = None
     reasoning: Reasoning | None = None
@@ -78,9 +78,9 @@ class ResponsesRequest(Body):
     store: bool | None = None
     """Taken, for clients send it without being asked; nothing is stored, and the answer says so."""
     metadata: Annotated[dict[str, str], Field(max_length=16)] | None = None
-    user: str | None = None
-    safety_identifier: str | None = None
-    prompt_cache_key: str | None = None
+    user: Name | None = None
+    safety_identifier: Name | None = None
+    prompt_cache_key: Name | None = None
 
 
 class InputTokens(BaseModel):

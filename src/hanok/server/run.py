@@ -55,6 +55,7 @@ def configured(service: Service) -> uvicorn.Config:
     return uvicorn.Config(
         create_app(service),
         http=partial(Connection, options, most),  # type: ignore[arg-type]  # called as a class is
+        ws="none",  # there are none, and no limit of `Connection` would hold for one
         lifespan="off",
         log_config=None,
         access_log=False,

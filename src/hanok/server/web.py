@@ -197,6 +197,12 @@ async def read_body(
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json" and not kind.endswith("+json"):
         raise ServerError("Expected request with `Content-Type: application/json`", status=415)
+    encoding = request.headers.get("content-encoding", "identity").strip().lower()
+    if encoding not in ("", "identity"):
+        raise ServerError(
+            f"bodies are taken as they are, without `Content-Encoding`. Given: {encoding}",
+            status=415,
+        )
     value = parse_json(await request.body(), options)
     await asyncio.sleep(0)  # a large one has kept the others waiting
     return validated(value, model)

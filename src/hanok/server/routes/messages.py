@@ -130,7 +130,10 @@ class MessageWriter:
 
     def _add(self, event: Event) -> WireEvents:
         if isinstance(event, Content):
-            return [*self._block("text"), self._text("text", event.text)]
+            begun = self._block("text")
+            # A block of its own needs no space between it and the one before.
+            text = event.text.lstrip() if begun and len(self.content) > 1 else event.text
+            return [*begun, self._text("text", text)]
         if isinstance(event, Reasoning):
             return [*self._block("thinking"), self._text("thinking", event.text)]
         if isinstance(event, CallBegun):

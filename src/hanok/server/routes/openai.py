@@ -110,11 +110,13 @@ async def completions(service: Service, request: Request, body: CompletionReques
         )
         for index, ticket in enumerate(tickets)
     ]
+
+    def usage() -> dict[str, Any]:
+        return usage_of(tickets, len(given), is_answered=most > 0)
+
     if body.stream:
         parts = [writer.stream(index) for index, writer in enumerate(writers)]
-        return stream(
-            service, request, body, head, parts, tickets, lambda: usage_of(tickets, len(given))
-        )
+        return stream(service, request, body, head, parts, tickets, usage)
     results = await service.results(request, tickets)
 
     def answer() -> dict[str, Any]:
@@ -123,8 +125,9 @@ async def completions(service: Service, request: Request, body: CompletionReques
             group = range(start, start + best_of)
             if best_of > count:
                 group = sorted(group, key=lambda i: -_mean(results[i]))[:count]  # type: ignore[assignment]
-            choices += [writers[index].whole(len(choices), results[index]) for index in group]
-        return head.fields() | {"choices": choices, "usage": usage_of(tickets, len(given))}
+            for index in group:
+                choices.append(writers[index].whole(len(choices), results[index]))
+        return head.fields() | {"choices": choices, "usage": usage()}
 
     headers = timing_headers(exchange_of(request), tickets, _num_characters(given))
     return await service.answered(answer, num_scores(tickets), headers)

@@ -122,7 +122,10 @@ class ResponseWriter:
 
     def _add(self, event: Event) -> WireEvents:
         if isinstance(event, Content):
-            return [*self._item("message"), self._text_delta(event.text)]
+            begun = self._item("message")
+            # An item of its own needs no space between it and the one before.
+            text = event.text.lstrip() if begun and len(self.output) > 1 else event.text
+            return [*begun, self._text_delta(text)]
         self._unwritten.clear()
         if isinstance(event, Reasoning):
             return [*self._item("reasoning"), self._text_delta(event.text)]
