@@ -402,6 +402,54 @@ def test_a_rope_that_cannot_be_read_says_why(
     assert part in message_of(LLAMA_3_1_8B | {"rope_scaling": scaling}, error)
 
 
+@pytest.mark.parametrize(
+    ("model_type", "changes", "error", "part"),
+    [
+        ("llama", {"partial_rotary_factor": 0.5}, UnsupportedError, "turns whole heads"),
+        ("qwen3", {"partial_rotary_factor": 0.25}, UnsupportedError, "turns whole heads"),
+        ("llama", {"hidden_activation": "relu"}, UnsupportedError, "hidden_activation = 'relu'"),
+        ("gemma", {"hidden_act": "gelu", "hidden_activation": "silu"}, CheckpointError, "'silu'"),
+        ("gemma3_text", {"attn_logit_softcapping": 5.0}, UnsupportedError, "softcapping is 5.0"),
+        (
+            "gemma3_text",
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
+            CheckpointError,
+            "needs an object for sliding_attention",
+        ),
+        ("gpt_neox", {"rotary_emb_base": 100.0}, CheckpointError, "'rotary_emb_base': 100.0"),
+        (
+            "gpt_neox",
+            {"rotary_pct": 0.25, "partial_rotary_factor": 0.5},
+            CheckpointError,
+            "'partial_rotary_factor': 0.5",
+        ),
+    ],
+)
+def test_what_a_family_would_compute_otherwise_is_refused(
+    model_type: str, changes: dict[str, Any], error: type[HanokError], part: str
+) -> None:
+    plain = without(LLAMA_3_1_8B, "mlp_bias", "rope_scaling") | {"model_type": model_type}
+    if model_type == "gpt_neox":
+        plain = without(plain, "rms_norm_eps", "num_key_value_heads")
+    if model_type.startswith("gemma"):
+        plain = without(plain, "hidden_act")
+    read(plain)
+    assert part in message_of(plain | changes, error)
+
+
+def test_gemmas_gelu_is_its_tanh_form() -> None:
+    gemma = without(LLAMA_3_1_8B, "mlp_bias", "rope_scaling", "hidden_act") | {
+        "model_type": "gemma"
+    }
+    for says, means in (
+        ({}, "gelu_tanh"),
+        ({"hidden_act": "gelu"}, "gelu_tanh"),
+        ({"hidden_act": "gelu", "hidden_activation": "gelu_pytorch_tanh"}, "gelu_tanh"),
+        ({"hidden_act": "relu"}, "relu"),
+    ):
+        assert read(gemma | says).mlp.activation == means
+
+
 def test_what_a_rope_leaves_empty_or_tells_of_its_training_is_no_matter() -> None:
     yarn = {"type": "yarn", "factor": 16.0, "original_max_position_embeddings": 8192}
     noted = yarn | {"finetuned": True, "attention_factor": None, "low_freq_factor": None}
@@ -412,7 +460,9 @@ def test_what_a_rope_leaves_empty_or_tells_of_its_training_is_no_matter() -> Non
     )
 
 
-@pytest.mark.parametrize("changes", [{"head_dim": 15}, {"partial_rotary_factor": 0.01}])
+@pytest.mark.parametrize(
+    "changes", [{"head_dim": 15}, {"model_type": "phi3", "partial_rotary_factor": 0.01}]
+)
 def test_what_is_rotated_comes_in_pairs(changes: dict[str, Any]) -> None:
     assert "rotated in pairs" in message_of(LLAMA_3_1_8B | changes, CheckpointError)
 

@@ -56,9 +56,8 @@ def quantization_of(config: Mapping[str, Any], folder: Path | None = None) -> st
     declared = config.get("quantization_config") or config.get("compression_config")
     if method := _declared(declared):
         return method
-    if mlx := config.get(
-        "quantization"
-    ):  # beside it MLX writes quantization_config, without a method
+    # MLX writes the same object as quantization_config too, without a method.
+    if mlx := config.get("quantization"):
         bits = mlx.get("bits") if isinstance(mlx, Mapping) else None
         return f"MLX, {bits} bits" if bits else f"MLX, {mlx!r}"
     if declared:

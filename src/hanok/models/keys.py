@@ -100,6 +100,15 @@ class Keys:
             raise self._wrong("num_key_value_heads", value, f"a divisor of the {num_heads} heads")
         return value
 
+    def agreed(self, *names: str, default: float) -> float:
+        """Return the number that each of some names of one thing has, where it is there at all."""
+        values = {name: self.number(name) for name in names if self.get(name) is not None}
+        if len(set(values.values())) > 1:
+            raise CheckpointError(
+                f"{self._where} contradicts itself: {values!r}. Keep one of them."
+            )
+        return next(iter(values.values()), default)
+
     def even_head_dim(self, hidden: int, num_heads: int) -> int:
         """Return the components of a head where the heads share the hidden size evenly."""
         if hidden % num_heads:
@@ -178,13 +187,14 @@ class Keys:
         *,
         kind: str = "full_attention",
         default_theta: float = 10000.0,
-        default_partial: float = 1.0,
+        default_partial: float | None = None,
         default_positions: int | object = _REQUIRED,
         is_interleaved: bool = False,
     ) -> Rope:
         """Return the rotary embedding, from `rope_parameters` or `rope_theta` and `rope_scaling`.
 
-        `kind` picks the entry when `rope_parameters` holds one for each kind of layer.
+        `kind` picks the entry when `rope_parameters` holds one for each kind of layer. Without
+        `default_partial` the family turns whole heads, and a file that asks for less is refused.
         """
         values, scaling = self.object("rope_parameters"), self.object("rope_scaling")
         if values and not scaling.items() <= values.items():
@@ -209,11 +219,16 @@ class Keys:
         kind_name = "default" if kind_name == "mrope" else kind_name
         top_theta = self.get("rope_theta", default_theta)
         theta = self._above_zero("rope_theta", values.pop("rope_theta", None) or top_theta)
-        top_partial = self.get("partial_rotary_factor", default_partial)
+        top_partial = self.get("partial_rotary_factor", default_partial or 1.0)
         given_partial = values.pop("partial_rotary_factor", None) or top_partial
         partial = self._above_zero("partial_rotary_factor", given_partial)
         if partial > 1:
             raise self._wrong("partial_rotary_factor", partial, "at most 1")
+        if partial != 1 and default_partial is None:
+            raise UnsupportedError(
+                f"{self._where}: partial_rotary_factor is {partial!r}; hanok's {self.model_type} turns "
+                "whole heads (1.0)."
+            )
         rotary_dim = int(head_dim * partial)
         if rotary_dim < 2 or rotary_dim % 2:
             raise CheckpointError(
@@ -362,7 +377,7 @@ def llama_config(keys: Keys, *, rope: Rope | None = None, default_eps: float = 1
         norm=Norm(kind="rms", eps=keys.number("rms_norm_eps", default_eps)),
         mlp=Mlp(
             intermediate_size=keys.whole("intermediate_size"),
-            activation=keys.activation("hidden_activation", "hidden_act"),
+            activation=keys.activation("hidden_act"),
         ),
         layers=(layer,) * keys.whole("num_hidden_layers"),
         tie_embeddings=keys.flag("tie_word_embeddings", False),

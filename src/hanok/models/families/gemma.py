@@ -2,7 +2,8 @@
 
 from dataclasses import replace
 
-from hanok.models.config import ModelConfig
+from hanok.errors import CheckpointError
+from hanok.models.config import Activation, ModelConfig
 from hanok.models.family import Family
 from hanok.models.keys import Keys, llama_config
 
@@ -12,9 +13,7 @@ def read_config(keys: Keys) -> ModelConfig:
     config = llama_config(keys)
     has_bias = keys.flag("attention_bias", False)
     keys.demand("use_bidirectional_attention", False, None)
-    # Files from before `hidden_activation` say "gelu" in hidden_act and mean its tanh form.
-    activation = keys.activation("hidden_activation", default="gelu_pytorch_tanh")
-    keys.ignore("hidden_act")
+    activation = _activation(keys)
     return replace(
         config,
         norm=replace(config.norm, unit_offset=True),
@@ -24,6 +23,20 @@ def read_config(keys: Keys) -> ModelConfig:
         has_qkv_bias=has_bias,
         has_output_bias=has_bias,
     )
+
+
+def _activation(keys: Keys) -> Activation:
+    """Return what `hidden_act` and `hidden_activation`, which came later, both say."""
+    # Files from before `hidden_activation` say "gelu" and mean its tanh form.
+    is_old = keys.get("hidden_act") == "gelu"
+    first = "gelu_tanh" if is_old else keys.activation("hidden_act", default="gelu_pytorch_tanh")
+    given = keys.get("hidden_activation")
+    if given is not None and keys.activation("hidden_activation") != first:
+        raise CheckpointError(
+            f"{keys.where} contradicts itself: hidden_act is {keys.get('hidden_act')!r}, and "
+            f"hidden_activation {given!r}. Keep one of them."
+        )
+    return first
 
 
 FAMILY = Family(

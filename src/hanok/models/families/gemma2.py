@@ -6,6 +6,7 @@ has five windowed layers to one full, and turns them at another base.
 
 from dataclasses import replace
 
+from hanok.errors import CheckpointError
 from hanok.models.config import LayerConfig, ModelConfig, Rope
 from hanok.models.family import LLAMA_NAMES, Family
 from hanok.models.keys import Keys, llama_config
@@ -19,6 +20,8 @@ def read_config(keys: Keys) -> ModelConfig:
     config = llama_config(keys, rope=full)
     keys.demand("use_bidirectional_attention", False, None)
     keys.ignore("cache_implementation", "sliding_window_size")
+    if is_third:
+        keys.demand("attn_logit_softcapping", None)
     windowed = _local_rope(keys, head_dim) if is_third else full
     period = 2
     if is_third:
@@ -63,7 +66,13 @@ def read_config(keys: Keys) -> ModelConfig:
 def _local_rope(keys: Keys, head_dim: int) -> Rope:
     """Return the windowed layers' rope; `rope_scaling` speaks of the full layers only."""
     theta = keys.above_zero("rope_local_base_freq", 10000.0)
-    if isinstance(keys.get("rope_parameters"), dict):
+    if parameters := keys.object("rope_parameters"):
+        if not isinstance(parameters.get("sliding_attention"), dict):
+            raise CheckpointError(
+                f"{keys.where}: rope_parameters is {parameters!r}; {keys.model_type} turns windowed "
+                "layers at a base of their own, so it needs an object for sliding_attention and one "
+                "for full_attention."
+            )
         return keys.rope(head_dim, kind="sliding_attention", default_theta=theta)
     return Rope(theta=theta, rotary_dim=head_dim)
 

@@ -17,8 +17,8 @@ def read_config(keys: Keys) -> ModelConfig:
     has_bias = keys.flag("attention_bias", True)
     rope: Rope = keys.rope(
         head_dim,
-        default_theta=keys.number("rotary_emb_base", 10000.0),
-        default_partial=keys.number("rotary_pct", 0.25),
+        default_theta=keys.agreed("rotary_emb_base", "rope_theta", default=10000.0),
+        default_partial=keys.agreed("rotary_pct", "partial_rotary_factor", default=0.25),
     )
     is_parallel = keys.flag("use_parallel_residual", True)
     return ModelConfig(

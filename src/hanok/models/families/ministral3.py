@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 
-from hanok.errors import UnsupportedError
 from hanok.models.config import ModelConfig
 from hanok.models.family import Family
 from hanok.models.keys import Keys, llama_config
@@ -11,12 +10,6 @@ from hanok.models.keys import Keys, llama_config
 def read_config(keys: Keys) -> ModelConfig:
     """Read a Ministral 3 config.json."""
     config = llama_config(keys, default_eps=1e-5)
-    rope = config.layers[0].rope
-    if rope is not None and rope.rotary_dim != config.head_dim:
-        raise UnsupportedError(
-            f"{keys.where}: {rope.rotary_dim} of {config.head_dim} components of a head are turned; "
-            f"hanok's {keys.model_type} scales queries as it turns them, all components or none."
-        )
     window = keys.whole_or_none("sliding_window")
     return replace(config, layers=tuple(replace(layer, window=window) for layer in config.layers))
 

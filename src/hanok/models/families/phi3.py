@@ -9,7 +9,11 @@ from hanok.models.keys import Keys, llama_config
 
 def read_config(keys: Keys) -> ModelConfig:
     """Read a Phi-3 config.json."""
-    config = llama_config(keys, default_eps=1e-5)
+    head_dim = keys.whole(
+        "head_dim", keys.whole("hidden_size") // keys.whole("num_attention_heads")
+    )
+    rope = keys.rope(head_dim, default_partial=1.0)
+    config = llama_config(keys, rope=rope, default_eps=1e-5)
     keys.ignore("resid_pdrop", "embd_pdrop")
     keys.demand("attention_bias", False)
     keys.demand("mlp_bias", False)
