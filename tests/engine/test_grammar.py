@@ -239,6 +239,19 @@ OBJECTS: list[Any] = [
             for kind, schema in [("n", {"type": "integer"}), ("s", {"enum": ["big"]})]
         ]
     },
+    {  # as pydantic writes a union that a function tells apart, without `discriminator`
+        "$defs": {
+            kind: {
+                "type": "object",
+                "properties": {"kind": {"const": kind}, "size": schema},
+                "required": ["kind", "size"],
+            }
+            for kind, schema in [("n", {"type": "integer"}), ("s", {"enum": ["big"]})]
+        },
+        "type": "object",
+        "properties": {"it": {"oneOf": [{"$ref": "#/$defs/n"}, {"$ref": "#/$defs/s"}]}},
+        "required": ["it"],
+    },
     {
         "allOf": [
             {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]},

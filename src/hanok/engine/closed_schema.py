@@ -120,6 +120,10 @@ class _Closing:
             return self.closed(place, beside.get(place, _NOTHING))
 
         result = {key: with_schemas(schema, key, pointer, inner) for key in schema}
+        parts = [part for _, part in schemas_in(schema, "oneOf", pointer)]
+        if "anyOf" not in schema and any("$ref" in part for part in parts):
+            # No value fits two of them, which the compiler, following no references, cannot see.
+            result["anyOf"] = result.pop("oneOf")
         target = self._target(pointer)
         if target is not None and beside[target]:
             # Elsewhere the same schema stands alone.

@@ -5,7 +5,6 @@ when the text has ended. JSON is checked as it comes, character by character: wh
 """
 
 import json
-import math
 import re
 from collections.abc import Callable, Generator
 from typing import TypeVar
@@ -17,6 +16,9 @@ Write = Callable[[str], object]
 
 MAX_DEPTH = 64
 """Levels of nesting; deeper JSON is taken for a fault of the model."""
+
+MOST_DIGITS = 4300
+"""Of a number: Python reads no longer ones, nor do clients that are written in it."""
 
 _PLAIN = re.compile(r'[^"\\\x00-\x1f]+')
 _WORD = re.compile(r"[A-Za-z0-9+\-.]+")
@@ -234,7 +236,8 @@ def _read_word(source: Incoming, write: Write) -> Reading[None]:
             break
         yield
     word = source.text[start:end]
-    if word not in _LITERALS and not (_NUMBER.fullmatch(word) and math.isfinite(float(word))):
-        raise NotJsonError  # a number beyond all that clients have is none
+    is_number = len(word) <= MOST_DIGITS and _NUMBER.fullmatch(word)
+    if word not in _LITERALS and not is_number:
+        raise NotJsonError
     source.at = end
     write(_LITERALS.get(word, word))
