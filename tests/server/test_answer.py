@@ -247,6 +247,12 @@ def test_half_a_surrogate_pair_becomes_a_character(name: str) -> None:
     assert json.loads(call.arguments) == {"x": "�"}
 
 
+def test_objects_within_objects_without_end_are_content() -> None:
+    text = '{"function": ' * 5000
+    for reads in (READS, Reads(functions=FUNCTIONS, is_forced=True)):
+        assert told(read_answer(reads, text)) == (text, [])
+
+
 ODD_NAMES = ("print", "functions.get", "get", "get_it", "f", "a.b", "my tool", "날씨", "name", "1")
 SPELLINGS = (
     "[TOOL_CALLS]%s[ARGS]{}",

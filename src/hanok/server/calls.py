@@ -205,8 +205,8 @@ class CallReader:
 
     # {"name": …, "arguments": {…}}
 
-    def _object(self, *, is_marked: bool, is_listed: bool) -> Reading[None]:
-        """Read a call as a JSON object, whose keys come in any order."""
+    def _object(self, *, is_marked: bool, is_listed: bool, is_inner: bool = False) -> Reading[None]:
+        """Read a call as a JSON object, whose keys come in any order; OpenAI's has one inside."""
         source, name, held, is_bare = self._source, "", "", True
         source.at += 1
         while True:
@@ -215,8 +215,8 @@ class CallReader:
             yield from source.skip_space()
             yield from expect(source, ":")
             yield from source.skip_space()
-            if key == "function" and (yield from source.starts_with("{")):
-                yield from self._object(is_marked=is_marked, is_listed=is_listed)
+            if key == "function" and not is_inner and (yield from source.starts_with("{")):
+                yield from self._object(is_marked=is_marked, is_listed=is_listed, is_inner=True)
                 name = "" if self.is_open else name
             elif key in NAME_KEYS or key == "function":
                 name = yield from self._string()
