@@ -7,7 +7,7 @@ the pooling's `config.json` says which kind. Imports no torch.
 import json
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 from hanok.errors import CheckpointError, OptionError, UnsupportedError
 
@@ -34,9 +34,8 @@ def choose_pooling(asked: str | None, folder: Path, config: Mapping[str, Any]) -
     where nothing is asked for what `read_pooling` does; UnsupportedError too where it brings code of its
     own for hidden states.
     """
-    for pooling in get_args(Pooling):
-        if asked == pooling:
-            return pooling  # type: ignore[no-any-return]
+    if asked in get_args(Pooling):
+        return cast(Pooling, asked)
     if asked is not None:
         raise OptionError(f"pooling {asked!r} is unknown. Choose last or mean.")
     own_code = config.get("auto_map")

@@ -1,12 +1,13 @@
 """Writes a decoder's weights under the names and in the order of its family's files.
 
 Fused weights are written as the parts that the files have, all experts' as one where files have them so,
-tied ones once. What the decoder left out (a
-vision tower) is copied from the files it came from. One tensor is in memory beyond the model.
+tied ones once. What the decoder left out (a vision tower) is copied from the files it came from. One
+tensor is in memory beyond the model.
 """
 
 import ctypes
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -33,7 +34,7 @@ def save_weights(
             name=ref.name,
             dtype=ref.dtype,
             shape=ref.shape,
-            read=lambda ref=ref: _bytes_of(files.view(ref)),  # type: ignore[misc]
+            read=partial(_read, files, ref),
         )
         for ref in left_out
     ]
@@ -74,6 +75,10 @@ def _reader(part: Tensor, source: Source) -> Callable[[], memoryview]:
         return _bytes_of(part if source.layout == "rows" else to_file_order(part, source))
 
     return read
+
+
+def _read(files: MappedFiles, ref: TensorRef) -> memoryview:
+    return _bytes_of(files.view(ref))
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:

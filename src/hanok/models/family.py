@@ -32,6 +32,19 @@ LLAMA_NAMES: Mapping[str, str | tuple[str, ...]] = {
     "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
 }
+GPT2_NAMES: Mapping[str, str | tuple[str, ...]] = {
+    "embed_tokens": "transformer.wte",
+    "embed_positions": "transformer.wpe",
+    "layers": "transformer.h",
+    "norm": "transformer.ln_f",
+    "lm_head": "lm_head",
+    "attention_norm": "ln_1",
+    "mlp_norm": "ln_2",
+    "self_attn.qkv_proj": "attn.c_attn",
+    "self_attn.o_proj": "attn.c_proj",
+    "mlp.up_proj": "mlp.c_fc",
+    "mlp.down_proj": "mlp.c_proj",
+}
 
 
 # What torch.compile, FSDP and activation checkpointing put before the names of the modules they wrap.

@@ -417,3 +417,38 @@ def _yarn_attention_factor(factor: float, values: dict[str, Any]) -> float:
         return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
     return grown(scale) / grown(scale_all) if scale and scale_all else grown(1.0)
+
+
+GPT2_SUMMARY = ("activation", "first_dropout", "proj_to_labels", "type", "use_proj")
+
+
+def gpt2_config(keys: Keys, *, default_activation: str) -> ModelConfig:
+    """Read the keys that GPT-2 and StarCoder share; families `replace` what differs."""
+    hidden, heads = keys.whole("n_embd"), keys.whole("n_head")
+    head_dim = keys.even_head_dim(hidden, heads)
+    keys.ignore("resid_pdrop", "embd_pdrop", "attn_pdrop")
+    keys.ignore(*(f"summary_{name}" for name in GPT2_SUMMARY))
+    scales = keys.flag("scale_attn_weights", True)
+    return ModelConfig(
+        model_type=keys.model_type,
+        vocab_size=keys.whole("vocab_size"),
+        hidden_size=hidden,
+        num_heads=heads,
+        num_kv_heads=heads,
+        head_dim=head_dim,
+        max_positions=keys.whole("n_positions", 1024),
+        norm=Norm(kind="layer", eps=keys.number("layer_norm_epsilon", 1e-5), has_bias=True),
+        mlp=Mlp(
+            intermediate_size=keys.whole("n_inner", 4 * hidden),
+            activation=keys.activation("activation_function", default=default_activation),
+            is_gated=False,
+            has_bias=True,
+        ),
+        layers=(LayerConfig(rope=None),) * keys.whole("n_layer"),
+        has_learned_positions=True,
+        has_qkv_bias=True,
+        has_output_bias=True,
+        attention_scale=head_dim**-0.5 if scales else 1.0,
+        tie_embeddings=keys.flag("tie_word_embeddings", True),
+        dtype=declared_dtype(keys),
+    )

@@ -52,7 +52,7 @@ class Connection(HttpToolsProtocol):
         """When it began to wait for a request, by the loop's clock; None while one is answered."""
         return None if self._until is None or self._is_answering() else self._waits_since
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
         """Take a connection; where there are too many, close the one that waited longest."""
         super().connection_made(transport)
         self._wait(self._options.arrival_s)

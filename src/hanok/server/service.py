@@ -316,7 +316,7 @@ class Service:
                 async with aclosing(events) as texts:
                     async for text in texts:
                         yield text
-            except Exception as error:
+            except Exception as error:  # the status is sent: the client hears of it in the stream
                 for text in failed(exchange.failed(error)):
                     yield text
 

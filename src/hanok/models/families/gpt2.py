@@ -1,46 +1,19 @@
 """GPT-2: learned positions, LayerNorm, biases everywhere, matrices stored as (in, out)."""
 
-from hanok.models.config import LayerConfig, Mlp, ModelConfig, Norm
-from hanok.models.family import Family
-from hanok.models.keys import Keys, declared_dtype
+from hanok.models.config import ModelConfig
+from hanok.models.family import GPT2_NAMES, Family
+from hanok.models.keys import Keys, gpt2_config
 
 
 def read_config(keys: Keys) -> ModelConfig:
     """Read a GPT-2 config.json."""
-    hidden, heads = keys.whole("n_embd"), keys.whole("n_head")
-    head_dim = keys.even_head_dim(hidden, heads)
-    keys.ignore("n_ctx", "resid_pdrop", "embd_pdrop", "attn_pdrop", "reorder_and_upcast_attn")
+    keys.ignore("n_ctx", "reorder_and_upcast_attn")
     keys.ignore("n_special", "predict_special_tokens")
-    keys.ignore(*(f"summary_{name}" for name in _SUMMARY))
     keys.demand("add_cross_attention", False)
-    scales = keys.flag("scale_attn_weights", True)
     keys.demand("scale_attn_by_inverse_layer_idx", False)
-    return ModelConfig(
-        model_type=keys.model_type,
-        vocab_size=keys.whole("vocab_size"),
-        hidden_size=hidden,
-        num_heads=heads,
-        num_kv_heads=heads,
-        head_dim=head_dim,
-        max_positions=keys.whole("n_positions", 1024),
-        norm=Norm(kind="layer", eps=keys.number("layer_norm_epsilon", 1e-5), has_bias=True),
-        mlp=Mlp(
-            intermediate_size=keys.whole("n_inner", 4 * hidden),
-            activation=keys.activation("activation_function", default="gelu_new"),
-            is_gated=False,
-            has_bias=True,
-        ),
-        layers=(LayerConfig(rope=None),) * keys.whole("n_layer"),
-        has_learned_positions=True,
-        has_qkv_bias=True,
-        has_output_bias=True,
-        attention_scale=head_dim**-0.5 if scales else 1.0,
-        tie_embeddings=keys.flag("tie_word_embeddings", True),
-        dtype=declared_dtype(keys),
-    )
+    return gpt2_config(keys, default_activation="gelu_new")
 
 
-_SUMMARY = ("activation", "first_dropout", "proj_to_labels", "type", "use_proj")
 _MATRICES = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj")
 
 FAMILY = Family(
@@ -48,19 +21,7 @@ FAMILY = Family(
         "gpt2": "GPT-2 (all sizes), distilgpt2, KoGPT2",
     },
     read_config=read_config,
-    names={
-        "embed_tokens": "transformer.wte",
-        "embed_positions": "transformer.wpe",
-        "layers": "transformer.h",
-        "norm": "transformer.ln_f",
-        "lm_head": "lm_head",
-        "attention_norm": "ln_1",
-        "mlp_norm": "ln_2",
-        "self_attn.qkv_proj": "attn.c_attn",
-        "self_attn.o_proj": "attn.c_proj",
-        "mlp.up_proj": "mlp.c_fc",
-        "mlp.down_proj": "mlp.c_proj",
-    },
+    names=GPT2_NAMES,
     layouts=dict.fromkeys(_MATRICES, "columns"),
     ignored_tensors=(r".*\.attn\.(bias|masked_bias)",),
 )

@@ -122,9 +122,9 @@ async def completions(service: Service, request: Request, body: CompletionReques
     def answer() -> dict[str, Any]:
         choices: list[dict[str, Any]] = []
         for start in range(0, len(tickets), best_of):
-            group = range(start, start + best_of)
+            group: Sequence[int] = range(start, start + best_of)
             if best_of > count:
-                group = sorted(group, key=lambda i: -_mean(results[i]))[:count]  # type: ignore[assignment]
+                group = sorted(group, key=lambda i: -_mean(results[i]))[:count]
             for index in group:
                 choices.append(writers[index].whole(len(choices), results[index]))
         return head.fields() | {"choices": choices, "usage": usage()}

@@ -87,7 +87,8 @@ class ResponseWriter:
         reader = AnswerReader(self.reads, is_whole=True)
         for event in events:
             self._read(event, reader)
-        return self._ended(events[-1])[-1]["response"]  # type: ignore[no-any-return]
+        found: dict[str, Any] = self._ended(events[-1])[-1]["response"]
+        return found
 
     async def stream(self) -> AsyncGenerator[dict[str, Any], None]:
         """Yield the events of an answer as it comes."""
