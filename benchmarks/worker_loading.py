@@ -110,7 +110,7 @@ def with_hanok(asked: argparse.Namespace, options: dict[str, Any]) -> tuple[dict
         else:
             row["tokens"] = [item.token_ids for item in model.generate(given, **common)]
         if model._promotion is not None:
-            model._promotion.wait()
+            model._promotion.finish()
         if asked.again:
             model.generate(prompts(asked.batch, length, model.config.vocab_size), **common)
     return row, model

@@ -1,21 +1,20 @@
-"""Weights that move from the file into memory behind the first answer: the same numbers throughout."""
+"""Weights that move from the file into memory after the first answer: the same numbers throughout."""
 
-import subprocess
-import sys
-import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
 import hanok
+from hanok.attention.base import ForwardBatch
 from hanok.checkpoint.files import open_checkpoint
 from hanok.engine.model import Model
 from hanok.memory import load as load_module
-from hanok.memory import promote
 from hanok.memory.budget import Budget, Limit
 from hanok.memory.load import Loaded, load_decoder
 from hanok.memory.promote import Promotion
+from hanok.models.decoder import Decoder
 
 PROMPT = "Once upon a time"
 
@@ -66,8 +65,7 @@ def test_logits_are_bit_equal_and_no_parameter_stays_in_the_file() -> None:
     promotion = promotion_of(loaded)
     pointers = {name: item.data_ptr() for name, item in loaded.decoder.named_parameters()}
     values = {name: item.clone() for name, item in loaded.decoder.named_parameters()}
-    promotion.start()
-    promotion.wait()
+    promotion.finish()
     assert num_in_the_file(loaded) == 0
     moved = [
         name
@@ -85,35 +83,24 @@ def test_logits_are_bit_equal_and_no_parameter_stays_in_the_file() -> None:
 def test_tied_weights_stay_tied() -> None:
     loaded, _ = load_bundled()
     promotion = promotion_of(loaded)
-    promotion.start()
-    promotion.wait()
+    promotion.finish()
     head, embedding = loaded.decoder.lm_head.weight, loaded.decoder.embed_tokens.weight
     assert head is embedding
     assert head.data_ptr() == embedding.data_ptr()
 
 
 @pytest.mark.usefixtures("plenty")
-def test_it_begins_with_the_first_answer_and_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    runs: list[str] = []
-    original = Promotion._run
-
-    def counted(self: Promotion) -> None:
-        runs.append(threading.current_thread().name)
-        original(self)
-
-    monkeypatch.setattr(Promotion, "_run", counted)
+def test_it_begins_with_the_first_answer_and_is_done_once() -> None:
     loaded, model = load_bundled()
     promotion = promotion_of(loaded)
-    promotion.wait()
-    assert runs == []
+    num_mapped = num_in_the_file(loaded)
+    assert num_mapped > 0
     model.generate(PROMPT, max_new_tokens=1)
-    promotion.wait()
-    assert runs == ["hanok-promotion"]
+    assert promotion.is_over  # all of them are smaller than one step
+    assert num_in_the_file(loaded) == 0
     pointers = [item.data_ptr() for item in loaded.decoder.parameters()]
     model.generate(PROMPT, max_new_tokens=2)
-    promotion.start()
-    promotion.wait()
-    assert runs == ["hanok-promotion"]
+    promotion.finish()
     assert [item.data_ptr() for item in loaded.decoder.parameters()] == pointers
 
 
@@ -122,27 +109,121 @@ def test_tokens_are_the_same_while_it_runs(monkeypatch: pytest.MonkeyPatch) -> N
     """One weight moves after each token, so that every token sees another mixture."""
     options = {"max_new_tokens": 30, "ignore_eos": True, "seed": 3, "temperature": 0.8}
     expected = hanok.load(hanok.BUNDLED, weights="mapped").generate(PROMPT, **options)
-    steps = threading.Semaphore(0)
-    original = promote.read_run
-
-    def paced(*args: object) -> None:
-        assert steps.acquire(timeout=60)
-        original(*args)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(promote, "read_run", paced)
     loaded, model = load_bundled()
+    promotion = promotion_of(loaded)
+    monkeypatch.setattr(model, "promote", lambda: promotion.advance(1))
     counts = []
     events = []
     for event in model.stream(PROMPT, **options):
         events.append(event)
         counts.append(num_in_the_file(loaded))
-        steps.release()
-    steps.release(100)
-    promotion_of(loaded).wait()
     assert [event.token_id for event in events] == expected.token_ids
     assert [event.logprob for event in events] == expected.logprobs
-    assert counts[0] > counts[-1]
-    assert num_in_the_file(loaded) == 0
+    assert counts == [max(0, counts[0] - place) for place in range(len(counts))]
+
+
+def times_half(decoder: Decoder) -> None:
+    with torch.no_grad():
+        for parameter in decoder.parameters():
+            parameter.mul_(0.5)
+
+
+def times_half_unseen(decoder: Decoder) -> None:
+    for parameter in decoder.parameters():
+        parameter.data.mul_(0.5)
+
+
+def one_norm(decoder: Decoder) -> None:
+    with torch.inference_mode():
+        decoder.norm.weight.mul_(-1.0)
+
+
+def halved(decoder: Decoder) -> dict[str, torch.Tensor]:
+    return {name: value * 0.5 for name, value in decoder.state_dict().items()}
+
+
+def state_dict_copied(decoder: Decoder) -> None:
+    decoder.load_state_dict(halved(decoder))
+
+
+def state_dict_assigned(decoder: Decoder) -> None:
+    decoder.load_state_dict(halved(decoder), assign=True)
+
+
+def other_data(decoder: Decoder) -> None:
+    for parameter in decoder.parameters():
+        parameter.data = parameter.data * 0.5
+
+
+def sgd_step(decoder: Decoder) -> None:
+    decoder.requires_grad_(True)
+    optimizer = torch.optim.SGD(decoder.parameters(), lr=0.5)
+    batch = ForwardBatch.of([list(range(20, 40))])
+    logits = decoder.logits(decoder(batch))
+    torch.nn.functional.cross_entropy(logits[:-1], batch.token_ids[1:]).backward()
+    optimizer.step()
+
+
+UPDATES = [
+    times_half,
+    times_half_unseen,
+    one_norm,
+    state_dict_copied,
+    state_dict_assigned,
+    other_data,
+    sgd_step,
+]
+
+
+@pytest.mark.usefixtures("plenty")
+@pytest.mark.parametrize("num_moved", [0, 3, None])
+@pytest.mark.parametrize("update", UPDATES, ids=lambda update: update.__name__)
+def test_an_update_is_never_overwritten(
+    update: Callable[[Decoder], None], num_moved: int | None
+) -> None:
+    """Before the first answer, while weights move, and after all of them have moved."""
+    loaded, model = load_bundled()
+    promotion = promotion_of(loaded)
+    if num_moved is None:
+        promotion.finish()
+    for _ in range(num_moved or 0):
+        promotion.advance(1)
+    other = hanok.load(hanok.BUNDLED, weights="copied")
+    update(model.decoder)
+    update(other.decoder)
+    expected = {name: item.clone() for name, item in other.decoder.named_parameters()}
+    for _ in range(2):
+        found = model.generate(PROMPT, max_new_tokens=8, ignore_eos=True)
+        wanted = other.generate(PROMPT, max_new_tokens=8, ignore_eos=True)
+        assert (found.token_ids, found.logprobs) == (wanted.token_ids, wanted.logprobs)
+        for name, item in model.decoder.named_parameters():
+            assert torch.equal(item, expected[name]), name
+    assert promotion.is_over
+
+
+@pytest.mark.usefixtures("plenty")
+def test_what_another_name_shows_is_kept_as_well() -> None:
+    """Releasing a page of the file would put its bytes back under whoever looks at it."""
+    loaded, model = load_bundled()
+    times_half(model.decoder)
+    shown = model.decoder.state_dict()
+    expected = {name: value.clone() for name, value in shown.items()}
+    model.generate(PROMPT, max_new_tokens=2)
+    assert all(torch.equal(value, expected[name]) for name, value in shown.items())
+    assert promotion_of(loaded).is_over
+
+
+@pytest.mark.usefixtures("plenty")
+def test_parameters_that_training_replaced_are_left_alone() -> None:
+    """As FSDP does: what the module holds from then on is another parameter."""
+    loaded, model = load_bundled()
+    norm = loaded.decoder.norm
+    norm.register_parameter("weight", torch.nn.Parameter(-norm.weight, requires_grad=False))
+    expected = norm.weight.clone()
+    model.generate(PROMPT, max_new_tokens=2)
+    assert torch.equal(norm.weight, expected)
+    assert promotion_of(loaded).is_over
+    assert num_in_the_file(loaded) > 0
 
 
 @pytest.mark.parametrize(("extra", "moves"), [(0, False), (1, True)])
@@ -162,31 +243,3 @@ def test_it_happens_only_where_twice_the_bytes_are_available(
 def test_it_does_not_happen_where_the_user_decided(weights: str) -> None:
     assert load_decoder(open_checkpoint(hanok.BUNDLED), weights=weights).promotion is None  # type: ignore[arg-type]
 
-
-def test_it_ends_with_the_program() -> None:
-    """Behind the weight it is at: Python would end the thread in the middle of torch's copying."""
-    code = """
-import subprocess
-import sys
-import threading
-import types
-import hanok
-from hanok.memory import promote
-began, is_over = threading.Event(), threading.Event()
-promote.threading = types.SimpleNamespace(
-    Thread=threading.Thread, current_thread=threading.current_thread, Event=lambda: is_over
-)
-def read_run(ref, copy):
-    began.set()
-    is_over.wait()
-    print("moved one", flush=True)
-promote.read_run = read_run
-model = hanok.load(hanok.BUNDLED)
-model.generate([5], max_new_tokens=2)
-began.wait()
-print("the end", flush=True)
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
-    )
-    assert done.stdout.split("\n") == ["the end", "moved one", ""]

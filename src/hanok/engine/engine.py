@@ -331,7 +331,7 @@ class Engine:
                 self.step()
             except Exception as error:  # a fault of ours: nobody may wait for ever
                 self._fail_all(GenerationError(f"the engine failed: {error!r}"))
-            self.model.settle()
+            self.model.promote()
 
     def _drain_inbox(self) -> None:
         while self._inbox:

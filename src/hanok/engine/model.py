@@ -302,7 +302,7 @@ class Model:
         use_cache: bool,
         speculator: Speculator | None,
     ) -> Generator[TokenEvent, None, None]:
-        """Generate; with the first token out, mapped weights may move into memory.
+        """Generate; after each token a few mapped weights may move into memory.
 
         Over several devices either groups of sequences keep them all at work, or guesses are checked.
         """
@@ -315,12 +315,15 @@ class Model:
             self.decoder, sequences, cache=cache, use_cache=use_cache, speculator=speculator
         ):
             yield event
-            self.settle()
+            self.promote()
 
-    def settle(self) -> None:
-        """Let mapped weights move into memory in the background, once, if there is enough of it."""
+    def promote(self) -> None:
+        """Move a few mapped weights into memory, if any are left and there is room for them.
+
+        Call it between passes. A model whose weights have changed since loading moves none.
+        """
         if self._promotion is not None:
-            self._promotion.start()
+            self._promotion.advance()
 
     def logits(self, prompt: Prompt) -> Tensor:
         """Return the scores of the token after each position, (tokens, vocab) float32."""
@@ -365,7 +368,7 @@ class Model:
         items, is_several = _as_list(texts)
         chosen = choose_pooling(pooling, self.checkpoint.folder, self.checkpoint.config)
         vectors = embed(self.decoder, [self.encode(item) for item in items], chosen)
-        self.settle()
+        self.promote()
         return vectors if is_several else vectors[0]
 
     def encode(self, prompt: Prompt) -> list[int]:

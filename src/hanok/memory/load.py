@@ -164,7 +164,7 @@ def load_decoder(
         sources=table,
         left_out=tuple(ref for refs in found.left_out.values() for ref in refs),
         report=report,
-        promotion=Promotion(mapped, placer.files) if moves else None,
+        promotion=Promotion(decoder, mapped, placer.files) if moves else None,
         streamer=streamer,
     )
 
