@@ -243,3 +243,11 @@ def test_it_happens_only_where_twice_the_bytes_are_available(
 def test_it_does_not_happen_where_the_user_decided(weights: str) -> None:
     assert load_decoder(open_checkpoint(hanok.BUNDLED), weights=weights).promotion is None  # type: ignore[arg-type]
 
+
+@pytest.mark.usefixtures("plenty")
+def test_nothing_moves_once_training_may_begin() -> None:
+    loaded, model = load_bundled()
+    pointers = [item.data_ptr() for item in loaded.decoder.parameters()]
+    loaded.decoder.layers[1].requires_grad_(True)
+    model.generate(PROMPT, max_new_tokens=2)
+    assert [item.data_ptr() for item in loaded.decoder.parameters()] == pointers
