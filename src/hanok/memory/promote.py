@@ -67,7 +67,8 @@ class Promotion:
         self._files = files
         self._arena: Arena | None = None
         self._lock = threading.Lock()
-        decoder.register_load_state_dict_pre_hook(lambda *_: self.cancel())
+        hook = decoder.register_load_state_dict_pre_hook
+        hook(lambda *_: self.cancel())  # type: ignore[no-untyped-call]
 
     @property
     def is_over(self) -> bool:
