@@ -318,10 +318,7 @@ class Model:
             self.promote()
 
     def promote(self) -> None:
-        """Move a few mapped weights into memory, if any are left and there is room for them.
-
-        Call it between passes. A model whose weights have changed since loading moves none.
-        """
+        """Move a few mapped weights into memory, between passes; none once a weight has changed."""
         if self._promotion is not None:
             self._promotion.advance()
 
