@@ -87,13 +87,12 @@ class NativeSteps:
         """
         past = [self._cache.lengths[slot] for slot in slots]
         batch = ForwardBatch.of([list(item) for item in tokens], past=past, slots=list(slots))
-        self._cache.advance(batch.slots, batch.query_lengths, batch.sequence_lengths)
         return self._decoder.logits(self.hidden_states(batch))
 
     def hidden_states(self, batch: ForwardBatch) -> Tensor:
         """Return the normed hidden states of a batch.
 
-        They are valid until the next call. The cache counts the tokens already.
+        They are valid until the next call. Counts the tokens in the cache; raises as it does.
         """
         kind = batch.query_lengths
         # Weights may move while the model works (memory/promote.py); a recording has the old places.
@@ -102,12 +101,15 @@ class NativeSteps:
             self._addresses = addresses
             self._passes.clear()
             self._seen.clear()
+        is_new = kind not in self._seen or sum(kind) > KEPT_TOKENS
+        if kind not in self._passes and (kind in self.obstacles or is_new):
+            self._seen.add(kind)
+            hidden: Tensor = self._decoder(batch, self._cache)
+            return hidden
+        self._cache.advance(batch.slots, batch.query_lengths, batch.sequence_lengths)
         if kind in self._passes:
             self._passes.move_to_end(kind)
             return self._passes[kind].run(batch)
-        if kind in self.obstacles or kind not in self._seen or sum(kind) > KEPT_TOKENS:
-            self._seen.add(kind)
-            return self._decoder.hidden_states(batch, self._cache)
         found = _Pass(self._decoder, self._cache, self._kernels, batch, self._pages_per_sequence)
         if found.obstacle is not None:
             self.obstacles[kind] = found.obstacle
