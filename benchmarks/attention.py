@@ -56,7 +56,7 @@ class UsualCall:
     ) -> Tensor:
         """Append the token and score all."""
         assert state is not None
-        past = batch.key_lengths[0] - 1
+        past = batch.host.key_lengths[0] - 1
         keys, values = state.extend((0,), past, k.transpose(0, 1), v.transpose(0, 1))
         output = scaled_dot_product_attention(
             q.transpose(0, 1)[None], keys[None], values[None], scale=spec.scale, enable_gqa=True

@@ -60,8 +60,8 @@ class Heads:
     head_dim: int
     lengths: tuple[int, ...]
     """Keys of each sequence, the new one included."""
-    page_size: int | None = None
-    """None: one page that is as long as the longest sequence."""
+    block_size: int | None = None
+    """None: one block that is as long as the longest sequence."""
     window: int | None = None
     softcap: float | None = None
 
@@ -81,7 +81,7 @@ class Heads:
     def name(self) -> str:
         """Heads and what is special about them."""
         parts = [f"{self.num_heads}/{self.num_kv_heads} heads × {self.head_dim}"]
-        parts += [f"pages of {self.page_size}"] if self.page_size else []
+        parts += [f"blocks of {self.block_size}"] if self.block_size else []
         parts += [f"window {self.window}"] if self.window else []
         parts += [f"softcap {self.softcap:g}"] if self.softcap else []
         return ", ".join(parts)
@@ -150,7 +150,9 @@ REAL = Grid(
             head_dim=128,
             lengths=(1, 2, 63, 64, 65, 128, 255, 256, 257, 300, 511, 512, 513, 1000, 2048, 4096),
         ),
-        Heads(num_heads=32, num_kv_heads=8, head_dim=128, lengths=(5, 330, 16, 2000), page_size=16),
+        Heads(
+            num_heads=32, num_kv_heads=8, head_dim=128, lengths=(5, 330, 16, 2000), block_size=16
+        ),
         Heads(num_heads=32, num_kv_heads=8, head_dim=128, lengths=(1, 700, 4000), window=3000),
         Heads(num_heads=14, num_kv_heads=2, head_dim=64, lengths=(257, 1, 900)),
         Heads(num_heads=32, num_kv_heads=32, head_dim=96, lengths=(100, 520)),
@@ -170,7 +172,7 @@ DRY = Grid(
     few_tokens=(1, 3, 19, 257),
     heads=(
         Heads(num_heads=4, num_kv_heads=2, head_dim=16, lengths=(1, 65, 257)),
-        Heads(num_heads=4, num_kv_heads=2, head_dim=16, lengths=(5, 40), page_size=16),
+        Heads(num_heads=4, num_kv_heads=2, head_dim=16, lengths=(5, 40), block_size=16),
         Heads(num_heads=7, num_kv_heads=1, head_dim=24, lengths=(30,), window=5, softcap=1.5),
     ),
     norms=((5, 96),),
@@ -409,8 +411,8 @@ def append_error(device: torch.device, *, heads: Heads, dtype: torch.dtype) -> f
     call = AttentionCall(heads, dtype, device)
     state, expected = call.new_state(), call.new_state()
     call.attend(state)
-    for pages, (_, k, v) in zip(call.pages, call.parts, strict=True):
-        expected.extend(pages, 0, k.transpose(0, 1), v.transpose(0, 1))
+    for blocks, (_, k, v) in zip(call.blocks, call.parts, strict=True):
+        expected.extend(blocks, 0, k.transpose(0, 1), v.transpose(0, 1))
     return float(
         sum(
             int(((found != right) & ~(found.isnan() & right.isnan())).sum())
@@ -430,21 +432,23 @@ class AttentionCall:
             [normal((length, count, heads.head_dim), dtype, generator) for count in counts]
             for length in heads.lengths
         ]
-        self._page_size = heads.page_size or max(heads.lengths)
-        needed = [-(-length // self._page_size) for length in heads.lengths]
-        # Pages in no order, and one more that nobody may write to.
-        self._num_pages = sum(needed) + 1
-        order = torch.randperm(self._num_pages, generator=torch.Generator().manual_seed(0)).tolist()
-        self.pages = [tuple(order.pop() for _ in range(count)) for count in needed]
+        self._block_size = heads.block_size or max(heads.lengths)
+        needed = [-(-length // self._block_size) for length in heads.lengths]
+        # Blocks in no order, and one more that nobody may write to.
+        self._num_blocks = sum(needed) + 1
+        order = torch.randperm(
+            self._num_blocks, generator=torch.Generator().manual_seed(0)
+        ).tolist()
+        self.blocks = [tuple(order.pop() for _ in range(count)) for count in needed]
 
     def new_state(self) -> LayerState:
         """Return a cache of all but the last keys and values, NaN where there is nothing."""
         heads, (q, _, _) = self._heads, self.parts[0]
-        shape = (self._num_pages, heads.num_kv_heads, self._page_size, heads.head_dim)
+        shape = (self._num_blocks, heads.num_kv_heads, self._block_size, heads.head_dim)
         nothing = float("nan")
         state = LayerState(q.new_full(shape, nothing), q.new_full(shape, nothing))
-        for pages, (_, k, v) in zip(self.pages, self.parts, strict=True):
-            state.extend(pages, 0, k[:-1].transpose(0, 1), v[:-1].transpose(0, 1))
+        for blocks, (_, k, v) in zip(self.blocks, self.parts, strict=True):
+            state.extend(blocks, 0, k[:-1].transpose(0, 1), v[:-1].transpose(0, 1))
         return state
 
     def attend(self, state: LayerState) -> Tensor:
@@ -454,7 +458,7 @@ class AttentionCall:
         batch = ForwardBatch.of(
             [[0]] * len(lengths),
             past=[length - 1 for length in lengths],
-            pages=self.pages,
+            blocks=self.blocks,
             device=q.device,
         )
         return TritonAttention().attend(q, k, v, self._heads.spec, batch, state)

@@ -96,7 +96,7 @@ def test_what_fills_a_step_up_changes_nothing(static: Model) -> None:
     for size in (1, 4):
         cache = prefilled(static.decoder, PROMPTS)
         step = DecodeStep(static.decoder, cache, size)
-        step.write([PROMPTS[0][-1]], [len(PROMPTS[0]) - 1], [0])
+        step.write(ForwardBatch.of([PROMPTS[0][-1:]], past=[len(PROMPTS[0]) - 1]))
         answers.append(step.run()[0])
     assert float((answers[0] - answers[1]).abs().max()) < TOLERANCE
 

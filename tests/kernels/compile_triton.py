@@ -129,24 +129,24 @@ def products(capability: int) -> None:
 
 
 def attention(capability: int) -> None:
-    for dtype, dim, block in ((BFLOAT16, 128, 64), (FLOAT16, 256, 32), (FLOAT32, 128, 32)):
+    for dtype, dim, tile in ((BFLOAT16, 128, 64), (FLOAT16, 256, 32), (FLOAT32, 128, 32)):
         kernel = triton_attention._part
         pointers = dict.fromkeys(("q", "keys", "values"), dtype)
         pointers |= dict.fromkeys(("sums", "largest", "weights"), FLOAT32)
-        pointers |= dict.fromkeys(("key_lengths", "pages"), INT64)
+        pointers |= dict.fromkeys(("key_lengths", "block_table"), INT64)
         constants = {"GROUP": 4, "HEAD_DIM": dim, "HAS_SOFTCAP": True, "SPLIT": 256}
-        constants |= {"PRECISION": "ieee" if dtype == FLOAT32 else "tf32", "BLOCK": block}
-        constants |= {"BLOCK_GROUP": 16, "BLOCK_DIM": dim}
+        constants |= {"PRECISION": "ieee" if dtype == FLOAT32 else "tf32", "TILE": tile}
+        constants |= {"TILE_GROUP": 16, "TILE_DIM": dim}
         report(kernel, pointers, constants, capability=capability, stages=2)
     kernel = triton_attention._merge
     pointers = dict.fromkeys(("sums", "largest", "weights"), FLOAT32)
     pointers |= {"key_lengths": INT64, "output": BFLOAT16}
-    constants = {"HEAD_DIM": 128, "SPLIT": 256, "BLOCK_DIM": 128}
+    constants = {"HEAD_DIM": 128, "SPLIT": 256, "TILE_DIM": 128}
     report(kernel, pointers, constants, capability=capability, warps=2)
     kernel = triton_attention._append
     pointers = dict.fromkeys(("k", "v", "keys", "values"), BFLOAT16)
-    pointers |= dict.fromkeys(("key_lengths", "pages"), INT64)
-    constants = {"HEAD_DIM": 96, "BLOCK_DIM": 128}
+    pointers |= dict.fromkeys(("key_lengths", "block_table"), INT64)
+    constants = {"HEAD_DIM": 96, "TILE_DIM": 128}
     report(kernel, pointers, constants, capability=capability, warps=1)
 
 

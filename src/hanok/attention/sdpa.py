@@ -53,9 +53,10 @@ class Sdpa:
     ) -> Tensor:
         """See `Backend.attend`."""
         with self._forced():
-            same_length = len(set(batch.query_lengths)) == 1
-            if state is None and same_length and not _limits(spec.window, batch.query_lengths[0]):
-                return self._dense(q, k, v, spec, len(batch.query_lengths))
+            lengths = batch.host.query_lengths
+            same_length = len(set(lengths)) == 1
+            if state is None and same_length and not _limits(spec.window, lengths[0]):
+                return self._dense(q, k, v, spec, len(lengths))
             outputs = [
                 self._one(queries, keys, values, spec)
                 for queries, keys, values in split_sequences(q, k, v, batch, state)

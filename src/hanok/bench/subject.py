@@ -15,7 +15,7 @@ from hanok.bench.settings import Load, Setting, Workload
 from hanok.bench.workers import LoadOptions, Room, planned
 from hanok.checkpoint.tokenizer import open_tokenizer
 from hanok.checkpoint.tokenizer_files import has_tokenizer
-from hanok.engine.cuda_graph import PAGE_TABLE_BACKEND
+from hanok.engine.cuda_graph import BLOCK_TABLE_BACKEND
 from hanok.engine.native_steps import KEYS_IN_PLACE_BACKEND
 from hanok.engine.quality import text_windows
 from hanok.errors import BudgetError, OptionError
@@ -139,7 +139,7 @@ class SubjectModel:
 
     def _why_not_graphs(self, setting: Setting) -> str | None:
         on_cpu = self._device_of(setting).type == "cpu"
-        backend = KEYS_IN_PLACE_BACKEND if on_cpu else PAGE_TABLE_BACKEND
+        backend = KEYS_IN_PLACE_BACKEND if on_cpu else BLOCK_TABLE_BACKEND
         if setting.attention == backend:
             return None
         return f"nothing is recorded with attention {setting.attention}, only with {backend}"

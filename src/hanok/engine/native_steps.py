@@ -5,7 +5,7 @@ as what they compute. Passes are told apart by how many tokens each of their seq
 text is generated, a few where drafted ones are checked. The second pass of a kind is recorded
 (`kernels.native.recording`), and from the third on the library makes all calls in turn: the same kernels
 on the same buffers, so the same result bit for bit. What changes is written into place first: the
-embedded tokens, their angles, the pages of each sequence's keys and how many there are.
+embedded tokens, their angles, the blocks of each sequence's keys and how many there are.
 
 While a pass is recorded every function of torch is watched. Views and new buffers need nothing, sums
 and copies become calls of our kernels, and any other function would be missing from the recording: then
@@ -61,7 +61,7 @@ def why_not(decoder: Decoder, cache: KVCache) -> str | None:
 class NativeSteps:
     """A few more tokens for each sequence of a cache, recorded once for each kind of pass."""
 
-    def __init__(self, decoder: Decoder, cache: KVCache, pages_per_sequence: int = 1) -> None:
+    def __init__(self, decoder: Decoder, cache: KVCache, blocks_per_sequence: int = 1) -> None:
         kernels = native()
         if kernels is None:
             raise ValueError("our kernels are not there; ask why_not first")
@@ -70,7 +70,7 @@ class NativeSteps:
         self._decoder = decoder
         self._cache = cache
         self._kernels = kernels
-        self._pages_per_sequence = pages_per_sequence
+        self._blocks_per_sequence = blocks_per_sequence
         self._passes: OrderedDict[Lengths, _Pass] = OrderedDict()
         self._seen: set[Lengths] = set()
         self._addresses: tuple[int, ...] = ()
@@ -87,7 +87,8 @@ class NativeSteps:
         """
         past = [self._cache.lengths[slot] for slot in slots]
         batch = ForwardBatch.of([list(item) for item in tokens], past=past, slots=list(slots))
-        self._cache.advance(batch.slots, batch.query_lengths, batch.sequence_lengths)
+        host = batch.host
+        self._cache.advance(host.slots, host.query_lengths, host.sequence_lengths)
         return self._decoder.logits(self.hidden_states(batch))
 
     def hidden_states(self, batch: ForwardBatch) -> Tensor:
@@ -95,7 +96,7 @@ class NativeSteps:
 
         They are valid until the next call. The cache counts the tokens already.
         """
-        kind = batch.query_lengths
+        kind = batch.host.query_lengths
         # Weights may move while the model works (memory/promote.py); a recording has the old places.
         addresses = tuple(parameter.data_ptr() for parameter in self._decoder.parameters())
         if self._addresses != addresses:
@@ -108,7 +109,7 @@ class NativeSteps:
         if kind in self.obstacles or kind not in self._seen or sum(kind) > KEPT_TOKENS:
             self._seen.add(kind)
             return self._decoder.hidden_states(batch, self._cache)
-        found = _Pass(self._decoder, self._cache, self._kernels, batch, self._pages_per_sequence)
+        found = _Pass(self._decoder, self._cache, self._kernels, batch, self._blocks_per_sequence)
         if found.obstacle is not None:
             self.obstacles[kind] = found.obstacle
             return found.hidden
@@ -127,7 +128,7 @@ class _Pass:
         cache: KVCache,
         kernels: Native,
         batch: ForwardBatch,
-        pages_per_sequence: int,
+        blocks_per_sequence: int,
     ) -> None:
         self._decoder = decoder
         self._kernels = kernels
@@ -140,25 +141,25 @@ class _Pass:
         self.obstacle = watch.obstacle
         self._found: Recording = found
         self._steps = (Step * len(found.steps))(*found.steps)
-        size, most = len(batch.pages), pages_per_sequence
+        size, most = len(batch.host.blocks), blocks_per_sequence
         self._key_counts = (c_int64 * size)()
-        self._most_pages = most
-        self._pages = (c_int64 * (size * most))()
-        self._page_starts = (c_int64 * size)(*range(0, size * most, most))
+        self._most_blocks = most
+        self._blocks = (c_int64 * (size * most))()
+        self._block_starts = (c_int64 * size)(*range(0, size * most, most))
         for call in found.kept:
             if isinstance(call, AttentionCall):
                 call.key_counts = addressof(self._key_counts)
-                call.pages = addressof(self._pages)
-                call.page_starts = addressof(self._page_starts)
+                call.blocks = addressof(self._blocks)
+                call.block_starts = addressof(self._block_starts)
 
     def run(self, batch: ForwardBatch) -> Tensor:
         """Return the normed hidden states of other tokens; they are valid until the next call."""
         self._x.copy_(self._decoder.embed(batch))
         for rope, values in self._decoder.angles(batch, self._x.dtype).items():
             self._angles[rope].copy_(values)
-        self._key_counts[:] = list(batch.key_lengths)
-        for start, pages in zip(self._page_starts, batch.pages, strict=True):
-            self._pages[start : start + len(pages)] = list(pages)
+        self._key_counts[:] = list(batch.host.key_lengths)
+        for start, blocks in zip(self._block_starts, batch.host.blocks, strict=True):
+            self._blocks[start : start + len(blocks)] = list(blocks)
         self._kernels.run(self._steps)
         return self.hidden
 

@@ -131,7 +131,8 @@ class Pipeline:
                 sequence_lengths=[lengths[slot] for slot in slots],
                 device=self._decoder.device,
             )
-            cache.advance(batch.slots, batch.query_lengths, batch.sequence_lengths)
+            host = batch.host
+            cache.advance(host.slots, host.query_lengths, host.sequence_lengths)
             for slot, new in zip(slots, tokens, strict=True):
                 past[slot] += len(new)
             done = [slot for slot in slots if past[slot] == lengths[slot]]

@@ -240,7 +240,8 @@ class Decoder(nn.Module):
         With a cache, the tokens' keys and values are appended to their sequences in it.
         """
         if cache is not None:
-            cache.advance(batch.slots, batch.query_lengths, batch.sequence_lengths)
+            host = batch.host
+            cache.advance(host.slots, host.query_lengths, host.sequence_lengths)
         return self.hidden_states(batch, cache)
 
     def hidden_states(self, batch: ForwardBatch, cache: KVCache | None) -> Tensor:

@@ -88,13 +88,14 @@ class Rotary:
         Where queries grow with their position there are four: cosines and sines of keys, then those of
         queries.
         """
-        chosen = {self.rope.angles_for(length) for length in batch.sequence_lengths}
+        host = batch.host
+        chosen = {self.rope.angles_for(length) for length in host.sequence_lengths}
         if len(chosen) == 1:
-            table = self._table(chosen.pop(), max(batch.key_lengths), batch.positions.device, dtype)
+            table = self._table(chosen.pop(), max(host.key_lengths), batch.positions.device, dtype)
             return table[:, batch.positions]
         parts, start = [], 0
         for count, keys, length in zip(
-            batch.query_lengths, batch.key_lengths, batch.sequence_lengths, strict=True
+            host.query_lengths, host.key_lengths, host.sequence_lengths, strict=True
         ):
             positions = batch.positions[start : start + count]
             table = self._table(self.rope.angles_for(length), keys, positions.device, dtype)
