@@ -20,7 +20,7 @@ from hanok.attention.base import ForwardBatch, PageTable
 from hanok.attention.cache import KVCache
 from hanok.models.decoder import Block, Decoder
 from hanok.models.layers import ExpertsLayer
-from hanok.quant.linear import QuantizedLinear
+from hanok.models.linear import Linear
 
 PAGE_TABLE_BACKEND = "triton"  # the one that finds keys through numbers on the device
 
@@ -46,10 +46,8 @@ def why_not_static(decoder: Decoder, cache: KVCache) -> str | None:
     for module in decoder.modules():
         if isinstance(module, ExpertsLayer):
             return "the tokens of each expert are counted on the CPU"
-        if isinstance(module, QuantizedLinear):
-            method = module.stored.method
-            if method.format.activations == "outliers":
-                return f"{method.name} looks for outliers on the CPU"
+        if isinstance(module, Linear) and (reason := module.why_not_static()):
+            return reason
     return None
 
 
