@@ -6,7 +6,7 @@ A contestant makes its model on the device, weight by weight, so that nothing is
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from typing import Any, Literal, Protocol
 
@@ -319,7 +319,7 @@ class Ours:
         return self._passes[key]
 
     def _made_passes(self, batch: int, *, graphs: bool) -> ShortPasses:
-        self._decoder.records_passes = graphs
+        self._decoder.execution = replace(self._decoder.execution, records_passes=graphs)
         return ShortPasses(self._decoder, self._caches[batch])
 
     def _filled_cache(self, batch: int) -> KVCache:

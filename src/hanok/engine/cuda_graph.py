@@ -34,7 +34,7 @@ def why_not(decoder: Decoder, cache: KVCache) -> str | None:
 
 def why_not_static(decoder: Decoder, cache: KVCache) -> str | None:
     """Return why a pass cannot run from buffers in place, on any device."""
-    if decoder.is_streamed:
+    if decoder.execution.is_streamed:
         return "weights are read from disk in every pass"
     for block in decoder.layers:
         if isinstance(block, Block) and block.self_attn.backend.name != PAGE_TABLE_BACKEND:

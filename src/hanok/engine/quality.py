@@ -243,7 +243,7 @@ def _scored(
     """
     place = 0
     for tokens in windows:
-        cache = None if decoder.cache_dtype is None else decoder.new_cache(1, len(tokens))
+        cache = None if decoder.execution.cache_dtype is None else decoder.new_cache(1, len(tokens))
         hidden = decoder(ForwardBatch.of([list(tokens)], device=decoder.device), cache)
         targets = torch.tensor(tokens[1:], device=decoder.device)
         for start in range(0, len(targets), ROWS):
