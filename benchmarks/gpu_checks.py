@@ -29,7 +29,7 @@ from hanok.attention.base import reference as attention_reference
 from hanok.attention.cache import LayerState
 from hanok.attention.triton import TritonAttention
 from hanok.engine.cuda_graph import DecodeGraphs
-from hanok.quant.base import QuantMethod, matmul, reference
+from hanok.quant.base import QuantMethod, reference
 from hanok.quant.fp8 import Fp8
 from hanok.quant.int4 import Int4
 from hanok.quant.int8 import Int8
@@ -378,7 +378,7 @@ def product_error(
     stored = quantized(method, shape, generator)
     x = normal((tokens, shape[1]), dtype, generator)
     bias = normal((shape[0],), dtype, generator) if has_bias else None
-    return largest_error(matmul(x, stored, bias), oracle(x, stored.record(), bias))
+    return largest_error(stored.matmul(x, bias), oracle(x, stored.record(), bias))
 
 
 def rows_error(

@@ -6,7 +6,7 @@ A contestant makes its model on the device, weight by weight, so that nothing is
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from typing import Any, Literal, Protocol
 
@@ -22,8 +22,8 @@ from hanok.engine.passes import ShortPasses
 from hanok.memory.quantize import set_weight
 from hanok.models.decoder import Decoder
 from hanok.models.family import read_config
+from hanok.models.linear import Linear
 from hanok.quant.base import choose_layout
-from hanok.quant.linear import QuantizedLinear
 from hanok.quant.recipe import Recipe, read_recipe
 
 LLAMA_8B = Shape(
@@ -186,7 +186,7 @@ def bytes_per_step(decoder: Decoder) -> int:
     """Return the bytes of the weights that every step reads: all but an untied embedding."""
     total = sum(item.nbytes for item in decoder.parameters())
     for module in decoder.modules():
-        if isinstance(module, QuantizedLinear):
+        if isinstance(module, Linear) and module.stored is not None:
             total += module.stored.nbytes
     embedding = decoder.embed_tokens.get_parameter("weight")
     return total - (0 if decoder.config.tie_embeddings else embedding.nbytes)
@@ -319,7 +319,7 @@ class Ours:
         return self._passes[key]
 
     def _made_passes(self, batch: int, *, graphs: bool) -> ShortPasses:
-        self._decoder.records_passes = graphs
+        self._decoder.execution = replace(self._decoder.execution, records_passes=graphs)
         return ShortPasses(self._decoder, self._caches[batch])
 
     def _filled_cache(self, batch: int) -> KVCache:

@@ -83,7 +83,7 @@ def with_hanok(asked: argparse.Namespace, options: dict[str, Any]) -> tuple[dict
         given = prompts(asked.batch, length, model.config.vocab_size)
         common: Any = {"max_new_tokens": asked.new_tokens, "ignore_eos": True}
         began, moments = time.perf_counter(), []
-        if model.decoder.spread is not None:
+        if model.decoder.layout is not None:
             sequences = [model.sequence(item, common) for item in given]
             with Pipeline(model.decoder, depth) as pipeline:
                 events = pipeline.generate(sequences)

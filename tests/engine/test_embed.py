@@ -258,5 +258,5 @@ def test_wherever_its_layers_are(base: Path, options: dict[str, Any]) -> None:
     whole = hanok.load(base, dtype="float32").embed(TEXTS)
     plan = plan_load(base, dtype="float32", context=64, may_measure=False, **options)
     model = hanok.load(plan=plan)
-    assert model.decoder.is_streamed or model.decoder.spread is not None
+    assert model.decoder.execution.is_streamed or model.decoder.layout is not None
     np.testing.assert_allclose(model.embed(TEXTS).numpy(), whole.numpy(), atol=2e-6)

@@ -19,7 +19,7 @@ from hanok.engine.runner import Runner
 from hanok.errors import RequestError
 from hanok.kernels.native import native
 from hanok.kernels.native import why_not as why_no_kernels
-from hanok.models.decoder import Decoder
+from hanok.models.decoder import Decoder, Execution
 from hanok.models.family import read_config
 
 pytestmark = pytest.mark.skipif(native() is None, reason=f"the kernels are {why_no_kernels()}")
@@ -141,7 +141,7 @@ def test_a_model_may_be_told_to_record_nothing() -> None:
     cache = model.decoder.new_cache(2, 64)
     assert passes.ShortPasses(model.decoder, cache).recorded is None
     assert Runner(model.decoder, 2, 1)._recorded is None
-    model.decoder.records_passes = True
+    model.decoder.execution = Execution()
     assert passes.ShortPasses(model.decoder, cache).recorded is not None
     assert Runner(model.decoder, 2, 1)._recorded is not None
 

@@ -59,10 +59,10 @@ def test_a_long_prompt_goes_in_chunks(resident: Model) -> None:
 
 def test_layers_lie_where_the_plan_says_and_all_stages_work() -> None:
     model = hanok.load(plan=two_cores())
-    spread = model.decoder.spread
-    assert spread is not None
-    assert [stage.core for stage in spread.stages] == CORES[:2]
-    assert [index for stage in spread.stages for index in stage.blocks] == list(
+    layout = model.decoder.layout
+    assert layout is not None
+    assert [stage.core for stage in layout.stages] == CORES[:2]
+    assert [index for stage in layout.stages for index in stage.blocks] == list(
         range(model.config.num_layers)
     )
     assert set(model.hf_device_map.values()) == {f"core:{core}" for core in CORES[:2]}

@@ -20,6 +20,7 @@ from hanok.engine.prefix_cache import PrefixCache
 from hanok.engine.sequence import GenerationSequence, SpeculationCounts, TokenEvent
 from hanok.engine.speculate import Speculation, Speculator, most_exact_tokens
 from hanok.kernels.native import ROW_KIND_TOKENS, native
+from hanok.models.decoder import Execution
 
 VOCAB = 40
 REPEATING = [3, 4, 5, 6, 7, 3, 4, 5, 6, 7, 3, 4, 5]
@@ -90,7 +91,7 @@ def counts_add_up(counts: SpeculationCounts, num_tokens: int) -> bool:
 def test_several_prompts_give_the_same_events(
     tiny: Model, other: Model, name: str, cache_dtype: str
 ) -> None:
-    tiny.decoder.cache_dtype = torch.int8 if cache_dtype == "int8" else None
+    tiny.decoder.execution = Execution(cache_dtype=torch.int8 if cache_dtype == "int8" else None)
     options = {"max_new_tokens": 40, "top_logprobs": 2} | OPTIONS[name]
     plain = tiny.generate(PROMPTS, **options)
     for speculation in speculations(tiny, other):
@@ -105,7 +106,7 @@ def test_several_prompts_give_the_same_events(
             assert counts_add_up(mine.speculation, len(mine.token_ids))
         if name == "greedy" and speculation.draft is not other:
             assert sum(item.speculation.accepted for item in found) > 10
-    tiny.decoder.cache_dtype = None
+    tiny.decoder.execution = Execution()
 
 
 def test_several_prompts_are_streamed_together(tiny: Model, other: Model) -> None:

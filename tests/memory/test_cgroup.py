@@ -37,7 +37,7 @@ model = hanok.load(sys.argv[1], context=64, **json.loads(sys.argv[2]))
 tokens = model.generate([5, 6, 7, 8], max_new_tokens=4).token_ids
 print(json.dumps({
     "tokens": tokens, "budget": budget.num_bytes, "source": budget.source,
-    "streamed": model.decoder.is_streamed, "peak": model.report.peak_bytes,
+    "streamed": model.decoder.execution.is_streamed, "peak": model.report.peak_bytes,
 }))
 """
 

@@ -14,6 +14,7 @@ from hanok.memory.load import load_decoder
 from hanok.memory.needs import KNOWN_RECIPES, Use, activation_bytes, choose_dtype, needs_of
 from hanok.memory.plan import Needs
 from hanok.memory.planning import describe, plan_load
+from hanok.models.decoder import Execution
 from hanok.models.family import read_config, sources
 from hanok.quant.base import methods
 from hanok.quant.recipe import read_recipe
@@ -46,7 +47,7 @@ def test_weights_and_cache_are_those_of_the_decoder() -> None:
     assert sorted(names) == sorted(found.config.parameter_shapes())
     cache = decoder.new_cache(3, 100)
     assert sum(unit.cache_bytes for unit in units) == cache.size_bytes
-    decoder.cache_dtype = torch.int8
+    decoder.execution = Execution(cache_dtype=torch.int8)
     small = bundled(replace(USE, cache_dtype="int8")).units
     assert sum(unit.cache_bytes for unit in small) == decoder.new_cache(3, 100).size_bytes
 

@@ -74,7 +74,7 @@ def test_generation_within_a_budget_gives_the_same_tokens() -> None:
     cpu = plan.tiers[0]
     allowed = cpu.peak_bytes - cpu.weight_bytes // 4
     model = hanok.load(hanok.BUNDLED, dtype="float32", max_memory={"cpu": allowed})
-    assert model.decoder.is_streamed
+    assert model.decoder.execution.is_streamed
     options: Any = {"max_new_tokens": 12, "temperature": 0.8, "seed": 2}
     prompts = ["Once upon a time", "The dog"]
     found, wanted = model.generate(prompts, **options), resident.generate(prompts, **options)

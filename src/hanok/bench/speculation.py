@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from hanok.engine.model import Model, TokenStream
+from hanok.engine.generate import TokenStream
+from hanok.engine.model import Model
 from hanok.engine.speculate import Speculation
 
 

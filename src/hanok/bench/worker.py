@@ -12,6 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -20,7 +21,8 @@ import torch
 import hanok
 from hanok.bench import speculation
 from hanok.bench.machine import ForeignLoad, peak_bytes
-from hanok.engine.model import Model, TokenStream
+from hanok.engine.generate import TokenStream
+from hanok.engine.model import Model
 from hanok.engine.params import SamplingOptions
 from hanok.engine.quality import (
     bytes_per_token,
@@ -78,10 +80,13 @@ class Worker:
 
     def use(self, *, attention: str, cache_dtype: str, graphs: bool) -> Answer:
         """Choose what can be chosen without loading again."""
-        self.model.decoder.use_attention(attention)
-        self.model.decoder.cache_dtype = torch.int8 if cache_dtype == "int8" else None
-        for model in filter(None, (self.model, self._draft)):
-            model.decoder.records_passes = graphs
+        decoder = self.model.decoder
+        decoder.use_attention(attention)
+        kept = torch.int8 if cache_dtype == "int8" else None
+        decoder.execution = replace(decoder.execution, records_passes=graphs, cache_dtype=kept)
+        if self._draft is not None:
+            decoder = self._draft.decoder
+            decoder.execution = replace(decoder.execution, records_passes=graphs)
         return {}
 
     def answer(

@@ -23,7 +23,8 @@ from hanok.errors import OptionError
 
 if TYPE_CHECKING:
     from hanok.bench.profile import Profile
-    from hanok.engine.model import Model, TokenStream
+    from hanok.engine.generate import TokenStream
+    from hanok.engine.model import Model
     from hanok.engine.speculate import Speculation
     from hanok.memory.plan import LoadPlan
 

@@ -23,7 +23,7 @@ from hanok.attention.cache import KVCache
 from hanok.models.config import Rope
 from hanok.models.decoder import Block, Decoder
 from hanok.models.layers import ExpertsLayer
-from hanok.quant.linear import QuantizedLinear
+from hanok.models.linear import Linear
 
 BLOCK_TABLE_BACKEND = "triton"  # the one that finds keys through numbers on the device
 
@@ -37,7 +37,7 @@ def why_not(decoder: Decoder, cache: KVCache) -> str | None:
 
 def why_not_static(decoder: Decoder, cache: KVCache) -> str | None:
     """Return why a pass cannot run from buffers in place, on any device."""
-    if decoder.is_streamed:
+    if decoder.execution.is_streamed:
         return "weights are read from disk in every pass"
     if decoder.spread is not None:
         return "several devices compute it"
@@ -49,10 +49,8 @@ def why_not_static(decoder: Decoder, cache: KVCache) -> str | None:
     for module in decoder.modules():
         if isinstance(module, ExpertsLayer):
             return "the tokens of each expert are counted on the CPU"
-        if isinstance(module, QuantizedLinear):
-            method = module.stored.method
-            if method.format.activations == "outliers":
-                return f"{method.name} looks for outliers on the CPU"
+        if isinstance(module, Linear) and (reason := module.why_not_static()):
+            return reason
     return None
 
 

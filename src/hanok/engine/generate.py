@@ -6,7 +6,7 @@ sequence gets one token for each pass, or several where the next ones were draft
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -14,13 +14,47 @@ from torch import Tensor
 from hanok.attention.base import ForwardBatch
 from hanok.attention.cache import KVCache
 from hanok.engine.passes import ShortPasses
-from hanok.engine.sequence import GenerationSequence, Scores, TokenEvent, take_next
+from hanok.engine.sequence import (
+    GenerationSequence,
+    Scores,
+    SpeculationCounts,
+    TokenEvent,
+    take_next,
+)
 from hanok.engine.speculate import Speculator
 from hanok.memory.heap import give_back
 from hanok.memory.needs import PREFILL_TOKENS
 from hanok.models.decoder import Decoder
 
 LONG_PASS_TOKENS = 256  # whose activations are worth giving back
+
+
+class TokenStream(Iterator[TokenEvent]):
+    """The tokens of one prompt, or of several, as they come."""
+
+    def __init__(
+        self, sequences: list[GenerationSequence], events: Generator[TokenEvent, None, None]
+    ) -> None:
+        self._sequences = sequences
+        self._events = events
+
+    def __next__(self) -> TokenEvent:
+        """Return the next token."""
+        return next(self._events)
+
+    def close(self) -> None:
+        """Generate no more."""
+        self._events.close()
+
+    @property
+    def speculation(self) -> SpeculationCounts:
+        """What guessing tokens brought so far, of all prompts together."""
+        counts = [sequence.speculation for sequence in self._sequences]
+        return SpeculationCounts(
+            proposed=sum(item.proposed for item in counts),
+            accepted=sum(item.accepted for item in counts),
+            passes=sum(item.passes for item in counts),
+        )
 
 
 @torch.inference_mode()

@@ -10,8 +10,8 @@ as each alone. A base model, which has no head, makes embeddings (`Model.embed`)
 
 import math
 import shutil
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack, overload
 
@@ -26,7 +26,7 @@ from hanok.checkpoint.pooling import Pooling, choose_pooling, pooling_files
 from hanok.checkpoint.tokenizer_files import has_tokenizer
 from hanok.checkpoint.writer import write_json
 from hanok.engine.embed import embed
-from hanok.engine.generate import generate
+from hanok.engine.generate import TokenStream, generate
 from hanok.engine.params import (
     SamplingOptions,
     SamplingParams,
@@ -97,34 +97,6 @@ class Score:
     def perplexity(self) -> float:
         """exp(nll)."""
         return math.exp(self.nll)
-
-
-class TokenStream(Iterator[TokenEvent]):
-    """The tokens of one prompt, or of several, as they come."""
-
-    def __init__(
-        self, sequences: list[GenerationSequence], events: Generator[TokenEvent, None, None]
-    ) -> None:
-        self._sequences = sequences
-        self._events = events
-
-    def __next__(self) -> TokenEvent:
-        """Return the next token."""
-        return next(self._events)
-
-    def close(self) -> None:
-        """Generate no more."""
-        self._events.close()
-
-    @property
-    def speculation(self) -> SpeculationCounts:
-        """What guessing tokens brought so far, of all prompts together."""
-        counts = [sequence.speculation for sequence in self._sequences]
-        return SpeculationCounts(
-            proposed=sum(item.proposed for item in counts),
-            accepted=sum(item.accepted for item in counts),
-            passes=sum(item.passes for item in counts),
-        )
 
 
 class Model:
@@ -306,7 +278,7 @@ class Model:
 
         Over several devices either groups of sequences keep them all at work, or guesses are checked.
         """
-        is_pipelined = self.decoder.spread is not None and cache is None and use_cache
+        is_pipelined = self.decoder.layout is not None and cache is None and use_cache
         if is_pipelined and speculator is None:
             with Pipeline(self.decoder, self._pipeline_depth) as pipeline:
                 yield from pipeline.generate(sequences)
@@ -407,7 +379,7 @@ class Model:
             raise UnsupportedError(
                 "a model quantized while loading cannot be saved; load it without quant to save it."
             )
-        if self.decoder.is_streamed:
+        if self.decoder.execution.is_streamed:
             raise UnsupportedError(
                 "a model that is read from disk in every pass cannot be saved; load it without "
                 "max_memory, or copy its folder."
@@ -556,8 +528,12 @@ def load(  # noqa: PLR0913 (the options of a load are arguments of their own)
         threads=threads,
         progress=progress,
     )
-    loaded.decoder.records_passes = graphs
-    loaded.decoder.cache_dtype = torch.int8 if request.cache_dtype == "int8" else None
+    decoder = loaded.decoder
+    decoder.execution = replace(
+        decoder.execution,
+        records_passes=graphs,
+        cache_dtype=torch.int8 if request.cache_dtype == "int8" else None,
+    )
     return Model(
         checkpoint, loaded, _tokenizer_of(checkpoint), plan=plan, pipeline_depth=pipeline_depth
     )

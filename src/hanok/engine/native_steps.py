@@ -48,7 +48,7 @@ def why_not(decoder: Decoder, cache: KVCache) -> str | None:
         return f"records calls on a CPU (found: {decoder.device.type})"
     if native() is None:
         return "our kernels are not there"
-    if decoder.is_streamed:
+    if decoder.execution.is_streamed:
         return "weights are read from disk in every pass"
     if decoder.dtype not in FLOATS:
         return f"our kernels do not compute in {str(decoder.dtype).removeprefix('torch.')}"

@@ -41,7 +41,7 @@ class ShortPasses:
 
 
 def _recorded(decoder: Decoder, cache: KVCache) -> DecodeGraphs | NativeSteps | None:
-    if not decoder.records_passes:
+    if not decoder.execution.records_passes:
         return None
     if cuda_graph.why_not(decoder, cache) is None:
         return DecodeGraphs(decoder, cache)

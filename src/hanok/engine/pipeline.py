@@ -39,9 +39,9 @@ class Pipeline:
     """
 
     def __init__(self, decoder: Decoder, depth: int | None = None) -> None:
-        if decoder.spread is None:
+        if decoder.layout is None:
             raise ValueError("one device computes all; there is nothing to pipeline")
-        stages = decoder.spread.stages
+        stages = decoder.layout.stages
         if depth is not None and depth < 1:
             raise OptionError(f"pipeline_depth is {depth}; it must be at least 1.")
         # As many as stages: each group reads a stage's weights anew, so more would cost bandwidth.

@@ -66,7 +66,7 @@ class Runner:
         self._decoder = decoder
         self._cache = decoder.new_cache(num_blocks, BLOCK_TOKENS)
         why_not = native_steps.why_not(decoder, self._cache)
-        is_recorded = decoder.records_passes and why_not is None
+        is_recorded = decoder.execution.records_passes and why_not is None
         self._recorded = NativeSteps(decoder, self._cache, max_blocks) if is_recorded else None
 
     @torch.inference_mode()

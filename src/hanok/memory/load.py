@@ -34,7 +34,7 @@ from hanok.memory.tensors import Arena, MappedFiles, read_parameter
 from hanok.memory.threads import set_threads
 from hanok.memory.watch import Watchdog
 from hanok.models.config import ModelConfig
-from hanok.models.decoder import Block, Decoder, Spread, Stage
+from hanok.models.decoder import Block, Decoder, DeviceLayout, Execution, Stage
 from hanok.models.family import Family, Source
 from hanok.quant.recipe import Recipe
 
@@ -118,9 +118,10 @@ def load_decoder(
     if used_threads.is_held_by_quota:
         notes.append(f"threads: {used_threads}")
     target_dtype = _dtype(checkpoint, config, dtype, places.is_on_cpu, notes)
-    with torch.device("meta"):
-        decoder = Decoder(config)
     streamed, kept = _parted(table, places)
+    layout = places.layout(config.num_layers)
+    with torch.device("meta"):
+        decoder = Decoder(config, Execution(layout=layout, is_streamed=bool(streamed)))
     swapped = swap(decoder, kept, recipe, places.device_of, target_dtype)
     placer = _Placer(checkpoint, target_dtype, places, weights != "copied")
     planned = None if plan is None else _planned_bytes(plan)
@@ -141,7 +142,6 @@ def load_decoder(
         give_back()
     decoder.tie()
     decoder.eval()
-    decoder.spread = places.spread(decoder)
     used = decoder.use_attention(attention)
     notes += _fallback_notes(decoder, attention, used)
     mapped_bytes = sum(weight.parameter.nbytes for weight in mapped)
@@ -196,18 +196,18 @@ class _Places:
         """Return where a parameter or unit is computed with."""
         return _device(self._name_of(unit_of(name)))
 
-    def spread(self, decoder: Decoder) -> Spread | None:
-        """Return who computes what; None where one device computes all."""
+    def layout(self, num_layers: int) -> DeviceLayout | None:
+        """Return which device computes what; None where one computes everything."""
         computing = [self._name_of(unit) for unit in self._units]
         if len(set(computing)) < 2:
             return None
-        blocks = range(len(decoder.layers))
+        blocks = range(num_layers)
         runs = [
             (name, list(run))
             for name, run in groupby(blocks, key=lambda index: self._name_of(f"layers.{index}"))
         ]
         head = "lm_head" if "lm_head" in self._units else "embed_tokens"
-        return Spread(
+        return DeviceLayout(
             stages=tuple(
                 Stage(
                     device=_device(name),

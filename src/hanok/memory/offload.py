@@ -51,7 +51,6 @@ class Streamer:
         tables = [table for _, table in self._units]
         self._buffers = [_Buffer(tables, dtype, device) for _ in range(count)]
         self._nothing = torch.empty(0, dtype=dtype, device=device)
-        decoder.is_streamed = True
         for number, (unit, _) in enumerate(self._units):
             module = decoder.get_submodule(unit)
             module.register_forward_pre_hook(self._before(number))

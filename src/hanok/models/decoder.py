@@ -17,8 +17,8 @@ from hanok.attention.base import AttentionSpec, Backend, ForwardBatch, choose
 from hanok.attention.cache import KVCache, LayerState, StateSpec
 from hanok.kernels.native import native_for
 from hanok.models.config import LayerConfig, ModelConfig, Rope
-from hanok.models.layers import Embedding, ExpertsLayer, MlpLayer, NormLayer, added
-from hanok.models.linear import Linear
+from hanok.models.layers import ExpertsLayer, MlpLayer, NormLayer, added
+from hanok.models.linear import Embedding, Linear, Weight, Weighted
 from hanok.models.rotary import Rotary
 
 
@@ -51,7 +51,7 @@ class Attention(nn.Module):
     ) -> Tensor:
         """(tokens, hidden) -> (tokens, hidden); `cos_sin` are the tokens' angles."""
         spec, num_tokens = self.spec, x.shape[0]
-        packed: Tensor = self.qkv_proj(x)
+        packed: Tensor = self.qkv_proj(x, batch)
         heads = packed.view(num_tokens, -1, spec.head_dim)
         num_turned = spec.num_heads + spec.num_kv_heads
         turned, v = heads[:, :num_turned], heads[:, num_turned:]
@@ -66,7 +66,7 @@ class Attention(nn.Module):
             else:
                 q, k = self._turned(q, cos_sin), self._turned(k, cos_sin)
         scored = self.backend.attend(q, k, v, spec, batch, state)
-        output: Tensor = self.o_proj(scored.reshape(num_tokens, -1))
+        output: Tensor = self.o_proj(scored.reshape(num_tokens, -1), batch)
         return output
 
     def _normed(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
@@ -113,11 +113,11 @@ class Block(nn.Module):
         normed = self.attention_norm(x)
         attended = self.self_attn(normed, batch, cos_sin, state)
         if self.is_parallel:
-            inner = self.mlp(normed if self.shares_norm else self.mlp_norm(x))
+            inner = self.mlp(normed if self.shares_norm else self.mlp_norm(x), batch)
             output: Tensor = added(added(x, attended), inner)
             return output
         x = added(x, self._scaled(self.attention_post_norm(attended)))
-        return added(x, self._scaled(self.mlp_post_norm(self.mlp(self.mlp_norm(x)))))
+        return added(x, self._scaled(self.mlp_post_norm(self.mlp(self.mlp_norm(x), batch))))
 
     def _scaled(self, x: Tensor) -> Tensor:
         return x if self.residual_scale == 1.0 else x * self.residual_scale
@@ -134,12 +134,26 @@ class Stage:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Spread:
-    """A decoder over several devices; the last norm is where it is."""
+class DeviceLayout:
+    """A decoder over several devices; the last norm is where its weight is."""
 
     stages: tuple[Stage, ...]
     embed_device: torch.device
     head_device: torch.device
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Execution:
+    """How a decoder is run, whatever its weights are."""
+
+    layout: DeviceLayout | None = None
+    """Which device computes what, where several do."""
+    cache_dtype: torch.dtype | None = None
+    """What `Decoder.new_cache` keeps keys and values in; None: the dtype of activations."""
+    records_passes: bool = True
+    """Whether short passes are recorded and replayed, where something can (`engine/passes.py`)."""
+    is_streamed: bool = False
+    """Whether weights are read from disk in every pass (`memory/offload.py`)."""
 
 
 class Decoder(nn.Module):
@@ -148,17 +162,10 @@ class Decoder(nn.Module):
     Build it on the `meta` device and assign the weights, or `initialise` it to train from nothing.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, execution: Execution | None = None) -> None:
         super().__init__()
         self.config = config
-        self.cache_dtype: torch.dtype | None = None
-        """What `new_cache` keeps keys and values in; None: what is computed in."""
-        self.records_passes = True
-        """Whether short passes are recorded and made again, where something can (`engine/passes.py`)."""
-        self.is_streamed = False
-        """Whether weights change their place in every pass (`memory/offload.py`)."""
-        self.spread: Spread | None = None
-        """Who computes what, where several devices do."""
+        self.execution = execution or Execution()
         ropes = {layer.rope for layer in config.layers if layer.rope is not None}
         self.rotaries: dict[Rope, Rotary] = {rope: Rotary(rope) for rope in ropes}
         hidden = config.hidden_size
@@ -178,8 +185,19 @@ class Decoder(nn.Module):
         """Let the head share the embedding's weight where the config says so and both are floats."""
         if not self.config.tie_embeddings:
             return
-        if isinstance(self.lm_head, Linear) and isinstance(self.embed_tokens, Embedding):
-            self.lm_head.register_parameter("weight", self.embed_tokens.get_parameter("weight"))
+        if self.lm_head.stored is None and self.embed_tokens.stored is None:
+            self.lm_head.weight = self.embed_tokens.weight
+
+    def weights(self) -> list[Tensor | Weight]:
+        """Return every weight, shared ones once: parameters, and quantized ones whole."""
+        modules = [item for item in self.modules() if isinstance(item, Weighted)]
+        stored = {id(item.stored): item.stored for item in modules if item.stored is not None}
+        return [*self.parameters(), *stored.values()]
+
+    @property
+    def layout(self) -> DeviceLayout | None:
+        """Which device computes what; None where one computes everything."""
+        return self.execution.layout
 
     @property
     def dtype(self) -> torch.dtype:
@@ -189,11 +207,11 @@ class Decoder(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where tokens go in: the device of the embedding."""
-        return self.spread.embed_device if self.spread else self.norm.weight.device
+        return self.layout.embed_device if self.layout else self.norm.weight.device
 
     def device_of(self, block: int) -> torch.device:
         """Return where a block, its keys and values are."""
-        stages = self.spread.stages if self.spread else ()
+        stages = self.layout.stages if self.layout else ()
         return next((stage.device for stage in stages if block in stage.blocks), self.device)
 
     def initialise(self, std: float, generator: torch.Generator) -> None:
@@ -230,7 +248,7 @@ class Decoder(nn.Module):
             [spec] * self.config.num_layers,
             num_sequences=num_sequences,
             capacity=capacity,
-            dtype=self.cache_dtype or self.dtype,
+            dtype=self.execution.cache_dtype or self.dtype,
             devices=[self.device_of(index) for index in range(self.config.num_layers)],
         )
 
@@ -250,9 +268,9 @@ class Decoder(nn.Module):
         This is all that happens on the device, so that it can be recorded once and replayed.
         """
         x = self.embed(batch)
-        if self.spread is None:
+        if self.layout is None:
             return self.blocks(x, batch, self.angles(batch, x.dtype), cache)
-        for stage in self.spread.stages:
+        for stage in self.layout.stages:
             x = self.run_stage(stage, x, batch, cache)
         return x
 
@@ -307,8 +325,8 @@ class Decoder(nn.Module):
 
         Only a decoder with a head has any.
         """
-        if self.spread is not None:
-            hidden = hidden.to(self.spread.head_device)
+        if self.layout is not None:
+            hidden = hidden.to(self.layout.head_device)
         scores: Tensor = self.lm_head(hidden)
         kernels = native_for(scores)
         scores = scores.float() if kernels is None else kernels.widen(scores)
