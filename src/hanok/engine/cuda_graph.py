@@ -39,7 +39,7 @@ def why_not_static(decoder: Decoder, cache: KVCache) -> str | None:
     """Return why a pass cannot run from buffers in place, on any device."""
     if decoder.execution.is_streamed:
         return "weights are read from disk in every pass"
-    if decoder.spread is not None:
+    if decoder.execution.layout is not None:
         return "several devices compute it"
     for block in decoder.layers:
         if isinstance(block, Block) and block.self_attn.backend.name != BLOCK_TABLE_BACKEND:
