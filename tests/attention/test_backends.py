@@ -190,6 +190,36 @@ def test_a_backend_without_a_cache_is_the_reference(
 
 @pytest.mark.parametrize("name", FITTING)
 @grid
+@given(spec=specs(), lengths=st.lists(st.sampled_from([1, 3, 7, 13]), min_size=1, max_size=6))
+def test_a_document_in_a_pack_is_trained_as_alone(
+    name: str, spec: AttentionSpec, lengths: list[int]
+) -> None:
+    """Its outputs and gradients, whatever lies beside it: of other lengths, of the same, between."""
+    spec = served(name, spec)
+    parts = [draw_heads(spec, n, seed, torch.float32) for seed, n in enumerate(lengths)]
+    packed = [torch.cat([part[i] for part in parts]).requires_grad_() for i in range(3)]
+    upstream = draw_heads(spec, sum(lengths), 99, torch.float32)[0]
+    answer = backends()[name].attend(*packed, spec, batch_of(lengths), None)
+    answer.backward(upstream)
+    start = 0
+    for part, length in zip(parts, lengths, strict=True):
+        here = slice(start, start + length)
+        alone = [item.double().requires_grad_() for item in part]
+        q, k, v = alone
+        expected = reference(q, k.transpose(0, 1), v.transpose(0, 1), spec, torch.float64)
+        expected.backward(upstream[here].double())
+        torch.testing.assert_close(answer[here].double(), expected, atol=FLOAT32_TOLERANCE, rtol=0)
+        for whole, mine in zip(packed, alone, strict=True):
+            assert whole.grad is not None
+            assert mine.grad is not None
+            torch.testing.assert_close(
+                whole.grad[here].double(), mine.grad, atol=4 * FLOAT32_TOLERANCE, rtol=0
+            )
+        start += length
+
+
+@pytest.mark.parametrize("name", FITTING)
+@grid
 @given(spec=specs(), shape=sequences)
 def test_a_backend_in_bfloat16_is_close_and_answers_in_bfloat16(
     name: str, spec: AttentionSpec, shape: list[tuple[int, int]]

@@ -147,7 +147,7 @@ def test_many_tokens_go_to_the_next_backend(is_cached: bool) -> None:
     batch = ForwardBatch.of([[0, 0, 0, 0], [0]])
     shape = (2, PLAIN.num_kv_heads, 8, PLAIN.head_dim)
     state = LayerState(torch.empty(shape), torch.empty(shape)) if is_cached else None
-    answer = TritonAttention().attend(q, k, v, PLAIN, batch, state)
+    answer = backends()["triton"].attend(q, k, v, PLAIN, batch, state)
     parts = (slice(0, 4), slice(4, 5))
     expected = [
         reference(q[part], k[part].transpose(0, 1), v[part].transpose(0, 1), PLAIN)
@@ -160,7 +160,7 @@ def test_gradients_go_through_the_next_backend() -> None:
     q, k, v = (part.requires_grad_() for part in heads_of(PLAIN, 1, 0, torch.float32))
     shape = (1, PLAIN.num_kv_heads, 8, PLAIN.head_dim)
     state = LayerState(torch.zeros(shape), torch.zeros(shape))
-    answer = TritonAttention().attend(q, k, v, PLAIN, ForwardBatch.of([[0]]), state)
+    answer = backends()["triton"].attend(q, k, v, PLAIN, ForwardBatch.of([[0]]), state)
     assert answer.requires_grad
 
 

@@ -230,12 +230,29 @@ class Backend(Protocol):
         """
 
 
+class PartialBackend:
+    """A backend that serves only some calls, and leaves the rest to those after it in AUTO_ORDER."""
+
+    others: tuple[Backend, ...] = ()
+
+    def other(self, spec: AttentionSpec, q: Tensor) -> Backend:
+        """Return the first of the others that fits."""
+        for backend in self.others:
+            if backend.why_not(spec, q.device, q.dtype) is None:
+                return backend
+        raise UnsupportedError(f"no other attention backend serves {spec} on {q.device}")
+
+
 @cache
 def backends() -> dict[str, Backend]:
     """Return every backend by the name the user picks it by."""
     found: dict[str, Backend] = {}
     for plugin in discover("hanok.attention", "BACKENDS").values():
         found |= {backend.name: backend for backend in plugin}
+    for number, name in enumerate(AUTO_ORDER, start=1):
+        backend = found[name]
+        if isinstance(backend, PartialBackend):
+            backend.others = tuple(found[other] for other in AUTO_ORDER[number:])
     return found
 
 
@@ -269,12 +286,6 @@ def choose(name: str, spec: AttentionSpec, device: torch.device, dtype: torch.dt
     )
 
 
-def next_backend(after: str, spec: AttentionSpec, q: Tensor) -> Backend:
-    """Return the first of the others that fits, for calls that the backend `after` cannot serve."""
-    others = (backends()[name] for name in AUTO_ORDER if name != after)
-    return next(item for item in others if item.why_not(spec, q.device, q.dtype) is None)
-
-
 def dense_heads(heads: Tensor) -> Tensor:
     """Return (tokens, heads, head_dim) with nothing between heads, tokens apart as they may be."""
     return heads if heads.stride()[1:] == (heads.shape[2], 1) else heads.contiguous()
@@ -306,6 +317,14 @@ def visible(num_queries: int, num_keys: int, window: int | None, device: torch.d
     queries = torch.arange(num_keys - num_queries, num_keys, device=device)[:, None]
     seen = keys <= queries
     return seen if window is None else seen & (keys > queries - window)
+
+
+def visible_in_pack(batch: ForwardBatch, num_tokens: int, window: int | None) -> Tensor:
+    """Return which of a batch's tokens each of them sees without a cache, (tokens, tokens) bool."""
+    token = torch.arange(num_tokens, device=batch.token_ids.device)
+    sequence = torch.bucketize(token, batch.query_starts[1:], right=True)
+    seen = (sequence[:, None] == sequence) & (token <= token[:, None])
+    return seen if window is None else seen & (token > token[:, None] - window)
 
 
 def multipliable(rows: int, q: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, ...]:

@@ -2,8 +2,8 @@
 
 It appends to the cache and attends in one call, for any mix of sequences; long contexts are shared out
 among threads by keys, many queries by queries. A token's result is the same bit for bit whatever is
-computed beside it, in one pass or in several. It cannot be differentiated: where gradients are wanted
-the next backend that fits takes over.
+computed beside it, in one pass or in several. It can be neither differentiated nor compiled into another
+program: there the next backend that fits takes over.
 """
 
 from collections.abc import Sequence
@@ -17,8 +17,8 @@ from hanok.attention.base import (
     AttentionSpec,
     ForwardBatch,
     HostLengths,
+    PartialBackend,
     dense_heads,
-    next_backend,
 )
 from hanok.attention.cache import LayerState
 from hanok.kernels.native import ITEM_TYPES, AttentionCall, native, native_for, why_not
@@ -26,7 +26,7 @@ from hanok.kernels.native import ITEM_TYPES, AttentionCall, native, native_for, 
 BLOCK_MULTIPLE = 64  # keys that the kernel transposes at a time (cpp/attention.h), of one block
 
 
-class NativeAttention:
+class NativeAttention(PartialBackend):
     """Online softmax over blocks of keys, in float32."""
 
     name = "native"
@@ -52,7 +52,7 @@ class NativeAttention:
         """See `Backend.attend`."""
         kernels = native_for(q, k, v)
         if kernels is None:
-            return next_backend(self.name, spec, q).attend(q, k, v, spec, batch, state)
+            return self.other(spec, q).attend(q, k, v, spec, batch, state)
         host = batch.host
         _check(q, k, v, spec, host, state)
         q, k, v = dense_heads(q), dense_heads(k), dense_heads(v)

@@ -10,13 +10,13 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from hanok.attention.base import AttentionSpec, ForwardBatch, dense_heads, next_backend
+from hanok.attention.base import AttentionSpec, ForwardBatch, PartialBackend, dense_heads
 from hanok.attention.cache import LayerState
 
 MAX_HEAD_DIM = 256  # a block of keys and values has to fit beside the sums of a program
 
 
-class TritonAttention:
+class TritonAttention(PartialBackend):
     """Paged attention of single tokens, split over keys."""
 
     name = "triton"
@@ -48,7 +48,7 @@ class TritonAttention:
         needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
         is_decode = len(batch.key_lengths) == len(q)
         if state is None or not is_decode or needs_grad or state.keys.dtype is not q.dtype:
-            return next_backend(self.name, spec, q).attend(q, k, v, spec, batch, state)
+            return self.other(spec, q).attend(q, k, v, spec, batch, state)
         from hanok.kernels.triton_attention import append, attend
 
         append(

@@ -430,7 +430,12 @@ def instruction_sets() -> Sequence[Native]:
 
 
 def native() -> Native | None:
-    """Return the best kernels, or None where the library was not built or does not load."""
+    """Return the best kernels, or None where the library was not built or does not load.
+
+    None also while torch compiles, which cannot look into them: it takes its own operators.
+    """
+    if torch.compiler.is_compiling():
+        return None
     found = instruction_sets()
     return found[0] if found else None
 

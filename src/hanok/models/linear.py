@@ -38,7 +38,7 @@ Product = Literal["torch", "native", "torch without oneDNN", "vector", "widened"
 def choose_product(weight: Tensor, num_tokens: int) -> Product:
     """Return how `dense` multiplies `num_tokens` rows with this weight."""
     needs_grad = torch.is_grad_enabled() and weight.requires_grad
-    if weight.device.type != "cpu" or needs_grad:
+    if weight.device.type != "cpu" or needs_grad or torch.compiler.is_compiling():
         return "torch"
     kernels = native()
     is_known = weight.dtype in (torch.bfloat16, torch.float32) and weight.is_contiguous()
