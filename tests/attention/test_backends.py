@@ -241,6 +241,28 @@ def test_a_window_as_long_as_the_sequence_hides_nothing_and_a_shorter_one_does(
     assert torch.allclose(full, windowed, atol=FLOAT32_TOLERANCE) is (num_tokens <= 4)
 
 
+def test_one_token_attends_whatever_the_order_of_bytes_that_torch_returns(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def strided(*args: Tensor, **kwargs: float) -> Tensor:  # as a kernel for GPUs does
+        output = torch.nn.functional.scaled_dot_product_attention(*args, **kwargs)  # type: ignore[arg-type]  # only scale
+        return output.transpose(1, 2).contiguous().transpose(1, 2)
+
+    q, k, v = (torch.randn(1, heads, 16) for heads in (4, 2, 2))
+    backend, batch = backends()["sdpa"], ForwardBatch.of([[0]], past=[0])
+    cache = KVCache(
+        [StateSpec(num_kv_heads=2, head_dim=16)],
+        num_sequences=1,
+        capacity=4,
+        dtype=torch.float32,
+        devices=[CPU],
+    )
+    expected = backend.attend(q, k, v, PLAIN, batch, cache.states[0])
+    monkeypatch.setattr(sdpa, "scaled_dot_product_attention", strided)
+    found = backend.attend(q, k, v, PLAIN, batch, cache.states[0])
+    torch.testing.assert_close(found, expected, atol=0, rtol=0)
+
+
 @pytest.mark.parametrize("name", FITTING)
 def test_the_batch_is_written_to_its_own_slots_and_nowhere_else(name: str) -> None:
     cache = one_cache(PLAIN, 4, torch.float32)

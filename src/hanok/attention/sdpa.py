@@ -157,7 +157,8 @@ class Sdpa:
                 values[None],
                 scale=spec.scale,
             )
-            return output.view(1, spec.num_heads, spec.head_dim).to(dtype)
+            # Some of torch's GPU kernels return heads that are not contiguous.
+            return output.reshape(1, spec.num_heads, spec.head_dim).to(dtype)
         # (kv_heads, group, time, head_dim), the KV heads broadcast over their group.
         grouped = q.view(time, kv_heads, group, spec.head_dim).permute(1, 2, 0, 3)
         keys = keys[:, None].expand(kv_heads, group, num_keys, spec.head_dim)
