@@ -337,6 +337,10 @@ def test_where_the_chosen_backend_does_not_fit_the_error_has_every_reason() -> N
         ("sdpa_flash", PLAIN, "cuda", torch.float32, "float16 or bfloat16 on a GPU"),
         ("sdpa_flash", replace(PLAIN, window=7), "cuda", torch.bfloat16, "window of 7"),
         ("sdpa_math", replace(PLAIN, softcap=2.5), "cpu", torch.float32, "softcap 2.5"),
+        ("varlen", PLAIN, "cpu", torch.bfloat16, "needs a CUDA device (found: cpu)"),
+        ("varlen", PLAIN, "cuda", torch.float32, "needs float16 or bfloat16 (found: float32)"),
+        ("varlen", replace(PLAIN, softcap=2.5), "cuda", torch.bfloat16, "softcap 2.5"),
+        ("varlen", replace(PLAIN, head_dim=20), "cuda", torch.bfloat16, "multiples of 8 up to 256"),
     ],
 )
 def test_a_backend_says_why_it_does_not_fit(

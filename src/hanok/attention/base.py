@@ -23,7 +23,7 @@ from hanok.kernels.processor import FEW_ROWS, multiplies
 from hanok.registry import discover, nearest_first
 
 # What "auto" tries, in this order; a backend that is not named here is used only when asked for.
-AUTO_ORDER = ("triton", "native", "sdpa", "eager")
+AUTO_ORDER = ("triton", "varlen", "native", "sdpa", "eager")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

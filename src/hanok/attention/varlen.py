@@ -1,0 +1,78 @@
+"""torch's flash attention over packed sequences on a GPU: one call for sequences of any lengths.
+
+It trains, and reads from the batch's tensors where sequences begin, so that a compiled program serves
+any mix of lengths. Keys of a cache go to the next backend that fits.
+"""
+
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from hanok.attention.base import AttentionSpec, ForwardBatch, PartialBackend
+from hanok.attention.cache import LayerState
+
+MAX_HEAD_DIM = 256
+LEAST_CAPABILITY = (8, 0)  # of a GPU that torch's flash attention is compiled for
+
+
+class Varlen(PartialBackend):
+    """Flash attention without padding and without a loop."""
+
+    name = "varlen"
+    summary = "torch's flash attention over packed sequences without a cache, for training"
+
+    def why_not(self, spec: AttentionSpec, device: torch.device, dtype: torch.dtype) -> str | None:
+        """Return why torch's packed attention cannot serve such layers."""
+        if device.type != "cuda":
+            return f"needs a CUDA device (found: {device.type})"
+        if dtype not in (torch.float16, torch.bfloat16):
+            name = str(dtype).removeprefix("torch.")
+            return f"needs float16 or bfloat16 (found: {name})"
+        if spec.softcap is not None:
+            return f"cannot soft-cap scores (softcap {spec.softcap})"
+        if spec.head_dim > MAX_HEAD_DIM or spec.head_dim % 8:
+            return f"serves heads of multiples of 8 up to {MAX_HEAD_DIM} (found: {spec.head_dim})"
+        if find_spec("torch.nn.attention.varlen") is None:
+            return f"torch {torch.__version__} does not have it"
+        if not torch.backends.cuda.is_flash_attention_available():
+            return "this build of torch has no flash attention"
+        found = torch.cuda.get_device_capability(device)
+        if found < LEAST_CAPABILITY:
+            return f"needs compute capability {LEAST_CAPABILITY} (found: {found})"
+        return None
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        spec: AttentionSpec,
+        batch: ForwardBatch,
+        state: LayerState | None,
+    ) -> Tensor:
+        """See `Backend.attend`."""
+        if state is not None:
+            return self.other(spec, q).attend(q, k, v, spec, batch, state)
+        from torch.nn.attention.varlen import varlen_attn
+
+        # What is compiled knows no lengths; the number of all tokens is a bound that costs little.
+        is_compiling = torch.compiler.is_compiling()
+        longest = q.shape[0] if is_compiling else max(batch.host.query_lengths)
+        output = varlen_attn(
+            q,
+            k,
+            v,
+            batch.query_starts,
+            batch.query_starts,
+            longest,
+            longest,
+            scale=spec.scale,
+            window_size=(-1 if spec.window is None else spec.window - 1, 0),
+            enable_gqa=spec.num_heads > spec.num_kv_heads,
+        )
+        assert isinstance(output, Tensor)  # a tuple where more was asked for
+        return output
+
+
+BACKENDS = (Varlen(),)
