@@ -103,11 +103,11 @@ def test_what_fills_a_step_up_changes_nothing(static: Model) -> None:
 
 @torch.inference_mode()
 def test_one_step_serves_sequences_in_blocks_of_any_lengths(plain: Model, static: Model) -> None:
-    """Blocks in no order, one to four of a sequence; new ones begin on the way; one sequence ends."""
+    """Blocks in no order, one to three of a sequence; new ones begin on the way; one sequence ends."""
     cache = static.decoder.new_cache(12, 64)
     graphs = DecodeGraphs(static.decoder, cache, blocks_per_sequence=4)
     texts = [list(range(3, 3 + length)) for length in (130, 62, 1)]
-    blocks = [(7, 2, 11, 5), (0, 9), (4,)]
+    blocks = [(7, 2, 11), (0, 9), (4,)]
     for text, mine in zip(texts, blocks, strict=True):
         batch = ForwardBatch.of([text], blocks=[mine], device=static.decoder.device)
         static.decoder.hidden_states(batch, cache)
@@ -119,7 +119,7 @@ def test_one_step_serves_sequences_in_blocks_of_any_lengths(plain: Model, static
         batch = ForwardBatch.of(
             [text[-1:] for text in texts],
             past=[len(text) - 1 for text in texts],
-            blocks=blocks,
+            blocks=[m[: -(-len(text) // 64)] for m, text in zip(blocks, texts, strict=True)],
         )
         answer = graphs.logits_of(batch)
         whole = ForwardBatch.of(texts, device=plain.decoder.device)
