@@ -8,7 +8,11 @@ from torch._dynamo.utils import counters
 import hanok
 from hanok.attention.base import AttentionSpec, ForwardBatch, backends, choose, reference
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"),
+    # torch warns of its own modules while it imports its compiler.
+    pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning"),
+]
 CUDA = torch.device("cuda")
 LENGTHS = [5, 300, 1, 64, 5]
 

@@ -15,6 +15,8 @@ from hanok.attention.base import ForwardBatch
 from hanok.models.decoder import Decoder
 from hanok.models.family import read_config
 
+# torch warns of its own modules while it imports its compiler.
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 TOLERANCE = 2e-5
 SIZES: dict[str, Any] = {
     "model_type": "llama",

@@ -5,6 +5,7 @@ any mix of lengths. Keys of a cache go to the next backend that fits.
 """
 
 from importlib.util import find_spec
+from inspect import signature
 
 import torch
 from torch import Tensor
@@ -22,6 +23,11 @@ class Varlen(PartialBackend):
     name = "varlen"
     summary = "torch's flash attention over packed sequences without a cache, for training"
 
+    def __init__(self) -> None:
+        # Looked for once: what compiles this code cannot look.
+        self._missing: str | None = None
+        self._options: dict[str, bool] = {}
+
     def why_not(self, spec: AttentionSpec, device: torch.device, dtype: torch.dtype) -> str | None:
         """Return why torch's packed attention cannot serve such layers."""
         if device.type != "cuda":
@@ -33,14 +39,25 @@ class Varlen(PartialBackend):
             return f"cannot soft-cap scores (softcap {spec.softcap})"
         if spec.head_dim > MAX_HEAD_DIM or spec.head_dim % 8:
             return f"serves heads of multiples of 8 up to {MAX_HEAD_DIM} (found: {spec.head_dim})"
+        if self._missing is None:
+            self._missing = self._look()
+        return self._missing or None
+
+    def _look(self) -> str:
+        """Return what this torch or a GPU lacks, nothing where it is all there; note what it takes."""
         if find_spec("torch.nn.attention.varlen") is None:
             return f"torch {torch.__version__} does not have it"
         if not torch.backends.cuda.is_flash_attention_available():
             return "this build of torch has no flash attention"
-        found = torch.cuda.get_device_capability(device)
-        if found < LEAST_CAPABILITY:
+        found = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
+        if not found or min(found) < LEAST_CAPABILITY:
             return f"needs compute capability {LEAST_CAPABILITY} (found: {found})"
-        return None
+        from torch.nn.attention.varlen import varlen_attn
+
+        # Before torch 2.12 fewer KV heads than heads were taken without being announced.
+        if "enable_gqa" in signature(varlen_attn).parameters:
+            self._options = {"enable_gqa": True}
+        return ""
 
     def attend(
         self,
@@ -69,7 +86,7 @@ class Varlen(PartialBackend):
             longest,
             scale=spec.scale,
             window_size=(-1 if spec.window is None else spec.window - 1, 0),
-            enable_gqa=spec.num_heads > spec.num_kv_heads,
+            **self._options,
         )
         assert isinstance(output, Tensor)  # a tuple where more was asked for
         return output
