@@ -6,6 +6,7 @@ any mix of lengths. Keys of a cache go to the next backend that fits.
 
 from importlib.util import find_spec
 from inspect import signature
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ class Varlen(PartialBackend):
     def __init__(self) -> None:
         # Looked for once: what compiles this code cannot look.
         self._missing: str | None = None
-        self._options: dict[str, bool] = {}
+        self._options: dict[str, Any] = {}
 
     def why_not(self, spec: AttentionSpec, device: torch.device, dtype: torch.dtype) -> str | None:
         """Return why torch's packed attention cannot serve such layers."""
