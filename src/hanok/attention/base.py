@@ -39,7 +39,7 @@ class AttentionSpec:
 
 
 class HostLengths(NamedTuple):
-    """What the host knows of a batch, as Python numbers: for kernels on a CPU and for whoever counts.
+    """A batch's lengths and blocks as Python numbers, for CPU kernels, schedulers and caches.
 
     One entry for each sequence. `query_lengths` are its tokens in this batch, `key_lengths` the keys
     that its last token sees (cached and new), `sequence_lengths` its tokens in all, those of later
@@ -59,7 +59,7 @@ class HostLengths(NamedTuple):
 
 
 class DeviceLengths(NamedTuple):
-    """What a device knows of a batch: see `ForwardBatch`, whose properties they are."""
+    """A batch's lengths and blocks as tensors on its device: the properties of `ForwardBatch`."""
 
     query_starts: Tensor
     key_lengths: Tensor
@@ -77,7 +77,7 @@ class DeviceLengths(NamedTuple):
 
 
 class ForwardBatch:
-    """The packed tokens of one forward pass: tensors, and beside them the `host`'s view of the same.
+    """The packed tokens of one forward pass: tensors, and the `host`'s view of the same lengths.
 
     token_ids, positions: (tokens,) int64.   query_starts: (sequences + 1,), where each sequence's tokens
     begin, and their number.   key_lengths, sequence_lengths: (sequences,), see `HostLengths`.
@@ -176,6 +176,11 @@ class ForwardBatch:
     def block_table(self) -> Tensor:
         """(sequences, blocks) int32: the blocks of the cache that hold each sequence, in order."""
         return self._made().block_table
+
+    def sequence_of_tokens(self) -> Tensor:
+        """Return the number of each token's sequence, (tokens,) int64."""
+        token = torch.arange(self.token_ids.shape[0], device=self.token_ids.device)
+        return torch.bucketize(token, self.query_starts[1:], right=True)
 
     def _made(self) -> DeviceLengths:
         if self._lengths is None:
@@ -322,7 +327,7 @@ def visible(num_queries: int, num_keys: int, window: int | None, device: torch.d
 def visible_in_pack(batch: ForwardBatch, num_tokens: int, window: int | None) -> Tensor:
     """Return which of a batch's tokens each of them sees without a cache, (tokens, tokens) bool."""
     token = torch.arange(num_tokens, device=batch.token_ids.device)
-    sequence = torch.bucketize(token, batch.query_starts[1:], right=True)
+    sequence = batch.sequence_of_tokens()
     seen = (sequence[:, None] == sequence) & (token <= token[:, None])
     return seen if window is None else seen & (token > token[:, None] - window)
 

@@ -6,8 +6,8 @@ head_dim), so that one head's keys lie together and a single query reads them as
 blocks of a few tokens, several for each sequence, and counts for itself (engine/blocks.py).
 
 Where angles depend on the length of the sequence (dynamic and longrope scaling), what is cached was
-computed for one length, `computed_for`, and is worth nothing for a length with other angles: whoever
-runs the decoder then truncates to nothing and computes again.
+computed for one length, `computed_for`, and is invalid for a length with other angles: the caller of the
+decoder then truncates to nothing and computes again.
 """
 
 from collections.abc import Sequence

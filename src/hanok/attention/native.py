@@ -1,9 +1,9 @@
 """Our own CPU kernel: keys are read once for all the heads and queries that share them.
 
-It appends to the cache and attends in one call, for any mix of sequences; long contexts are shared out
-among threads by keys, many queries by queries. A token's result is the same bit for bit whatever is
-computed beside it, in one pass or in several. It can be neither differentiated nor compiled into another
-program: there the next backend that fits takes over.
+It appends to the cache and attends in one call, for any mix of sequences; long contexts are split among
+threads by keys, many queries by queries. A token's result is the same bit for bit whatever else is in
+the batch, in one pass or in several. It can be neither differentiated nor traced by torch.compile: there
+the next backend that fits takes over.
 """
 
 from collections.abc import Sequence

@@ -13,7 +13,7 @@ from torch import Tensor
 from hanok.attention.base import AttentionSpec, ForwardBatch, PartialBackend, dense_heads
 from hanok.attention.cache import LayerState
 
-MAX_HEAD_DIM = 256  # a block of keys and values has to fit beside the sums of a program
+MAX_HEAD_DIM = 256  # a tile of keys and values has to fit into a program along with its sums
 
 
 class TritonAttention(PartialBackend):

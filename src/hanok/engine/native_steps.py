@@ -27,7 +27,7 @@ from hanok.attention.cache import KVCache
 from hanok.kernels.native import FLOATS, AttentionCall, Native, Recording, Step, native, recording
 from hanok.models.decoder import Block, Decoder
 
-KEYS_IN_PLACE_BACKEND = "native"  # the one whose calls say where keys are as numbers
+KEYS_IN_PLACE_BACKEND = "native"  # the one whose calls hold the places of keys as numbers
 # torch's functions by name. What asks for no numbers of a tensor and makes none:
 QUERIES = frozenset(
     {"__get__", "__len__", "data_ptr", "dim", "is_contiguous", "numel", "size", "stride"}
@@ -172,7 +172,7 @@ class _Pass:
 
 
 class _Watch(TorchFunctionMode):
-    """Turns sums and copies into calls of our kernels; remembers the first function that cannot be."""
+    """Makes sums and copies calls of our kernels; remembers the first function that cannot be one."""
 
     def __init__(self, kernels: Native) -> None:
         super().__init__()

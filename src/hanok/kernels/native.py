@@ -244,7 +244,7 @@ class Native:
         return rows
 
     def attend(self, call: AttentionCall, *kept: object) -> None:
-        """Do what `call` says; its maker vouches for the addresses, which point to what is `kept`."""
+        """Make one call of attention; the caller has checked its addresses, which point into `kept`."""
         self._call(Step((ctypes.addressof(call),), None, (), 0.0, ATTEND, 0, 0), call, *kept)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, *, unit_offset: bool) -> Tensor:
@@ -263,7 +263,7 @@ class Native:
         return y
 
     def rotate(self, heads: Tensor, cos_sin: Tensor, *, is_interleaved: bool) -> Tensor:
-        """Return heads turned by their angles, (tokens, heads, head_dim) in their dtype.
+        """Return heads rotated by their angles, (tokens, heads, head_dim) in their dtype.
 
         cos_sin: (2, tokens, 1, rotary_dim) in the heads' dtype; components past rotary_dim are kept.
         """
@@ -274,7 +274,9 @@ class Native:
         cos_sin = cos_sin.contiguous()
         fits = cos_sin.shape == (2, tokens, 1, rotary_dim) and rotary_dim <= head_dim
         if not fits or rotary_dim % 2 or cos_sin.dtype != heads.dtype:
-            raise ValueError(f"heads are {tuple(heads.shape)}, angles {tuple(cos_sin.shape)}")
+            raise ValueError(
+                f"heads are {tuple(heads.shape)}, cosines and sines {tuple(cos_sin.shape)}"
+            )
         y = heads.new_empty(tokens, num_heads, head_dim)
         cos = cos_sin.data_ptr()
         inputs = (heads.data_ptr(), cos, cos + tokens * rotary_dim * cos_sin.itemsize)

@@ -2,8 +2,8 @@
 
 Keys and values are blocks of (kv_heads, block size, head_dim). A sequence's keys are cut into parts of
 SPLIT_KEYS, which different programs read; each program serves all heads that share a KV head, so that
-keys are read once. A second kernel merges the parts in turn. How a sequence is cut depends on its
-length alone: its result is the same bit for bit beside others, and whatever the cache could hold.
+keys are read once. A second kernel merges the parts in order. How a sequence is cut depends on its
+length alone: its result is the same bit for bit in any batch, and however much the cache could hold.
 """
 
 import torch

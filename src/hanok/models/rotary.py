@@ -158,9 +158,7 @@ class Rotary:
         short = torch.tensor(self._short, device=device)
         if not isinstance(scaling, LongRopeScaling | DynamicScaling):
             return short
-        token = torch.arange(batch.positions.shape[0], device=device)
-        sequence = torch.bucketize(token, batch.query_starts[1:], right=True)
-        lengths = batch.sequence_lengths[sequence][:, None]
+        lengths = batch.sequence_lengths[batch.sequence_of_tokens()][:, None]
         if isinstance(scaling, LongRopeScaling):
             long = torch.tensor(self._long, device=device)
             return torch.where(lengths > scaling.original_max_positions, long, short)

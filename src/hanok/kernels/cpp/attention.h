@@ -5,7 +5,7 @@
 // softmax, the weighted values. Splits are merged in order as in an online softmax (arXiv 1805.02867), and
 // shared out among threads where queries are few. Keys are transposed tile by tile so that lanes are keys:
 // scores then need no sums across lanes. A token's result depends on its own keys alone: not on threads,
-// nor on the tokens beside it.
+// nor on the other tokens of the batch.
 
 #pragma once
 
@@ -19,7 +19,7 @@ constexpr int64_t kSplit = 1024;      // keys
 constexpr int64_t kFewQueries = 8;    // of a sequence: up to here its keys are shared out, else its queries
 constexpr int64_t kTileKeys = 64;     // transposed at a time
 constexpr int64_t kTaskRows = 64;
-constexpr int64_t kSharedProducts = 1 << 19;  // less is done before another thread has heard of it
+constexpr int64_t kSharedProducts = 1 << 19;  // less is done before another thread is awake
 constexpr int64_t kAppendedTokens = 64;       // by a piece
 constexpr float kLowest = -1e30f;     // below every score; minus infinity less itself is no number
 
@@ -435,7 +435,7 @@ struct Span {
     int64_t blocks, splits;  // of its tokens, of its keys; a task is one of each, for one KV head
 };
 
-// How many tasks each sequence is: of its tokens, or of its keys too where tokens are few. The span behind
+// How many tasks each sequence is: of its tokens, or of its keys too where tokens are few. The span after
 // the last one has the sums.
 INLINE void set_spans(const Attention& a, const Sizes& s, Span* spans) {
     Span next = {0, 0, 0, 0, 0};
