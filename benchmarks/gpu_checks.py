@@ -29,6 +29,9 @@ from hanok.attention.base import reference as attention_reference
 from hanok.attention.cache import LayerState
 from hanok.attention.triton import TritonAttention
 from hanok.engine.cuda_graph import DecodeGraphs
+from hanok.kernels.fused import Fused
+from hanok.models.config import Rope
+from hanok.models.rotary import Rotary
 from hanok.quant.base import QuantMethod, reference
 from hanok.quant.fp8 import Fp8
 from hanok.quant.int4 import Int4
@@ -127,7 +130,7 @@ class Grid:
         return (
             f"Products of {tokens} tokens with weights (out, in) {weights}{largest}, the first with "
             f"a bias; in float16 and float32 {few_tokens} tokens and {few_weights}. Attention, one "
-            f"new token of each sequence: {lengths}. Norms (rows, size): "
+            f"new token of each sequence: {lengths}. Norms, rotations and gates (rows, size): "
             f"{', '.join(map(str, self.norms))}. Decoders: {self.decoder} and the bundled model, "
             f"{self.steps} tokens."
         )
@@ -250,7 +253,7 @@ def _share(case: Case, error: float) -> float:
 def rows(grid: Grid) -> dict[str, tuple[Case, ...]]:
     """Return the cases of every row, what others rest on first."""
     found: dict[str, list[Case]] = {}
-    for make in (decoder_cases, attention_cases, norm_cases, product_cases):
+    for make in (decoder_cases, attention_cases, elementwise_cases, product_cases):
         for case in make(grid):
             found.setdefault(case.row, []).append(case)
     return {row: tuple(cases) for row, cases in found.items()}
@@ -324,19 +327,21 @@ def attention_cases(grid: Grid) -> Iterator[Case]:
             )
 
 
-def norm_cases(grid: Grid) -> Iterator[Case]:
-    """Yield norms without and with a residual."""
-    for has_residual in (False, True):
+def elementwise_cases(grid: Grid) -> Iterator[Case]:
+    """Yield norms, rotations and gates."""
+    for name, check in (
+        ("RMSNorm", norm_error),
+        ("rotation", rotation_error),
+        ("gate", gate_error),
+    ):
         for dtype, tolerance in TOLERANCES.items():
             for count, size in grid.norms:
                 yield Case(
-                    row="RMSNorm, residual added" if has_residual else "RMSNorm",
+                    row=name,
                     shape=f"{count} × {size}",
                     dtype=dtype,
                     tolerance=tolerance,
-                    error=partial(
-                        norm_error, shape=(count, size), dtype=dtype, has_residual=has_residual
-                    ),
+                    error=partial(check, shape=(count, size), dtype=dtype),
                 )
 
 
@@ -464,22 +469,39 @@ class AttentionCall:
         return TritonAttention().attend(q, k, v, self._heads.spec, batch, state)
 
 
-def norm_error(
-    device: torch.device, *, shape: tuple[int, int], dtype: torch.dtype, has_residual: bool
-) -> float:
-    """Return the largest error of a norm, and of the sum that is normed."""
-    from hanok.kernels.triton_norm import add_rms_norm, rms_norm
-
+def norm_error(device: torch.device, *, shape: tuple[int, int], dtype: torch.dtype) -> float:
+    """Return the largest error of a norm."""
     generator = torch.Generator(device).manual_seed(0)
-    x, residual = (normal(shape, dtype, generator) for _ in range(2))
-    weight = normal((shape[1],), dtype, generator)
-    if not has_residual:
-        return largest_error(rms_norm(x, weight, 1e-5), norm_formula(x, weight, 1e-5))
-    answer, added = add_rms_norm(x, residual, weight, 1e-5)
-    return max(
-        largest_error(added, x.double() + residual.double()),
-        largest_error(answer, norm_formula(added, weight, 1e-5)),
-    )
+    x, weight = normal(shape, dtype, generator), normal((shape[1],), dtype, generator)
+    answer = fused().rms_norm(x, weight, 1e-5, unit_offset=False)
+    return largest_error(answer, norm_formula(x, weight, 1e-5))
+
+
+def rotation_error(device: torch.device, *, shape: tuple[int, int], dtype: torch.dtype) -> float:
+    """Return the largest error of rotated heads, of which three quarters of the components are."""
+    generator = torch.Generator(device).manual_seed(0)
+    head_dim = 8
+    heads = normal((shape[0], shape[1] // head_dim + 1, head_dim), dtype, generator)[:, :-1]
+    angles = normal((shape[0], 3), torch.float32, generator).repeat(1, 2)
+    cos_sin = torch.stack([angles.cos(), angles.sin()])[:, :, None].to(dtype)
+    answer = fused().rotate(heads, cos_sin, is_interleaved=False)
+    expected = Rotary(Rope(theta=1.0, rotary_dim=6)).rotate(heads.double(), cos_sin.double())
+    return largest_error(answer.flatten(1), expected.flatten(1))
+
+
+def gate_error(device: torch.device, *, shape: tuple[int, int], dtype: torch.dtype) -> float:
+    """Return the largest error of a gate."""
+    generator = torch.Generator(device).manual_seed(0)
+    gate_up = normal((shape[0], 2 * shape[1]), dtype, generator)
+    gate, up = gate_up.double().chunk(2, dim=-1)
+    return largest_error(fused().gate(gate_up, "silu"), torch.nn.functional.silu(gate) * up)
+
+
+def fused() -> Fused:
+    """Return our GPU kernels, in the interpreter too."""
+    from hanok.kernels.triton_elementwise import FUSED
+
+    return FUSED
 
 
 def norm_formula(x: Tensor, weight: Tensor, eps: float) -> Tensor:

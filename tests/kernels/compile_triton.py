@@ -15,7 +15,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from hanok.kernels import triton_attention, triton_linear, triton_norm
+from hanok.kernels import triton_attention, triton_elementwise, triton_linear
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 FLOATS = {"scale", "offset", "softcap", "eps"}
@@ -150,10 +150,18 @@ def attention(capability: int) -> None:
     report(kernel, pointers, constants, capability=capability, warps=1)
 
 
-def norm(capability: int) -> None:
-    pointers = dict.fromkeys(("x", "residual", "weight", "added", "output"), BFLOAT16)
-    constants = {"HAS_RESIDUAL": True, "UNIT_OFFSET": True, "BLOCK": 8192}
-    report(triton_norm._rms_norm, pointers, constants, capability=capability, warps=16)
+def elementwise(capability: int) -> None:
+    pointers = dict.fromkeys(("x", "weight", "output"), BFLOAT16)
+    constants: dict[str, Any] = {"UNIT_OFFSET": True, "BLOCK": 8192}
+    kernel = triton_elementwise._rms_norm
+    report(kernel, pointers, constants, capability=capability, warps=16)
+    pointers = dict.fromkeys(("heads", "cos", "sin", "output"), BFLOAT16)
+    constants = {"ROTARY_DIM": 64, "HEAD_DIM": 96, "IS_INTERLEAVED": True}
+    constants |= {"BLOCK_HEADS": 8, "BLOCK_DIM": 128}
+    report(triton_elementwise._rotate, pointers, constants, capability=capability)
+    pointers = dict.fromkeys(("gate_up", "output"), BFLOAT16)
+    constants = {"IS_SILU": False, "BLOCK": 1024}
+    report(triton_elementwise._gate, pointers, constants, capability=capability)
 
 
 def report(kernel: Any, pointers: dict[str, str], constants: dict[str, Any], **how: int) -> None:
@@ -163,5 +171,5 @@ def report(kernel: Any, pointers: dict[str, str], constants: dict[str, Any], **h
 
 
 if __name__ == "__main__":
-    for make in (products, attention, norm):
+    for make in (products, attention, elementwise):
         make(int(sys.argv[1]))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hanok.attention.base import ForwardBatch
+from hanok.kernels.fused import fused_for
 from hanok.kernels.native import GATE_ACTIVATIONS, native_for
 from hanok.models.config import Activation, Experts, Mlp, Norm
 from hanok.models.linear import Linear
@@ -50,7 +51,7 @@ class NormLayer(nn.Module):
         shape, eps = (x.shape[-1],), self.norm.eps
         if self.norm.kind == "layer":
             return F.layer_norm(x, shape, self.weight, self.bias, eps)
-        kernels = native_for(x, self.weight)
+        kernels = fused_for(x, self.weight)
         if kernels is not None:
             return kernels.rms_norm(x, self.weight, eps, unit_offset=self.norm.unit_offset)
         if self.norm.unit_offset:  # 1 + weight is rounded away in bfloat16
@@ -65,7 +66,7 @@ class MlpLayer(nn.Module):
         super().__init__()
         size, bias = mlp.intermediate_size, mlp.has_bias
         self.activation = ACTIVATIONS[mlp.activation]
-        self.native_activation = mlp.activation if mlp.activation in GATE_ACTIVATIONS else None
+        self.fused_activation = mlp.activation if mlp.activation in GATE_ACTIVATIONS else None
         self.is_gated = mlp.is_gated
         if mlp.is_gated:
             self.gate_up_proj = Linear(hidden_size, 2 * size, has_bias=bias)
@@ -81,9 +82,9 @@ class MlpLayer(nn.Module):
 
     def _gated(self, x: Tensor, batch: ForwardBatch | None) -> Tensor:
         gate_up: Tensor = self.gate_up_proj(x, batch)
-        kernels = native_for(gate_up)
-        if kernels is not None and self.native_activation is not None:
-            return kernels.gate(gate_up, self.native_activation)
+        kernels = fused_for(gate_up)
+        if kernels is not None and self.fused_activation is not None:
+            return kernels.gate(gate_up, self.fused_activation)
         gate, up = gate_up.chunk(2, dim=-1)
         return self.activation(gate) * up
 

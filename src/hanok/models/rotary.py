@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hanok.attention.base import ForwardBatch
-from hanok.kernels.native import native_for
+from hanok.kernels.fused import fused_for
 from hanok.models.config import (
     DynamicScaling,
     LinearScaling,
@@ -172,7 +172,7 @@ class Rotary:
 
         heads: (tokens, heads, head_dim)   cos_sin: (2, tokens, 1, rotary_dim)
         """
-        kernels = native_for(heads, cos_sin)
+        kernels = fused_for(heads, cos_sin)
         if kernels is not None:
             return kernels.rotate(heads, cos_sin, is_interleaved=self.rope.is_interleaved)
         cos, sin = cos_sin[0], cos_sin[1]
