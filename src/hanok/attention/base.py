@@ -76,6 +76,21 @@ class DeviceLengths(NamedTuple):
         return cls(*(torch.tensor(item, dtype=torch.int32, device=device) for item in made))
 
 
+class KeyPlaces(NamedTuple):
+    """Where a batch's keys are in the blocks of a cache: in which block, at which position of it.
+
+    new_blocks, new_positions: (tokens,), of the batch's own keys.   blocks, positions: (keys,), of all
+    keys that its sequences see, packed as tokens are.   starts: (sequences + 1,) int32, where the keys
+    of each sequence begin.
+    """
+
+    new_blocks: Tensor
+    new_positions: Tensor
+    blocks: Tensor
+    positions: Tensor
+    starts: Tensor
+
+
 class ForwardBatch:
     """The packed tokens of one forward pass: tensors, and the `host`'s view of the same lengths.
 
@@ -90,7 +105,7 @@ class ForwardBatch:
     `positions`, and each costs it microseconds: without gradients the others are made when first read.
     """
 
-    __slots__ = ("_host", "_lengths", "adapters", "positions", "token_ids")
+    __slots__ = ("_host", "_lengths", "_places", "adapters", "positions", "token_ids")
 
     def __init__(
         self,
@@ -105,6 +120,7 @@ class ForwardBatch:
         self.adapters = adapters
         self._host = host
         self._lengths = lengths
+        self._places: KeyPlaces | None = None
 
     @classmethod
     def of(
@@ -181,6 +197,27 @@ class ForwardBatch:
         """Return the number of each token's sequence, (tokens,) int64."""
         token = torch.arange(self.token_ids.shape[0], device=self.token_ids.device)
         return torch.bucketize(token, self.query_starts[1:], right=True)
+
+    def key_places(self, block_size: int) -> KeyPlaces:
+        """Return where keys are in blocks of so many, on the batch's device; the same for all layers."""
+        if self._places is None:
+            table, lengths = self.block_table, self.key_lengths
+            starts = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
+            number, total = (
+                torch.arange(len(lengths), device=table.device),
+                sum(self.host.key_lengths),
+            )
+            sequence = torch.repeat_interleave(number, lengths, output_size=total)
+            position = torch.arange(total, device=table.device) - starts[sequence]
+            own, new = self.sequence_of_tokens(), self.positions
+            self._places = KeyPlaces(
+                new_blocks=table[own, new // block_size],
+                new_positions=new % block_size,
+                blocks=table[sequence, position // block_size],
+                positions=position % block_size,
+                starts=starts,
+            )
+        return self._places
 
     def _made(self) -> DeviceLengths:
         if self._lengths is None:
