@@ -119,6 +119,19 @@ def test_two_programs_serve_every_packing(name: str, attention: str, backend: st
     assert 1 <= counters["stats"]["unique_graphs"] <= 2
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_a_decoder_in_bfloat16_is_compiled_whole(name: str) -> None:
+    """Plain passes ask the processor how to multiply, which a compiler cannot."""
+    decoder = random_decoder(name, "auto").to(torch.bfloat16)
+    decoder.use_attention("auto")
+    compiled = torch.compile(decoder, fullgraph=True, backend="eager")
+    for grows in (True, False):
+        with torch.set_grad_enabled(grows):
+            batch = ForwardBatch.of(PACKINGS[0]).complete()
+            found, expected = compiled(batch).detach(), decoder(batch).detach()
+        torch.testing.assert_close(found, expected, atol=0.1, rtol=0.1)
+
+
 @torch.no_grad()
 def test_a_batch_made_without_gradients_has_to_be_complete() -> None:
     decoder = random_decoder("llama", "auto")
