@@ -125,8 +125,8 @@ def test_a_decoder_in_bfloat16_is_compiled_whole(name: str) -> None:
     decoder = random_decoder(name, "auto").to(torch.bfloat16)
     decoder.use_attention("auto")
     compiled = torch.compile(decoder, fullgraph=True, backend="eager")
-    for grows in (True, False):
-        with torch.set_grad_enabled(grows):
+    for trains in (True, False):
+        with torch.set_grad_enabled(trains):
             batch = ForwardBatch.of(PACKINGS[0]).complete()
             found, expected = compiled(batch).detach(), decoder(batch).detach()
         torch.testing.assert_close(found, expected, atol=0.1, rtol=0.1)
