@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -252,6 +252,8 @@ class Backend(Protocol):
 
     name: str
     summary: str
+    recorded_on: Literal["cpu", "cuda"] | None
+    """Where passes of a few tokens may be recorded: its calls find keys through numbers in buffers."""
 
     def why_not(self, spec: AttentionSpec, device: torch.device, dtype: torch.dtype) -> str | None:
         """Return why this backend cannot serve such layers, or None when it can."""

@@ -26,6 +26,7 @@ class Eager:
 
     name = "eager"
     summary = "plain matmul and softmax"
+    recorded_on = None
 
     def why_not(self, spec: AttentionSpec, device: torch.device, dtype: torch.dtype) -> str | None:
         """Return None: it serves everything."""

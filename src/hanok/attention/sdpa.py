@@ -36,6 +36,8 @@ CHUNK = 1024
 class Sdpa:
     """torch's fused attention; `kernel` forces one of its kernels."""
 
+    recorded_on = None
+
     def __init__(self, name: str, summary: str, kernel: SDPBackend | None = None) -> None:
         self.name = name
         self.summary = summary

@@ -24,6 +24,7 @@ class Varlen(PartialBackend):
 
     name = "varlen"
     summary = "torch's flash attention over packed sequences, one call for all of them"
+    recorded_on = None
 
     def __init__(self) -> None:
         # Looked for once: what compiles this code cannot look.

@@ -25,8 +25,6 @@ from hanok.models.decoder import Block, Decoder
 from hanok.models.layers import ExpertsLayer
 from hanok.models.linear import Linear
 
-BLOCK_TABLE_BACKEND = "triton"  # the one that finds keys through numbers on the device
-
 
 def why_not(decoder: Decoder, cache: KVCache) -> str | None:
     """Return why decoding cannot be recorded, or None when it can."""
@@ -42,7 +40,7 @@ def why_not_static(decoder: Decoder, cache: KVCache) -> str | None:
     if decoder.execution.layout is not None:
         return "several devices compute it"
     for block in decoder.layers:
-        if isinstance(block, Block) and block.self_attn.backend.name != BLOCK_TABLE_BACKEND:
+        if isinstance(block, Block) and block.self_attn.backend.recorded_on != "cuda":
             return f"attention {block.self_attn.backend.name} takes lengths from the CPU"
     if any(state.keys.dtype is not decoder.dtype for state in cache.states):
         return "the cache has another dtype than the activations"

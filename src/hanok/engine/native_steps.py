@@ -27,7 +27,6 @@ from hanok.attention.cache import KVCache
 from hanok.kernels.native import FLOATS, AttentionCall, Native, Recording, Step, native, recording
 from hanok.models.decoder import Block, Decoder
 
-KEYS_IN_PLACE_BACKEND = "native"  # the one whose calls hold the places of keys as numbers
 # torch's functions by name. What asks for no numbers of a tensor and makes none:
 QUERIES = frozenset(
     {"__get__", "__len__", "data_ptr", "dim", "is_contiguous", "numel", "size", "stride"}
@@ -52,7 +51,7 @@ def why_not(decoder: Decoder, cache: KVCache) -> str | None:
     if decoder.dtype not in FLOATS:
         return f"our kernels do not compute in {str(decoder.dtype).removeprefix('torch.')}"
     for block in decoder.layers:
-        if isinstance(block, Block) and block.self_attn.backend.name != KEYS_IN_PLACE_BACKEND:
+        if isinstance(block, Block) and block.self_attn.backend.recorded_on != "cpu":
             return f"attention {block.self_attn.backend.name} is not one of our kernels"
     return None
 
