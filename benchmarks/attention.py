@@ -40,6 +40,7 @@ class UsualCall:
 
     name = USUAL
     summary = "scaled_dot_product_attention(enable_gqa=True)"
+    recorded_on = None
 
     def why_not(self, spec: AttentionSpec, device: torch.device, dtype: torch.dtype) -> str | None:
         """Return None: it is given nothing that it cannot do."""
@@ -56,7 +57,7 @@ class UsualCall:
     ) -> Tensor:
         """Append the token and score all."""
         assert state is not None
-        past = batch.key_lengths[0] - 1
+        past = batch.host.key_lengths[0] - 1
         keys, values = state.extend((0,), past, k.transpose(0, 1), v.transpose(0, 1))
         output = scaled_dot_product_attention(
             q.transpose(0, 1)[None], keys[None], values[None], scale=spec.scale, enable_gqa=True

@@ -29,7 +29,10 @@ from hanok.attention.base import reference as attention_reference
 from hanok.attention.cache import LayerState
 from hanok.attention.triton import TritonAttention
 from hanok.engine.cuda_graph import DecodeGraphs
-from hanok.quant.base import QuantMethod, matmul, reference
+from hanok.kernels.fused import Fused
+from hanok.models.config import Rope
+from hanok.models.rotary import Rotary
+from hanok.quant.base import QuantMethod, reference
 from hanok.quant.fp8 import Fp8
 from hanok.quant.int4 import Int4
 from hanok.quant.int8 import Int8
@@ -60,8 +63,8 @@ class Heads:
     head_dim: int
     lengths: tuple[int, ...]
     """Keys of each sequence, the new one included."""
-    page_size: int | None = None
-    """None: one page that is as long as the longest sequence."""
+    block_size: int | None = None
+    """None: one block that is as long as the longest sequence."""
     window: int | None = None
     softcap: float | None = None
 
@@ -81,7 +84,7 @@ class Heads:
     def name(self) -> str:
         """Heads and what is special about them."""
         parts = [f"{self.num_heads}/{self.num_kv_heads} heads × {self.head_dim}"]
-        parts += [f"pages of {self.page_size}"] if self.page_size else []
+        parts += [f"blocks of {self.block_size}"] if self.block_size else []
         parts += [f"window {self.window}"] if self.window else []
         parts += [f"softcap {self.softcap:g}"] if self.softcap else []
         return ", ".join(parts)
@@ -127,7 +130,7 @@ class Grid:
         return (
             f"Products of {tokens} tokens with weights (out, in) {weights}{largest}, the first with "
             f"a bias; in float16 and float32 {few_tokens} tokens and {few_weights}. Attention, one "
-            f"new token of each sequence: {lengths}. Norms (rows, size): "
+            f"new token of each sequence: {lengths}. Norms, rotations and gates (rows, size): "
             f"{', '.join(map(str, self.norms))}. Decoders: {self.decoder} and the bundled model, "
             f"{self.steps} tokens."
         )
@@ -150,7 +153,9 @@ REAL = Grid(
             head_dim=128,
             lengths=(1, 2, 63, 64, 65, 128, 255, 256, 257, 300, 511, 512, 513, 1000, 2048, 4096),
         ),
-        Heads(num_heads=32, num_kv_heads=8, head_dim=128, lengths=(5, 330, 16, 2000), page_size=16),
+        Heads(
+            num_heads=32, num_kv_heads=8, head_dim=128, lengths=(5, 330, 16, 2000), block_size=16
+        ),
         Heads(num_heads=32, num_kv_heads=8, head_dim=128, lengths=(1, 700, 4000), window=3000),
         Heads(num_heads=14, num_kv_heads=2, head_dim=64, lengths=(257, 1, 900)),
         Heads(num_heads=32, num_kv_heads=32, head_dim=96, lengths=(100, 520)),
@@ -170,7 +175,7 @@ DRY = Grid(
     few_tokens=(1, 3, 19, 257),
     heads=(
         Heads(num_heads=4, num_kv_heads=2, head_dim=16, lengths=(1, 65, 257)),
-        Heads(num_heads=4, num_kv_heads=2, head_dim=16, lengths=(5, 40), page_size=16),
+        Heads(num_heads=4, num_kv_heads=2, head_dim=16, lengths=(5, 40), block_size=16),
         Heads(num_heads=7, num_kv_heads=1, head_dim=24, lengths=(30,), window=5, softcap=1.5),
     ),
     norms=((5, 96),),
@@ -248,7 +253,7 @@ def _share(case: Case, error: float) -> float:
 def rows(grid: Grid) -> dict[str, tuple[Case, ...]]:
     """Return the cases of every row, what others rest on first."""
     found: dict[str, list[Case]] = {}
-    for make in (decoder_cases, attention_cases, norm_cases, product_cases):
+    for make in (decoder_cases, attention_cases, elementwise_cases, product_cases):
         for case in make(grid):
             found.setdefault(case.row, []).append(case)
     return {row: tuple(cases) for row, cases in found.items()}
@@ -322,19 +327,21 @@ def attention_cases(grid: Grid) -> Iterator[Case]:
             )
 
 
-def norm_cases(grid: Grid) -> Iterator[Case]:
-    """Yield norms without and with a residual."""
-    for has_residual in (False, True):
+def elementwise_cases(grid: Grid) -> Iterator[Case]:
+    """Yield norms, rotations and gates."""
+    for name, check in (
+        ("RMSNorm", norm_error),
+        ("rotation", rotation_error),
+        ("gate", gate_error),
+    ):
         for dtype, tolerance in TOLERANCES.items():
             for count, size in grid.norms:
                 yield Case(
-                    row="RMSNorm, residual added" if has_residual else "RMSNorm",
+                    row=name,
                     shape=f"{count} × {size}",
                     dtype=dtype,
                     tolerance=tolerance,
-                    error=partial(
-                        norm_error, shape=(count, size), dtype=dtype, has_residual=has_residual
-                    ),
+                    error=partial(check, shape=(count, size), dtype=dtype),
                 )
 
 
@@ -376,7 +383,7 @@ def product_error(
     stored = quantized(method, shape, generator)
     x = normal((tokens, shape[1]), dtype, generator)
     bias = normal((shape[0],), dtype, generator) if has_bias else None
-    return largest_error(matmul(x, stored, bias), oracle(x, stored.record(), bias))
+    return largest_error(stored.matmul(x, bias), oracle(x, stored.record(), bias))
 
 
 def rows_error(
@@ -409,8 +416,8 @@ def append_error(device: torch.device, *, heads: Heads, dtype: torch.dtype) -> f
     call = AttentionCall(heads, dtype, device)
     state, expected = call.new_state(), call.new_state()
     call.attend(state)
-    for pages, (_, k, v) in zip(call.pages, call.parts, strict=True):
-        expected.extend(pages, 0, k.transpose(0, 1), v.transpose(0, 1))
+    for blocks, (_, k, v) in zip(call.blocks, call.parts, strict=True):
+        expected.extend(blocks, 0, k.transpose(0, 1), v.transpose(0, 1))
     return float(
         sum(
             int(((found != right) & ~(found.isnan() & right.isnan())).sum())
@@ -430,21 +437,23 @@ class AttentionCall:
             [normal((length, count, heads.head_dim), dtype, generator) for count in counts]
             for length in heads.lengths
         ]
-        self._page_size = heads.page_size or max(heads.lengths)
-        needed = [-(-length // self._page_size) for length in heads.lengths]
-        # Pages in no order, and one more that nobody may write to.
-        self._num_pages = sum(needed) + 1
-        order = torch.randperm(self._num_pages, generator=torch.Generator().manual_seed(0)).tolist()
-        self.pages = [tuple(order.pop() for _ in range(count)) for count in needed]
+        self._block_size = heads.block_size or max(heads.lengths)
+        needed = [-(-length // self._block_size) for length in heads.lengths]
+        # Blocks in no order, and one more that nobody may write to.
+        self._num_blocks = sum(needed) + 1
+        order = torch.randperm(
+            self._num_blocks, generator=torch.Generator().manual_seed(0)
+        ).tolist()
+        self.blocks = [tuple(order.pop() for _ in range(count)) for count in needed]
 
     def new_state(self) -> LayerState:
         """Return a cache of all but the last keys and values, NaN where there is nothing."""
         heads, (q, _, _) = self._heads, self.parts[0]
-        shape = (self._num_pages, heads.num_kv_heads, self._page_size, heads.head_dim)
+        shape = (self._num_blocks, heads.num_kv_heads, self._block_size, heads.head_dim)
         nothing = float("nan")
         state = LayerState(q.new_full(shape, nothing), q.new_full(shape, nothing))
-        for pages, (_, k, v) in zip(self.pages, self.parts, strict=True):
-            state.extend(pages, 0, k[:-1].transpose(0, 1), v[:-1].transpose(0, 1))
+        for blocks, (_, k, v) in zip(self.blocks, self.parts, strict=True):
+            state.extend(blocks, 0, k[:-1].transpose(0, 1), v[:-1].transpose(0, 1))
         return state
 
     def attend(self, state: LayerState) -> Tensor:
@@ -454,28 +463,45 @@ class AttentionCall:
         batch = ForwardBatch.of(
             [[0]] * len(lengths),
             past=[length - 1 for length in lengths],
-            pages=self.pages,
+            blocks=self.blocks,
             device=q.device,
         )
         return TritonAttention().attend(q, k, v, self._heads.spec, batch, state)
 
 
-def norm_error(
-    device: torch.device, *, shape: tuple[int, int], dtype: torch.dtype, has_residual: bool
-) -> float:
-    """Return the largest error of a norm, and of the sum that is normed."""
-    from hanok.kernels.triton_norm import add_rms_norm, rms_norm
-
+def norm_error(device: torch.device, *, shape: tuple[int, int], dtype: torch.dtype) -> float:
+    """Return the largest error of a norm."""
     generator = torch.Generator(device).manual_seed(0)
-    x, residual = (normal(shape, dtype, generator) for _ in range(2))
-    weight = normal((shape[1],), dtype, generator)
-    if not has_residual:
-        return largest_error(rms_norm(x, weight, 1e-5), norm_formula(x, weight, 1e-5))
-    answer, added = add_rms_norm(x, residual, weight, 1e-5)
-    return max(
-        largest_error(added, x.double() + residual.double()),
-        largest_error(answer, norm_formula(added, weight, 1e-5)),
-    )
+    x, weight = normal(shape, dtype, generator), normal((shape[1],), dtype, generator)
+    answer = fused().rms_norm(x, weight, 1e-5, unit_offset=False)
+    return largest_error(answer, norm_formula(x, weight, 1e-5))
+
+
+def rotation_error(device: torch.device, *, shape: tuple[int, int], dtype: torch.dtype) -> float:
+    """Return the largest error of rotated heads, of which three quarters of the components are."""
+    generator = torch.Generator(device).manual_seed(0)
+    head_dim = 8
+    heads = normal((shape[0], shape[1] // head_dim + 1, head_dim), dtype, generator)[:, :-1]
+    angles = normal((shape[0], 3), torch.float32, generator).repeat(1, 2)
+    cos_sin = torch.stack([angles.cos(), angles.sin()])[:, :, None].to(dtype)
+    answer = fused().rotate(heads, cos_sin, is_interleaved=False)
+    expected = Rotary(Rope(theta=1.0, rotary_dim=6)).rotate(heads.double(), cos_sin.double())
+    return largest_error(answer.flatten(1), expected.flatten(1))
+
+
+def gate_error(device: torch.device, *, shape: tuple[int, int], dtype: torch.dtype) -> float:
+    """Return the largest error of a gate."""
+    generator = torch.Generator(device).manual_seed(0)
+    gate_up = normal((shape[0], 2 * shape[1]), dtype, generator)
+    gate, up = gate_up.double().chunk(2, dim=-1)
+    return largest_error(fused().gate(gate_up, "silu"), torch.nn.functional.silu(gate) * up)
+
+
+def fused() -> Fused:
+    """Return our GPU kernels, in the interpreter too."""
+    from hanok.kernels.triton_elementwise import FUSED
+
+    return FUSED
 
 
 def norm_formula(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -22,8 +22,8 @@ from hanok.engine.passes import Passes
 from hanok.memory.quantize import set_weight
 from hanok.models.decoder import Decoder
 from hanok.models.family import read_config
+from hanok.models.linear import Linear
 from hanok.quant.base import choose_layout
-from hanok.quant.linear import QuantizedLinear
 from hanok.quant.recipe import Recipe, read_recipe
 
 LLAMA_8B = Shape(
@@ -186,7 +186,7 @@ def bytes_per_step(decoder: Decoder) -> int:
     """Return the bytes of the weights that every step reads: all but an untied embedding."""
     total = sum(item.nbytes for item in decoder.parameters())
     for module in decoder.modules():
-        if isinstance(module, QuantizedLinear):
+        if isinstance(module, Linear) and module.stored is not None:
             total += module.stored.nbytes
     embedding = decoder.embed_tokens.get_parameter("weight")
     return total - (0 if decoder.config.tie_embeddings else embedding.nbytes)

@@ -16,7 +16,11 @@ import gpu_interpreter
 PRELOADED = (  # none of them may touch a GPU while it is imported
     *("torch", "hanok.engine.model", "hanok.engine.passes", "hanok.attention.triton"),
     *("hanok.quant.kernels.triton", "hanok.quant.recipe", "hanok.memory.quantize"),
-    *("hanok.kernels.triton_attention", "hanok.kernels.triton_linear", "hanok.kernels.triton_norm"),
+    *(
+        "hanok.kernels.triton_attention",
+        "hanok.kernels.triton_linear",
+        "hanok.kernels.triton_elementwise",
+    ),
 )
 ENDING_S = 10.0
 

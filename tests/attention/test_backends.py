@@ -190,6 +190,36 @@ def test_a_backend_without_a_cache_is_the_reference(
 
 @pytest.mark.parametrize("name", FITTING)
 @grid
+@given(spec=specs(), lengths=st.lists(st.sampled_from([1, 3, 7, 13]), min_size=1, max_size=6))
+def test_a_document_in_a_pack_is_trained_as_alone(
+    name: str, spec: AttentionSpec, lengths: list[int]
+) -> None:
+    """Its outputs and gradients, whatever lies beside it: of other lengths, of the same, between."""
+    spec = served(name, spec)
+    parts = [draw_heads(spec, n, seed, torch.float32) for seed, n in enumerate(lengths)]
+    packed = [torch.cat([part[i] for part in parts]).requires_grad_() for i in range(3)]
+    upstream = draw_heads(spec, sum(lengths), 99, torch.float32)[0]
+    answer = backends()[name].attend(*packed, spec, batch_of(lengths), None)
+    answer.backward(upstream)
+    start = 0
+    for part, length in zip(parts, lengths, strict=True):
+        here = slice(start, start + length)
+        alone = [item.double().requires_grad_() for item in part]
+        q, k, v = alone
+        expected = reference(q, k.transpose(0, 1), v.transpose(0, 1), spec, torch.float64)
+        expected.backward(upstream[here].double())
+        torch.testing.assert_close(answer[here].double(), expected, atol=FLOAT32_TOLERANCE, rtol=0)
+        for whole, mine in zip(packed, alone, strict=True):
+            assert whole.grad is not None
+            assert mine.grad is not None
+            torch.testing.assert_close(
+                whole.grad[here].double(), mine.grad, atol=4 * FLOAT32_TOLERANCE, rtol=0
+            )
+        start += length
+
+
+@pytest.mark.parametrize("name", FITTING)
+@grid
 @given(spec=specs(), shape=sequences)
 def test_a_backend_in_bfloat16_is_close_and_answers_in_bfloat16(
     name: str, spec: AttentionSpec, shape: list[tuple[int, int]]
@@ -209,6 +239,28 @@ def test_a_window_as_long_as_the_sequence_hides_nothing_and_a_shorter_one_does(
     limited = replace(PLAIN, window=4)
     windowed = backends()[name].attend(*heads, limited, batch_of([num_tokens]), None)
     assert torch.allclose(full, windowed, atol=FLOAT32_TOLERANCE) is (num_tokens <= 4)
+
+
+def test_one_token_attends_whatever_the_order_of_bytes_that_torch_returns(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def strided(*args: Tensor, **kwargs: float) -> Tensor:  # as a kernel for GPUs does
+        output = torch.nn.functional.scaled_dot_product_attention(*args, **kwargs)  # type: ignore[arg-type]  # only scale
+        return output.transpose(1, 2).contiguous().transpose(1, 2)
+
+    q, k, v = (torch.randn(1, heads, 16) for heads in (4, 2, 2))
+    backend, batch = backends()["sdpa"], ForwardBatch.of([[0]], past=[0])
+    cache = KVCache(
+        [StateSpec(num_kv_heads=2, head_dim=16)],
+        num_sequences=1,
+        capacity=4,
+        dtype=torch.float32,
+        devices=[CPU],
+    )
+    expected = backend.attend(q, k, v, PLAIN, batch, cache.states[0])
+    monkeypatch.setattr(sdpa, "scaled_dot_product_attention", strided)
+    found = backend.attend(q, k, v, PLAIN, batch, cache.states[0])
+    torch.testing.assert_close(found, expected, atol=0, rtol=0)
 
 
 @pytest.mark.parametrize("name", FITTING)
@@ -285,6 +337,10 @@ def test_where_the_chosen_backend_does_not_fit_the_error_has_every_reason() -> N
         ("sdpa_flash", PLAIN, "cuda", torch.float32, "float16 or bfloat16 on a GPU"),
         ("sdpa_flash", replace(PLAIN, window=7), "cuda", torch.bfloat16, "window of 7"),
         ("sdpa_math", replace(PLAIN, softcap=2.5), "cpu", torch.float32, "softcap 2.5"),
+        ("varlen", PLAIN, "cpu", torch.bfloat16, "needs a CUDA device (found: cpu)"),
+        ("varlen", PLAIN, "cuda", torch.float32, "needs float16 or bfloat16 (found: float32)"),
+        ("varlen", replace(PLAIN, softcap=2.5), "cuda", torch.bfloat16, "softcap 2.5"),
+        ("varlen", replace(PLAIN, head_dim=20), "cuda", torch.bfloat16, "multiples of 8 up to 256"),
     ],
 )
 def test_a_backend_says_why_it_does_not_fit(

@@ -279,7 +279,7 @@ def test_what_would_be_read_out_of_bounds_is_refused(backend: NativeAttention) -
         backend.attend(q, k, v.bfloat16(), PLAIN, batch, state)
     with pytest.raises(ValueError, match="there is no cache"):
         backend.attend(q, k, v, PLAIN, batch, None)
-    with pytest.raises(ValueError, match=r"9 keys in pages .* of 2 x 7"):
+    with pytest.raises(ValueError, match=r"9 keys in blocks .* of 2 x 7"):
         backend.attend(q, k, v, PLAIN, ForwardBatch.of([[0, 0]], past=[7]), state)
     with pytest.raises(ValueError, match="of 2 x 7"):
         backend.attend(q, k, v, PLAIN, ForwardBatch.of([[0, 0]], past=[3], slots=[2]), state)

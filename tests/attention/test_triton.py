@@ -93,32 +93,32 @@ def test_single_tokens_are_attended_as_by_the_reference(
     torch.testing.assert_close(answer.float(), expected, atol=TOLERANCE[dtype], rtol=0)
 
 
-def test_keys_are_found_through_pages(kernel_device: torch.device) -> None:
-    """Pages of 16 keys in no order; the last page of a sequence is not full."""
+def test_keys_are_found_through_the_block_table(kernel_device: torch.device) -> None:
+    """Blocks of 16 keys in no order; the last block of a sequence is not full."""
     from hanok.kernels.triton_attention import append, attend
 
     spec = AttentionSpec(num_heads=6, num_kv_heads=2, head_dim=8, scale=0.3, window=300)
     generator = torch.Generator().manual_seed(4)
-    counts, page_size, num_pages = [5, 330, 16], 16, 40
-    shape = (num_pages, 2, page_size, 8)
+    counts, block_size, num_blocks = [5, 330, 16], 16, 40
+    shape = (num_blocks, 2, block_size, 8)
     keys, values = (torch.full(shape, float("nan")) for _ in range(2))
-    order = torch.randperm(num_pages, generator=generator).tolist()
-    pages = torch.full((3, 21), -1, dtype=torch.int32)
+    order = torch.randperm(num_blocks, generator=generator).tolist()
+    table = torch.full((3, 21), -1, dtype=torch.int32)
     parts = [heads_of(spec, count, seed, torch.float32) for seed, count in enumerate(counts)]
     for row, (count, (_, k, v)) in enumerate(zip(counts, parts, strict=True)):
-        for index in range(-(-count // page_size)):
-            page = order.pop()
-            pages[row, index] = page
-            here = slice(index * page_size, min(count - 1, (index + 1) * page_size))
+        for index in range(-(-count // block_size)):
+            block = order.pop()
+            table[row, index] = block
+            here = slice(index * block_size, min(count - 1, (index + 1) * block_size))
             size = max(0, here.stop - here.start)
-            keys[page, :, :size] = k[here].transpose(0, 1)
-            values[page, :, :size] = v[here].transpose(0, 1)
+            keys[block, :, :size] = k[here].transpose(0, 1)
+            values[block, :, :size] = v[here].transpose(0, 1)
     q, k, v = (torch.stack([part[i][-1] for part in parts]).to(kernel_device) for i in range(3))
-    keys, values, pages = keys.to(kernel_device), values.to(kernel_device), pages.to(kernel_device)
+    keys, values, table = keys.to(kernel_device), values.to(kernel_device), table.to(kernel_device)
     lengths_there = torch.tensor(counts, dtype=torch.int64, device=kernel_device)
-    append(k, v, keys, values, lengths_there, pages)
+    append(k, v, keys, values, lengths_there, table)
     answer = attend(
-        q, keys, values, lengths_there, pages, scale=spec.scale, window=300, softcap=None
+        q, keys, values, lengths_there, table, scale=spec.scale, window=300, softcap=None
     )
     expected = [reference(q[-1:], k.transpose(0, 1), v.transpose(0, 1), spec) for q, k, v in parts]
     torch.testing.assert_close(answer.cpu(), torch.cat(expected), atol=1e-5, rtol=0)
@@ -147,7 +147,7 @@ def test_many_tokens_go_to_the_next_backend(is_cached: bool) -> None:
     batch = ForwardBatch.of([[0, 0, 0, 0], [0]])
     shape = (2, PLAIN.num_kv_heads, 8, PLAIN.head_dim)
     state = LayerState(torch.empty(shape), torch.empty(shape)) if is_cached else None
-    answer = TritonAttention().attend(q, k, v, PLAIN, batch, state)
+    answer = backends()["triton"].attend(q, k, v, PLAIN, batch, state)
     parts = (slice(0, 4), slice(4, 5))
     expected = [
         reference(q[part], k[part].transpose(0, 1), v[part].transpose(0, 1), PLAIN)
@@ -160,7 +160,7 @@ def test_gradients_go_through_the_next_backend() -> None:
     q, k, v = (part.requires_grad_() for part in heads_of(PLAIN, 1, 0, torch.float32))
     shape = (1, PLAIN.num_kv_heads, 8, PLAIN.head_dim)
     state = LayerState(torch.zeros(shape), torch.zeros(shape))
-    answer = TritonAttention().attend(q, k, v, PLAIN, ForwardBatch.of([[0]]), state)
+    answer = backends()["triton"].attend(q, k, v, PLAIN, ForwardBatch.of([[0]]), state)
     assert answer.requires_grad
 
 

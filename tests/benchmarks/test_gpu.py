@@ -203,15 +203,17 @@ def test_keys_in_the_wrong_place_are_counted(
 ) -> None:
     from hanok.kernels import triton_attention
 
-    heads = gpu.checks.Heads(num_heads=2, num_kv_heads=1, head_dim=16, lengths=(5, 20), page_size=8)
+    heads = gpu.checks.Heads(
+        num_heads=2, num_kv_heads=1, head_dim=16, lengths=(5, 20), block_size=8
+    )
     how = {"heads": heads, "dtype": torch.float32}
     assert gpu.checks.append_error(kernel_device, **how) == 0
     append = triton_attention.append
 
     def misplaced(
-        k: Tensor, v: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, pages: Tensor
+        k: Tensor, v: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, block_table: Tensor
     ) -> None:
-        append(k, v, keys, values, lengths - 1, pages)
+        append(k, v, keys, values, lengths - 1, block_table)
 
     monkeypatch.setattr(triton_attention, "append", misplaced)
     # Of two sequences the old key and value that are overwritten, the new ones that are missing.

@@ -13,11 +13,13 @@ from torch import Tensor
 import hanok
 from hanok.attention.base import ForwardBatch
 from hanok.attention.cache import KVCache
+from hanok.attention.triton import TritonAttention
 from hanok.engine import cuda_graph
 from hanok.engine.cuda_graph import DecodeGraphs, DecodeStep, why_not, why_not_static
 from hanok.engine.model import Model
 from hanok.errors import RequestError
 from hanok.models.decoder import Decoder
+from hanok.models.family import read_config
 
 TOLERANCE = 1e-3
 PROMPTS = ([5, 9, 200, 31], [7], [11, 12, 13, 14, 15, 16, 17, 18, 19])
@@ -35,8 +37,6 @@ def plain() -> Model:
 @pytest.fixture(scope="module")
 def static(kernel_device: torch.device) -> Iterator[Model]:
     """The same model with Triton's attention, which nobody chooses on a CPU but this test."""
-    from hanok.attention.triton import TritonAttention
-
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TritonAttention, "why_not", lambda *_: None)
         device = {"": 0 if kernel_device.type == "cuda" else "cpu"}
@@ -96,9 +96,83 @@ def test_what_fills_a_step_up_changes_nothing(static: Model) -> None:
     for size in (1, 4):
         cache = prefilled(static.decoder, PROMPTS)
         step = DecodeStep(static.decoder, cache, size)
-        step.write([PROMPTS[0][-1]], [len(PROMPTS[0]) - 1], [0])
+        step.write(ForwardBatch.of([PROMPTS[0][-1:]], past=[len(PROMPTS[0]) - 1]))
         answers.append(step.run()[0])
     assert float((answers[0] - answers[1]).abs().max()) < TOLERANCE
+
+
+@torch.inference_mode()
+def test_one_step_serves_sequences_in_blocks_of_any_lengths(plain: Model, static: Model) -> None:
+    """Blocks in no order, one to three of a sequence; new ones begin on the way; one sequence ends."""
+    cache = static.decoder.new_cache(12, 64)
+    graphs = DecodeGraphs(static.decoder, cache, blocks_per_sequence=4)
+    texts = [list(range(3, 3 + length)) for length in (130, 62, 1)]
+    blocks = [(7, 2, 11), (0, 9), (4,)]
+    for text, mine in zip(texts, blocks, strict=True):
+        batch = ForwardBatch.of([text], blocks=[mine], device=static.decoder.device)
+        static.decoder.hidden_states(batch, cache)
+    for index in range(6):
+        if index == 4:
+            del texts[1], blocks[1]
+        for text in texts:
+            text.append(20 + index)
+        batch = ForwardBatch.of(
+            [text[-1:] for text in texts],
+            past=[len(text) - 1 for text in texts],
+            blocks=[m[: -(-len(text) // 64)] for m, text in zip(blocks, texts, strict=True)],
+        )
+        answer = graphs.logits_of(batch)
+        whole = ForwardBatch.of(texts, device=plain.decoder.device)
+        hidden = plain.decoder(whole)[whole.last_tokens()]
+        assert float((answer - plain.decoder.logits(hidden)).abs().max()) < TOLERANCE
+    assert set(graphs._steps) == {4, 2}
+
+
+@torch.inference_mode()
+def test_a_pass_with_adapters_reads_no_buffer(static: Model) -> None:
+    cache = prefilled(static.decoder, PROMPTS)
+    graphs = DecodeGraphs(static.decoder, cache)
+    seen: list[Tensor | None] = []
+    product = static.decoder.layers[0].mlp.down_proj
+    handle = product.register_forward_pre_hook(lambda _, args: seen.append(args[1].adapters))
+    for adapters in ([2, -1], [-1, -1]):
+        graphs.logits_of(ForwardBatch.of([[5], [7]], past=[3, 0], adapters=adapters))
+    handle.remove()
+    assert [None if item is None else item.tolist() for item in seen] == [[2, -1], None]
+
+
+@torch.inference_mode()
+def test_angles_that_depend_on_the_length_are_written_into_place(
+    kernel_device: torch.device,
+) -> None:
+    """Past 8 tokens they change with every token, and each sequence has its own."""
+    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    rest = {"intermediate_size": 48, "vocab_size": 60, "max_position_embeddings": 8}
+    config = {"model_type": "llama", "rope_parameters": rope, **sizes, **rest}
+    decoder = Decoder(read_config(config, "dynamic")[1])
+    decoder.initialise(0.2, torch.Generator().manual_seed(7))
+    decoder.to(kernel_device).requires_grad_(False)
+    texts = [[5, 6, 7], list(range(9, 20))]
+    for index in range(2):
+        # What was computed for other angles is computed again, as generation does.
+        lengths = [len(text) for text in texts]
+        cache = decoder.new_cache(2, CAPACITY)
+        decoder.use_attention("sdpa")
+        head = [text[:-1] for text in texts]
+        decoder(ForwardBatch.of(head, sequence_lengths=lengths, device=kernel_device), cache)
+        whole = ForwardBatch.of(texts, device=kernel_device)
+        expected = decoder.logits(decoder(whole)[whole.last_tokens()])
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(TritonAttention, "why_not", lambda *_: None)
+            decoder.use_attention("triton")
+            if index == 0:
+                assert why_not_static(decoder, cache) is None
+            graphs = DecodeGraphs(decoder, cache)
+            answer = graphs.logits([text[-1] for text in texts], [0, 1])
+            for text in texts:
+                text.append(30)
+        assert float((answer - expected).abs().max()) < TOLERANCE
 
 
 @torch.inference_mode()

@@ -21,6 +21,7 @@ from hanok.kernels.native import native
 from hanok.kernels.native import why_not as why_no_kernels
 from hanok.models.decoder import Decoder, Execution
 from hanok.models.family import read_config
+from hanok.models.linear import Linear
 
 pytestmark = pytest.mark.skipif(native() is None, reason=f"the kernels are {why_no_kernels()}")
 SIZES = {
@@ -105,7 +106,7 @@ def test_recorded_passes_are_plain_passes(name: str, dtype: torch.dtype) -> None
     assert why_not(decoder, cache) is None
     steps = NativeSteps(decoder, cache)
     compare(decoder, steps, expected)
-    assert steps.recorded_kinds == [(1, 1, 1), (1, 1)]
+    assert steps.recorded_tokens == [3, 2]
     assert steps.obstacles == {}
     assert cache.lengths == expected.lengths
 
@@ -133,7 +134,7 @@ def test_generation_is_recorded_and_gives_the_same_tokens(
     plain = model.generate(prompts, **options)
     assert [item.token_ids for item in recorded] == [item.token_ids for item in plain]
     assert [item.logprobs for item in recorded] == [item.logprobs for item in plain]
-    assert made[0].recorded_kinds == [(1, 1, 1)]
+    assert made[0].recorded_tokens == [3]
 
 
 def test_a_model_may_be_told_to_record_nothing() -> None:
@@ -152,9 +153,9 @@ def test_what_would_be_missing_is_computed_plainly(name: str, function: str) -> 
     decoder = random_decoder(name)
     steps = NativeSteps(decoder, cache := prefilled(decoder))
     compare(decoder, steps, prefilled(decoder), rounds=3)
-    assert steps.recorded_kinds == []
-    assert list(steps.obstacles) == [(1, 1, 1), (1, 1)]
-    assert steps.obstacles[1, 1, 1] == function
+    assert steps.recorded_tokens == []
+    assert list(steps.obstacles) == [3, 2]
+    assert steps.obstacles[3] == function
     assert cache.lengths[1] == 3
 
 
@@ -164,7 +165,7 @@ def test_angles_that_depend_on_the_length_are_written_into_place() -> None:
     decoder = random_decoder("dynamic")
     steps = NativeSteps(decoder, prefilled(decoder))
     compare(decoder, steps, prefilled(decoder), rounds=3)
-    assert steps.recorded_kinds == [(1, 1, 1), (1, 1)]
+    assert steps.recorded_tokens == [3, 2]
 
 
 @torch.inference_mode()
@@ -179,37 +180,57 @@ def test_weights_that_moved_are_found() -> None:
         parameter.data = parameter.data.clone()
     for weight in old:
         weight.fill_(float("nan"))
-    kinds = []
+    recorded = []
     for token in range(3):
         found = steps.logits([[token], [token]], [0, 2])
         assert torch.equal(found, plain_logits(decoder, expected, [token, token], [0, 2]))
-        kinds.append(steps.recorded_kinds)
-    assert kinds == [[], [(1, 1)], [(1, 1)]]
+        recorded.append(steps.recorded_tokens)
+    assert recorded == [[], [2], [2]]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @torch.inference_mode()
 def test_passes_over_several_tokens_are_those_over_one_after_another(dtype: torch.dtype) -> None:
-    """Bit for bit, recorded or not, whichever number of tokens each sequence has."""
+    """Bit for bit, recorded or not: one recording serves however many tokens which sequences have."""
     decoder = random_decoder("qwen3", dtype)
     cache, expected = prefilled(decoder), prefilled(decoder)
     steps = NativeSteps(decoder, cache)
     random = torch.Generator().manual_seed(4)
-    for counts in ((4, 1, 2), (1, 3, 1), (4, 1, 2), (1, 3, 1), (4, 1, 2), (1, 3, 1)):
-        tokens = [torch.randint(60, (n,), generator=random).tolist() for n in counts]
-        found = steps.logits(tokens, [0, 1, 2])
+    passes = ({0: 4, 1: 1, 2: 2}, {0: 1, 1: 3, 2: 1}) * 2
+    for counts in (*passes, {1: 7}, {2: 1, 0: 4}, {0: 1, 2: 2, 1: 4}, {1: 5}):
+        tokens = [torch.randint(60, (n,), generator=random).tolist() for n in counts.values()]
+        found = steps.logits(tokens, list(counts))
         one_by_one = torch.cat(
             [
                 plain_logits(decoder, expected, [token], [slot])
-                for slot, new in enumerate(tokens)
+                for slot, new in zip(counts, tokens, strict=True)
                 for token in new
             ]
         )
         assert torch.equal(found, one_by_one)
-        for slot in range(3):  # as where all but the first were drafted wrong
+        for slot, count in counts.items():  # as where all but the first were drafted wrong
             for each in (cache, expected):
-                each.truncate(slot, each.lengths[slot] - counts[slot] + 1)
-    assert steps.recorded_kinds == [(4, 1, 2), (1, 3, 1)]
+                each.truncate(slot, each.lengths[slot] - count + 1)
+    assert steps.recorded_tokens == [7, 5]
+
+
+@torch.inference_mode()
+def test_a_pass_with_adapters_is_computed_plainly() -> None:
+    """A recording has the products of a pass without any."""
+    decoder = random_decoder("llama")
+    cache = decoder.new_cache(1, 40)
+    steps = NativeSteps(decoder, cache)
+    for _ in range(3):
+        steps.logits([[5]], [0])
+    assert steps.recorded_tokens == [1]
+    seen: list[Tensor | None] = []
+    product = decoder.layers[0].mlp.down_proj
+    assert isinstance(product, Linear)
+    product.register_forward_pre_hook(lambda _, args: seen.append(args[1].adapters))
+    batch = ForwardBatch.of([[6]], past=[2], adapters=[1])
+    steps.hidden_states(batch)
+    steps.hidden_states(ForwardBatch.of([[6]], past=[2], adapters=[-1]))
+    assert [item.tolist() for item in seen if item is not None] == [[1]]
 
 
 @torch.inference_mode()
@@ -219,17 +240,17 @@ def test_what_was_not_used_for_longest_is_dropped(monkeypatch: pytest.MonkeyPatc
     cache = decoder.new_cache(1, 40)
     steps = NativeSteps(decoder, cache)
 
-    def make(*counts: int) -> list[tuple[int, ...]]:
+    def make(*counts: int) -> list[int]:
         for count in counts:
             steps.logits([[5] * count], [0])
             cache.truncate(0, 0)
-        return steps.recorded_kinds
+        return steps.recorded_tokens
 
-    assert make(3, 3, 4, 4, 3) == [(4,), (3,)]
-    assert make(2, 2) == [(3,), (2,)]
-    assert make(9, 9, 9) == [(3,), (2,)]
-    assert make(4) == [(3,), (2,)]
-    assert make(4) == [(2,), (4,)]
+    assert make(3, 3, 4, 4, 3) == [4, 3]
+    assert make(2, 2) == [3, 2]
+    assert make(9, 9, 9) == [3, 2]
+    assert make(4) == [3, 2]
+    assert make(4) == [2, 4]
 
 
 @torch.inference_mode()

@@ -15,7 +15,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from hanok.kernels import triton_attention, triton_linear, triton_norm
+from hanok.kernels import triton_attention, triton_elementwise, triton_linear
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 FLOATS = {"scale", "offset", "softcap", "eps"}
@@ -129,31 +129,39 @@ def products(capability: int) -> None:
 
 
 def attention(capability: int) -> None:
-    for dtype, dim, block in ((BFLOAT16, 128, 64), (FLOAT16, 256, 32), (FLOAT32, 128, 32)):
+    for dtype, dim, tile in ((BFLOAT16, 128, 64), (FLOAT16, 256, 32), (FLOAT32, 128, 32)):
         kernel = triton_attention._part
         pointers = dict.fromkeys(("q", "keys", "values"), dtype)
         pointers |= dict.fromkeys(("sums", "largest", "weights"), FLOAT32)
-        pointers |= dict.fromkeys(("key_lengths", "pages"), INT64)
+        pointers |= dict.fromkeys(("key_lengths", "block_table"), INT64)
         constants = {"GROUP": 4, "HEAD_DIM": dim, "HAS_SOFTCAP": True, "SPLIT": 256}
-        constants |= {"PRECISION": "ieee" if dtype == FLOAT32 else "tf32", "BLOCK": block}
-        constants |= {"BLOCK_GROUP": 16, "BLOCK_DIM": dim}
+        constants |= {"PRECISION": "ieee" if dtype == FLOAT32 else "tf32", "TILE": tile}
+        constants |= {"TILE_GROUP": 16, "TILE_DIM": dim}
         report(kernel, pointers, constants, capability=capability, stages=2)
     kernel = triton_attention._merge
     pointers = dict.fromkeys(("sums", "largest", "weights"), FLOAT32)
     pointers |= {"key_lengths": INT64, "output": BFLOAT16}
-    constants = {"HEAD_DIM": 128, "SPLIT": 256, "BLOCK_DIM": 128}
+    constants = {"HEAD_DIM": 128, "SPLIT": 256, "TILE_DIM": 128}
     report(kernel, pointers, constants, capability=capability, warps=2)
     kernel = triton_attention._append
     pointers = dict.fromkeys(("k", "v", "keys", "values"), BFLOAT16)
-    pointers |= dict.fromkeys(("key_lengths", "pages"), INT64)
-    constants = {"HEAD_DIM": 96, "BLOCK_DIM": 128}
+    pointers |= dict.fromkeys(("key_lengths", "block_table"), INT64)
+    constants = {"HEAD_DIM": 96, "TILE_DIM": 128}
     report(kernel, pointers, constants, capability=capability, warps=1)
 
 
-def norm(capability: int) -> None:
-    pointers = dict.fromkeys(("x", "residual", "weight", "added", "output"), BFLOAT16)
-    constants = {"HAS_RESIDUAL": True, "UNIT_OFFSET": True, "BLOCK": 8192}
-    report(triton_norm._rms_norm, pointers, constants, capability=capability, warps=16)
+def elementwise(capability: int) -> None:
+    pointers = dict.fromkeys(("x", "weight", "output"), BFLOAT16)
+    constants: dict[str, Any] = {"UNIT_OFFSET": True, "BLOCK": 8192}
+    kernel = triton_elementwise._rms_norm
+    report(kernel, pointers, constants, capability=capability, warps=16)
+    pointers = dict.fromkeys(("heads", "cos", "sin", "output"), BFLOAT16)
+    constants = {"ROTARY_DIM": 64, "HEAD_DIM": 96, "IS_INTERLEAVED": True}
+    constants |= {"BLOCK_HEADS": 8, "BLOCK_DIM": 128}
+    report(triton_elementwise._rotate, pointers, constants, capability=capability)
+    pointers = dict.fromkeys(("gate_up", "output"), BFLOAT16)
+    constants = {"IS_SILU": False, "BLOCK": 1024}
+    report(triton_elementwise._gate, pointers, constants, capability=capability)
 
 
 def report(kernel: Any, pointers: dict[str, str], constants: dict[str, Any], **how: int) -> None:
@@ -163,5 +171,5 @@ def report(kernel: Any, pointers: dict[str, str], constants: dict[str, Any], **h
 
 
 if __name__ == "__main__":
-    for make in (products, attention, norm):
+    for make in (products, attention, elementwise):
         make(int(sys.argv[1]))

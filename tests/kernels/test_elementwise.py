@@ -99,14 +99,14 @@ def test_a_norm_refuses_a_weight_that_does_not_fit(kernels: Native) -> None:
 
 def rotation_formula(heads: Tensor, cos_sin: Tensor, is_interleaved: bool) -> Tensor:
     """Each pair as a complex number, for pairs whose two angles are the same."""
-    turned, (cos, sin) = heads.double().clone(), cos_sin.double()
+    rotated, (cos, sin) = heads.double().clone(), cos_sin.double()
     dim = cos.shape[-1]
     first = slice(0, dim, 2) if is_interleaved else slice(0, dim // 2)
     second = slice(1, dim, 2) if is_interleaved else slice(dim // 2, dim)
-    number = torch.complex(turned[..., first], turned[..., second])
+    number = torch.complex(rotated[..., first], rotated[..., second])
     number = number * torch.complex(cos[..., first], sin[..., first])
-    turned[..., first], turned[..., second] = number.real, number.imag
-    return turned
+    rotated[..., first], rotated[..., second] = number.real, number.imag
+    return rotated
 
 
 def angles(tokens: int, dim: int, is_interleaved: bool, seed: int, dtype: torch.dtype) -> Tensor:
@@ -123,7 +123,7 @@ def angles(tokens: int, dim: int, is_interleaved: bool, seed: int, dtype: torch.
     heads=st.integers(1, 4),
     half=st.sampled_from([1, 3, 8, 16, 20, 32]),
     rest=st.sampled_from([0, 0, 1, 16]),
-    stride=st.sampled_from(["packed", "tokens apart", "turned"]),
+    stride=st.sampled_from(["packed", "tokens apart", "rotated"]),
     seed=st.integers(0, 99),
 )
 def test_a_rotation_turns_each_pair_and_keeps_the_rest(
@@ -138,7 +138,7 @@ def test_a_rotation_turns_each_pair_and_keeps_the_rest(
     seed: int,
 ) -> None:
     dim = 2 * half + rest
-    if stride == "turned":
+    if stride == "rotated":
         x = random(heads, tokens, dim, seed=seed, dtype=dtype).transpose(0, 1)
     else:
         more = 2 if stride == "tokens apart" else 0
@@ -175,12 +175,12 @@ def test_a_rotation_spoils_no_more_than_the_pair(
     "shape", [(2, 3, 1, 8), (2, 2, 1, 10), (2, 2, 8), (1, 2, 1, 8), (2, 2, 1, 7)]
 )
 def test_a_rotation_refuses_angles_that_do_not_fit(kernels: Native, shape: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match="angles"):
+    with pytest.raises(ValueError, match="cosines and sines"):
         kernels.rotate(torch.ones(2, 1, 8), torch.ones(shape), is_interleaved=False)
 
 
 def test_a_rotation_refuses_angles_of_another_dtype(kernels: Native) -> None:
-    with pytest.raises(ValueError, match="angles"):
+    with pytest.raises(ValueError, match="cosines and sines"):
         kernels.rotate(torch.ones(2, 1, 8), torch.ones(2, 2, 1, 8).bfloat16(), is_interleaved=False)
 
 

@@ -153,7 +153,7 @@ def test_the_length_that_angles_are_computed_for() -> None:
         assert Rope(theta=1e4, rotary_dim=8, scaling=scaling).angles_for(30) == 0
 
 
-def turned(rotary: Rotary, heads: Tensor, positions: list[int]) -> Tensor:
+def rotated(rotary: Rotary, heads: Tensor, positions: list[int]) -> Tensor:
     """Each row of (tokens, heads, head_dim) at its own position."""
     batch = ForwardBatch.of([[0]] * len(positions), past=positions)
     return rotary.rotate(heads, rotary.cos_sin(batch, heads.dtype))
@@ -174,7 +174,7 @@ def test_a_score_depends_on_the_distance_alone(
     q, k = random(1, 3, 16, seed=1), random(1, 3, 16, seed=2)
 
     def scores(query: int, key: int) -> Tensor:
-        return (turned(rotary, q, [query]) * turned(rotary, k, [key])).sum(-1)
+        return (rotated(rotary, q, [query]) * rotated(rotary, k, [key])).sum(-1)
 
     torch.testing.assert_close(
         scores(first, second), scores(first + shift, second + shift), atol=SCORE_TOLERANCE, rtol=0
@@ -184,7 +184,7 @@ def test_a_score_depends_on_the_distance_alone(
 
 
 @pytest.mark.parametrize("is_interleaved", [False, True])
-def test_each_pair_is_turned_as_a_complex_number(is_interleaved: bool) -> None:
+def test_each_pair_is_rotated_as_a_complex_number(is_interleaved: bool) -> None:
     rope = Rope(theta=100.0, rotary_dim=8, is_interleaved=is_interleaved)
     heads, positions = random(5, 2, 12, seed=1), [0, 1, 2, 17, 90]
     pairs = [(2 * i, 2 * i + 1) if is_interleaved else (i, i + 4) for i in range(4)]
@@ -196,9 +196,9 @@ def test_each_pair_is_turned_as_a_complex_number(is_interleaved: bool) -> None:
             number = number * torch.polar(torch.tensor(1.0, dtype=torch.float64), angle)
             expected[row, :, real] = number.real.float()
             expected[row, :, imaginary] = number.imag.float()
-    answer = turned(Rotary(rope), heads, positions)
+    answer = rotated(Rotary(rope), heads, positions)
     torch.testing.assert_close(answer, expected, atol=1e-4, rtol=0)
-    assert torch.equal(answer[0], heads[0])  # position 0 turns nothing
+    assert torch.equal(answer[0], heads[0])  # position 0 rotates nothing
     assert torch.equal(answer[..., 8:], heads[..., 8:])  # nor is the rest of a head touched
 
 
@@ -207,8 +207,8 @@ def test_interleaved_and_halves_are_permutations_of_each_other() -> None:
     order = torch.tensor(
         [place for pair in zip(range(8), range(8, 16), strict=True) for place in pair]
     )
-    halves = turned(Rotary(Rope(theta=1e4, rotary_dim=16)), heads, positions)
-    neighbours = turned(
+    halves = rotated(Rotary(Rope(theta=1e4, rotary_dim=16)), heads, positions)
+    neighbours = rotated(
         Rotary(Rope(theta=1e4, rotary_dim=16, is_interleaved=True)), heads[..., order], positions
     )
     # The two are compiled apart, and a product may be fused into its sum in one of them.

@@ -12,7 +12,6 @@ from hanok.quant.base import (
     Format,
     choose_layout,
     layouts,
-    matmul,
     methods,
     quantize,
     reference,
@@ -34,7 +33,7 @@ def random(*shape: int, seed: int = 1, dtype: torch.dtype = torch.float32) -> Te
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def plain(text: str, weight: Tensor) -> base.Stored:
+def plain(text: str, weight: Tensor) -> base.StoredWeight:
     rows, columns = weight.shape
     stored = layouts()["plain"].empty(read_recipe(text).linears, (rows, columns), CPU)
     for start in range(0, rows, 64):
@@ -61,7 +60,7 @@ def test_the_plain_layout_is_the_reference(
     assert torch.equal(stored.record().dequantize(), record.dequantize())
     x = random(tokens, columns, seed=2, dtype=dtype)
     bias = random(rows, seed=3, dtype=dtype) if has_bias else None
-    found, exact = matmul(x, stored, bias), reference(x, record, bias)
+    found, exact = stored.matmul(x, bias), reference(x, record, bias)
     assert found.dtype is dtype
     tolerance = (
         {"rtol": 1e-5, "atol": 1e-4} if dtype is torch.float32 else {"rtol": 2**-7, "atol": 1e-2}
@@ -85,7 +84,7 @@ def test_outlying_columns_are_multiplied_in_floating_point(has_outliers: bool) -
     largest = usual.abs().amax(1, keepdim=True)
     rounded = (usual * 127 / largest).round() * largest / 127
     exact = rounded @ wide.t() + torch.where(is_outlier, x, torch.zeros(())).double() @ wide.t()
-    torch.testing.assert_close(matmul(x, stored).double(), exact, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(stored.matmul(x).double(), exact, rtol=1e-4, atol=1e-3)
     assert "outliers apart" in stored.kernel(1, torch.float32)
 
 
@@ -107,7 +106,7 @@ def test_products_of_the_largest_codes_are_exact(
 
 def test_all_zero_tokens_are_no_reason_to_divide_by_zero() -> None:
     stored = plain("int8-outlier", random(3, 8))
-    assert torch.equal(matmul(torch.zeros(2, 8), stored), torch.zeros(2, 3))
+    assert torch.equal(stored.matmul(torch.zeros(2, 8)), torch.zeros(2, 3))
 
 
 @SETTINGS
@@ -132,7 +131,7 @@ def test_x_gets_the_gradient_of_the_dequantized_weight(text: str) -> None:
     stored.finish()
     x = random(3, 40, seed=2).requires_grad_()
     upstream = random(3, 6, seed=3)
-    matmul(x, stored, random(6, seed=4)).backward(upstream)
+    stored.matmul(x, random(6, seed=4)).backward(upstream)
     torch.testing.assert_close(x.grad, upstream @ stored.record().dequantize())
 
 
@@ -160,4 +159,4 @@ def test_an_x_of_another_width_is_refused() -> None:
     stored = plain("int8", random(4, 8))
     for shape in ((2, 7), (8,), (1, 2, 8)):
         with pytest.raises(ValueError, match="the weight"):
-            matmul(torch.ones(shape), stored)
+            stored.matmul(torch.ones(shape))

@@ -83,7 +83,7 @@ def poisoned(forward: Forward, hits: Callable[[Tensor], Tensor]) -> Forward:
         hidden = forward(batch)
         rows = hits(batch.token_ids)
         # In a prefill the last token's row is what the next one is chosen by.
-        for end, count in zip(batch.last_tokens(), batch.query_lengths, strict=True):
+        for end, count in zip(batch.last_tokens(), batch.host.query_lengths, strict=True):
             if rows[end + 1 - count : end + 1].any():
                 hidden = hidden.clone()
                 hidden[end] = torch.nan

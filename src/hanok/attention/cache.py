@@ -2,12 +2,12 @@
 
 Memory is claimed once, for `capacity` tokens of each sequence: (sequences, kv_heads, capacity,
 head_dim), so that one head's keys lie together and a single query reads them as a plain matrix.
-`lengths` counts the tokens that are valid; going back (`truncate`) only lowers it. An engine takes the
-rows as pages of a few tokens, several for each sequence, and counts for itself (engine/blocks.py).
+`lengths` counts the tokens that are valid; going back (`truncate`) only lowers it. An engine takes
+blocks of a few tokens, several for each sequence, and counts for itself (engine/blocks.py).
 
 Where angles depend on the length of the sequence (dynamic and longrope scaling), what is cached was
-computed for one length, `computed_for`, and is worth nothing for a length with other angles: whoever
-runs the decoder then truncates to nothing and computes again.
+computed for one length, `computed_for`, and is invalid for a length with other angles: the caller of the
+decoder then truncates to nothing and computes again.
 """
 
 from collections.abc import Sequence
@@ -55,48 +55,48 @@ class LayerState:
         return sum(part.nbytes for part in (self.keys, self.values, *scales) if part is not None)
 
     def extend(
-        self, pages: Sequence[int], start: int, k: Tensor, v: Tensor
+        self, blocks: Sequence[int], start: int, k: Tensor, v: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Write new keys and values at position `start` of a sequence; return all up to them.
 
-        `pages` are the rows that hold the sequence. k, v: (kv_heads, time, head_dim)
-        returns: two (kv_heads, start + time, head_dim), views where one row holds all as floats
+        `blocks` hold the sequence, in order. k, v: (kv_heads, time, head_dim)
+        returns: two (kv_heads, start + time, head_dim), views where one block holds all as floats
         """
         return (
-            _extended(self.keys, self.key_scale, pages, start, k),
-            _extended(self.values, self.value_scale, pages, start, v),
+            _extended(self.keys, self.key_scale, blocks, start, k),
+            _extended(self.values, self.value_scale, blocks, start, v),
         )
 
 
 def _extended(
-    kept: Tensor, scale: Tensor | None, pages: Sequence[int], start: int, new: Tensor
+    kept: Tensor, scale: Tensor | None, blocks: Sequence[int], start: int, new: Tensor
 ) -> Tensor:
     end = start + new.shape[1]
     if scale is None:
-        _write(kept, pages, start, new)
-        return _read(kept, pages, end)
+        _write(kept, blocks, start, new)
+        return _read(kept, blocks, end)
     largest = new.float().abs().amax(-1)
     factor = (torch.full_like(largest, 127) / largest).nan_to_num(posinf=0.0)
-    _write(kept, pages, start, (new.float() * factor[..., None]).round().char())
-    _write(scale, pages, start, largest / 127)
-    return (_read(kept, pages, end) * _read(scale, pages, end)[..., None]).to(new.dtype)
+    _write(kept, blocks, start, (new.float() * factor[..., None]).round().char())
+    _write(scale, blocks, start, largest / 127)
+    return (_read(kept, blocks, end) * _read(scale, blocks, end)[..., None]).to(new.dtype)
 
 
-def _write(kept: Tensor, pages: Sequence[int], start: int, new: Tensor) -> None:
-    """Write (kv_heads, time, …) at position `start` of rows (kv_heads, page size, …)."""
+def _write(kept: Tensor, blocks: Sequence[int], start: int, new: Tensor) -> None:
+    """Write (kv_heads, time, …) at position `start` of blocks (kv_heads, block size, …)."""
     size, end = kept.shape[2], start + new.shape[1]
     for index in range(start // size, -(-end // size)):
         first, last = max(start, index * size), min(end, (index + 1) * size)
         place = slice(first - index * size, last - index * size)
-        kept[pages[index], :, place] = new[:, first - start : last - start]
+        kept[blocks[index], :, place] = new[:, first - start : last - start]
 
 
-def _read(kept: Tensor, pages: Sequence[int], end: int) -> Tensor:
-    """Return the first `end` positions of some rows, (kv_heads, end, …)."""
+def _read(kept: Tensor, blocks: Sequence[int], end: int) -> Tensor:
+    """Return the first `end` positions of some blocks, (kv_heads, end, …)."""
     if end <= kept.shape[2]:
-        return kept[pages[0], :, :end]
-    used = pages[: -(-end // kept.shape[2])]
-    return torch.cat([kept[page] for page in used], dim=1)[:, :end]
+        return kept[blocks[0], :, :end]
+    used = blocks[: -(-end // kept.shape[2])]
+    return torch.cat([kept[block] for block in used], dim=1)[:, :end]
 
 
 class KVCache:

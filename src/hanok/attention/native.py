@@ -1,8 +1,8 @@
 """Our own CPU kernel: keys are read once for all the heads and queries that share them.
 
-It appends to the cache and attends in one call, for any mix of sequences; long contexts are shared out
-among threads by keys, many queries by queries. A token's result is the same bit for bit whatever is
-computed beside it, in one pass or in several. It cannot be differentiated: where gradients are wanted
+It appends to the cache and attends in one call, for any mix of sequences; long contexts are split among
+threads by keys, many queries by queries. A token's result is the same bit for bit whatever else is in
+the batch, in one pass or in several. It can be neither differentiated nor traced by torch.compile: there
 the next backend that fits takes over.
 """
 
@@ -13,18 +13,25 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from hanok.attention.base import AttentionSpec, ForwardBatch, dense_heads, next_backend
+from hanok.attention.base import (
+    AttentionSpec,
+    ForwardBatch,
+    HostLengths,
+    PartialBackend,
+    dense_heads,
+)
 from hanok.attention.cache import LayerState
 from hanok.kernels.native import ITEM_TYPES, AttentionCall, native, native_for, why_not
 
-PAGE_MULTIPLE = 64  # keys that the kernel turns at a time (cpp/attention.h); none lie across pages
+BLOCK_MULTIPLE = 64  # keys that the kernel transposes at a time (cpp/attention.h), of one block
 
 
-class NativeAttention:
+class NativeAttention(PartialBackend):
     """Online softmax over blocks of keys, in float32."""
 
     name = "native"
     summary = "our CPU kernel, keys read once for the heads that share them"
+    recorded_on = "cpu"
 
     def why_not(self, spec: AttentionSpec, device: torch.device, dtype: torch.dtype) -> str | None:
         """Return why our CPU kernel cannot serve such layers."""
@@ -46,15 +53,16 @@ class NativeAttention:
         """See `Backend.attend`."""
         kernels = native_for(q, k, v)
         if kernels is None:
-            return next_backend(self.name, spec, q).attend(q, k, v, spec, batch, state)
-        _check(q, k, v, spec, batch, state)
+            return self.other(spec, q).attend(q, k, v, spec, batch, state)
+        host = batch.host
+        _check(q, k, v, spec, host, state)
         q, k, v = dense_heads(q), dense_heads(k), dense_heads(v)
         output = torch.empty(q.shape, dtype=q.dtype)
-        starts = (0, *accumulate(batch.query_lengths))
+        starts = (0, *accumulate(host.query_lengths))
         call = AttentionCall(
             q=q.data_ptr(),
             output=output.data_ptr(),
-            num_sequences=len(batch.query_lengths),
+            num_sequences=len(host.query_lengths),
             num_heads=spec.num_heads,
             num_kv_heads=spec.num_kv_heads,
             head_dim=spec.head_dim,
@@ -64,17 +72,17 @@ class NativeAttention:
             softcap=spec.softcap or 0.0,
             type=ITEM_TYPES[q.dtype],
         )
-        if state is None:  # each token is a page's beginning
+        if state is None:  # each token begins a block
             keys, values = k.contiguous(), v.contiguous()
             firsts: Sequence[int] = starts[:-1]
-            page_starts: Sequence[int] = range(len(firsts))
-            call.page_stride, call.page_keys = keys.stride(0), max(1, q.shape[0])
+            block_starts: Sequence[int] = range(len(firsts))
+            call.block_stride, call.block_keys = keys.stride(0), max(1, q.shape[0])
             call.key_token_stride, call.key_head_stride = keys.stride(0), spec.head_dim
         else:
             keys, values = state.keys, state.values
-            firsts = [page for pages in batch.pages for page in pages]
-            page_starts = (0, *accumulate(map(len, batch.pages)))
-            call.page_stride, call.page_keys = keys.stride(0), keys.shape[2]
+            firsts = [block for blocks in host.blocks for block in blocks]
+            block_starts = (0, *accumulate(map(len, host.blocks)))
+            call.block_stride, call.block_keys = keys.stride(0), keys.shape[2]
             call.key_token_stride, call.key_head_stride = keys.stride(2), keys.stride(1)
             call.new_keys, call.new_values = k.data_ptr(), v.data_ptr()
             call.new_key_stride, call.new_value_stride = k.stride(0), v.stride(0)
@@ -83,11 +91,11 @@ class NativeAttention:
                 call.value_scale = state.value_scale.data_ptr()
         call.keys, call.values = keys.data_ptr(), values.data_ptr()
         call.cache_type = ITEM_TYPES[keys.dtype]
-        counts, lengths = _array(batch.query_lengths), _array(batch.key_lengths)
-        pages, begins = _array(firsts), _array(page_starts)
+        counts, lengths = _array(host.query_lengths), _array(host.key_lengths)
+        blocks, begins = _array(firsts), _array(block_starts)
         call.query_counts, call.key_counts = addressof(counts), addressof(lengths)
-        call.pages, call.page_starts = addressof(pages), addressof(begins)
-        kernels.attend(call, q, k, v, keys, values, counts, lengths, pages, begins, output)
+        call.blocks, call.block_starts = addressof(blocks), addressof(begins)
+        kernels.attend(call, q, k, v, keys, values, counts, lengths, blocks, begins, output)
         return output
 
 
@@ -96,7 +104,7 @@ def _check(
     k: Tensor,
     v: Tensor,
     spec: AttentionSpec,
-    batch: ForwardBatch,
+    batch: HostLengths,
     state: LayerState | None,
 ) -> None:
     """Raise ValueError where the kernel would read or write out of bounds: it only sees addresses."""
@@ -113,20 +121,22 @@ def _check(
         if batch.key_lengths != batch.query_lengths:
             raise ValueError("sequences have keys before this batch, but there is no cache")
         return
-    num_pages, num_kv_heads, page_keys, head_dim = state.keys.shape
+    num_blocks, num_kv_heads, block_keys, head_dim = state.keys.shape
     if (num_kv_heads, head_dim) != kv_shape[1:]:
         raise ValueError(f"the cache has {num_kv_heads} heads of {head_dim}, k is {tuple(k.shape)}")
-    is_there = all(0 <= page < num_pages for pages in batch.pages for page in pages)
+    is_there = all(0 <= block < num_blocks for blocks in batch.blocks for block in blocks)
     has_room = all(
-        length <= len(pages) * page_keys
-        for length, pages in zip(batch.key_lengths, batch.pages, strict=True)
+        length <= len(blocks) * block_keys
+        for length, blocks in zip(batch.key_lengths, batch.blocks, strict=True)
     )
     if not is_there or not has_room:
         raise ValueError(
-            f"{max(batch.key_lengths)} keys in pages {batch.pages} of {num_pages} x {page_keys}"
+            f"{max(batch.key_lengths)} keys in blocks {batch.blocks} of {num_blocks} x {block_keys}"
         )
-    if page_keys % PAGE_MULTIPLE and max(map(len, batch.pages)) > 1:
-        raise ValueError(f"pages of {page_keys} keys; the kernel reads {PAGE_MULTIPLE} at a time")
+    if block_keys % BLOCK_MULTIPLE and max(map(len, batch.blocks)) > 1:
+        raise ValueError(
+            f"blocks of {block_keys} keys; the kernel reads {BLOCK_MULTIPLE} at a time"
+        )
     if state.keys.dtype not in (q.dtype, torch.int8):
         raise ValueError(f"the cache is {state.keys.dtype}, the queries are {q.dtype}")
 

@@ -5,16 +5,29 @@ mask and reads the cache once. On CPUs this is 10 to 20 times faster than `enabl
 query (benchmarks/attention.py). Many tokens: KV heads are broadcast over their group by a stride of
 zero. A window or cached keys need a mask, so queries then go in chunks and a mask never exceeds
 CHUNK x (window + CHUNK), or CHUNK x keys without a window.
+
+Without a cache, sequences of equal length go in one call; the others go one after another, as one call
+with a mask of all tokens takes eight times as long on a CPU. Only what is compiled makes that call, so
+that one program serves any mix of lengths.
 """
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from hanok.attention.base import AttentionSpec, ForwardBatch, multipliable, split_sequences, visible
+from hanok.attention.base import (
+    AttentionSpec,
+    ForwardBatch,
+    multipliable,
+    split_sequences,
+    visible,
+    visible_in_pack,
+)
 from hanok.attention.cache import LayerState
 
 CHUNK = 1024
@@ -22,6 +35,8 @@ CHUNK = 1024
 
 class Sdpa:
     """torch's fused attention; `kernel` forces one of its kernels."""
+
+    recorded_on = None
 
     def __init__(self, name: str, summary: str, kernel: SDPBackend | None = None) -> None:
         self.name = name
@@ -53,9 +68,10 @@ class Sdpa:
     ) -> Tensor:
         """See `Backend.attend`."""
         with self._forced():
-            same_length = len(set(batch.query_lengths)) == 1
-            if state is None and same_length and not _limits(spec.window, batch.query_lengths[0]):
-                return self._dense(q, k, v, spec, len(batch.query_lengths))
+            if state is None and torch.compiler.is_compiling():
+                return self._packed(q, k, v, spec, batch)
+            if state is None:
+                return self._by_length(q, k, v, spec, batch.host.query_lengths)
             outputs = [
                 self._one(queries, keys, values, spec)
                 for queries, keys, values in split_sequences(q, k, v, batch, state)
@@ -64,6 +80,54 @@ class Sdpa:
 
     def _forced(self) -> AbstractContextManager[None]:
         return nullcontext() if self.kernel is None else sdpa_kernel(self.kernel)
+
+    def _packed(
+        self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, batch: ForwardBatch
+    ) -> Tensor:
+        """Attend over all sequences of a batch in one call."""
+        output = scaled_dot_product_attention(
+            q.transpose(0, 1)[None],
+            k.transpose(0, 1)[None],
+            v.transpose(0, 1)[None],
+            attn_mask=visible_in_pack(batch, q.shape[0], spec.window),
+            scale=spec.scale,
+            enable_gqa=spec.num_heads > spec.num_kv_heads,
+        )
+        return output[0].transpose(0, 1)
+
+    def _by_length(
+        self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, lengths: Sequence[int]
+    ) -> Tensor:
+        """Attend within each sequence of a batch without a cache, those of equal length at once."""
+        starts: dict[int, list[int]] = {}
+        for start, length in zip(accumulate(lengths, initial=0), lengths, strict=False):
+            starts.setdefault(length, []).append(start)
+        if len(starts) == 1:
+            return self._alike((q, k, v), spec, len(lengths))
+        if len(starts) == len(lengths):
+            each = zip(*(item.split_with_sizes(list(lengths)) for item in (q, k, v)), strict=True)
+            return torch.cat([self._alike(part, spec, 1) for part in each])
+        groups = [
+            torch.cat([torch.arange(start, start + length) for start in group])
+            for length, group in starts.items()
+        ]
+        rows = [group.to(q.device) for group in groups]
+        outputs = [
+            self._alike([item.index_select(0, mine) for item in (q, k, v)], spec, len(group))
+            for mine, group in zip(rows, starts.values(), strict=True)
+        ]
+        return torch.cat(outputs).index_select(0, torch.cat(rows).argsort())
+
+    def _alike(self, packed: Sequence[Tensor], spec: AttentionSpec, count: int) -> Tensor:
+        """Attend within each of `count` equally long sequences; `packed`: queries, keys, values."""
+        length = len(packed[0]) // count
+        if not _limits(spec.window, length):
+            q, k, v = packed
+            return self._dense(q, k, v, spec, count)
+        each = zip(*(item.view(count, length, *item.shape[1:]) for item in packed), strict=True)
+        return torch.cat(
+            [self._one(a, b.transpose(0, 1), c.transpose(0, 1), spec) for a, b, c in each]
+        )
 
     def _dense(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, batch: int) -> Tensor:
         """Attend over equally long sequences at once, as views (batch, heads, time, head_dim)."""
@@ -95,7 +159,8 @@ class Sdpa:
                 values[None],
                 scale=spec.scale,
             )
-            return output.view(1, spec.num_heads, spec.head_dim).to(dtype)
+            # Some of torch's GPU kernels return heads that are not contiguous.
+            return output.reshape(1, spec.num_heads, spec.head_dim).to(dtype)
         # (kv_heads, group, time, head_dim), the KV heads broadcast over their group.
         grouped = q.view(time, kv_heads, group, spec.head_dim).permute(1, 2, 0, 3)
         keys = keys[:, None].expand(kv_heads, group, num_keys, spec.head_dim)

@@ -1,8 +1,8 @@
 """Our GPU kernels for decoding: every sequence has one new token, keys are read once and split up.
 
-They find keys through a `PageTable`; a row of the cache is a page, and a table of more pages for each
-sequence works the same. Nothing waits for the GPU, so that a CUDA graph can record it. Batches with more
-tokens, a cache in int8 and what needs gradients go to the next backend that fits.
+They find keys through the batch's `block_table`, one block for each sequence or several. Nothing waits
+for the GPU, so that a CUDA graph can record it. Batches with more tokens, a cache in int8 and what needs
+gradients go to the next backend that fits.
 """
 
 from importlib.util import find_spec
@@ -10,17 +10,18 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from hanok.attention.base import AttentionSpec, ForwardBatch, dense_heads, next_backend
+from hanok.attention.base import AttentionSpec, ForwardBatch, PartialBackend, dense_heads
 from hanok.attention.cache import LayerState
 
-MAX_HEAD_DIM = 256  # a block of keys and values has to fit beside the sums of a program
+MAX_HEAD_DIM = 256  # a tile of keys and values has to fit into a program along with its sums
 
 
-class TritonAttention:
+class TritonAttention(PartialBackend):
     """Paged attention of single tokens, split over keys."""
 
     name = "triton"
     summary = "our GPU kernels for single tokens, split over keys; torch's attention for many"
+    recorded_on = "cuda"
 
     def why_not(self, spec: AttentionSpec, device: torch.device, dtype: torch.dtype) -> str | None:
         """Return why our GPU kernels cannot serve such layers."""
@@ -46,26 +47,25 @@ class TritonAttention:
     ) -> Tensor:
         """See `Backend.attend`."""
         needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
-        is_decode = set(batch.query_lengths) == {1}
+        is_decode = len(batch.key_lengths) == len(q)
         if state is None or not is_decode or needs_grad or state.keys.dtype is not q.dtype:
-            return next_backend(self.name, spec, q).attend(q, k, v, spec, batch, state)
+            return self.other(spec, q).attend(q, k, v, spec, batch, state)
         from hanok.kernels.triton_attention import append, attend
 
-        table = batch.page_table or batch.new_page_table()
         append(
             dense_heads(k),
             dense_heads(v),
             state.keys,
             state.values,
-            table.key_lengths,
-            table.pages,
+            batch.key_lengths,
+            batch.block_table,
         )
         return attend(
             dense_heads(q),
             state.keys,
             state.values,
-            table.key_lengths,
-            table.pages,
+            batch.key_lengths,
+            batch.block_table,
             scale=spec.scale,
             window=spec.window,
             softcap=spec.softcap,

@@ -2,12 +2,14 @@
 
 A pass of a few hundred kernels takes the CPU longer to start than a GPU to run. A CUDA graph starts
 them all at once, but always with the same addresses: `DecodeStep` therefore computes one token for each
-of `size` sequences from buffers that stay where they are, and everything that changes (tokens,
-positions, lengths, rows of the cache) is a number in them. Steps are made for sizes that are powers of
-two; fewer sequences are filled up by repeating the last one, which writes what is there already.
+of `size` sequences from buffers that keep their addresses, and everything that changes (tokens,
+positions, lengths, blocks of the cache, cosines and sines) is a number in them. Steps are made for sizes
+that are powers of two; fewer sequences are filled up by repeating the last one, which writes what is
+there already. One step serves sequences of any lengths, in one block of the cache each or in several.
 
 Nothing is recorded before it is used: a step runs plainly the first time, which also compiles its
-kernels, and is recorded when it is asked for again.
+kernels, and is recorded when it is asked for again. Passes with adapters are never recorded: which
+products they change depends on the batch.
 """
 
 from collections.abc import Sequence
@@ -16,13 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hanok.attention.base import ForwardBatch, PageTable
+from hanok.attention.base import DeviceLengths, ForwardBatch, HostLengths
 from hanok.attention.cache import KVCache
+from hanok.models.config import Rope
 from hanok.models.decoder import Block, Decoder
 from hanok.models.layers import ExpertsLayer
-from hanok.quant.linear import QuantizedLinear
-
-PAGE_TABLE_BACKEND = "triton"  # the one that finds keys through numbers on the device
+from hanok.models.linear import Linear
 
 
 def why_not(decoder: Decoder, cache: KVCache) -> str | None:
@@ -36,65 +37,100 @@ def why_not_static(decoder: Decoder, cache: KVCache) -> str | None:
     """Return why a pass cannot run from buffers in place, on any device."""
     if decoder.execution.is_streamed:
         return "weights are read from disk in every pass"
+    if decoder.execution.layout is not None:
+        return "several devices compute it"
     for block in decoder.layers:
-        if isinstance(block, Block) and block.self_attn.backend.name != PAGE_TABLE_BACKEND:
+        if isinstance(block, Block) and block.self_attn.backend.recorded_on != "cuda":
             return f"attention {block.self_attn.backend.name} takes lengths from the CPU"
     if any(state.keys.dtype is not decoder.dtype for state in cache.states):
         return "the cache has another dtype than the activations"
-    if not decoder.config.shares_angles(1, cache.capacity):
-        return "the angles of the rotary embedding depend on the length"
     for module in decoder.modules():
         if isinstance(module, ExpertsLayer):
             return "the tokens of each expert are counted on the CPU"
-        if isinstance(module, QuantizedLinear):
-            method = module.stored.method
-            if method.format.activations == "outliers":
-                return f"{method.name} looks for outliers on the CPU"
+        if isinstance(module, Linear) and (reason := module.why_not_static()):
+            return reason
     return None
 
 
 class DecodeStep:
-    """One token for each of `size` sequences, from buffers in place."""
+    """One token for each of `size` sequences, from buffers in place.
 
-    def __init__(self, decoder: Decoder, cache: KVCache, size: int) -> None:
+    Each sequence has up to `blocks_per_sequence` blocks of the cache.
+    """
+
+    def __init__(
+        self, decoder: Decoder, cache: KVCache, size: int, blocks_per_sequence: int = 1
+    ) -> None:
         self.size = size
         self._decoder = decoder
         self._cache = cache
-        self._numbers = torch.zeros(4, size, dtype=torch.int64, device=decoder.device)
-        tokens, positions, key_lengths, slots = self._numbers
-        # The tuples are only right about what does not change: one token each, and room for all.
-        self._batch = ForwardBatch(
-            token_ids=tokens,
-            positions=positions,
-            query_lengths=(1,) * size,
-            key_lengths=(cache.capacity,) * size,
-            pages=tuple((slot,) for slot in range(size)),
-            sequence_lengths=(cache.capacity,) * size,
-            page_table=PageTable(key_lengths=key_lengths, pages=slots[:, None]),
+        device = decoder.device
+        # Tokens, positions and lengths travel together; the block table seldom changes.
+        self._staged = torch.zeros(5 * size, dtype=torch.int32)
+        self._numbers = torch.zeros(5 * size, dtype=torch.int32, device=device)
+        self._blocks: tuple[tuple[int, ...], ...] = ()
+        tokens, positions, key_lengths = _parts(self._numbers, size)
+        lengths = DeviceLengths(
+            query_starts=torch.arange(size + 1, dtype=torch.int32, device=device),
+            key_lengths=key_lengths,
+            sequence_lengths=key_lengths,
+            block_table=torch.zeros(size, blocks_per_sequence, dtype=torch.int32, device=device),
         )
+        self._batch = ForwardBatch(tokens, positions, None, lengths)
+        self._cos_sin: dict[Rope, Tensor] = {}
 
-    def write(self, tokens: Sequence[int], positions: Sequence[int], slots: Sequence[int]) -> None:
-        """Put up to `size` sequences' tokens into the buffers."""
-        missing = self.size - len(tokens)
-        lengths = [position + 1 for position in positions]
-        rows = [[*row, *[row[-1]] * missing] for row in (tokens, positions, lengths, slots)]
-        self._numbers.copy_(torch.tensor(rows, dtype=torch.int64))
+    def write(self, batch: ForwardBatch) -> None:
+        """Put one token of each of up to `size` sequences, a batch on the CPU, into the buffers."""
+        host = _filled(batch.host, self.size)
+        lengths = torch.tensor(host.key_lengths)
+        values = (batch.token_ids, lengths[: len(batch.token_ids)] - 1, lengths)
+        for part, numbers in zip(_parts(self._staged, self.size), values, strict=True):
+            part[: len(numbers)] = numbers
+            part[len(numbers) :] = numbers[-1]
+        self._numbers.copy_(self._staged)
+        if host.blocks != self._blocks:
+            self._blocks = host.blocks
+            table = DeviceLengths.of(host, batch.token_ids.device).block_table
+            self._batch.block_table[:, : table.shape[1]] = table.to(self._decoder.device)
+        numbered = ForwardBatch(self._batch.token_ids, self._batch.positions, host)
+        for rope, found in self._decoder.angles(numbered, self._decoder.dtype).items():
+            if rope in self._cos_sin:
+                self._cos_sin[rope].copy_(found)
+            else:
+                self._cos_sin[rope] = found
 
     def run(self) -> Tensor:
         """Return the logits that follow what the buffers hold, (size, vocab) float32."""
-        hidden = self._decoder.hidden_states(self._batch, self._cache)
+        x = self._decoder.embed(self._batch)
+        hidden = self._decoder.blocks(x, self._batch, self._cos_sin, self._cache)
         return self._decoder.logits(hidden)
+
+
+def _parts(numbers: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the tokens, the positions (int64) and the key lengths (int32) of a step's buffer."""
+    return (
+        numbers[: 2 * size].view(torch.int64),
+        numbers[2 * size : 4 * size].view(torch.int64),
+        numbers[4 * size :],
+    )
+
+
+def _filled(host: HostLengths, size: int) -> HostLengths:
+    """Return the lengths of `size` sequences, the last of those that are there repeated."""
+    missing = size - len(host.blocks)
+    return HostLengths(*((*item, *[item[-1]] * missing) for item in host))
 
 
 class RecordedStep(DecodeStep):
     """A step that is replayed from its second run on; its logits are valid until the next one."""
 
-    def __init__(self, decoder: Decoder, cache: KVCache, size: int, memory: Any) -> None:
-        super().__init__(decoder, cache, size)
+    def __init__(
+        self, decoder: Decoder, cache: KVCache, size: int, blocks_per_sequence: int, memory: Any
+    ) -> None:
+        super().__init__(decoder, cache, size, blocks_per_sequence)
         self._memory = memory  # a handle of torch
         self._is_warm = False
         self._recorded: tuple[torch.cuda.CUDAGraph, Tensor] | None = None
-        self._angles: list[list[Tensor]] = []
 
     def run(self) -> Tensor:
         """See `DecodeStep.run`."""
@@ -106,8 +142,6 @@ class RecordedStep(DecodeStep):
             with torch.cuda.graph(graph, pool=self._memory):
                 logits = super().run()
             self._recorded = graph, logits
-            # Longer tables of angles may replace these, which the graph goes on reading.
-            self._angles = [rotary.tables() for rotary in self._decoder.rotaries.values()]
         graph, logits = self._recorded
         graph.replay()
         return logits
@@ -116,9 +150,10 @@ class RecordedStep(DecodeStep):
 class DecodeGraphs:
     """The steps of one cache by their size; on a device without graphs they run plainly."""
 
-    def __init__(self, decoder: Decoder, cache: KVCache) -> None:
+    def __init__(self, decoder: Decoder, cache: KVCache, blocks_per_sequence: int = 1) -> None:
         self._decoder = decoder
         self._cache = cache
+        self._blocks_per_sequence = blocks_per_sequence
         self._steps: dict[int, DecodeStep] = {}
         has_graphs = decoder.device.type == "cuda"
         # One region of memory for all: no two graphs run at a time.
@@ -129,17 +164,29 @@ class DecodeGraphs:
 
         They are valid until the next call. Counts the tokens in the cache; raises as it does.
         """
-        positions = [self._cache.lengths[slot] for slot in slots]
-        self._cache.advance(slots, [1] * len(slots), [position + 1 for position in positions])
-        step = self._step(1 << (len(tokens) - 1).bit_length())
-        step.write(tokens, positions, slots)
-        return step.run()[: len(tokens)]
+        past = [self._cache.lengths[slot] for slot in slots]
+        batch = ForwardBatch.of([[token] for token in tokens], past=past, slots=list(slots))
+        self._cache.advance(slots, [1] * len(slots), batch.host.sequence_lengths)
+        return self.logits_of(batch)
+
+    def logits_of(self, batch: ForwardBatch) -> Tensor:
+        """Return the logits that follow a batch of one token of each sequence, (sequences, vocab).
+
+        The batch is on the CPU, and the cache counts its tokens already. The logits are float32 and
+        valid until the next call.
+        """
+        if batch.adapters is not None:
+            there = batch.to(self._decoder.device)
+            return self._decoder.logits(self._decoder.hidden_states(there, self._cache))
+        num_sequences = len(batch.token_ids)
+        step = self._step(1 << (num_sequences - 1).bit_length())
+        step.write(batch)
+        return step.run()[:num_sequences]
 
     def _step(self, size: int) -> DecodeStep:
         if size not in self._steps:
+            how = (self._decoder, self._cache, size, self._blocks_per_sequence)
             self._steps[size] = (
-                DecodeStep(self._decoder, self._cache, size)
-                if self._memory is None
-                else RecordedStep(self._decoder, self._cache, size, self._memory)
+                DecodeStep(*how) if self._memory is None else RecordedStep(*how, self._memory)
             )
         return self._steps[size]

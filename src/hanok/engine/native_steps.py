@@ -1,16 +1,17 @@
-"""Decoding on a CPU without Python in between: a pass's calls of our kernels are kept and made again.
+"""Decoding on a CPU without Python in between: a pass's calls of our kernels are kept and replayed.
 
 A pass over one token is hundreds of short calls; in Python, those of a small model take a fifth as long
-as what they compute. Passes are told apart by how many tokens each of their sequences has: one while a
-text is generated, a few where drafted ones are checked. The second pass of a kind is recorded
+as what they compute. Recordings are kept by the number of tokens: one for each sequence while texts are
+generated, a few more where drafted ones are checked. The second pass over so many tokens is recorded
 (`kernels.native.recording`), and from the third on the library makes all calls in turn: the same kernels
-on the same buffers, so the same result bit for bit. What changes is written into place first: the
-embedded tokens, their angles, the pages of each sequence's keys and how many there are.
+on the same buffers, so the same result bit for bit, however the tokens belong to sequences. What changes
+is written into the buffers first: the embedded tokens, their cosines and sines, and of each sequence how
+many tokens and keys it has and in which blocks.
 
 While a pass is recorded every function of torch is watched. Views and new buffers need nothing, sums
 and copies become calls of our kernels, and any other function would be missing from the recording: then
-passes of that kind go on being computed plainly. A recording keeps its buffers, so what was not used for
-longest is dropped.
+passes over so many tokens go on being computed plainly. A pass with adapters always is: which products
+they change depends on the batch. A recording keeps its buffers, so the least recently used is dropped.
 """
 
 from collections import OrderedDict
@@ -26,7 +27,6 @@ from hanok.attention.cache import KVCache
 from hanok.kernels.native import FLOATS, AttentionCall, Native, Recording, Step, native, recording
 from hanok.models.decoder import Block, Decoder
 
-KEYS_IN_PLACE_BACKEND = "native"  # the one whose calls say where keys are as numbers
 # torch's functions by name. What asks for no numbers of a tensor and makes none:
 QUERIES = frozenset(
     {"__get__", "__len__", "data_ptr", "dim", "is_contiguous", "numel", "size", "stride"}
@@ -38,8 +38,6 @@ VIEWS = frozenset(
 )
 SUMS = frozenset({"add", "__add__"})
 KEPT_TOKENS = 128  # of all recorded passes together
-Lengths = tuple[int, ...]
-"""How many tokens each sequence of a pass has: what makes passes of a kind."""
 
 
 def why_not(decoder: Decoder, cache: KVCache) -> str | None:
@@ -53,31 +51,31 @@ def why_not(decoder: Decoder, cache: KVCache) -> str | None:
     if decoder.dtype not in FLOATS:
         return f"our kernels do not compute in {str(decoder.dtype).removeprefix('torch.')}"
     for block in decoder.layers:
-        if isinstance(block, Block) and block.self_attn.backend.name != KEYS_IN_PLACE_BACKEND:
+        if isinstance(block, Block) and block.self_attn.backend.recorded_on != "cpu":
             return f"attention {block.self_attn.backend.name} is not one of our kernels"
     return None
 
 
 class NativeSteps:
-    """A few more tokens for each sequence of a cache, recorded once for each kind of pass."""
+    """A few more tokens for each sequence of a cache, recorded once for each number of tokens."""
 
-    def __init__(self, decoder: Decoder, cache: KVCache, pages_per_sequence: int = 1) -> None:
+    def __init__(self, decoder: Decoder, cache: KVCache, blocks_per_sequence: int = 1) -> None:
         kernels = native()
         if kernels is None:
             raise ValueError("our kernels are not there; ask why_not first")
-        self.obstacles: dict[Lengths, str] = {}
-        """The function that kept passes of a kind from being recorded."""
+        self.obstacles: dict[int, str] = {}
+        """By the number of tokens: the function that kept passes from being recorded."""
         self._decoder = decoder
         self._cache = cache
         self._kernels = kernels
-        self._pages_per_sequence = pages_per_sequence
-        self._passes: OrderedDict[Lengths, _Pass] = OrderedDict()
-        self._seen: set[Lengths] = set()
+        self._blocks_per_sequence = blocks_per_sequence
+        self._passes: OrderedDict[int, _Pass] = OrderedDict()
+        self._seen: set[int] = set()
         self._addresses: tuple[int, ...] = ()
 
     @property
-    def recorded_kinds(self) -> list[Lengths]:
-        """The kinds of passes that are recorded."""
+    def recorded_tokens(self) -> list[int]:
+        """The numbers of tokens whose passes are recorded."""
         return list(self._passes)
 
     def logits(self, tokens: Sequence[Sequence[int]], slots: Sequence[int]) -> Tensor:
@@ -94,28 +92,29 @@ class NativeSteps:
 
         They are valid until the next call. Counts the tokens in the cache; raises as it does.
         """
-        kind = batch.query_lengths
+        count = len(batch.token_ids)
         # Weights may move while the model works (memory/promote.py); a recording has the old places.
         addresses = tuple(parameter.data_ptr() for parameter in self._decoder.parameters())
         if self._addresses != addresses:
             self._addresses = addresses
             self._passes.clear()
             self._seen.clear()
-        is_new = kind not in self._seen or sum(kind) > KEPT_TOKENS
-        if kind not in self._passes and (kind in self.obstacles or is_new):
-            self._seen.add(kind)
+        is_kept = count <= KEPT_TOKENS and count not in self.obstacles and batch.adapters is None
+        if not is_kept or count not in self._seen:
+            self._seen.add(count)
             hidden: Tensor = self._decoder(batch, self._cache)
             return hidden
-        self._cache.advance(batch.slots, batch.query_lengths, batch.sequence_lengths)
-        if kind in self._passes:
-            self._passes.move_to_end(kind)
-            return self._passes[kind].run(batch)
-        found = _Pass(self._decoder, self._cache, self._kernels, batch, self._pages_per_sequence)
+        host = batch.host
+        self._cache.advance(host.slots, host.query_lengths, host.sequence_lengths)
+        if count in self._passes:
+            self._passes.move_to_end(count)
+            return self._passes[count].run(batch)
+        found = _Pass(self._decoder, self._cache, self._kernels, batch, self._blocks_per_sequence)
         if found.obstacle is not None:
-            self.obstacles[kind] = found.obstacle
+            self.obstacles[count] = found.obstacle
             return found.hidden
-        self._passes[kind] = found
-        while sum(map(sum, self._passes)) > KEPT_TOKENS:
+        self._passes[count] = found
+        while sum(self._passes) > KEPT_TOKENS:
             self._seen.discard(self._passes.popitem(last=False)[0])
         return found.hidden
 
@@ -129,44 +128,51 @@ class _Pass:
         cache: KVCache,
         kernels: Native,
         batch: ForwardBatch,
-        pages_per_sequence: int,
+        blocks_per_sequence: int,
     ) -> None:
         self._decoder = decoder
         self._kernels = kernels
         self._x = decoder.embed(batch).clone()
-        self._angles = {
+        self._cos_sin = {
             rope: values.clone() for rope, values in decoder.angles(batch, self._x.dtype).items()
         }
         with recording() as found, _Watch(kernels) as watch:
-            self.hidden = decoder.blocks(self._x, batch, self._angles, cache)
+            self.hidden = decoder.blocks(self._x, batch, self._cos_sin, cache)
         self.obstacle = watch.obstacle
         self._found: Recording = found
         self._steps = (Step * len(found.steps))(*found.steps)
-        size, most = len(batch.pages), pages_per_sequence
-        self._key_counts = (c_int64 * size)()
-        self._most_pages = most
-        self._pages = (c_int64 * (size * most))()
-        self._page_starts = (c_int64 * size)(*range(0, size * most, most))
-        for call in found.kept:
-            if isinstance(call, AttentionCall):
-                call.key_counts = addressof(self._key_counts)
-                call.pages = addressof(self._pages)
-                call.page_starts = addressof(self._page_starts)
+        # As many sequences as tokens at the most.
+        size, most = len(batch.token_ids), blocks_per_sequence
+        self._query_counts, self._key_counts = (c_int64 * size)(), (c_int64 * size)()
+        self._blocks = (c_int64 * (size * most))()
+        self._block_starts = (c_int64 * size)(*range(0, size * most, most))
+        self._calls = [call for call in found.kept if isinstance(call, AttentionCall)]
+        for call in self._calls:
+            call.query_counts = addressof(self._query_counts)
+            call.key_counts = addressof(self._key_counts)
+            call.blocks = addressof(self._blocks)
+            call.block_starts = addressof(self._block_starts)
 
     def run(self, batch: ForwardBatch) -> Tensor:
         """Return the normed hidden states of other tokens; they are valid until the next call."""
         self._x.copy_(self._decoder.embed(batch))
         for rope, values in self._decoder.angles(batch, self._x.dtype).items():
-            self._angles[rope].copy_(values)
-        self._key_counts[:] = list(batch.key_lengths)
-        for start, pages in zip(self._page_starts, batch.pages, strict=True):
-            self._pages[start : start + len(pages)] = list(pages)
+            self._cos_sin[rope].copy_(values)
+        host = batch.host
+        num_sequences = len(host.blocks)
+        if self._calls and self._calls[0].num_sequences != num_sequences:
+            for call in self._calls:
+                call.num_sequences = num_sequences
+        self._query_counts[:num_sequences] = list(host.query_lengths)
+        self._key_counts[:num_sequences] = list(host.key_lengths)
+        for start, blocks in zip(self._block_starts, host.blocks, strict=False):
+            self._blocks[start : start + len(blocks)] = list(blocks)
         self._kernels.run(self._steps)
         return self.hidden
 
 
 class _Watch(TorchFunctionMode):
-    """Turns sums and copies into calls of our kernels; remembers the first function that cannot be."""
+    """Makes sums and copies calls of our kernels; remembers the first function that cannot be one."""
 
     def __init__(self, kernels: Native) -> None:
         super().__init__()

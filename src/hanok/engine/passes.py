@@ -75,7 +75,7 @@ class Passes:
         size: int | None = None,
         are_apart: bool = False,
     ) -> Iterator[tuple[ForwardBatch, dict[int, int]]]:
-        """Yield batches of at most `size` (PREFILL_TOKENS) tokens that continue the sequences of some slots.
+        """Yield batches of at most `size` (PREFILL_TOKENS) tokens that continue some slots' sequences.
 
         Each comes with the rows of the last tokens of the sequences that end in it, by slot. With
         `are_apart` every batch belongs to one sequence. The caller computes a batch before it asks for
@@ -108,7 +108,8 @@ class Passes:
     def count(self, batch: ForwardBatch) -> None:
         """Count a batch's tokens in the cache, where the decoder's stages are run one by one."""
         if self.cache is not None:
-            self.cache.advance(batch.slots, batch.query_lengths, batch.sequence_lengths)
+            host = batch.host
+            self.cache.advance(host.slots, host.query_lengths, host.sequence_lengths)
 
     def prefill(self, tokens: Mapping[int, Sequence[int]]) -> Tensor:
         """Compute tokens that follow what the cache holds, in chunks; no sequence is empty.

@@ -30,8 +30,7 @@ from hanok.memory.planning import describe
 from hanok.models.config import DTYPE_BYTES
 from hanok.models.decoder import Decoder
 from hanok.models.layers import ExpertsLayer
-from hanok.quant.base import Stored
-from hanok.quant.linear import QuantizedEmbedding, QuantizedLinear
+from hanok.models.linear import Linear, Weight
 from hanok.quant.recipe import read_recipe
 
 ROWS = 64  # of logits at a time: with 150,000 words 40 MB
@@ -379,9 +378,7 @@ def decode_per_s(model: Model) -> float:
 
 def weight_bytes(decoder: Decoder) -> int:
     """Return the bytes of all weights, shared ones counted once."""
-    stored = {id(item): item.nbytes for item in _stored(decoder)}
-    floats = {id(item): item.nbytes for item in decoder.parameters()}
-    return sum(stored.values()) + sum(floats.values())
+    return sum(item.nbytes for item in decoder.weights())
 
 
 def bytes_per_token(decoder: Decoder) -> int:
@@ -390,8 +387,8 @@ def bytes_per_token(decoder: Decoder) -> int:
     for module, share in _shares(decoder):
         if module is decoder.embed_tokens:
             continue
-        parts: list[Stored | Tensor] = list(module.parameters(recurse=False))
-        if isinstance(module, QuantizedLinear):
+        parts: list[Weight | Tensor] = list(module.parameters(recurse=False))
+        if isinstance(module, Linear) and module.stored is not None:
             parts.append(module.stored)
         for part in parts:
             if id(part) not in seen:
@@ -410,12 +407,5 @@ def _shares(module: nn.Module, share: float = 1.0) -> Iterator[tuple[nn.Module, 
         yield from _shares(child, inner)
 
 
-def _stored(decoder: Decoder) -> list[Stored]:
-    kinds = (QuantizedLinear, QuantizedEmbedding)
-    return [item.stored for item in decoder.modules() if isinstance(item, kinds)]
-
-
 def _weight_shapes(decoder: Decoder) -> list[tuple[int, ...]]:
-    stored = {id(item): tuple(item.shape) for item in _stored(decoder)}
-    floats = {id(item): tuple(item.shape) for item in decoder.parameters()}
-    return [*stored.values(), *floats.values()]
+    return [tuple(item.shape) for item in decoder.weights()]

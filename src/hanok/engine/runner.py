@@ -83,7 +83,7 @@ class Runner:
                 for chunk in chunks
             ],
             past=[chunk.start for chunk in chunks],
-            pages=[tuple(chunk.row.blocks) for chunk in chunks],
+            blocks=[tuple(chunk.row.blocks) for chunk in chunks],
             sequence_lengths=[len(chunk.row.tokens) + len(chunk.draft) for chunk in chunks],
             device=self._decoder.device,
         )
@@ -110,7 +110,7 @@ class Runner:
         return StepResult(logits=logits, scores=scores, pooled=vectors)
 
     def _hidden_states(self, batch: ForwardBatch) -> Tensor:
-        num_sequences, num_tokens = len(batch.pages), len(batch.token_ids)
+        num_sequences, num_tokens = len(batch.host.blocks), len(batch.token_ids)
         is_decoding = num_sequences == num_tokens <= RECORDED_SEQUENCES
         # Of several sequences with drafts hardly two passes are of a kind.
         is_checking = num_sequences == 1 and num_tokens <= RECORDED_TOKENS

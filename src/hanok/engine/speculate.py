@@ -30,10 +30,9 @@ from hanok.engine.gain import Gain, PassTimes
 from hanok.engine.ngram import FORCED, NgramIndex, kind_of
 from hanok.engine.sequence import GenerationSequence
 from hanok.errors import HanokError, OptionError
-from hanok.kernels.native import ROW_KIND_TOKENS, Native, native
+from hanok.kernels.native import native
 from hanok.models.decoder import Decoder
 from hanok.models.linear import Linear
-from hanok.quant.linear import QuantizedLinear
 
 if TYPE_CHECKING:
     from hanok.engine.model import Model
@@ -174,22 +173,10 @@ class Speculator:
 
 def most_exact_tokens(decoder: Decoder) -> int | None:
     """Return how many tokens of a pass are computed as each alone is; None: any number, or none."""
-    kernels = native()
-    if decoder.device.type != "cpu" or kernels is None:
+    if decoder.device.type != "cpu" or native() is None:
         return None
-    limits = [
-        _limit_of(item, kernels)
-        for item in decoder.modules()
-        if isinstance(item, Linear | QuantizedLinear)
-    ]
+    limits = [item.exact_tokens for item in decoder.modules() if isinstance(item, Linear)]
     return min((limit for limit in limits if limit is not None), default=None)
-
-
-def _limit_of(product: Linear | QuantizedLinear, kernels: Native) -> int | None:
-    """Return how many tokens our kernels take; None: any number."""
-    if isinstance(product, Linear):
-        return kernels.dense_tokens
-    return ROW_KIND_TOKENS if product.stored.method.format.group_size is None else None
 
 
 def _forced(sequence: GenerationSequence) -> list[int]:

@@ -60,12 +60,12 @@ class AttentionCall(ctypes.Structure):
     _fields_ = (
         *((name, c_void_p) for name in ("q", "new_keys", "new_values", "keys", "values")),
         *((name, c_void_p) for name in ("key_scale", "value_scale", "output")),
-        *((name, c_void_p) for name in ("query_counts", "key_counts", "pages", "page_starts")),
+        *((name, c_void_p) for name in ("query_counts", "key_counts", "blocks", "block_starts")),
         *((name, c_int64) for name in ("num_sequences", "num_heads", "num_kv_heads", "head_dim")),
         *((name, c_int64) for name in ("q_token_stride", "new_key_stride")),
         ("new_value_stride", c_int64),
         *((name, c_int64) for name in ("key_token_stride", "key_head_stride")),
-        *((name, c_int64) for name in ("page_stride", "page_keys", "window")),
+        *((name, c_int64) for name in ("block_stride", "block_keys", "window")),
         ("scale", c_float),
         ("softcap", c_float),
         ("type", c_int32),
@@ -244,7 +244,7 @@ class Native:
         return rows
 
     def attend(self, call: AttentionCall, *kept: object) -> None:
-        """Do what `call` says; its maker vouches for the addresses, which point to what is `kept`."""
+        """Make one call of attention; the caller has checked its addresses, which point into `kept`."""
         self._call(Step((ctypes.addressof(call),), None, (), 0.0, ATTEND, 0, 0), call, *kept)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, *, unit_offset: bool) -> Tensor:
@@ -263,7 +263,7 @@ class Native:
         return y
 
     def rotate(self, heads: Tensor, cos_sin: Tensor, *, is_interleaved: bool) -> Tensor:
-        """Return heads turned by their angles, (tokens, heads, head_dim) in their dtype.
+        """Return heads rotated by their angles, (tokens, heads, head_dim) in their dtype.
 
         cos_sin: (2, tokens, 1, rotary_dim) in the heads' dtype; components past rotary_dim are kept.
         """
@@ -274,7 +274,9 @@ class Native:
         cos_sin = cos_sin.contiguous()
         fits = cos_sin.shape == (2, tokens, 1, rotary_dim) and rotary_dim <= head_dim
         if not fits or rotary_dim % 2 or cos_sin.dtype != heads.dtype:
-            raise ValueError(f"heads are {tuple(heads.shape)}, angles {tuple(cos_sin.shape)}")
+            raise ValueError(
+                f"heads are {tuple(heads.shape)}, cosines and sines {tuple(cos_sin.shape)}"
+            )
         y = heads.new_empty(tokens, num_heads, head_dim)
         cos = cos_sin.data_ptr()
         inputs = (heads.data_ptr(), cos, cos + tokens * rotary_dim * cos_sin.itemsize)
@@ -430,7 +432,12 @@ def instruction_sets() -> Sequence[Native]:
 
 
 def native() -> Native | None:
-    """Return the best kernels, or None where the library was not built or does not load."""
+    """Return the best kernels, or None where the library was not built or does not load.
+
+    None also while torch compiles, which cannot look into them: it takes its own operators.
+    """
+    if torch.compiler.is_compiling():
+        return None
     found = instruction_sets()
     return found[0] if found else None
 

@@ -17,10 +17,8 @@ from hanok.memory.needs import CHUNK_BYTES
 from hanok.memory.tensors import DTYPE_NAMES, dtype_of, from_file_order, read_into
 from hanok.models.decoder import Decoder
 from hanok.models.family import Source
-from hanok.models.layers import Embedding
-from hanok.models.linear import Linear
-from hanok.quant.base import QuantMethod, Stored, choose_layout
-from hanok.quant.linear import QuantizedEmbedding, QuantizedLinear
+from hanok.models.linear import Embedding, Weighted
+from hanok.quant.base import QuantMethod, StoredWeight, choose_layout
 from hanok.quant.recipe import Recipe
 
 CHUNK_MULTIPLE = 64  # rows; a multiple of what any layout keeps together
@@ -31,7 +29,7 @@ class QuantizedSource:
     """A weight that is quantized while it is read."""
 
     source: Source
-    stored: Stored
+    stored: StoredWeight
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +57,7 @@ def swap(
     floats: dict[str, Source] = {}
     is_tied = decoder.config.tie_embeddings
 
-    def put(path: str, method: QuantMethod, source: Source) -> Stored:
+    def put(path: str, method: QuantMethod, source: Source) -> StoredWeight:
         rows, columns = source.shape
         device = device_of(path)
         stored = choose_layout(method.format, device).empty(method, (rows, columns), device)
@@ -85,17 +83,13 @@ def swap(
     return Swapped(quantized=tuple(quantized), floats=floats)
 
 
-def set_weight(decoder: Decoder, path: str, stored: Stored, dtype: torch.dtype) -> None:
-    """Replace the module at `path` by one that has this weight."""
-    parent_path, _, leaf = path.rpartition(".")
-    parent = decoder.get_submodule(parent_path)
-    old = decoder.get_submodule(path)
-    if isinstance(old, Embedding):
-        parent.add_module(leaf, QuantizedEmbedding(stored, dtype))
-    elif isinstance(old, Linear):
-        with torch.device("meta"):
-            new = QuantizedLinear(stored, has_bias=old.bias is not None)
-        parent.add_module(leaf, new)
+def set_weight(decoder: Decoder, path: str, stored: StoredWeight, dtype: torch.dtype) -> None:
+    """Let the module at `path` have this weight; an embedding's rows are looked up in `dtype`."""
+    module = decoder.get_submodule(path)
+    if isinstance(module, Embedding):
+        module.like = module.like.to(dtype)
+    if isinstance(module, Weighted):
+        module.set_weight(stored)
 
 
 def quantize_source(tensors: Mapping[str, TensorRef], item: QuantizedSource) -> int:
@@ -111,7 +105,7 @@ def quantize_source(tensors: Mapping[str, TensorRef], item: QuantizedSource) -> 
     return stored.nbytes
 
 
-def _check_range(refs: list[TensorRef], stored: Stored) -> None:
+def _check_range(refs: list[TensorRef], stored: StoredWeight) -> None:
     """Refuse weights whose scales are infinite or no numbers: so would be every score."""
     scales = [part for part in stored.parts if part.dtype in (torch.float16, torch.float32)]
     if not all(bool(scale.isfinite().all()) for scale in scales):
@@ -136,7 +130,7 @@ def _whole(refs: list[TensorRef], source: Source) -> Tensor:
     return torch.cat(parts)
 
 
-def _quantize_rows(refs: list[TensorRef], source: Source, stored: Stored) -> None:
+def _quantize_rows(refs: list[TensorRef], source: Source, stored: StoredWeight) -> None:
     """Read as many rows at a time as fit the buffer, over the borders of the parts."""
     rows, columns = source.shape
     dtype = _common_dtype(refs)

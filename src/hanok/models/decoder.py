@@ -17,8 +17,8 @@ from hanok.attention.base import AttentionSpec, Backend, ForwardBatch, choose
 from hanok.attention.cache import KVCache, LayerState, StateSpec
 from hanok.kernels.native import native_for
 from hanok.models.config import LayerConfig, ModelConfig, Rope
-from hanok.models.layers import Embedding, ExpertsLayer, MlpLayer, NormLayer, added
-from hanok.models.linear import Linear
+from hanok.models.layers import ExpertsLayer, MlpLayer, NormLayer, added
+from hanok.models.linear import Embedding, Linear, Weight, Weighted
 from hanok.models.rotary import Rotary
 
 
@@ -51,7 +51,7 @@ class Attention(nn.Module):
     ) -> Tensor:
         """(tokens, hidden) -> (tokens, hidden); `cos_sin` are the tokens' angles."""
         spec, num_tokens = self.spec, x.shape[0]
-        packed: Tensor = self.qkv_proj(x)
+        packed: Tensor = self.qkv_proj(x, batch)
         heads = packed.view(num_tokens, -1, spec.head_dim)
         num_turned = spec.num_heads + spec.num_kv_heads
         turned, v = heads[:, :num_turned], heads[:, num_turned:]
@@ -66,7 +66,7 @@ class Attention(nn.Module):
             else:
                 q, k = self._turned(q, cos_sin), self._turned(k, cos_sin)
         scored = self.backend.attend(q, k, v, spec, batch, state)
-        output: Tensor = self.o_proj(scored.reshape(num_tokens, -1))
+        output: Tensor = self.o_proj(scored.reshape(num_tokens, -1), batch)
         return output
 
     def _normed(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
@@ -113,11 +113,11 @@ class Block(nn.Module):
         normed = self.attention_norm(x)
         attended = self.self_attn(normed, batch, cos_sin, state)
         if self.is_parallel:
-            inner = self.mlp(normed if self.shares_norm else self.mlp_norm(x))
+            inner = self.mlp(normed if self.shares_norm else self.mlp_norm(x), batch)
             output: Tensor = added(added(x, attended), inner)
             return output
         x = added(x, self._scaled(self.attention_post_norm(attended)))
-        return added(x, self._scaled(self.mlp_post_norm(self.mlp(self.mlp_norm(x)))))
+        return added(x, self._scaled(self.mlp_post_norm(self.mlp(self.mlp_norm(x), batch))))
 
     def _scaled(self, x: Tensor) -> Tensor:
         return x if self.residual_scale == 1.0 else x * self.residual_scale
@@ -187,8 +187,14 @@ class Decoder(nn.Module):
         """Let the head share the embedding's weight where the config says so and both are floats."""
         if not self.config.tie_embeddings:
             return
-        if isinstance(self.lm_head, Linear) and isinstance(self.embed_tokens, Embedding):
-            self.lm_head.register_parameter("weight", self.embed_tokens.get_parameter("weight"))
+        if self.lm_head.stored is None and self.embed_tokens.stored is None:
+            self.lm_head.weight = self.embed_tokens.weight
+
+    def weights(self) -> list[Tensor | Weight]:
+        """Return every weight, shared ones once: parameters, and quantized ones whole."""
+        modules = [item for item in self.modules() if isinstance(item, Weighted)]
+        stored = {id(item.stored): item.stored for item in modules if item.stored is not None}
+        return [*self.parameters(), *stored.values()]
 
     @property
     def layout(self) -> DeviceLayout | None:
@@ -266,7 +272,8 @@ class Decoder(nn.Module):
         With a cache, the tokens' keys and values are appended to their sequences in it.
         """
         if cache is not None:
-            cache.advance(batch.slots, batch.query_lengths, batch.sequence_lengths)
+            host = batch.host
+            cache.advance(host.slots, host.query_lengths, host.sequence_lengths)
         return self.hidden_states(batch, cache)
 
     def hidden_states(self, batch: ForwardBatch, cache: KVCache | None) -> Tensor:

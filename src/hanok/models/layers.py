@@ -1,6 +1,7 @@
 """The parts of a block. Axis words: tokens, heads, kv_heads, head_dim, hidden, vocab, out, in.
 
-All activations are packed, (tokens, …); none of these parts knows where a sequence ends.
+All activations are packed, (tokens, …); none of these parts knows where a sequence ends. The batch only
+passes through, for products that look at it.
 """
 
 from collections.abc import Callable, Mapping
@@ -9,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hanok.attention.base import ForwardBatch
+from hanok.kernels.fused import fused_for
 from hanok.kernels.native import GATE_ACTIVATIONS, native_for
 from hanok.models.config import Activation, Experts, Mlp, Norm
 from hanok.models.linear import Linear
@@ -31,18 +34,6 @@ def added(a: Tensor, b: Tensor) -> Tensor:
     return a + b if kernels is None else kernels.add(a, b)
 
 
-class Embedding(nn.Module):
-    """One row for each id. `nn.Embedding` would draw its rows, which on `meta` imports for a second."""
-
-    def __init__(self, num_rows: int, size: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(num_rows, size))
-
-    def forward(self, ids: Tensor) -> Tensor:
-        """(tokens,) int64 -> (tokens, size)."""
-        return F.embedding(ids, self.weight)
-
-
 class NormLayer(nn.Module):
     """RMSNorm (arXiv 1910.07467) or LayerNorm over the last axis, computed in float32."""
 
@@ -60,7 +51,7 @@ class NormLayer(nn.Module):
         shape, eps = (x.shape[-1],), self.norm.eps
         if self.norm.kind == "layer":
             return F.layer_norm(x, shape, self.weight, self.bias, eps)
-        kernels = native_for(x, self.weight)
+        kernels = fused_for(x, self.weight)
         if kernels is not None:
             return kernels.rms_norm(x, self.weight, eps, unit_offset=self.norm.unit_offset)
         if self.norm.unit_offset:  # 1 + weight is rounded away in bfloat16
@@ -75,7 +66,7 @@ class MlpLayer(nn.Module):
         super().__init__()
         size, bias = mlp.intermediate_size, mlp.has_bias
         self.activation = ACTIVATIONS[mlp.activation]
-        self.native_activation = mlp.activation if mlp.activation in GATE_ACTIVATIONS else None
+        self.fused_activation = mlp.activation if mlp.activation in GATE_ACTIVATIONS else None
         self.is_gated = mlp.is_gated
         if mlp.is_gated:
             self.gate_up_proj = Linear(hidden_size, 2 * size, has_bias=bias)
@@ -83,17 +74,17 @@ class MlpLayer(nn.Module):
             self.up_proj = Linear(hidden_size, size, has_bias=bias)
         self.down_proj = Linear(size, hidden_size, has_bias=bias)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, batch: ForwardBatch | None = None) -> Tensor:
         """(tokens, hidden) -> (tokens, hidden)."""
-        inner = self._gated(x) if self.is_gated else self.activation(self.up_proj(x))
-        output: Tensor = self.down_proj(inner)
+        inner = self._gated(x, batch) if self.is_gated else self.activation(self.up_proj(x, batch))
+        output: Tensor = self.down_proj(inner, batch)
         return output
 
-    def _gated(self, x: Tensor) -> Tensor:
-        gate_up: Tensor = self.gate_up_proj(x)
-        kernels = native_for(gate_up)
-        if kernels is not None and self.native_activation is not None:
-            return kernels.gate(gate_up, self.native_activation)
+    def _gated(self, x: Tensor, batch: ForwardBatch | None) -> Tensor:
+        gate_up: Tensor = self.gate_up_proj(x, batch)
+        kernels = fused_for(gate_up)
+        if kernels is not None and self.fused_activation is not None:
+            return kernels.gate(gate_up, self.fused_activation)
         gate, up = gate_up.chunk(2, dim=-1)
         return self.activation(gate) * up
 
@@ -114,7 +105,7 @@ class ExpertsLayer(nn.Module):
             MlpLayer(hidden_size, inner) for _ in range(experts.num_experts)
         )
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, batch: ForwardBatch | None = None) -> Tensor:
         """(tokens, hidden) -> (tokens, hidden)."""
         weights, chosen = self.router(x).float().softmax(-1).topk(self.num_chosen, dim=-1)
         if self.is_renormalised:
@@ -123,6 +114,6 @@ class ExpertsLayer(nn.Module):
         output = torch.zeros_like(x)
         for expert in chosen.unique().tolist():
             tokens, rank = (chosen == expert).nonzero(as_tuple=True)
-            part = self.experts[expert](x[tokens]) * weights[tokens, rank, None]
+            part = self.experts[expert](x[tokens], batch) * weights[tokens, rank, None]
             output = output.index_add(0, tokens, part)
         return output

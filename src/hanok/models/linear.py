@@ -18,12 +18,13 @@ never depends on a stopwatch:
 | not built                 | without        | more   | weights widened, a block of rows at a time   |
 """
 
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hanok.attention.base import ForwardBatch
 from hanok.kernels.native import native
 from hanok.kernels.processor import is_x86, multiplies
 
@@ -37,7 +38,7 @@ Product = Literal["torch", "native", "torch without oneDNN", "vector", "widened"
 def choose_product(weight: Tensor, num_tokens: int) -> Product:
     """Return how `dense` multiplies `num_tokens` rows with this weight."""
     needs_grad = torch.is_grad_enabled() and weight.requires_grad
-    if weight.device.type != "cpu" or needs_grad:
+    if weight.device.type != "cpu" or needs_grad or torch.compiler.is_compiling():
         return "torch"
     kernels = native()
     is_known = weight.dtype in (torch.bfloat16, torch.float32) and weight.is_contiguous()
@@ -108,7 +109,52 @@ def _widened(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return output
 
 
-class Linear(nn.Module):
+class Weight(Protocol):
+    """A quantized weight (out, in), a module of its own under the path of the floats it replaces.
+
+    The layouts of `quant/kernels` are such weights; nothing here knows them.
+    """
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held: codes, scales, zeros and padding."""
+
+    def matmul(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """(tokens, in) -> (tokens, out), in x's dtype."""
+
+    def rows(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return some rows dequantized, (ids, in) in `dtype`: an embedding's lookup."""
+
+    @property
+    def exact_tokens(self) -> int | None:
+        """How many tokens of a product are computed as each alone is; None: any number."""
+
+    def why_not_static(self) -> str | None:
+        """Return why a product needs the CPU to look at numbers, which a CUDA graph cannot; or None."""
+
+
+class Weighted(nn.Module):
+    """What has a weight (out, in), in floats or quantized, always under the path `weight`."""
+
+    weight: nn.Parameter | Weight
+
+    @property
+    def stored(self) -> Weight | None:
+        """The quantized weight; None where it is floats."""
+        weight = self.weight
+        return None if isinstance(weight, Tensor) else weight
+
+    def set_weight(self, weight: nn.Parameter | Weight) -> None:
+        """Take another weight in place of the one that is there."""
+        del self.weight  # torch lets no module take a parameter's name
+        self.weight = weight
+
+
+class Linear(Weighted):
     """A weight (out, in) and perhaps a bias (out,)."""
 
     bias: nn.Parameter | None
@@ -118,6 +164,43 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.bias = nn.Parameter(torch.empty(out_features)) if has_bias else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(tokens, in) -> (tokens, out)."""
-        return dense(x, self.weight, self.bias)
+    def forward(self, x: Tensor, batch: ForwardBatch | None = None) -> Tensor:
+        """(tokens, in) -> (tokens, out); `batch` is what the tokens are part of."""
+        weight = self.weight
+        if isinstance(weight, Tensor):
+            return dense(x, weight, self.bias)
+        return weight.matmul(x, self.bias)
+
+    @property
+    def exact_tokens(self) -> int | None:
+        """How many tokens of a pass our CPU kernels compute as each alone is; None: any number."""
+        stored, kernels = self.stored, native()
+        if stored is not None:
+            return stored.exact_tokens
+        return None if kernels is None else kernels.dense_tokens
+
+    def why_not_static(self) -> str | None:
+        """Return why a CUDA graph cannot hold the product, or None when it can."""
+        return None if self.stored is None else self.stored.why_not_static()
+
+
+class Embedding(Weighted):
+    """One row for each id.
+
+    `nn.Embedding` would draw its rows, which on `meta` imports for a second.
+    """
+
+    like: Tensor
+
+    def __init__(self, num_rows: int, size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_rows, size))
+        # Holds nothing: its dtype, which `.to` changes, is that of rows from a quantized weight.
+        self.register_buffer("like", torch.empty(0), persistent=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """(tokens,) int64 -> (tokens, size)."""
+        weight = self.weight
+        if isinstance(weight, Tensor):
+            return F.embedding(ids, weight)
+        return weight.rows(ids, self.like.dtype)

@@ -1,8 +1,8 @@
-"""The quantization seam: one record of a quantized weight, its makers, its layouts, and one product.
+"""The quantization seam: one record of a quantized weight, its makers, and its layouts.
 
     method.quantize(weight) -> QuantizedWeight          what the numbers are
-    layout.empty(method, shape) -> Stored               where they live, in the order its kernels read
-    matmul(x, stored, bias)                             how they are multiplied
+    layout.empty(method, shape) -> StoredWeight         where they live, in the order its kernels read
+    stored.matmul(x, bias)                              how they are multiplied
 
 A method is one file of this package that defines `METHOD`; a layout is one file of `quant/kernels` that
 defines `LAYOUT`. The first layout of LAYOUT_ORDER that fits the device, the instruction set and the
@@ -17,7 +17,7 @@ from functools import cache
 from typing import ClassVar, Literal, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hanok.errors import OptionError, UnsupportedError
 from hanok.quant.nested import NestedScale
@@ -116,41 +116,81 @@ class QuantMethod(Protocol):
         """
 
 
-class Stored(Protocol):
-    """A quantized weight in memory, laid out for the kernels that read it."""
+class StoredWeight(nn.Module):
+    """A quantized weight in memory, laid out for the kernels that read it: a `models.linear.Weight`.
 
-    method: QuantMethod
-    shape: tuple[int, int]
+    What a subclass holds are buffers, so that the weight goes wherever a module does.
+    """
+
+    def __init__(self, method: QuantMethod, shape: tuple[int, int]) -> None:
+        super().__init__()
+        self.method = method
+        self.shape = shape
 
     @property
     def nbytes(self) -> int:
         """Bytes held: codes, scales, zeros and padding."""
+        raise NotImplementedError
 
     @property
     def device(self) -> torch.device:
         """Where it is."""
+        raise NotImplementedError
 
     @property
     def parts(self) -> tuple[Tensor, ...]:
         """The tensors that hold it, so that they can be kept and filled again; () where they cannot."""
+        raise NotImplementedError
+
+    @property
+    def exact_tokens(self) -> int | None:
+        """How many tokens of a product are computed as each alone is; None: any number."""
+        return None
+
+    def why_not_static(self) -> str | None:
+        """Return why a product needs the CPU to look at numbers, which a CUDA graph cannot; or None."""
+        if self.method.format.activations == "outliers":
+            return f"{self.method.name} looks for outliers on the CPU"
+        return None
 
     def write_rows(self, start: int, rows: Tensor) -> None:
         """Quantize float rows (count, in) into place; different rows may be written by threads."""
+        raise NotImplementedError
 
     def finish(self) -> None:
-        """Do what needs all rows."""
+        """Quantize what needs all rows, nested scales; called once, after the last row is written."""
 
     def record(self) -> QuantizedWeight:
         """Return the canonical record, unpacked."""
+        raise NotImplementedError
 
     def rows(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
         """Return some rows dequantized, (ids, in): an embedding's lookup."""
+        raise NotImplementedError
 
     def kernel(self, num_tokens: int, dtype: torch.dtype) -> str:
         """Return what multiplies so many tokens."""
+        raise NotImplementedError
 
-    def matmul(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """(tokens, in) -> (tokens, out), in x's dtype."""
+    def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Return x @ weight.T + bias in x's dtype: every product with a quantized weight.
+
+        x: (tokens, in) bfloat16 or float32   bias: (out,)   returns: (tokens, out)
+        """
+        if x.dim() != 2 or x.shape[1] != self.shape[1]:
+            found, (rows, columns) = " x ".join(map(str, x.shape)), self.shape
+            raise ValueError(f"x is {found}, the weight {rows} x {columns}")
+        if torch.is_grad_enabled() and x.requires_grad:
+            return torch.nn.functional.linear(
+                x,
+                self.record().dequantize().to(x.dtype),
+                None if bias is None else bias.to(x.dtype),
+            )
+        return self._multiply(x, bias)
+
+    def _multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """Do what `matmul` says, with x of the right shape and without gradients."""
+        raise NotImplementedError
 
 
 class Layout(Protocol):
@@ -162,7 +202,9 @@ class Layout(Protocol):
     def why_not(self, format: Format, device: torch.device) -> str | None:
         """Return why it cannot hold weights of this format there, or None when it can."""
 
-    def empty(self, method: QuantMethod, shape: tuple[int, int], device: torch.device) -> Stored:
+    def empty(
+        self, method: QuantMethod, shape: tuple[int, int], device: torch.device
+    ) -> StoredWeight:
         """Claim the memory of a weight that `write_rows` will fill."""
 
 
@@ -178,20 +220,6 @@ def reference(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None) ->
     """Dequantize and multiply in float32: the oracle. (tokens, in) -> (tokens, out) float32."""
     product = x.float() @ weight.dequantize().t()
     return product if bias is None else product + bias.float()
-
-
-def matmul(x: Tensor, weight: Stored, bias: Tensor | None = None) -> Tensor:
-    """Return x @ weight.T + bias in x's dtype: every product with a quantized weight.
-
-    x: (tokens, in) bfloat16 or float32   bias: (out,)   returns: (tokens, out)
-    """
-    if x.dim() != 2 or x.shape[1] != weight.shape[1]:
-        raise ValueError(f"x is {tuple(x.shape)}, the weight {weight.shape}")
-    if torch.is_grad_enabled() and x.requires_grad:
-        return torch.nn.functional.linear(
-            x, weight.record().dequantize().to(x.dtype), None if bias is None else bias.to(x.dtype)
-        )
-    return weight.matmul(x, bias)
 
 
 @cache

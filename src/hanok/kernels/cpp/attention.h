@@ -3,9 +3,9 @@
 // The rows of a task are the queries of some neighbouring tokens in the heads that share a KV head, so keys
 // and values are read once for all of them. Keys are taken a split at a time: scores of all its keys, their
 // softmax, the weighted values. Splits are merged in order as in an online softmax (arXiv 1805.02867), and
-// shared out among threads where queries are few. Keys are turned block by block so that lanes are keys:
+// shared out among threads where queries are few. Keys are transposed tile by tile so that lanes are keys:
 // scores then need no sums across lanes. A token's result depends on its own keys alone: not on threads,
-// nor on the tokens beside it.
+// nor on the other tokens of the batch.
 
 #pragma once
 
@@ -17,9 +17,9 @@ namespace {
 
 constexpr int64_t kSplit = 1024;      // keys
 constexpr int64_t kFewQueries = 8;    // of a sequence: up to here its keys are shared out, else its queries
-constexpr int64_t kBlockKeys = 64;    // turned at a time
+constexpr int64_t kTileKeys = 64;     // transposed at a time
 constexpr int64_t kTaskRows = 64;
-constexpr int64_t kSharedProducts = 1 << 19;  // less is done before another thread has heard of it
+constexpr int64_t kSharedProducts = 1 << 19;  // less is done before another thread is awake
 constexpr int64_t kAppendedTokens = 64;       // by a piece
 constexpr float kLowest = -1e30f;     // below every score; minus infinity less itself is no number
 
@@ -53,14 +53,14 @@ struct Work {
 
 INLINE int64_t rows_floats(const Sizes& s) { return (s.task_rows + kLanes - 1) / kLanes * kLanes; }
 INLINE int64_t work_floats(const Sizes& s) {
-    return s.task_rows * (s.padded_dim + kSplit) + 2 * kBlockKeys * s.padded_dim + 2 * kSplit;
+    return s.task_rows * (s.padded_dim + kSplit) + 2 * kTileKeys * s.padded_dim + 2 * kSplit;
 }
 INLINE Work work_at(float* memory, const Sizes& s) {
     Work w;
     w.q = memory;
     w.keys = w.q + s.task_rows * s.padded_dim;
-    w.values = w.keys + kBlockKeys * s.padded_dim;
-    w.scores = w.values + kBlockKeys * s.padded_dim;
+    w.values = w.keys + kTileKeys * s.padded_dim;
+    w.scores = w.values + kTileKeys * s.padded_dim;
     w.key_scale = w.scores + s.task_rows * kSplit;
     w.value_scale = w.key_scale + kSplit;
     return w;
@@ -117,11 +117,11 @@ struct Ahead {
 };
 constexpr int64_t kTurnsOfTranspose = 12;  // of the loops over dimensions, in the time that one takes
 
-// Keys [0, count) of a block to (dim, kBlockKeys): lanes are keys, noughts where there are none.
+// Keys [0, count) of a tile to (dim, kTileKeys): lanes are keys, zeros where there are none.
 template <class Item>
-INLINE void turn_keys(const Item* keys, int64_t stride, int64_t count, const Sizes& s, float* to,
+INLINE void transpose_keys(const Item* keys, int64_t stride, int64_t count, const Sizes& s, float* to,
                       Ahead& ahead) {
-    for (int64_t first = 0; first < kBlockKeys; first += kLanes)
+    for (int64_t first = 0; first < kTileKeys; first += kLanes)
         for (int64_t dim = 0; dim < s.dim; dim += kLanes) {
             ahead.ask(kTurnsOfTranspose);
             Words words[kLanes];
@@ -131,15 +131,15 @@ INLINE void turn_keys(const Item* keys, int64_t stride, int64_t count, const Siz
                                  : Words::all(0);
             transpose(words);
             for (int d = 0; d < kLanes && dim + d < s.dim; ++d)
-                store(to + (dim + d) * kBlockKeys + first, reinterpret<Floats>(words[d]));
+                store(to + (dim + d) * kTileKeys + first, reinterpret<Floats>(words[d]));
         }
 }
 
 // Two neighbouring bfloat16 travel in one word.
-INLINE void turn_keys(const uint16_t* keys, int64_t stride, int64_t count, const Sizes& s, float* to,
+INLINE void transpose_keys(const uint16_t* keys, int64_t stride, int64_t count, const Sizes& s, float* to,
                       Ahead& ahead) {
-    if (s.dim % (2 * kLanes) != 0) return turn_keys<uint16_t>(keys, stride, count, s, to, ahead);
-    for (int64_t first = 0; first < kBlockKeys; first += kLanes)
+    if (s.dim % (2 * kLanes) != 0) return transpose_keys<uint16_t>(keys, stride, count, s, to, ahead);
+    for (int64_t first = 0; first < kTileKeys; first += kLanes)
         for (int64_t dim = 0; dim < s.dim; dim += 2 * kLanes) {
             ahead.ask(kTurnsOfTranspose);
             Words words[kLanes];
@@ -150,8 +150,8 @@ INLINE void turn_keys(const uint16_t* keys, int64_t stride, int64_t count, const
             }
             transpose(words);
             for (int d = 0; d < kLanes; ++d) {
-                store(to + (dim + 2 * d) * kBlockKeys + first, reinterpret<Floats>(words[d] << 16));
-                store(to + (dim + 2 * d + 1) * kBlockKeys + first,
+                store(to + (dim + 2 * d) * kTileKeys + first, reinterpret<Floats>(words[d] << 16));
+                store(to + (dim + 2 * d + 1) * kTileKeys + first,
                       reinterpret<Floats>(words[d] & Words::all(0xffff0000u)));
             }
         }
@@ -197,7 +197,7 @@ struct View {
     bool is_scaled;
 };
 
-// Scores of `kRows` rows with some vectors of a block of keys, which is turned already.
+// Scores of `kRows` rows with some vectors of a tile of keys, which is transposed already.
 template <int kRows>
 INLINE void score_tile(const Sizes& s, const Work& w, int64_t row, int64_t key, int64_t first, Ahead& ahead) {
     constexpr int kVectors = kTileVectors;
@@ -208,7 +208,7 @@ INLINE void score_tile(const Sizes& s, const Work& w, int64_t row, int64_t key, 
     for (int64_t d = 0; d < s.dim; ++d) {
         if (first == 0) ahead.ask(1);
         Floats keys[kVectors];
-        for (int v = 0; v < kVectors; ++v) keys[v] = load(w.keys + d * kBlockKeys + first + v * kLanes);
+        for (int v = 0; v < kVectors; ++v) keys[v] = load(w.keys + d * kTileKeys + first + v * kLanes);
         for (int r = 0; r < kRows; ++r) {
             const Floats factor = Floats::all(q[r * s.padded_dim + d]);
             for (int v = 0; v < kVectors; ++v) score[r][v] = add_product(score[r][v], factor, keys[v]);
@@ -221,7 +221,7 @@ INLINE void score_tile(const Sizes& s, const Work& w, int64_t row, int64_t key, 
 
 template <int kRows>
 INLINE void score_rows(const Sizes& s, const Work& w, int64_t row, int64_t key, Ahead& ahead) {
-    for (int64_t first = 0; first < kBlockKeys; first += kTileVectors * kLanes)
+    for (int64_t first = 0; first < kTileKeys; first += kTileVectors * kLanes)
         score_tile<kRows>(s, w, row, key, first, ahead);
 }
 
@@ -303,10 +303,10 @@ struct Task {
     int64_t past;                                     // keys before its first query
 };
 
-// Where a key stands, in items. Blocks of keys begin at multiples of kBlockKeys, so none crosses a page.
+// Where a key lies, in items. Tiles begin at multiples of kTileKeys, so none crosses a block.
 INLINE int64_t place_of(const Attention& a, int64_t sequence, int64_t head, int64_t key) {
-    const int64_t page = a.pages[a.page_starts[sequence] + key / a.page_keys];
-    return page * a.page_stride + head * a.key_head_stride + key % a.page_keys * a.key_token_stride;
+    const int64_t block = a.blocks[a.block_starts[sequence] + key / a.block_keys];
+    return block * a.block_stride + head * a.key_head_stride + key % a.block_keys * a.key_token_stride;
 }
 
 // Keys [begin, end) of a task, of one split, into `part`, which is clear.
@@ -326,33 +326,33 @@ INLINE void attend_keys(const Attention& a, const Sizes& s, const Task& task, in
     view.softcap = a.softcap;
     view.is_scaled = a.key_scale != nullptr;
     if (view.is_scaled)
-        for (int64_t key = 0; key < view.num_keys; key += kBlockKeys) {
-            const int64_t count = view.num_keys - key < kBlockKeys ? view.num_keys - key : kBlockKeys;
+        for (int64_t key = 0; key < view.num_keys; key += kTileKeys) {
+            const int64_t count = view.num_keys - key < kTileKeys ? view.num_keys - key : kTileKeys;
             for (int64_t i = 0, at = place(key); i < count; ++i, at += stride) {
                 w.key_scale[key + i] = a.key_scale[at / a.head_dim];
                 w.value_scale[key + i] = a.value_scale[at / a.head_dim];
             }
         }
-    // Where one head's keys lie together, the next block is asked for while this one is computed.
+    // Where one head's keys lie together, the next tile is asked for while this one is computed.
     const bool is_dense = stride == s.dim;
-    const int64_t tiles = (rows + kTileRows - 1) / kTileRows, block_items = kBlockKeys * s.dim;
-    const int64_t transposes = kBlockKeys / kLanes * (s.dim / (64 / static_cast<int64_t>(sizeof(Cached))));
-    for (int64_t key = 0; key < view.num_keys; key += kBlockKeys) {
-        const int64_t count = view.num_keys - key < kBlockKeys ? view.num_keys - key : kBlockKeys;
-        const bool is_last = key + kBlockKeys >= view.num_keys;
-        const Cached* next = is_last ? values + place(0) : keys + place(key + kBlockKeys);
-        Ahead ahead = Ahead::of(next, is_dense ? block_items : 0, tiles * s.dim + kTurnsOfTranspose * transposes);
-        turn_keys(keys + place(key), stride, count, s, w.keys, ahead);
+    const int64_t tiles = (rows + kTileRows - 1) / kTileRows, tile_items = kTileKeys * s.dim;
+    const int64_t transposes = kTileKeys / kLanes * (s.dim / (64 / static_cast<int64_t>(sizeof(Cached))));
+    for (int64_t key = 0; key < view.num_keys; key += kTileKeys) {
+        const int64_t count = view.num_keys - key < kTileKeys ? view.num_keys - key : kTileKeys;
+        const bool is_last = key + kTileKeys >= view.num_keys;
+        const Cached* next = is_last ? values + place(0) : keys + place(key + kTileKeys);
+        Ahead ahead = Ahead::of(next, is_dense ? tile_items : 0, tiles * s.dim + kTurnsOfTranspose * transposes);
+        transpose_keys(keys + place(key), stride, count, s, w.keys, ahead);
         int64_t row = 0;
         for (; row + kTileRows <= rows; row += kTileRows) score_rows<kTileRows>(s, w, row, key, ahead);
         for (; row < rows; ++row) score_rows<1>(s, w, row, key, ahead);
     }
     for (int64_t row = 0; row < rows; ++row) weigh_row(view, w, part, row);
-    for (int64_t key = 0; key < view.num_keys; key += kBlockKeys) {
-        const int64_t count = view.num_keys - key < kBlockKeys ? view.num_keys - key : kBlockKeys;
-        const bool is_last = key + kBlockKeys >= view.num_keys;
-        const Cached* next = values + place(is_last ? key : key + kBlockKeys);
-        Ahead ahead = Ahead::of(next, is_dense && !is_last ? block_items : 0, (tiles + 1) * count);
+    for (int64_t key = 0; key < view.num_keys; key += kTileKeys) {
+        const int64_t count = view.num_keys - key < kTileKeys ? view.num_keys - key : kTileKeys;
+        const bool is_last = key + kTileKeys >= view.num_keys;
+        const Cached* next = values + place(is_last ? key : key + kTileKeys);
+        Ahead ahead = Ahead::of(next, is_dense && !is_last ? tile_items : 0, (tiles + 1) * count);
         widen_values(values + place(key), stride, count, s, w.values, ahead);
         int64_t row = 0;
         for (; row + kTileRows <= rows; row += kTileRows)
@@ -403,7 +403,7 @@ INLINE void write_output(const Attention& a, const Sizes& s, const Task& task, c
         }
 }
 
-// New keys and values behind those that the cache holds.
+// New keys and values after those that the cache holds.
 template <class Item, class Cached>
 INLINE void append_head(const Item* from, Cached* to, float*, int64_t dim) {
     for (int64_t i = 0; i < dim; ++i) to[i] = from[i];
@@ -426,7 +426,7 @@ INLINE void append_head(const Item* from, int8_t* to, float* scale, int64_t dim)
 INLINE int64_t first_key(const Attention& a, const Task& task) {
     if (!a.window) return 0;
     const int64_t first = task.past + task.first_token - a.window + 1;
-    return first > 0 ? first / kBlockKeys * kBlockKeys : 0;
+    return first > 0 ? first / kTileKeys * kTileKeys : 0;
 }
 
 // Where a sequence begins among the tokens, tasks and parts of a call.
@@ -435,7 +435,7 @@ struct Span {
     int64_t blocks, splits;  // of its tokens, of its keys; a task is one of each, for one KV head
 };
 
-// How many tasks each sequence is: of its tokens, or of its keys too where tokens are few. The span behind
+// How many tasks each sequence is: of its tokens, or of its keys too where tokens are few. The span after
 // the last one has the sums.
 INLINE void set_spans(const Attention& a, const Sizes& s, Span* spans) {
     Span next = {0, 0, 0, 0, 0};

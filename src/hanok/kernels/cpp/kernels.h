@@ -36,19 +36,19 @@ struct Attention {
     const void* q;  // (tokens, heads, head_dim)
     const void* new_keys;    // (tokens, kv_heads, head_dim), to be appended; null where keys stand as they are
     const void* new_values;
-    void* keys;  // in pages, each (kv_heads, page_keys, head_dim) or however the strides have it
+    void* keys;  // in blocks, each (kv_heads, block_keys, head_dim) or however the strides have it
     void* values;
     float* key_scale;  // int8 keys only: one for each token and head
     float* value_scale;
     void* output;  // (tokens, heads, head_dim), contiguous
     const std::int64_t* query_counts;  // (sequences)
     const std::int64_t* key_counts;    // (sequences): all that the last query sees
-    const std::int64_t* pages;         // numbers of the pages, each sequence's in order
-    const std::int64_t* page_starts;   // (sequences): where in `pages` a sequence's begin
+    const std::int64_t* blocks;        // numbers of the blocks, each sequence's in order
+    const std::int64_t* block_starts;  // (sequences): where in `blocks` a sequence's begin
     std::int64_t num_sequences, num_heads, num_kv_heads, head_dim;
     std::int64_t q_token_stride, new_key_stride, new_value_stride;  // between tokens
     std::int64_t key_token_stride, key_head_stride;  // the values' too
-    std::int64_t page_stride, page_keys;  // a multiple of 64 keys where a sequence has several pages
+    std::int64_t block_stride, block_keys;  // a multiple of 64 keys where a sequence has several blocks
     std::int64_t window;  // tokens a query sees, itself included; 0: all before it
     float scale, softcap;  // softcap 0: none
     std::int32_t type, cache_type;

@@ -17,7 +17,7 @@ from hanok.kernels.native import (
     native,
     why_not,
 )
-from hanok.quant.base import Format, QuantizedWeight, QuantMethod, Stored
+from hanok.quant.base import Format, QuantizedWeight, QuantMethod, StoredWeight
 
 PANEL = 16  # rows
 BLOCK = 32  # columns
@@ -46,15 +46,18 @@ def kind_of(format: Format) -> PanelKind | None:
     return kinds.get((format.kind, format.bits))
 
 
-class PanelWeight:
-    """See `Stored`."""
+class PanelWeight(StoredWeight):
+    """See `StoredWeight`."""
+
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor | None
 
     def __init__(self, method: QuantMethod, shape: tuple[int, int], kernels: Native) -> None:
         kind = kind_of(method.format)
         if kind is None:
             raise ValueError(f"panels do not hold {method.format}")
-        self.method = method
-        self.shape = shape
+        super().__init__(method, shape)
         self._kernels = kernels
         form, (rows, columns) = method.format, shape
         panels = -(-rows // PANEL)
@@ -62,19 +65,22 @@ class PanelWeight:
         groups = -(-columns // self._group) if columns else 0
         blocks = groups * self._group // BLOCK
         is_half = kind in ("bytes", "nibbles", "zero nibbles")
-        self._codes = torch.empty(panels, blocks, BLOCK * PANEL * form.bits // 8, dtype=torch.uint8)
-        self._scale = torch.empty(
+        codes = torch.empty(panels, blocks, BLOCK * PANEL * form.bits // 8, dtype=torch.uint8)
+        scale = torch.empty(
             panels, groups, PANEL, dtype=torch.float16 if is_half else torch.float32
         )
-        self._zero = self._table = None
-        if kind == "zero nibbles":
-            self._zero = torch.empty(panels, groups, PANEL, dtype=torch.uint8)
+        has_zero = kind == "zero nibbles"
+        zero = torch.empty(panels, groups, PANEL, dtype=torch.uint8) if has_zero else None
+        self.register_buffer("codes", codes)
+        self.register_buffer("scale", scale)
+        self.register_buffer("zero", zero)
+        self._table = None
         if form.codebook is not None:
             self._table = torch.tensor(form.codebook)
         self._panels = Panels(
-            codes=self._codes.data_ptr(),
-            scale=self._scale.data_ptr(),
-            zero=None if self._zero is None else self._zero.data_ptr(),
+            codes=codes.data_ptr(),
+            scale=scale.data_ptr(),
+            zero=None if zero is None else zero.data_ptr(),
             table=None if self._table is None else self._table.data_ptr(),
             rows=rows,
             columns=columns,
@@ -84,38 +90,39 @@ class PanelWeight:
 
     @property
     def nbytes(self) -> int:
-        """See `Stored`."""
-        zero_bytes = 0 if self._zero is None else self._zero.nbytes
-        return self._codes.nbytes + self._scale.nbytes + zero_bytes
+        """See `StoredWeight`."""
+        return sum(part.nbytes for part in self.parts)
 
     @property
     def device(self) -> torch.device:
-        """See `Stored`."""
-        return self._codes.device
+        """See `StoredWeight`."""
+        return self.codes.device
 
     @property
     def parts(self) -> tuple[Tensor, ...]:
-        """See `Stored`."""
-        return tuple(part for part in (self._codes, self._scale, self._zero) if part is not None)
+        """See `StoredWeight`."""
+        return tuple(self.buffers())
+
+    @property
+    def exact_tokens(self) -> int | None:
+        """See `StoredWeight`."""
+        return ROW_KIND_TOKENS if self.method.format.group_size is None else None
 
     def write_rows(self, start: int, rows: Tensor) -> None:
-        """See `Stored`; `start` is a multiple of PANEL."""
+        """See `StoredWeight`; `start` is a multiple of PANEL."""
         is_known = rows.dtype in (torch.bfloat16, torch.float32)
         self._kernels.pack(self._panels, start, rows if is_known else rows.float())
 
-    def finish(self) -> None:
-        """See `Stored`."""
-
     def record(self) -> QuantizedWeight:
-        """See `Stored`."""
+        """See `StoredWeight`."""
         form, (rows, columns) = self.method.format, self.shape
-        panels, blocks, _ = self._codes.shape
+        panels, blocks, _ = self.codes.shape
         if form.bits == 4:
-            halves = torch.stack([self._codes & 15, self._codes >> 4], dim=2)
+            halves = torch.stack([self.codes & 15, self.codes >> 4], dim=2)
             # (panels, blocks, half, four columns, row, column)
             codes = halves.view(panels, blocks, 2, 4, PANEL, 4).permute(0, 4, 1, 2, 3, 5)
         else:
-            codes = self._codes.view(panels, blocks, 8, PANEL, 4).permute(0, 3, 1, 2, 4)
+            codes = self.codes.view(panels, blocks, 8, PANEL, 4).permute(0, 3, 1, 2, 4)
         codes = codes.reshape(panels * PANEL, -1)[:rows, :columns].contiguous()
         if form.kind == "signed":
             codes = (codes ^ 128).view(torch.int8) if form.bits == 8 else codes.view(torch.int8) - 8
@@ -124,24 +131,23 @@ class PanelWeight:
         return QuantizedWeight(
             format=form,
             codes=codes,
-            scale=self._by_row(self._scale),
-            zero=None if self._zero is None else self._by_row(self._zero),
+            scale=self._by_row(self.scale),
+            zero=None if self.zero is None else self._by_row(self.zero),
         )
 
     def rows(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
-        """See `Stored`."""
+        """See `StoredWeight`."""
         return self._kernels.look_up(self._panels, ids, dtype)
 
     def kernel(self, num_tokens: int, dtype: torch.dtype) -> str:
-        """See `Stored`."""
+        """See `StoredWeight`."""
         if self.method.format.group_size is not None:
             return f"hanok {self._kernels.instruction_set}, x rounded to int8"
         if num_tokens <= ROW_KIND_TOKENS:
             return f"hanok {self._kernels.instruction_set}, x as it is"
         return "torch, a block of rows turned into float32 at a time"
 
-    def matmul(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """See `Stored`."""
+    def _multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
         if self.method.format.group_size is not None or x.shape[0] <= ROW_KIND_TOKENS:
             return self._kernels.product(x, self._panels, bias)
         output, wide = x.new_empty(x.shape[0], self.shape[0]), x.float()
@@ -180,7 +186,9 @@ class PanelLayout:
             return f"they do not read {format.kind} codes of {format.bits} bits in groups of {size}"
         return None
 
-    def empty(self, method: QuantMethod, shape: tuple[int, int], device: torch.device) -> Stored:
+    def empty(
+        self, method: QuantMethod, shape: tuple[int, int], device: torch.device
+    ) -> StoredWeight:
         """See `Layout`."""
         kernels = native()
         if kernels is None or device.type != "cpu":

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hanok.quant.base import Format, QuantizedWeight, QuantMethod, Stored
+from hanok.quant.base import Format, QuantizedWeight, QuantMethod, StoredWeight
 from hanok.quant.groups import GroupConstants
 from hanok.quant.nested import NestedScale
 
@@ -19,12 +19,11 @@ BLOCK_ROWS = 1024
 CODE_TYPES = {"signed": torch.int8, "float8": torch.float8_e4m3fn}
 
 
-class PlainWeight:
-    """See `Stored`."""
+class PlainWeight(StoredWeight):
+    """See `StoredWeight`."""
 
     def __init__(self, method: QuantMethod, shape: tuple[int, int], device: torch.device) -> None:
-        self.method = method
-        self.shape = shape
+        super().__init__(method, shape)
         form, (rows, columns) = method.format, shape
         width = -(-columns // 2) if form.bits == 4 else columns
         code_type = torch.uint8 if form.bits == 4 else CODE_TYPES[form.kind]
@@ -33,46 +32,45 @@ class PlainWeight:
 
     @property
     def nbytes(self) -> int:
-        """See `Stored`."""
+        """See `StoredWeight`."""
         return self._codes.nbytes + self._groups.nbytes
 
     @property
     def device(self) -> torch.device:
-        """See `Stored`."""
+        """See `StoredWeight`."""
         return self._codes.device
 
     @property
     def parts(self) -> tuple[Tensor, ...]:
-        """See `Stored`."""
+        """See `StoredWeight`."""
         return self._groups.with_codes(self._codes)
 
     def write_rows(self, start: int, rows: Tensor) -> None:
-        """See `Stored`."""
+        """See `StoredWeight`."""
         record = self.method.quantize(rows.to(self.device))
         chosen = slice(start, start + rows.shape[0])
         self._codes[chosen] = packed(record.codes) if record.format.bits == 4 else record.codes
         self._groups.write_rows(start, record)
 
     def finish(self) -> None:
-        """See `Stored`."""
+        """See `StoredWeight`."""
         self._groups.finish()
 
     def record(self) -> QuantizedWeight:
-        """See `Stored`."""
+        """See `StoredWeight`."""
         return replace(self._part(slice(None)), scale=self._groups.scale)
 
     def rows(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
-        """See `Stored`."""
+        """See `StoredWeight`."""
         return self._part(ids).dequantize().to(dtype)
 
     def kernel(self, num_tokens: int, dtype: torch.dtype) -> str:
-        """See `Stored`."""
+        """See `StoredWeight`."""
         if self.method.format.activations == "outliers":
             return "torch, whole numbers and outliers apart"
         return "torch, dequantized block by block"
 
-    def matmul(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """See `Stored`."""
+    def _multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
         threshold = self.method.format.outlier_threshold
         if threshold is not None:
             product = self._with_outliers_apart(x, threshold)
@@ -125,7 +123,9 @@ class PlainLayout:
         """Return None: it holds everything."""
         return None
 
-    def empty(self, method: QuantMethod, shape: tuple[int, int], device: torch.device) -> Stored:
+    def empty(
+        self, method: QuantMethod, shape: tuple[int, int], device: torch.device
+    ) -> StoredWeight:
         """See `Layout`."""
         return PlainWeight(method, shape, device)
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hanok.quant.base import Format, QuantizedWeight, QuantMethod, Stored
+from hanok.quant.base import Format, QuantizedWeight, QuantMethod, StoredWeight
 from hanok.quant.groups import GroupConstants
 from hanok.quant.nested import NestedScale
 
@@ -27,12 +27,11 @@ UNIT_BYTES = 16
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
-class TritonWeight:
-    """See `Stored`."""
+class TritonWeight(StoredWeight):
+    """See `StoredWeight`."""
 
     def __init__(self, method: QuantMethod, shape: tuple[int, int], device: torch.device) -> None:
-        self.method = method
-        self.shape = shape
+        super().__init__(method, shape)
         form, (rows, columns) = method.format, shape
         units = -(-columns // _unit_columns(form))
         # Zeros, for what pads a row is read.
@@ -45,47 +44,47 @@ class TritonWeight:
 
     @property
     def nbytes(self) -> int:
-        """See `Stored`."""
+        """See `StoredWeight`."""
         codebook_bytes = 0 if self._codebook is None else self._codebook.nbytes
         return self._codes.nbytes + self._groups.nbytes + codebook_bytes
 
     @property
     def device(self) -> torch.device:
-        """See `Stored`."""
+        """See `StoredWeight`."""
         return self._codes.device
 
     @property
     def parts(self) -> tuple[Tensor, ...]:
-        """See `Stored`."""
+        """See `StoredWeight`."""
         return self._groups.with_codes(self._codes)
 
     def write_rows(self, start: int, rows: Tensor) -> None:
-        """See `Stored`."""
+        """See `StoredWeight`."""
         record = self.method.quantize(rows.to(self.device))
         chosen = slice(start, start + rows.shape[0])
         self._codes[chosen] = packed(record.format, record.codes)
         self._groups.write_rows(start, record)
 
     def finish(self) -> None:
-        """See `Stored`."""
+        """See `StoredWeight`."""
         self._groups.finish()
         self._packed = None
 
     def record(self) -> QuantizedWeight:
-        """See `Stored`."""
+        """See `StoredWeight`."""
         form = self.method.format
         codes = unpacked(form, self._codes, self.shape[1])
         groups = self._groups
         return QuantizedWeight(format=form, codes=codes, scale=groups.scale, zero=groups.zero)
 
     def rows(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
-        """See `Stored`."""
+        """See `StoredWeight`."""
         from hanok.kernels.triton_linear import dequantize_rows
 
         return dequantize_rows(self._weight(), ids, dtype)
 
     def kernel(self, num_tokens: int, dtype: torch.dtype) -> str:
-        """See `Stored`."""
+        """See `StoredWeight`."""
         if num_tokens == 1:
             return "triton, matrix times vector"
         if num_tokens <= SPLIT_TOKENS:
@@ -94,8 +93,7 @@ class TritonWeight:
             return "triton, tiles"
         return "torch, dequantized block by block by triton"
 
-    def matmul(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """See `Stored`."""
+    def _multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
         from hanok.kernels.triton_linear import gemv, tiles
 
         if x.dtype not in FLOATS:
@@ -164,7 +162,9 @@ class TritonLayout:
             return "triton is not installed: pip install triton (torch for CUDA brings it)"
         return None
 
-    def empty(self, method: QuantMethod, shape: tuple[int, int], device: torch.device) -> Stored:
+    def empty(
+        self, method: QuantMethod, shape: tuple[int, int], device: torch.device
+    ) -> StoredWeight:
         """See `Layout`."""
         return TritonWeight(method, shape, device)
 

@@ -1,4 +1,4 @@
-"""A sequence in several pages of the cache is answered as one in a single row, bit for bit."""
+"""A sequence in several blocks of the cache is answered as one in a single block, bit for bit."""
 
 import random
 
@@ -12,13 +12,15 @@ from hanok.attention.base import AttentionSpec, ForwardBatch, backends
 from hanok.attention.cache import KVCache, LayerState, StateSpec
 
 CPU = torch.device("cpu")
-PAGE = 64
+BLOCK = 64
 NAMES = ("native", "sdpa", "eager")
 
 
-def a_state(spec: AttentionSpec, rows: int, capacity: int, dtype: torch.dtype) -> LayerState:
+def a_state(spec: AttentionSpec, num_blocks: int, capacity: int, dtype: torch.dtype) -> LayerState:
     layer = StateSpec(num_kv_heads=spec.num_kv_heads, head_dim=spec.head_dim)
-    cache = KVCache([layer], num_sequences=rows, capacity=capacity, dtype=dtype, devices=[CPU])
+    cache = KVCache(
+        [layer], num_sequences=num_blocks, capacity=capacity, dtype=dtype, devices=[CPU]
+    )
     for part in (cache.states[0].keys, cache.states[0].values):
         part.fill_(99)  # what nobody wrote would be seen
     return cache.states[0]
@@ -28,7 +30,7 @@ def attend_in_turn(
     name: str,
     spec: AttentionSpec,
     state: LayerState,
-    pages: list[tuple[int, ...]],
+    blocks: list[tuple[int, ...]],
     lengths: list[int],
     cuts: list[int],
 ) -> Tensor:
@@ -44,7 +46,7 @@ def attend_in_turn(
             parts.append(whole[cut:] if is_second else whole[:cut])
         packed = torch.cat(parts)
         batch = ForwardBatch.of(
-            [[0] * count for count in counts], past=cuts if is_second else None, pages=pages
+            [[0] * count for count in counts], past=cuts if is_second else None, blocks=blocks
         )
         q, k, v = packed.split([spec.num_heads, spec.num_kv_heads, spec.num_kv_heads], dim=1)
         outputs.append(backends()[name].attend(q, k, v, spec, batch, state))
@@ -60,7 +62,7 @@ def attend_in_turn(
     dtype=st.sampled_from([torch.float32, torch.int8]),
     seed=st.integers(0, 99),
 )
-def test_pages_in_any_order_change_nothing(
+def test_blocks_in_any_order_change_nothing(
     name: str,
     lengths: list[int],
     share: float,
@@ -72,28 +74,28 @@ def test_pages_in_any_order_change_nothing(
     if backends()[name].why_not(spec, CPU, torch.float32) is not None:
         pytest.skip("this backend is not here")
     cuts = [max(1, min(length - 1, int(length * share))) for length in lengths]
-    needed = [-(-length // PAGE) for length in lengths]
+    needed = [-(-length // BLOCK) for length in lengths]
     numbers = list(range(sum(needed) + 2))
     random.Random(seed).shuffle(numbers)
-    pages = [tuple(numbers.pop() for _ in range(count)) for count in needed]
-    paged = a_state(spec, sum(needed) + 2, PAGE, dtype)
-    found = attend_in_turn(name, spec, paged, pages, lengths, cuts)
+    blocks = [tuple(numbers.pop() for _ in range(count)) for count in needed]
+    scattered = a_state(spec, sum(needed) + 2, BLOCK, dtype)
+    found = attend_in_turn(name, spec, scattered, blocks, lengths, cuts)
     whole = a_state(spec, len(lengths), max(lengths), dtype)
-    rows = [(index,) for index in range(len(lengths))]
-    assert torch.equal(found, attend_in_turn(name, spec, whole, rows, lengths, cuts))
-    for index, (length, mine) in enumerate(zip(lengths, pages, strict=True)):
-        kept = torch.cat([paged.keys[page] for page in mine], dim=1)[:, :length]
+    single = [(index,) for index in range(len(lengths))]
+    assert torch.equal(found, attend_in_turn(name, spec, whole, single, lengths, cuts))
+    for index, (length, mine) in enumerate(zip(lengths, blocks, strict=True)):
+        kept = torch.cat([scattered.keys[block] for block in mine], dim=1)[:, :length]
         assert torch.equal(kept, whole.keys[index, :, :length])
-    for page in numbers:  # nobody's
-        assert bool((paged.keys[page] == 99).all())
+    for block in numbers:  # nobody's
+        assert bool((scattered.keys[block] == 99).all())
 
 
-def test_a_page_that_a_block_of_keys_would_cross_is_refused() -> None:
+def test_a_block_that_ends_within_a_tile_of_keys_is_refused() -> None:
     spec = AttentionSpec(num_heads=1, num_kv_heads=1, head_dim=16, scale=1.0)
     native = backends()["native"]
     if native.why_not(spec, CPU, torch.float32) is not None:
         pytest.skip("our kernels are not here")
     x = torch.zeros(40, 1, 16)
-    batch = ForwardBatch.of([[0] * 40], pages=[(0, 1)])
-    with pytest.raises(ValueError, match="pages of 32 keys; the kernel reads 64 at a time"):
+    batch = ForwardBatch.of([[0] * 40], blocks=[(0, 1)])
+    with pytest.raises(ValueError, match="blocks of 32 keys; the kernel reads 64 at a time"):
         native.attend(x, x, x, spec, batch, a_state(spec, 2, 32, torch.float32))
