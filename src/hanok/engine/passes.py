@@ -152,12 +152,26 @@ class Passes:
         hidden: Tensor = self.decoder(batch, self.cache)
         return hidden
 
+    @property
+    def replays_logits(self) -> bool:
+        """Whether `replay` is there for passes over one token of each sequence."""
+        return isinstance(self.recorded, DecodeGraphs)
+
+    def replay(self, batch: ForwardBatch) -> Tensor:
+        """Return the logits that follow one token of each sequence, (sequences, vocab) float32.
+
+        The batch is on the CPU, and says itself where keys and values are.
+        """
+        if not isinstance(self.recorded, DecodeGraphs):
+            raise ValueError("no graph replays passes; ask replays_logits first")
+        return self.recorded.logits_of(batch).clone()  # the next replay overwrites them
+
     def _record(self) -> DecodeGraphs | NativeSteps | None:
         decoder, cache = self.decoder, self.cache
         if cache is None or not decoder.execution.records_passes or has_hooks(decoder):
             return None
-        if not cache.is_paged and cuda_graph.why_not(decoder, cache) is None:
-            return DecodeGraphs(decoder, cache)
+        if cuda_graph.why_not(decoder, cache) is None:
+            return DecodeGraphs(decoder, cache, self._blocks_per_sequence)
         if native_steps.why_not(decoder, cache) is not None:
             return None
         return NativeSteps(decoder, cache, self._blocks_per_sequence)

@@ -77,16 +77,12 @@ class Runner:
 
         What was in the blocks before is not changed, so a chunk that failed can be computed again.
         """
-        batch = ForwardBatch.of(
-            [
-                [*chunk.row.tokens[chunk.start : chunk.start + chunk.count], *chunk.draft]
-                for chunk in chunks
-            ],
-            past=[chunk.start for chunk in chunks],
-            blocks=[tuple(chunk.row.blocks) for chunk in chunks],
-            sequence_lengths=[len(chunk.row.tokens) + len(chunk.draft) for chunk in chunks],
-            device=self._decoder.device,
-        )
+        if self._passes.replays_logits and all(map(_is_plain, chunks, requests)):
+            replayed = self._passes.replay(_batch_of(chunks, torch.device("cpu")))
+            return StepResult(
+                logits=replayed, scores=[()] * len(chunks), pooled=[None] * len(chunks)
+            )
+        batch = _batch_of(chunks, self._decoder.device)
         hidden = self._hidden_states(batch)
         ends = [
             end - len(chunk.draft) for end, chunk in zip(batch.last_tokens(), chunks, strict=True)
@@ -131,3 +127,22 @@ class Runner:
                     PromptScore(token_id=token, logprob=logprob, rank=rank, top_logprobs=top)
                 )
         return tuple(found)
+
+
+def _batch_of(chunks: Sequence[Chunk], device: torch.device) -> ForwardBatch:
+    return ForwardBatch.of(
+        [
+            [*chunk.row.tokens[chunk.start : chunk.start + chunk.count], *chunk.draft]
+            for chunk in chunks
+        ],
+        past=[chunk.start for chunk in chunks],
+        blocks=[tuple(chunk.row.blocks) for chunk in chunks],
+        sequence_lengths=[len(chunk.row.tokens) + len(chunk.draft) for chunk in chunks],
+        device=device,
+    )
+
+
+def _is_plain(chunk: Chunk, request: Request) -> bool:
+    """Return whether a chunk is one token of which only the logits are wanted."""
+    is_one = chunk.count == 1 and not chunk.draft and chunk.is_last
+    return is_one and request.scored is None and request.pooling is None
