@@ -65,7 +65,7 @@ class DecodeStep:
         self._decoder = decoder
         self._cache = cache
         device = decoder.device
-        # Tokens, positions and key lengths travel together, in one dtype; the block table seldom changes.
+        # Tokens, positions and key lengths travel together; the block table seldom changes.
         self._numbers = torch.zeros(3, size, dtype=torch.int64, device=device)
         self._blocks: tuple[tuple[int, ...], ...] = ()
         tokens, positions, key_lengths = self._numbers
