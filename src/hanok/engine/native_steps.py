@@ -85,14 +85,12 @@ class NativeSteps:
         """
         past = [self._cache.lengths[slot] for slot in slots]
         batch = ForwardBatch.of([list(item) for item in tokens], past=past, slots=list(slots))
-        host = batch.host
-        self._cache.advance(host.slots, host.query_lengths, host.sequence_lengths)
         return self._decoder.logits(self.hidden_states(batch))
 
     def hidden_states(self, batch: ForwardBatch) -> Tensor:
         """Return the normed hidden states of a batch.
 
-        They are valid until the next call. The cache counts the tokens already.
+        They are valid until the next call. Counts the tokens in the cache; raises as it does.
         """
         count = len(batch.token_ids)
         # Weights may move while the model works (memory/promote.py); a recording has the old places.
@@ -104,7 +102,10 @@ class NativeSteps:
         is_kept = count <= KEPT_TOKENS and count not in self.obstacles and batch.adapters is None
         if not is_kept or count not in self._seen:
             self._seen.add(count)
-            return self._decoder.hidden_states(batch, self._cache)
+            hidden: Tensor = self._decoder(batch, self._cache)
+            return hidden
+        host = batch.host
+        self._cache.advance(host.slots, host.query_lengths, host.sequence_lengths)
         if count in self._passes:
             self._passes.move_to_end(count)
             return self._passes[count].run(batch)

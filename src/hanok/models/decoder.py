@@ -166,6 +166,8 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.execution = execution or Execution()
+        self.num_weight_changes = 0
+        """How often `weights_changed` was called."""
         ropes = {layer.rope for layer in config.layers if layer.rope is not None}
         self.rotaries: dict[Rope, Rotary] = {rope: Rotary(rope) for rope in ropes}
         hidden = config.hidden_size
@@ -214,6 +216,14 @@ class Decoder(nn.Module):
         stages = self.layout.stages if self.layout else ()
         return next((stage.device for stage in stages if block in stage.blocks), self.device)
 
+    def weights_changed(self) -> None:
+        """Say that weights have changed: keys, values and recordings made with others are dropped.
+
+        Changes in place that torch counts are noticed without it; those through `.data`, new modules
+        and quantized weights are not.
+        """
+        self.num_weight_changes += 1
+
     def initialise(self, std: float, generator: torch.Generator) -> None:
         """Draw matrices from N(0, std²) and set norms to one: the start of a training run."""
         with torch.no_grad():
@@ -241,8 +251,11 @@ class Decoder(nn.Module):
         names = [backend.name for backend in chosen]
         return {name: names.count(name) for name in dict.fromkeys(names)}
 
-    def new_cache(self, num_sequences: int, capacity: int) -> KVCache:
-        """Return an empty cache for `num_sequences` of up to `capacity` tokens each."""
+    def new_cache(self, num_sequences: int, capacity: int, *, is_paged: bool = False) -> KVCache:
+        """Return an empty cache for `num_sequences` of up to `capacity` tokens each.
+
+        With `is_paged`, for so many blocks of `capacity` tokens.
+        """
         spec = StateSpec(num_kv_heads=self.config.num_kv_heads, head_dim=self.config.head_dim)
         return KVCache(
             [spec] * self.config.num_layers,
@@ -250,6 +263,7 @@ class Decoder(nn.Module):
             capacity=capacity,
             dtype=self.execution.cache_dtype or self.dtype,
             devices=[self.device_of(index) for index in range(self.config.num_layers)],
+            is_paged=is_paged,
         )
 
     def forward(self, batch: ForwardBatch, cache: KVCache | None = None) -> Tensor:
