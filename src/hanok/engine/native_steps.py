@@ -37,7 +37,7 @@ VIEWS = frozenset(
     {"__getitem__", "chunk", "contiguous", "reshape", "split", "tensor_split", "to", "view"}
 )
 SUMS = frozenset({"add", "__add__"})
-KEPT_TOKENS = 128  # of all recorded passes together
+KEPT_TOKENS = 136  # of all recorded passes together: those of an engine, over 1 to 16 tokens
 
 
 def why_not(decoder: Decoder, cache: KVCache) -> str | None:
