@@ -40,6 +40,7 @@ class UsualCall:
 
     name = USUAL
     summary = "scaled_dot_product_attention(enable_gqa=True)"
+    recorded_on = None
 
     def why_not(self, spec: AttentionSpec, device: torch.device, dtype: torch.dtype) -> str | None:
         """Return None: it is given nothing that it cannot do."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from hanok.attention.base import ForwardBatch
 from hanok.attention.cache import KVCache
 from hanok.engine.cuda_graph import DecodeGraphs, why_not
-from hanok.engine.passes import ShortPasses
+from hanok.engine.passes import Passes
 from hanok.memory.quantize import set_weight
 from hanok.models.decoder import Decoder
 from hanok.models.family import read_config
@@ -257,7 +257,7 @@ class Ours:
         self._decoder = decoder
         self._sizes = sizes
         self._caches: dict[int, KVCache] = {}
-        self._passes: dict[tuple[int, bool], ShortPasses] = {}
+        self._passes: dict[tuple[int, bool], Passes] = {}
         self.bytes_per_step = bytes_per_step(decoder)
 
     @torch.inference_mode()
@@ -303,14 +303,14 @@ class Ours:
 
         return rate(decode, self._sizes.tokens * turn.batch, device)
 
-    def _step(self, passes: ShortPasses, tokens: list[int]) -> Tensor:
-        return passes.logits([[token] for token in tokens], range(len(tokens)))
+    def _step(self, passes: Passes, tokens: list[int]) -> Tensor:
+        return passes.step([[token] for token in tokens], range(len(tokens)))
 
     def _rewind(self, batch: int) -> None:
         for slot in range(batch):
             self._caches[batch].truncate(slot, self._sizes.prompt)
 
-    def _passes_of(self, turn: Turn) -> ShortPasses:
+    def _passes_of(self, turn: Turn) -> Passes:
         key = (turn.batch, turn.graphs)
         if key not in self._passes:
             if turn.batch not in self._caches:
@@ -318,9 +318,9 @@ class Ours:
             self._passes[key] = self._made_passes(turn.batch, graphs=turn.graphs)
         return self._passes[key]
 
-    def _made_passes(self, batch: int, *, graphs: bool) -> ShortPasses:
+    def _made_passes(self, batch: int, *, graphs: bool) -> Passes:
         self._decoder.execution = replace(self._decoder.execution, records_passes=graphs)
-        return ShortPasses(self._decoder, self._caches[batch])
+        return Passes(self._decoder, self._caches[batch])
 
     def _filled_cache(self, batch: int) -> KVCache:
         prompt = prompt_of(self._sizes.prompt, self._decoder.config.vocab_size)

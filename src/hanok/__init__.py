@@ -28,9 +28,9 @@ from hanok.errors import (
 
 if TYPE_CHECKING:
     from hanok.engine.engine import Engine, EngineStats
+    from hanok.engine.generate import PrefixCache
     from hanok.engine.model import Generation, Model, Score, load
     from hanok.engine.params import SamplingParams
-    from hanok.engine.prefix_cache import PrefixCache
     from hanok.engine.quality import QualityReport, measure_quality
     from hanok.engine.sequence import SpeculationCounts, TokenEvent
     from hanok.engine.speculate import Speculation
@@ -49,7 +49,7 @@ _LAZY = {
     "Generation": "hanok.engine.model",
     "LoadPlan": "hanok.memory.plan",
     "Model": "hanok.engine.model",
-    "PrefixCache": "hanok.engine.prefix_cache",
+    "PrefixCache": "hanok.engine.generate",
     "SamplingParams": "hanok.engine.params",
     "Score": "hanok.engine.model",
     "QualityReport": "hanok.engine.quality",

@@ -148,7 +148,7 @@ def test_reasons_stand_beside_what_was_measured() -> None:
 class Wrong:
     """A backend that is off by a known amount, or fails."""
 
-    name, summary = "wrong", "wrong on purpose"
+    name, summary, recorded_on = "wrong", "wrong on purpose", None
 
     def __init__(self, by: float | None) -> None:
         self.by = by

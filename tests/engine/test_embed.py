@@ -148,6 +148,7 @@ def test_texts_in_many_passes_are_as_in_one(
         return forward(batch, cache)
 
     monkeypatch.setattr("hanok.engine.embed.PREFILL_TOKENS", num_tokens)
+    monkeypatch.setattr("hanok.engine.passes.PREFILL_TOKENS", num_tokens)
     monkeypatch.setattr(model.decoder, "forward", watched)
     parts = model.embed(TEXTS, pooling=pooling)
     np.testing.assert_allclose(parts.numpy(), whole.numpy(), atol=2e-6)

@@ -114,9 +114,9 @@ def test_a_draft_model_claims_what_the_plan_counts(
     """A load for 4 requests of 512 tokens: no more are drafted for, and none beyond those."""
     claimed: list[tuple[int, int]] = []
 
-    def new_cache(decoder: Decoder, num_sequences: int, capacity: int) -> KVCache:
+    def new_cache(decoder: Decoder, num_sequences: int, capacity: int, **how: bool) -> KVCache:
         claimed.append((num_sequences, capacity))
-        return plainly_made(decoder, num_sequences, capacity)
+        return plainly_made(decoder, num_sequences, capacity, **how)
 
     plainly_made = Decoder.new_cache
     with monkeypatch.context() as patch:

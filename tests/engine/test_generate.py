@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import hanok
-from hanok.engine import generate as loop
 from hanok.engine.model import Model
 from hanok.engine.sequence import StopTexts
 
@@ -70,7 +69,7 @@ def test_prompts_in_chunks_give_the_same_tokens(
     model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = [out.token_ids for out in model.generate(PROMPTS, max_new_tokens=12)]
-    monkeypatch.setattr(loop, "PREFILL_TOKENS", 4)
+    monkeypatch.setattr("hanok.engine.passes.PREFILL_TOKENS", 4)
     assert [out.token_ids for out in model.generate(PROMPTS, max_new_tokens=12)] == expected
 
 

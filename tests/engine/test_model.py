@@ -12,8 +12,8 @@ from tokenizers import decoders, models
 
 import hanok
 from hanok.engine import model as model_module
+from hanok.engine.generate import PrefixCache
 from hanok.engine.model import Model
-from hanok.engine.prefix_cache import PrefixCache
 from hanok.errors import OptionError
 
 TALK = [{"role": "user", "content": "Tell me a story about Lily."}]

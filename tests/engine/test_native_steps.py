@@ -118,19 +118,19 @@ def test_generation_is_recorded_and_gives_the_same_tokens(
 ) -> None:
     model = hanok.load(hanok.BUNDLED, quant=quant, cache_dtype=cache_dtype, weights="copied")
     made: list[NativeSteps] = []
-    real = passes._recorded
+    real = passes.Passes._record
 
-    def kept(decoder: Decoder, cache: KVCache) -> Any:
-        found = real(decoder, cache)
+    def kept(item: passes.Passes) -> Any:
+        found = real(item)
         assert isinstance(found, NativeSteps)
         made.append(found)
         return found
 
     prompts = ["Once upon a time", "The dog", "Lily and Tom went to the park and"]
     options: Any = {"max_new_tokens": 12, "temperature": 0.7, "seed": 3}
-    monkeypatch.setattr(passes, "_recorded", kept)
+    monkeypatch.setattr(passes.Passes, "_record", kept)
     recorded = model.generate(prompts, **options)
-    monkeypatch.setattr(passes, "_recorded", lambda *_: None)
+    monkeypatch.setattr(passes.Passes, "_record", lambda _: None)
     plain = model.generate(prompts, **options)
     assert [item.token_ids for item in recorded] == [item.token_ids for item in plain]
     assert [item.logprobs for item in recorded] == [item.logprobs for item in plain]
@@ -140,11 +140,11 @@ def test_generation_is_recorded_and_gives_the_same_tokens(
 def test_a_model_may_be_told_to_record_nothing() -> None:
     model = hanok.load(hanok.BUNDLED, graphs=False, weights="copied")
     cache = model.decoder.new_cache(2, 64)
-    assert passes.ShortPasses(model.decoder, cache).recorded is None
-    assert Runner(model.decoder, 2, 1)._recorded is None
+    assert passes.Passes(model.decoder, cache).recorded is None
+    assert Runner(model.decoder, 2, 1)._passes.recorded is None
     model.decoder.execution = Execution()
-    assert passes.ShortPasses(model.decoder, cache).recorded is not None
-    assert Runner(model.decoder, 2, 1)._recorded is not None
+    assert passes.Passes(model.decoder, cache).recorded is not None
+    assert Runner(model.decoder, 2, 1)._passes.recorded is not None
 
 
 @pytest.mark.parametrize(("name", "function"), [("gpt2", "layer_norm"), ("mixtral", "float")])

@@ -12,11 +12,10 @@ import transformers
 
 import hanok
 from hanok.engine.draft import DraftModel
-from hanok.engine.generate import generate
+from hanok.engine.generate import PrefixCache, generate
 from hanok.engine.grammar import GrammarCompiler
 from hanok.engine.grammar_spec import GrammarSpec
 from hanok.engine.model import Model
-from hanok.engine.prefix_cache import PrefixCache
 from hanok.engine.sequence import GenerationSequence, SpeculationCounts, TokenEvent
 from hanok.engine.speculate import Speculation, Speculator, most_exact_tokens
 from hanok.kernels.native import ROW_KIND_TOKENS, native

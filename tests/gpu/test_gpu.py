@@ -53,4 +53,3 @@ def test_gpus_get_our_kernels() -> None:
     assert choose_layout(Int4().format, CUDA).name == "triton"
     spec = AttentionSpec(num_heads=4, num_kv_heads=2, head_dim=64, scale=0.1)
     assert choose("auto", spec, CUDA, torch.bfloat16).name == "triton"
-    assert cuda_graph.BLOCK_TABLE_BACKEND == "triton"

@@ -7,6 +7,7 @@ from torch._dynamo.utils import counters
 
 import hanok
 from hanok.attention.base import AttentionSpec, ForwardBatch, backends, choose, reference
+from hanok.attention.cache import KVCache, StateSpec
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"),
@@ -49,6 +50,36 @@ def test_documents_are_attended_to_and_trained_as_alone(window: int | None, head
             found = whole.grad[here].cpu().double()
             torch.testing.assert_close(found, mine.grad, atol=0.15, rtol=5e-2)
         start += length
+
+
+@pytest.mark.parametrize("window", [None, 40])
+def test_prompts_continue_what_a_cache_holds(window: int | None) -> None:
+    """In blocks of 64 in no order; one sequence begins, one has a single new token."""
+    spec = AttentionSpec(num_heads=8, num_kv_heads=2, head_dim=64, scale=0.125, window=window)
+    new, past = [5, 100, 1, 64], [0, 200, 64, 3]
+    parts = [heads_of(spec, p + n, torch.bfloat16) for p, n in zip(past, new, strict=True)]
+    blocks = [(3,), (9, 0, 5, 7, 2), (1, 8), (6, 4)]
+    layer = StateSpec(num_kv_heads=2, head_dim=64)
+    cache = KVCache([layer], num_sequences=10, capacity=64, dtype=torch.bfloat16, devices=[CUDA])
+    state, expected = cache.states[0], []
+    for part, start, mine in zip(parts, past, blocks, strict=True):
+        q, k, v = part
+        if start:
+            state.extend(mine, 0, *(x[:start].transpose(0, 1).to(CUDA) for x in (k, v)))
+        q, k, v = (item.double() for item in part)
+        whole = reference(q[start:], k.transpose(0, 1), v.transpose(0, 1), spec, torch.float64)
+        expected.append(whole)
+    packed = [
+        torch.cat([part[i][start:] for part, start in zip(parts, past, strict=True)]).to(CUDA)
+        for i in range(3)
+    ]
+    batch = ForwardBatch.of([[0] * n for n in new], past=past, blocks=blocks, device=CUDA)
+    with torch.inference_mode():
+        answer = choose("auto", spec, CUDA, torch.bfloat16).attend(*packed, spec, batch, state)
+    torch.testing.assert_close(answer.cpu().double(), torch.cat(expected), atol=3e-2, rtol=2e-2)
+    for part, mine in zip(parts, blocks, strict=True):
+        kept = torch.cat([state.keys[block] for block in mine], dim=1)[:, : len(part[1])]
+        assert torch.equal(kept.cpu(), part[1].transpose(0, 1))
 
 
 def test_a_compiled_decoder_serves_any_packing_with_two_programs() -> None:

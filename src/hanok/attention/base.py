@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -76,6 +76,21 @@ class DeviceLengths(NamedTuple):
         return cls(*(torch.tensor(item, dtype=torch.int32, device=device) for item in made))
 
 
+class KeyPlaces(NamedTuple):
+    """Where a batch's keys are in the blocks of a cache: in which block, at which position of it.
+
+    new_blocks, new_positions: (tokens,), of the batch's own keys.   blocks, positions: (keys,), of all
+    keys that its sequences see, packed as tokens are.   starts: (sequences + 1,) int32, where the keys
+    of each sequence begin.
+    """
+
+    new_blocks: Tensor
+    new_positions: Tensor
+    blocks: Tensor
+    positions: Tensor
+    starts: Tensor
+
+
 class ForwardBatch:
     """The packed tokens of one forward pass: tensors, and the `host`'s view of the same lengths.
 
@@ -90,7 +105,7 @@ class ForwardBatch:
     `positions`, and each costs it microseconds: without gradients the others are made when first read.
     """
 
-    __slots__ = ("_host", "_lengths", "adapters", "positions", "token_ids")
+    __slots__ = ("_host", "_lengths", "_places", "adapters", "positions", "token_ids")
 
     def __init__(
         self,
@@ -105,6 +120,7 @@ class ForwardBatch:
         self.adapters = adapters
         self._host = host
         self._lengths = lengths
+        self._places: KeyPlaces | None = None
 
     @classmethod
     def of(
@@ -182,6 +198,27 @@ class ForwardBatch:
         token = torch.arange(self.token_ids.shape[0], device=self.token_ids.device)
         return torch.bucketize(token, self.query_starts[1:], right=True)
 
+    def key_places(self, block_size: int) -> KeyPlaces:
+        """Return where keys are in blocks of so many, on the batch's device; the same for all layers."""
+        if self._places is None:
+            table, lengths = self.block_table, self.key_lengths
+            starts = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
+            number, total = (
+                torch.arange(len(lengths), device=table.device),
+                sum(self.host.key_lengths),
+            )
+            sequence = torch.repeat_interleave(number, lengths, output_size=total)
+            position = torch.arange(total, device=table.device) - starts[sequence]
+            own, new = self.sequence_of_tokens(), self.positions
+            self._places = KeyPlaces(
+                new_blocks=table[own, new // block_size],
+                new_positions=new % block_size,
+                blocks=table[sequence, position // block_size],
+                positions=position % block_size,
+                starts=starts,
+            )
+        return self._places
+
     def _made(self) -> DeviceLengths:
         if self._lengths is None:
             if torch.compiler.is_compiling():
@@ -215,6 +252,8 @@ class Backend(Protocol):
 
     name: str
     summary: str
+    recorded_on: Literal["cpu", "cuda"] | None
+    """Where passes of a few tokens may be recorded: its calls find keys through numbers in buffers."""
 
     def why_not(self, spec: AttentionSpec, device: torch.device, dtype: torch.dtype) -> str | None:
         """Return why this backend cannot serve such layers, or None when it can."""
@@ -324,17 +363,42 @@ def visible(num_queries: int, num_keys: int, window: int | None, device: torch.d
     return seen if window is None else seen & (keys > queries - window)
 
 
-def visible_in_pack(batch: ForwardBatch, num_tokens: int, window: int | None) -> Tensor:
-    """Return which of a batch's tokens each of them sees without a cache, (tokens, tokens) bool."""
-    token = torch.arange(num_tokens, device=batch.token_ids.device)
-    sequence = batch.sequence_of_tokens()
-    seen = (sequence[:, None] == sequence) & (token <= token[:, None])
-    return seen if window is None else seen & (token > token[:, None] - window)
+def is_traced(k: Tensor, state: LayerState | None) -> bool:
+    """Return whether torch compiles this, for keys that are cached as they are, if at all."""
+    return torch.compiler.is_compiling() and (state is None or state.keys.dtype is k.dtype)
+
+
+def packed_keys(
+    k: Tensor, v: Tensor, spec: AttentionSpec, batch: ForwardBatch, state: LayerState | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the keys and values of all sequences of a batch, and which of them each token sees.
+
+    From tensors alone, for programs that serve any lengths. Takes what `Backend.attend` does, a `state`
+    in the dtype of `k`. returns: twice (kv_heads, keys, head_dim), and (tokens, keys) bool.
+    """
+    own, position = batch.sequence_of_tokens(), batch.positions
+    if state is None:
+        sequence, key = own, position
+    else:
+        table, size = batch.block_table, state.keys.shape[2]
+        most = table.shape[1] * size
+        for kept, new in ((state.keys, k), (state.values, v)):
+            kept[table[own, position // size], :, position % size] = new
+        # All of every block: (sequences x blocks x block size, kv_heads, head_dim).
+        k, v = (kept[table].transpose(2, 3).flatten(0, 2) for kept in (state.keys, state.values))
+        number = torch.arange(k.shape[0], device=k.device)
+        sequence, key = number // most, number % most
+    seen = (own[:, None] == sequence) & (key <= position[:, None])
+    if spec.window is not None:
+        seen = seen & (key > position[:, None] - spec.window)
+    if state is not None:  # what nobody has written may be no number
+        k, v = (torch.where(seen.any(0)[:, None, None], item, 0.0) for item in (k, v))
+    return k.transpose(0, 1), v.transpose(0, 1), seen
 
 
 def multipliable(rows: int, q: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, ...]:
     """Return q, keys and values in a dtype whose products of `rows` rows this device is fast at."""
-    if rows <= FEW_ROWS or multiplies(q.dtype, q.device):
+    if multiplies(q.dtype, q.device) or rows <= FEW_ROWS:
         return q, keys, values
     return q.float(), keys.float(), values.float()
 

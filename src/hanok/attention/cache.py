@@ -110,8 +110,11 @@ class KVCache:
         capacity: int,
         dtype: torch.dtype,
         devices: Sequence[torch.device],
+        is_paged: bool = False,
     ) -> None:
         self.capacity = capacity
+        self.is_paged = is_paged
+        """Whether rows are blocks of sequences; whoever gives them to sequences counts the tokens."""
         self.lengths = [0] * num_sequences
         self.computed_for = [0] * num_sequences
         self.states = []
@@ -131,11 +134,13 @@ class KVCache:
     def advance(
         self, slots: Sequence[int], num_tokens: Sequence[int], sequence_lengths: Sequence[int]
     ) -> None:
-        """Count tokens whose keys and values a forward pass is about to write.
+        """Count tokens whose keys and values a forward pass is about to write, unless `is_paged`.
 
         `sequence_lengths` are the lengths that their angles are chosen for. Raises RequestError when
         a sequence would outgrow the capacity; nothing is changed then.
         """
+        if self.is_paged:
+            return
         for slot, count in zip(slots, num_tokens, strict=True):
             if self.lengths[slot] + count > self.capacity:
                 raise RequestError(

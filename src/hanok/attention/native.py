@@ -31,6 +31,7 @@ class NativeAttention(PartialBackend):
 
     name = "native"
     summary = "our CPU kernel, keys read once for the heads that share them"
+    recorded_on = "cpu"
 
     def why_not(self, spec: AttentionSpec, device: torch.device, dtype: torch.dtype) -> str | None:
         """Return why our CPU kernel cannot serve such layers."""

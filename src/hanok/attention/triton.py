@@ -21,6 +21,7 @@ class TritonAttention(PartialBackend):
 
     name = "triton"
     summary = "our GPU kernels for single tokens, split over keys; torch's attention for many"
+    recorded_on = "cuda"
 
     def why_not(self, spec: AttentionSpec, device: torch.device, dtype: torch.dtype) -> str | None:
         """Return why our GPU kernels cannot serve such layers."""

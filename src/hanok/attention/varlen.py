@@ -1,7 +1,8 @@
 """torch's flash attention over packed sequences on a GPU: one call for sequences of any lengths.
 
 It trains, and reads from the batch's tensors where sequences begin, so that a compiled program serves
-any mix of lengths. Keys of a cache go to the next backend that fits.
+any mix of lengths. Keys of a cache are written to their blocks at once, and packed where a sequence has
+some from before. A cache in int8 goes to the next backend that fits.
 """
 
 from importlib.util import find_spec
@@ -22,7 +23,8 @@ class Varlen(PartialBackend):
     """Flash attention without padding and without a loop."""
 
     name = "varlen"
-    summary = "torch's flash attention over packed sequences without a cache, for training"
+    summary = "torch's flash attention over packed sequences, one call for all of them"
+    recorded_on = None
 
     def __init__(self) -> None:
         # Looked for once: what compiles this code cannot look.
@@ -70,21 +72,31 @@ class Varlen(PartialBackend):
         state: LayerState | None,
     ) -> Tensor:
         """See `Backend.attend`."""
-        if state is not None:
+        # What is compiled knows no lengths; the number of all tokens is a bound that costs little.
+        is_compiling = torch.compiler.is_compiling()
+        if state is not None and (is_compiling or state.keys.dtype is not q.dtype):
             return self.other(spec, q).attend(q, k, v, spec, batch, state)
         from torch.nn.attention.varlen import varlen_attn
 
-        # What is compiled knows no lengths; the number of all tokens is a bound that costs little.
-        is_compiling = torch.compiler.is_compiling()
         longest = q.shape[0] if is_compiling else max(batch.host.query_lengths)
+        key_starts, longest_keys = batch.query_starts, longest
+        if state is not None:
+            places = batch.key_places(state.keys.shape[2])
+            for kept, new in ((state.keys, k), (state.values, v)):
+                kept[places.new_blocks, :, places.new_positions] = new
+            if batch.host.key_lengths != batch.host.query_lengths:
+                k, v = (
+                    kept[places.blocks, :, places.positions] for kept in (state.keys, state.values)
+                )
+                key_starts, longest_keys = places.starts, max(batch.host.key_lengths)
         output = varlen_attn(
             q,
             k,
             v,
             batch.query_starts,
-            batch.query_starts,
+            key_starts,
             longest,
-            longest,
+            longest_keys,
             scale=spec.scale,
             window_size=(-1 if spec.window is None else spec.window - 1, 0),
             **self._options,

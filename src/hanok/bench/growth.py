@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from hanok.memory.budget import host_budget
-from hanok.memory.heap import give_back
+from hanok.memory.heap import trim_heap
 
 STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 RESET_PEAK = "5"  # man 5 proc: resets the high-water mark
@@ -28,7 +28,7 @@ def peak_growth_bytes(call: Callable[[], object], device: torch.device) -> int |
         before = torch.cuda.memory_allocated(device)
         call()
         return torch.cuda.max_memory_allocated(device) - before
-    give_back()
+    trim_heap()
     try:
         RESET.write_text(RESET_PEAK)
         before = _kib("VmRSS")

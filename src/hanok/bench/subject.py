@@ -15,8 +15,6 @@ from hanok.bench.settings import Load, Setting, Workload
 from hanok.bench.workers import LoadOptions, Room, planned
 from hanok.checkpoint.tokenizer import open_tokenizer
 from hanok.checkpoint.tokenizer_files import has_tokenizer
-from hanok.engine.cuda_graph import BLOCK_TABLE_BACKEND
-from hanok.engine.native_steps import KEYS_IN_PLACE_BACKEND
 from hanok.engine.quality import text_windows
 from hanok.errors import BudgetError, OptionError
 from hanok.memory.account import check_head
@@ -138,11 +136,13 @@ class SubjectModel:
         return next((reason for reason in reasons if reason is not None), None)
 
     def _why_not_graphs(self, setting: Setting) -> str | None:
-        on_cpu = self._device_of(setting).type == "cpu"
-        backend = KEYS_IN_PLACE_BACKEND if on_cpu else BLOCK_TABLE_BACKEND
-        if setting.attention == backend:
+        device_type = self._device_of(setting).type
+        names = [name for name, item in backends().items() if item.recorded_on == device_type]
+        if setting.attention in names:
             return None
-        return f"nothing is recorded with attention {setting.attention}, only with {backend}"
+        return (
+            f"nothing is recorded with attention {setting.attention}, only with {', '.join(names)}"
+        )
 
     def _why_not_load(self, setting: Setting, workload: Workload) -> str | None:
         if setting.load.recipe is not None:

@@ -25,8 +25,6 @@ from hanok.models.decoder import Block, Decoder
 from hanok.models.layers import ExpertsLayer
 from hanok.models.linear import Linear
 
-BLOCK_TABLE_BACKEND = "triton"  # the one that finds keys through numbers on the device
-
 
 def why_not(decoder: Decoder, cache: KVCache) -> str | None:
     """Return why decoding cannot be recorded, or None when it can."""
@@ -42,7 +40,7 @@ def why_not_static(decoder: Decoder, cache: KVCache) -> str | None:
     if decoder.execution.layout is not None:
         return "several devices compute it"
     for block in decoder.layers:
-        if isinstance(block, Block) and block.self_attn.backend.name != BLOCK_TABLE_BACKEND:
+        if isinstance(block, Block) and block.self_attn.backend.recorded_on != "cuda":
             return f"attention {block.self_attn.backend.name} takes lengths from the CPU"
     if any(state.keys.dtype is not decoder.dtype for state in cache.states):
         return "the cache has another dtype than the activations"
@@ -67,11 +65,10 @@ class DecodeStep:
         self._decoder = decoder
         self._cache = cache
         device = decoder.device
-        # Tokens, positions and lengths travel together; the block table seldom changes.
-        self._staged = torch.zeros(5 * size, dtype=torch.int32)
-        self._numbers = torch.zeros(5 * size, dtype=torch.int32, device=device)
+        # Tokens, positions and key lengths travel together; the block table seldom changes.
+        self._numbers = torch.zeros(3, size, dtype=torch.int64, device=device)
         self._blocks: tuple[tuple[int, ...], ...] = ()
-        tokens, positions, key_lengths = _parts(self._numbers, size)
+        tokens, positions, key_lengths = self._numbers
         lengths = DeviceLengths(
             query_starts=torch.arange(size + 1, dtype=torch.int32, device=device),
             key_lengths=key_lengths,
@@ -79,42 +76,40 @@ class DecodeStep:
             block_table=torch.zeros(size, blocks_per_sequence, dtype=torch.int32, device=device),
         )
         self._batch = ForwardBatch(tokens, positions, None, lengths)
+        # Cosines and sines of all positions, or where they depend on lengths those of these tokens.
+        most = cache.capacity * blocks_per_sequence
+        self._tables = {
+            rope: rotary.table(0, most, device, decoder.dtype)
+            for rope, rotary in decoder.rotaries.items()
+            if rope.angles_for(1) == 0
+        }
         self._cos_sin: dict[Rope, Tensor] = {}
 
     def write(self, batch: ForwardBatch) -> None:
         """Put one token of each of up to `size` sequences, a batch on the CPU, into the buffers."""
         host = _filled(batch.host, self.size)
-        lengths = torch.tensor(host.key_lengths)
-        values = (batch.token_ids, lengths[: len(batch.token_ids)] - 1, lengths)
-        for part, numbers in zip(_parts(self._staged, self.size), values, strict=True):
-            part[: len(numbers)] = numbers
-            part[len(numbers) :] = numbers[-1]
-        self._numbers.copy_(self._staged)
+        tokens = batch.token_ids.tolist()
+        tokens += tokens[-1:] * (self.size - len(tokens))
+        positions = [length - 1 for length in host.key_lengths]
+        rows = (tokens, positions, host.key_lengths)
+        self._numbers.copy_(torch.tensor(rows, dtype=torch.int64))
         if host.blocks != self._blocks:
             self._blocks = host.blocks
             table = DeviceLengths.of(host, batch.token_ids.device).block_table
             self._batch.block_table[:, : table.shape[1]] = table.to(self._decoder.device)
         numbered = ForwardBatch(self._batch.token_ids, self._batch.positions, host)
-        for rope, found in self._decoder.angles(numbered, self._decoder.dtype).items():
-            if rope in self._cos_sin:
-                self._cos_sin[rope].copy_(found)
-            else:
-                self._cos_sin[rope] = found
+        for rope, rotary in self._decoder.rotaries.items():
+            if rope not in self._tables:
+                found = rotary.cos_sin(numbered, self._decoder.dtype)
+                self._cos_sin.setdefault(rope, found).copy_(found)
 
     def run(self) -> Tensor:
         """Return the logits that follow what the buffers hold, (size, vocab) float32."""
         x = self._decoder.embed(self._batch)
-        hidden = self._decoder.blocks(x, self._batch, self._cos_sin, self._cache)
+        positions = self._batch.positions
+        cos_sin = {rope: table[:, positions] for rope, table in self._tables.items()}
+        hidden = self._decoder.blocks(x, self._batch, cos_sin | self._cos_sin, self._cache)
         return self._decoder.logits(hidden)
-
-
-def _parts(numbers: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the tokens, the positions (int64) and the key lengths (int32) of a step's buffer."""
-    return (
-        numbers[: 2 * size].view(torch.int64),
-        numbers[2 * size : 4 * size].view(torch.int64),
-        numbers[4 * size :],
-    )
 
 
 def _filled(host: HostLengths, size: int) -> HostLengths:

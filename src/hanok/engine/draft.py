@@ -8,11 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hanok.attention.base import ForwardBatch
-from hanok.engine.passes import ShortPasses
+from hanok.engine.passes import Passes
 from hanok.engine.sequence import GenerationSequence, LookAhead, totals_and_likeliest
 from hanok.errors import OptionError
-from hanok.memory.needs import PREFILL_TOKENS
 from hanok.models.decoder import Decoder
 
 if TYPE_CHECKING:
@@ -84,7 +82,8 @@ class DraftModel:
         self._decoder = decoder
         self._vocab_size = vocab_size
         self._cache = decoder.new_cache(num_slots, self.max_tokens)
-        self._passes = ShortPasses(decoder, self._cache)
+        self._passes = Passes(decoder, self._cache)
+        self._version = self._passes.weights.number()
         self._free = [_Slot(number) for number in reversed(range(num_slots))]
         self._slots: dict[int, _Slot] = {}
 
@@ -119,19 +118,19 @@ class DraftModel:
     def catch_up(self, sequences: Mapping[int, GenerationSequence]) -> None:
         """Compute what it has not seen of some sequences, all but the last tokens.
 
-        Behind a pass with drafts there is nothing to do; this is for prompts, and for what was
-        generated while nothing was drafted.
+        After a pass with drafts there is nothing to do; this is for prompts, and for what was
+        generated while nothing was drafted, or before this model's weights changed.
         """
+        before, self._version = self._version, self._passes.weights.number()
+        if self._version != before:
+            for slot in (*self._slots.values(), *self._free):
+                slot.held, slot.num_checked = [], 0
         for key, sequence in sequences.items():
             slot = self._slot(key, sequence)
-            while (missing := len(sequence.token_ids) - len(slot.held)) > 2:
-                begin = len(slot.held)
-                tokens = sequence.token_ids[begin : begin + min(missing - 1, PREFILL_TOKENS)]
-                batch = ForwardBatch.of(
-                    [tokens], past=[begin], slots=[slot.number], device=self._decoder.device
-                )
-                self._decoder(batch, self._cache)
-                slot.held += tokens
+            missing = sequence.token_ids[len(slot.held) : -1]
+            if len(missing) > 1:
+                self._passes.prefill({slot.number: missing})
+                slot.held += missing
 
     @torch.inference_mode()
     def propose(
@@ -167,7 +166,7 @@ class DraftModel:
         drafts: dict[int, list[int]] = {key: [] for key in sequences}
         while missing:
             tokens = list(missing.values())
-            logits = self._passes.logits(tokens, [slots[key].number for key in missing])
+            logits = self._passes.step(tokens, [slots[key].number for key in missing])
             rows = self._last_rows(logits, tokens)
             likeliest: list[int] = totals_and_likeliest(rows)[1].tolist()
             following: dict[int, list[int]] = {}

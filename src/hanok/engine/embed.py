@@ -8,8 +8,9 @@ from torch.nn.functional import normalize
 
 from hanok.attention.base import ForwardBatch
 from hanok.checkpoint.pooling import Pooling
+from hanok.engine.passes import Passes
 from hanok.errors import GenerationError
-from hanok.memory.heap import give_back
+from hanok.memory.heap import trim_heap
 from hanok.memory.needs import PREFILL_TOKENS
 from hanok.models.decoder import Decoder
 
@@ -24,7 +25,7 @@ def embed(decoder: Decoder, texts: Sequence[Sequence[int]], pooling: Pooling) ->
     found: list[Tensor] = []
     for group in _groups(texts):
         found += _pooled_group(decoder, group, pooling)
-        give_back()
+        trim_heap()
     return unit_length(torch.stack(found))
 
 
@@ -79,17 +80,10 @@ def _pooled_group(
 
 def _pooled_alone(decoder: Decoder, text: Sequence[int], pooling: Pooling) -> Tensor:
     """Compute a long text in chunks, each with the keys and values of those before it."""
-    cache = decoder.new_cache(1, len(text))
+    passes = Passes(decoder, decoder.new_cache(1, len(text)))
     total = torch.zeros(decoder.config.hidden_size, dtype=torch.float64)
-    for start in range(0, len(text), PREFILL_TOKENS):
-        batch = ForwardBatch.of(
-            [list(text[start : start + PREFILL_TOKENS])],
-            past=[start],
-            slots=[0],
-            sequence_lengths=[len(text)],
-            device=decoder.device,
-        )
-        part = pooled(decoder(batch, cache), pooling)
+    for batch, _ in passes.chunks({0: text}):
+        part = pooled(passes.run(batch, may_record=False), pooling)
         total = total + part if pooling == "mean" else part
-        give_back()
+        trim_heap()
     return finished(total, pooling, len(text))

@@ -233,6 +233,15 @@ class Engine:
         self._post(_Entry(ticket=ticket, row=row))
         return ticket
 
+    def weights_changed(self) -> None:
+        """Say that weights of the model were changed: see `Model.weights_changed`; from any thread.
+
+        From the next step on nothing that others computed is used: what waits begins with the new
+        weights, and what runs is computed again, so that its next token is that of the new weights.
+        Change weights between steps, while no request runs.
+        """
+        self.model.weights_changed()
+
     def drain(self, timeout_s: float) -> bool:
         """Take no more requests and wait for those that are there; return whether all ended."""
         with self._wake:
@@ -293,6 +302,8 @@ class Engine:
         """Plan, compute and commit once; return whether there was anything to do."""
         self._drain_inbox()
         self._drop_late()
+        if self._runner.notice_weights():
+            self._scheduler.restart_all()
         began = self._step_began = time.monotonic()
         decoding = sum(row.is_decoding for row in self._scheduler.running)
         plan = self._scheduler.plan(self._pace.prompt_tokens(decoding), self._drafts())

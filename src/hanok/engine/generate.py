@@ -6,14 +6,11 @@ sequence gets one token for each pass, or several where the next ones were draft
 """
 
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator
 
 import torch
-from torch import Tensor
 
-from hanok.attention.base import ForwardBatch
-from hanok.attention.cache import KVCache
-from hanok.engine.passes import ShortPasses
+from hanok.engine.passes import Passes
 from hanok.engine.sequence import (
     GenerationSequence,
     Scores,
@@ -21,12 +18,8 @@ from hanok.engine.sequence import (
     TokenEvent,
     take_next,
 )
-from hanok.engine.speculate import Speculator
-from hanok.memory.heap import give_back
-from hanok.memory.needs import PREFILL_TOKENS
+from hanok.engine.speculate import Speculation, Speculator
 from hanok.models.decoder import Decoder
-
-LONG_PASS_TOKENS = 256  # whose activations are worth giving back
 
 
 class TokenStream(Iterator[TokenEvent]):
@@ -57,36 +50,71 @@ class TokenStream(Iterator[TokenEvent]):
         )
 
 
+class PrefixCache:
+    """Keys and values kept between prompts that begin alike, such as the turns of a conversation."""
+
+    def __init__(self) -> None:
+        self._passes: Passes | None = None
+        self._sequence: GenerationSequence | None = None
+        self._speculator: tuple[Speculation, Passes, Speculator] | None = None
+
+    def prepare(self, decoder: Decoder, sequence: GenerationSequence) -> Passes:
+        """Return passes over a cache that fits the sequence and holds what it shares with the last."""
+        capacity = len(sequence.prompt_ids) + sequence.room
+        passes, last = self._passes, self._sequence
+        cache = passes.cache if passes is not None and passes.decoder is decoder else None
+        if passes is None or cache is None or cache.capacity < capacity:
+            # A larger one starts empty; asking for twice as much makes that rare.
+            cache = decoder.new_cache(1, min(2 * capacity, sequence.max_tokens))
+            self._passes = passes = Passes(decoder, cache)
+        elif last is not None:
+            # The last prompt token is computed again: its logits are needed.
+            shared = _num_shared(last.token_ids, sequence.prompt_ids)
+            cache.truncate(0, min(shared, len(sequence.prompt_ids) - 1))
+        self._sequence = sequence
+        return passes
+
+    def speculator(self, speculation: Speculation, passes: Passes) -> Speculator:
+        """Return what drafts for these passes; what it learned is kept between prompts as well."""
+        if self._speculator is None or self._speculator[:2] != (speculation, passes):
+            capacity = passes.cache.capacity if passes.cache is not None else 1
+            found = Speculator(speculation, passes.decoder, num_sequences=1, max_tokens=capacity)
+            self._speculator = speculation, passes, found
+        self._speculator[2].forget(0)  # another text begins
+        return self._speculator[2]
+
+
 @torch.inference_mode()
 def generate(
     decoder: Decoder,
     sequences: list[GenerationSequence],
     *,
-    cache: KVCache | None = None,
+    passes: Passes | None = None,
     use_cache: bool = True,
     speculator: Speculator | None = None,
 ) -> Iterator[TokenEvent]:
     """Yield the tokens of all sequences as they come, those of one pass in the sequences' order.
 
-    `cache` may hold the first tokens of each sequence already (see `KVCache.lengths`); it must have a
-    slot for each. Without one, a cache is made that fits. A `speculator` drafts; it needs a cache.
+    The cache of `passes` may hold the first tokens of each sequence already; it must have a slot for
+    each. Without them, a cache is made that fits. A `speculator` drafts; it needs a cache. Where
+    weights change between two tokens, the next one is that of the new weights.
     """
-    if cache is None and use_cache:
+    if passes is None:
         capacity = max(len(item.prompt_ids) + item.room for item in sequences)
-        cache = decoder.new_cache(len(sequences), capacity)
-    passes = ShortPasses(decoder, cache) if cache is not None else None
+        passes = Passes(decoder, decoder.new_cache(len(sequences), capacity) if use_cache else None)
     running = list(range(len(sequences)))
     while running:
+        missing = passes.missing({index: sequences[index].token_ids for index in running})
+        is_decoding = passes.cache is not None and all(len(new) == 1 for new in missing.values())
         drafts: dict[int, list[int]] = {}
-        is_decoding = cache is not None and _is_decoding(decoder, sequences, running, cache)
         if speculator is not None and is_decoding:
             drafts = speculator.drafts({index: sequences[index] for index in running})
         began = time.perf_counter()
-        if passes is not None and is_decoding:
-            tokens = [[sequences[i].token_ids[-1], *drafts.get(i, ())] for i in running]
-            scores = Scores(passes.logits(tokens, running))
+        if is_decoding:
+            tokens = [[*missing[index], *drafts.get(index, ())] for index in running]
+            scores = Scores(passes.step(tokens, running))
         else:
-            scores = Scores(_forward(decoder, sequences, running, cache))
+            scores = Scores(decoder.logits(passes.prefill(missing)))
         if speculator is not None and is_decoding:
             num_tokens = len(running) + sum(map(len, drafts.values()))
             speculator.timed(num_tokens, time.perf_counter() - began)
@@ -95,8 +123,8 @@ def generate(
             sequence, draft = sequences[index], drafts.get(index, [])
             taken = take_next(sequence, index, draft, scores, row)
             row += 1 + len(draft)
-            if cache is not None:  # what was drafted wrong, or behind the end
-                cache.truncate(index, len(sequence.token_ids) - 1)
+            if passes.cache is not None:  # drafted tokens that were wrong, or after the end
+                passes.cache.truncate(index, len(sequence.token_ids) - 1)
             if speculator is not None:
                 speculator.learn(index, sequence, len(draft), len(taken.events))
             yield from taken.events
@@ -105,67 +133,6 @@ def generate(
         running = [index for index in running if sequences[index].finish_reason is None]
 
 
-def _is_decoding(
-    decoder: Decoder,
-    sequences: Sequence[GenerationSequence],
-    running: Sequence[int],
-    cache: KVCache,
-) -> bool:
-    """Return whether of each running sequence only the newest token is to be computed."""
-    for index in running:
-        length = len(sequences[index].token_ids)
-        if not decoder.config.shares_angles(cache.computed_for[index], length):
-            return False
-        if cache.lengths[index] != length - 1:
-            return False
-    return True
-
-
-def _forward(
-    decoder: Decoder,
-    sequences: list[GenerationSequence],
-    running: list[int],
-    cache: KVCache | None,
-) -> Tensor:
-    """Return the logits that follow each running sequence, computing what is not in the cache.
-
-    (running, vocab) float32
-    """
-    lengths = {index: len(sequences[index].token_ids) for index in running}
-    past = dict.fromkeys(running, 0)
-    if cache is not None:
-        for index in running:
-            if not decoder.config.shares_angles(cache.computed_for[index], lengths[index]):
-                cache.truncate(index, 0)
-            past[index] = cache.lengths[index]
-    waiting = {index: sequences[index].token_ids[past[index] :] for index in running}
-    found: dict[int, Tensor] = {}
-    while waiting:
-        # Without a cache a sequence is computed whole; with one, long prompts go in chunks.
-        chunks: dict[int, list[int]] = {}
-        for index, tokens in waiting.items():
-            room = PREFILL_TOKENS - sum(map(len, chunks.values()))
-            if room <= 0:
-                break
-            chunks[index] = tokens if cache is None else tokens[:room]
-        batch = ForwardBatch.of(
-            list(chunks.values()),
-            past=[past[index] for index in chunks],
-            slots=list(chunks),
-            sequence_lengths=[lengths[index] for index in chunks],
-            device=decoder.device,
-        )
-        hidden = decoder(batch, cache)
-        ends = dict(zip(chunks, batch.last_tokens(), strict=True))
-        done = [index for index in chunks if len(chunks[index]) == len(waiting[index])]
-        if done:
-            logits = decoder.logits(hidden[[ends[index] for index in done]])
-            found |= dict(zip(done, logits, strict=True))
-        for index, tokens in chunks.items():
-            past[index] += len(tokens)
-            waiting[index] = waiting[index][len(tokens) :]
-        waiting = {index: tokens for index, tokens in waiting.items() if tokens}
-        if len(batch.token_ids) >= LONG_PASS_TOKENS:
-            del batch, hidden
-            give_back()
-    return torch.stack([found[index] for index in running])
+def _num_shared(first: list[int], second: list[int]) -> int:
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((index for index, (a, b) in pairs if a != b), min(len(first), len(second)))

@@ -19,14 +19,13 @@ import torch
 from torch import Tensor
 
 from hanok.attention.base import ForwardBatch
-from hanok.attention.cache import KVCache
 from hanok.checkpoint.aside import folder_aside
 from hanok.checkpoint.files import Checkpoint, open_checkpoint
 from hanok.checkpoint.pooling import Pooling, choose_pooling, pooling_files
 from hanok.checkpoint.tokenizer_files import has_tokenizer
 from hanok.checkpoint.writer import write_json
 from hanok.engine.embed import embed
-from hanok.engine.generate import TokenStream, generate
+from hanok.engine.generate import PrefixCache, TokenStream, generate
 from hanok.engine.params import (
     SamplingOptions,
     SamplingParams,
@@ -35,8 +34,8 @@ from hanok.engine.params import (
     is_token,
     unsupported_defaults,
 )
+from hanok.engine.passes import Passes
 from hanok.engine.pipeline import Pipeline
-from hanok.engine.prefix_cache import PrefixCache
 from hanok.engine.sequence import (
     FinishReason,
     GenerationSequence,
@@ -245,11 +244,11 @@ class Model:
     ) -> TokenStream:
         if speculation is not None:
             self._check_speculation(speculation, use_cache=use_cache)
-        kept, speculator = None, None
+        passes, speculator = None, None
         if cache is not None:
-            kept = cache.prepare(self.decoder.new_cache, sequences[0])
+            passes = cache.prepare(self.decoder, sequences[0])
             if speculation is not None:
-                speculator = cache.speculator(speculation, self.decoder)
+                speculator = cache.speculator(speculation, passes)
         elif speculation is not None:
             speculator = Speculator(
                 speculation,
@@ -257,7 +256,7 @@ class Model:
                 num_sequences=len(sequences),
                 max_tokens=max(len(item.prompt_ids) + item.room for item in sequences),
             )
-        return TokenStream(sequences, self._events(sequences, kept, use_cache, speculator))
+        return TokenStream(sequences, self._events(sequences, passes, use_cache, speculator))
 
     def _check_speculation(self, speculation: Speculation, *, use_cache: bool) -> None:
         speculation.check(self)
@@ -270,7 +269,7 @@ class Model:
     def _events(
         self,
         sequences: list[GenerationSequence],
-        cache: KVCache | None,
+        passes: Passes | None,
         use_cache: bool,
         speculator: Speculator | None,
     ) -> Generator[TokenEvent, None, None]:
@@ -278,13 +277,13 @@ class Model:
 
         Over several devices either groups of sequences keep them all at work, or guesses are checked.
         """
-        is_pipelined = self.decoder.layout is not None and cache is None and use_cache
+        is_pipelined = self.decoder.layout is not None and passes is None and use_cache
         if is_pipelined and speculator is None:
             with Pipeline(self.decoder, self._pipeline_depth) as pipeline:
                 yield from pipeline.generate(sequences)
             return
         for event in generate(
-            self.decoder, sequences, cache=cache, use_cache=use_cache, speculator=speculator
+            self.decoder, sequences, passes=passes, use_cache=use_cache, speculator=speculator
         ):
             yield event
             self.promote()
@@ -293,6 +292,16 @@ class Model:
         """Move a few mapped weights into memory, between passes; none once a weight has changed."""
         if self._promotion is not None:
             self._promotion.advance()
+
+    def weights_changed(self) -> None:
+        """Say that weights were changed, so that no keys, values or recordings of others are used.
+
+        Changes in place that torch counts (an optimizer's, `load_state_dict`) are noticed without it;
+        needed after a change through `.data`, of quantized weights, or of which modules there are.
+        """
+        self.decoder.weights_changed()
+        if self._promotion is not None:
+            self._promotion.cancel()
 
     def logits(self, prompt: Prompt) -> Tensor:
         """Return the scores of the token after each position, (tokens, vocab) float32."""

@@ -27,7 +27,6 @@ from hanok.attention.cache import KVCache
 from hanok.kernels.native import FLOATS, AttentionCall, Native, Recording, Step, native, recording
 from hanok.models.decoder import Block, Decoder
 
-KEYS_IN_PLACE_BACKEND = "native"  # the one whose calls hold the places of keys as numbers
 # torch's functions by name. What asks for no numbers of a tensor and makes none:
 QUERIES = frozenset(
     {"__get__", "__len__", "data_ptr", "dim", "is_contiguous", "numel", "size", "stride"}
@@ -38,7 +37,7 @@ VIEWS = frozenset(
     {"__getitem__", "chunk", "contiguous", "reshape", "split", "tensor_split", "to", "view"}
 )
 SUMS = frozenset({"add", "__add__"})
-KEPT_TOKENS = 128  # of all recorded passes together
+KEPT_TOKENS = 136  # of all recorded passes together: those of an engine, over 1 to 16 tokens
 
 
 def why_not(decoder: Decoder, cache: KVCache) -> str | None:
@@ -52,7 +51,7 @@ def why_not(decoder: Decoder, cache: KVCache) -> str | None:
     if decoder.dtype not in FLOATS:
         return f"our kernels do not compute in {str(decoder.dtype).removeprefix('torch.')}"
     for block in decoder.layers:
-        if isinstance(block, Block) and block.self_attn.backend.name != KEYS_IN_PLACE_BACKEND:
+        if isinstance(block, Block) and block.self_attn.backend.recorded_on != "cpu":
             return f"attention {block.self_attn.backend.name} is not one of our kernels"
     return None
 
@@ -86,14 +85,12 @@ class NativeSteps:
         """
         past = [self._cache.lengths[slot] for slot in slots]
         batch = ForwardBatch.of([list(item) for item in tokens], past=past, slots=list(slots))
-        host = batch.host
-        self._cache.advance(host.slots, host.query_lengths, host.sequence_lengths)
         return self._decoder.logits(self.hidden_states(batch))
 
     def hidden_states(self, batch: ForwardBatch) -> Tensor:
         """Return the normed hidden states of a batch.
 
-        They are valid until the next call. The cache counts the tokens already.
+        They are valid until the next call. Counts the tokens in the cache; raises as it does.
         """
         count = len(batch.token_ids)
         # Weights may move while the model works (memory/promote.py); a recording has the old places.
@@ -105,7 +102,10 @@ class NativeSteps:
         is_kept = count <= KEPT_TOKENS and count not in self.obstacles and batch.adapters is None
         if not is_kept or count not in self._seen:
             self._seen.add(count)
-            return self._decoder.hidden_states(batch, self._cache)
+            hidden: Tensor = self._decoder(batch, self._cache)
+            return hidden
+        host = batch.host
+        self._cache.advance(host.slots, host.query_lengths, host.sequence_lengths)
         if count in self._passes:
             self._passes.move_to_end(count)
             return self._passes[count].run(batch)
@@ -134,7 +134,7 @@ class _Pass:
         self._kernels = kernels
         self._x = decoder.embed(batch).clone()
         self._cos_sin = {
-            rope: values.clone() for rope, values in decoder.angles(batch, self._x.dtype).items()
+            rope: values.clone() for rope, values in decoder.cos_sin(batch, self._x.dtype).items()
         }
         with recording() as found, _Watch(kernels) as watch:
             self.hidden = decoder.blocks(self._x, batch, self._cos_sin, cache)
@@ -156,7 +156,7 @@ class _Pass:
     def run(self, batch: ForwardBatch) -> Tensor:
         """Return the normed hidden states of other tokens; they are valid until the next call."""
         self._x.copy_(self._decoder.embed(batch))
-        for rope, values in self._decoder.angles(batch, self._x.dtype).items():
+        for rope, values in self._decoder.cos_sin(batch, self._x.dtype).items():
             self._cos_sin[rope].copy_(values)
         host = batch.host
         num_sequences = len(host.blocks)

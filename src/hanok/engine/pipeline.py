@@ -13,7 +13,7 @@ that a chunk finds the keys of the chunk before.
 import os
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from hanok.attention.base import ForwardBatch
 from hanok.attention.cache import KVCache
+from hanok.engine.passes import Passes
 from hanok.engine.sequence import GenerationSequence, TokenEvent, choose
 from hanok.errors import OptionError
 from hanok.memory.needs import PREFILL_TOKENS
@@ -74,10 +75,10 @@ class Pipeline:
     def generate(self, sequences: list[GenerationSequence]) -> Iterator[TokenEvent]:
         """Yield the tokens of all sequences as they come, those of one in their order."""
         capacity = max(len(item.prompt_ids) + item.room for item in sequences)
-        cache = self._decoder.new_cache(len(sequences), capacity)
+        passes = Passes(self._decoder, self._decoder.new_cache(len(sequences), capacity))
         count = min(self.depth, len(sequences))
         groups = [list(range(first, len(sequences), count)) for first in range(count)]
-        waiting = deque((group, self._submit(sequences, group, cache)) for group in groups)
+        waiting = deque((group, self._submit(sequences, group, passes)) for group in groups)
         try:
             while waiting:
                 group, future = waiting.popleft()
@@ -86,70 +87,39 @@ class Pipeline:
                     yield sequences[index].take(index, choice)
                 group = [index for index in group if sequences[index].finish_reason is None]
                 if group:
-                    waiting.append((group, self._submit(sequences, group, cache)))
+                    waiting.append((group, self._submit(sequences, group, passes)))
         finally:
             for _, future in waiting:
                 future.exception()
 
     def _submit(
-        self, sequences: list[GenerationSequence], group: list[int], cache: KVCache
+        self, sequences: list[GenerationSequence], group: list[int], passes: Passes
     ) -> "Future[Tensor]":
-        """Send what a group has to compute on its way; the future is its logits, in its order."""
-        lengths = {index: len(sequences[index].token_ids) for index in group}
-        for index in group:
-            if not self._decoder.config.shares_angles(cache.computed_for[index], lengths[index]):
-                cache.truncate(index, 0)
-        past = {index: cache.lengths[index] for index in group}
-        tokens = {index: sequences[index].token_ids[past[index] :] for index in group}
-        if all(len(item) == 1 for item in tokens.values()):
-            return self._send([(group, [tokens[index] for index in group])], past, lengths, cache)
-        # Each prompt in chunks of its own, so that the first stage can take the next one early.
-        total = sum(len(item.token_ids) for item in sequences)
-        share = -(-total // (CHUNKS_PER_STAGE * len(self._stages)))
-        size = min(PREFILL_TOKENS, max(SMALLEST_CHUNK, share))
-        chunks = [
-            ([index], [tokens[index][start : start + size]])
-            for index in group
-            for start in range(0, len(tokens[index]), size)
-        ]
-        return self._send(chunks, past, lengths, cache)
-
-    def _send(
-        self,
-        chunks: Sequence[tuple[list[int], list[list[int]]]],
-        past: dict[int, int],
-        lengths: dict[int, int],
-        cache: KVCache,
-    ) -> "Future[Tensor]":
-        """Send batches through the stages; the future is the logits behind each last token."""
-        outputs: list[tuple[list[int], Future[Tensor]]] = []
-        for slots, tokens in chunks:
-            batch = ForwardBatch.of(
-                tokens,
-                past=[past[slot] for slot in slots],
-                slots=slots,
-                sequence_lengths=[lengths[slot] for slot in slots],
-                device=self._decoder.device,
-            )
-            host = batch.host
-            cache.advance(host.slots, host.query_lengths, host.sequence_lengths)
-            for slot, new in zip(slots, tokens, strict=True):
-                past[slot] += len(new)
-            done = [slot for slot in slots if past[slot] == lengths[slot]]
-            outputs.append((done, self._through_stages(batch, cache, is_wanted=bool(done))))
+        """Send the missing tokens of a group through the stages; the future is its next logits."""
+        missing = passes.missing({index: sequences[index].token_ids for index in group})
+        size, is_prompt = PREFILL_TOKENS, any(len(new) > 1 for new in missing.values())
+        if is_prompt:
+            # Each prompt in chunks of its own, so that the first stage can take the next one early.
+            total = sum(len(item.token_ids) for item in sequences)
+            share = -(-total // (CHUNKS_PER_STAGE * len(self._stages)))
+            size = min(PREFILL_TOKENS, max(SMALLEST_CHUNK, share))
+        outputs: list[Future[Tensor]] = []
+        for batch, ends in passes.chunks(missing, size=size, are_apart=is_prompt):
+            passes.count(batch)
+            output = self._through_stages(batch, passes.cache, list(ends.values()))
+            if ends:
+                outputs.append(output)
             if self.depth == 1:
-                outputs[-1][1].exception()  # one batch at a time, as without a pipeline
-        return self._workers[-1].submit(
-            lambda: torch.cat([future.result() for done, future in outputs if done])
-        )
+                output.exception()  # one batch at a time, as without a pipeline
+        return self._workers[-1].submit(lambda: torch.cat([item.result() for item in outputs]))
 
     def _through_stages(
-        self, batch: ForwardBatch, cache: KVCache, *, is_wanted: bool
+        self, batch: ForwardBatch, cache: KVCache | None, rows: list[int]
     ) -> "Future[Tensor]":
-        """Return the logits of a batch's last tokens to come; with `is_wanted` false, anything."""
+        """Return the future logits of some rows of a batch; without rows, of anything."""
         before: Future[Tensor] | None = None
         for index, worker in enumerate(self._workers):
-            before = worker.submit(self._run, index, before, batch, cache, is_wanted)
+            before = worker.submit(self._run, index, before, batch, cache, rows)
         if before is None:
             raise RuntimeError("a pipeline has stages")
         return before
@@ -160,8 +130,8 @@ class Pipeline:
         index: int,
         before: "Future[Tensor] | None",
         batch: ForwardBatch,
-        cache: KVCache,
-        is_wanted: bool,
+        cache: KVCache | None,
+        rows: list[int],
     ) -> Tensor:
         """Compute one stage of a batch, in its thread."""
         stage = self._stages[index]
@@ -170,8 +140,8 @@ class Pipeline:
         try:
             x = self._decoder.embed(batch) if x is None else x
             x = self._decoder.run_stage(stage, x, batch, cache)
-            if index == len(self._stages) - 1 and is_wanted:
-                x = self._decoder.logits(x[batch.last_tokens()])
+            if index == len(self._stages) - 1 and rows:
+                x = self._decoder.logits(x[rows])
             return x
         finally:
             self.busy_s[index] += time.perf_counter() - started

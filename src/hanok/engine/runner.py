@@ -7,19 +7,17 @@ import torch
 from torch import Tensor
 
 from hanok.attention.base import ForwardBatch
-from hanok.engine import native_steps
 from hanok.engine.embed import pooled
-from hanok.engine.native_steps import NativeSteps
+from hanok.engine.passes import LONG_PASS_TOKENS, Passes
 from hanok.engine.schedule import Chunk
 from hanok.engine.sequence import Ranked, ranked
 from hanok.engine.ticket import Request
-from hanok.memory.heap import give_back
+from hanok.memory.heap import trim_heap
 from hanok.models.decoder import Decoder
 
 BLOCK_TOKENS = 64  # what our attention kernel reads at a time
-# Each kind of pass keeps its buffers; with more tokens, Python between kernels is nothing.
-RECORDED_SEQUENCES, RECORDED_TOKENS = 8, 16
-LONG_PASS_TOKENS = 256  # whose activations are worth giving back
+# Each number of tokens keeps its buffers; with more, Python between kernels is negligible.
+RECORDED_TOKENS = 16
 LOGIT_ROWS = 256  # of a prompt, scored at once
 
 
@@ -64,10 +62,14 @@ class Runner:
 
     def __init__(self, decoder: Decoder, num_blocks: int, max_blocks: int) -> None:
         self._decoder = decoder
-        self._cache = decoder.new_cache(num_blocks, BLOCK_TOKENS)
-        why_not = native_steps.why_not(decoder, self._cache)
-        is_recorded = decoder.execution.records_passes and why_not is None
-        self._recorded = NativeSteps(decoder, self._cache, max_blocks) if is_recorded else None
+        cache = decoder.new_cache(num_blocks, BLOCK_TOKENS, is_paged=True)
+        self._passes = Passes(decoder, cache, blocks_per_sequence=max_blocks)
+        self._version = self._passes.weights.number()
+
+    def notice_weights(self) -> bool:
+        """Return whether weights have changed since this was asked, so that no block is valid."""
+        before, self._version = self._version, self._passes.weights.number()
+        return self._version != before
 
     @torch.inference_mode()
     def run(self, chunks: Sequence[Chunk], requests: Sequence[Request]) -> StepResult:
@@ -75,16 +77,12 @@ class Runner:
 
         What was in the blocks before is not changed, so a chunk that failed can be computed again.
         """
-        batch = ForwardBatch.of(
-            [
-                [*chunk.row.tokens[chunk.start : chunk.start + chunk.count], *chunk.draft]
-                for chunk in chunks
-            ],
-            past=[chunk.start for chunk in chunks],
-            blocks=[tuple(chunk.row.blocks) for chunk in chunks],
-            sequence_lengths=[len(chunk.row.tokens) + len(chunk.draft) for chunk in chunks],
-            device=self._decoder.device,
-        )
+        if self._passes.replays_logits and all(map(_is_plain, chunks, requests)):
+            replayed = self._passes.replay(_batch_of(chunks, torch.device("cpu")))
+            return StepResult(
+                logits=replayed, scores=[()] * len(chunks), pooled=[None] * len(chunks)
+            )
+        batch = _batch_of(chunks, self._decoder.device)
         hidden = self._hidden_states(batch)
         ends = [
             end - len(chunk.draft) for end, chunk in zip(batch.last_tokens(), chunks, strict=True)
@@ -104,17 +102,11 @@ class Runner:
             vectors.append(None if request.pooling is None else pooled(mine, request.pooling))
         if len(batch.token_ids) >= LONG_PASS_TOKENS:
             del batch, hidden
-            give_back()
+            trim_heap()
         return StepResult(logits=logits, scores=scores, pooled=vectors)
 
     def _hidden_states(self, batch: ForwardBatch) -> Tensor:
-        num_sequences, num_tokens = len(batch.host.blocks), len(batch.token_ids)
-        is_decoding = num_sequences == num_tokens <= RECORDED_SEQUENCES
-        # Of several sequences with drafts hardly two passes are of a kind.
-        is_checking = num_sequences == 1 and num_tokens <= RECORDED_TOKENS
-        if self._recorded is not None and (is_decoding or is_checking):
-            return self._recorded.hidden_states(batch)
-        return self._decoder.hidden_states(batch, self._cache)
+        return self._passes.run(batch, may_record=len(batch.token_ids) <= RECORDED_TOKENS)
 
     def _scores(self, chunk: Chunk, hidden: Tensor, number: int) -> tuple[PromptScore, ...]:
         """Score the tokens behind a chunk's, those that are there."""
@@ -131,3 +123,22 @@ class Runner:
                     PromptScore(token_id=token, logprob=logprob, rank=rank, top_logprobs=top)
                 )
         return tuple(found)
+
+
+def _batch_of(chunks: Sequence[Chunk], device: torch.device) -> ForwardBatch:
+    return ForwardBatch.of(
+        [
+            [*chunk.row.tokens[chunk.start : chunk.start + chunk.count], *chunk.draft]
+            for chunk in chunks
+        ],
+        past=[chunk.start for chunk in chunks],
+        blocks=[tuple(chunk.row.blocks) for chunk in chunks],
+        sequence_lengths=[len(chunk.row.tokens) + len(chunk.draft) for chunk in chunks],
+        device=device,
+    )
+
+
+def _is_plain(chunk: Chunk, request: Request) -> bool:
+    """Return whether a chunk is one token of which only the logits are wanted."""
+    is_one = chunk.count == 1 and not chunk.draft and chunk.is_last
+    return is_one and request.scored is None and request.pooling is None

@@ -161,6 +161,12 @@ class Scheduler:
         self._release(row)
         insort(self.waiting, row, key=_rank)
 
+    def restart_all(self) -> None:
+        """Let all sequences be computed again, and forget what blocks hold: nothing of it is valid."""
+        for row in list(self.running):
+            self.restart(row)
+        self.pool.forget()
+
     def _prompts(self) -> Iterator[Row]:
         """Yield running sequences with a prompt to compute, then those that may begin."""
         yield from [row for row in self.running if not row.is_decoding]

@@ -45,9 +45,12 @@ def multiplies(dtype: torch.dtype, device: torch.device) -> bool:
     """Return whether torch multiplies matrices of this dtype on the device at full speed.
 
     On x86 without such instructions torch's products of 16-bit numbers take up to a hundred times as
-    long as those of float32: then matrices of more than FEW_ROWS rows are to be widened.
+    long as those of float32: then matrices of more than FEW_ROWS rows are to be widened. What torch
+    compiles is left as it is: the compiler cannot look at the processor.
     """
     if device.type != "cpu" or dtype not in (torch.bfloat16, torch.float16):
+        return True
+    if torch.compiler.is_compiling():
         return True
     if not is_x86():
         return True

@@ -13,8 +13,8 @@ def _trim() -> "ctypes._FuncPointer | None":
         return None
 
 
-def give_back() -> None:
-    """Return what nobody uses: the scratch of loading, the activations of a long prompt.
+def trim_heap() -> None:
+    """Return unused memory: the scratch of loading, the activations of a long prompt.
 
     glibc keeps freed blocks of up to 32 MiB, which would count against a container's limit for ever.
     """

@@ -23,7 +23,7 @@ from hanok.errors import CheckpointError, OptionError, UnsupportedError
 from hanok.kernels.native import why_not
 from hanok.memory.account import Understood, tied_head_error, understand
 from hanok.memory.budget import host_budget
-from hanok.memory.heap import give_back
+from hanok.memory.heap import trim_heap
 from hanok.memory.needs import choose_dtype, stays_as_it_is, unit_of
 from hanok.memory.offload import Streamer
 from hanok.memory.plan import HOST_KINDS, LoadPlan, Weights
@@ -139,7 +139,7 @@ def load_decoder(
         if streamed:
             runner = places.device_of(next(iter(streamed)))
             streamer = Streamer(decoder, streamed, checkpoint.tensors, target_dtype, runner)
-        give_back()
+        trim_heap()
     decoder.tie()
     decoder.eval()
     used = decoder.use_attention(attention)

@@ -107,24 +107,25 @@ class Rotary:
         host = batch.host
         chosen = {self.rope.angles_for(length) for length in host.sequence_lengths}
         if len(chosen) == 1:
-            table = self._table(chosen.pop(), max(host.key_lengths), batch.positions.device, dtype)
+            table = self.table(chosen.pop(), max(host.key_lengths), batch.positions.device, dtype)
             return table[:, batch.positions]
         parts, start = [], 0
         for count, keys, length in zip(
             host.query_lengths, host.key_lengths, host.sequence_lengths, strict=True
         ):
             positions = batch.positions[start : start + count]
-            table = self._table(self.rope.angles_for(length), keys, positions.device, dtype)
+            table = self.table(self.rope.angles_for(length), keys, positions.device, dtype)
             parts.append(table[:, positions])
             start += count
         return torch.cat(parts, dim=1)
 
-    def _table(
+    def table(
         self, angles_for: int, num_positions: int, device: torch.device, dtype: torch.dtype
     ) -> Tensor:
         """Return the table for at least `num_positions`, (2 or 4, positions, 1, rotary_dim).
 
-        Only the angles asked for last are kept for each device and dtype.
+        `angles_for` is the length that `Rope.angles_for` names. Only the table asked for last is kept
+        for each device and dtype; a longer one takes its place and does not change it.
         """
         key = (device, dtype)
         kept_for, table = self._tables.get(key, (-1, torch.empty(2, 0)))

@@ -19,9 +19,9 @@ from hanok.errors import RequestError
 from hanok.text_files import decode
 
 if TYPE_CHECKING:
+    from hanok.engine.generate import PrefixCache
     from hanok.engine.model import Model
     from hanok.engine.params import SamplingOptions
-    from hanok.engine.prefix_cache import PrefixCache
     from hanok.engine.speculate import Speculation
 
 HELP = "/reset starts over, /undo takes the last turn back, /exit or Ctrl-D ends."
@@ -39,7 +39,7 @@ def command(path: Path | None, system: str | None, **options: Any) -> None:
     Ctrl-C stops the answer, not the program; the part that came stays in the conversation. /reset
     starts over, /undo takes the last turn back, /exit or Ctrl-D ends.
     """
-    from hanok.engine.prefix_cache import PrefixCache
+    from hanok.engine.generate import PrefixCache
 
     model, speculation = open_model(path, options)
     is_terminal = sys.stdin.isatty()
