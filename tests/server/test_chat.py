@@ -106,7 +106,7 @@ def deep(levels: int) -> str:
         ({"tool_calls": [5]}, "without a function's name"),
         ({"function_call": 5}, "without a function's name"),
         ({"tool_calls": [{"function": {"name": "f", "arguments": deep(900)}}]}, "deeper than 64"),
-        ({"tool_calls": [{"function": {"name": "f", "arguments": deep(99999)}}]}, "too many arrays"),
+        ({"tool_calls": [{"function": {"name": "f", "arguments": deep(99999)}}]}, "many arrays"),
         ({"content": [{"type": "image_url"}]}, "image modality is not supported"),
         ({"content": [{"type": "text", "text": 5}]}, "a part without a text"),
         ({"content": 5}, "a string or a list of parts"),
