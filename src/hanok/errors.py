@@ -1,15 +1,15 @@
-"""Every error that hanok raises on purpose.
+"""Every error that hanok raises deliberately.
 
 HanokError
-├── OptionError        an option or argument has no such name, or a value out of range
-├── CheckpointError    a file or a tensor of a checkpoint is missing, damaged or not what was promised
+├── OptionError        an option or argument is unknown, or its value is out of range
+├── CheckpointError    a file or a tensor of a checkpoint is missing, damaged or inconsistent
 ├── UnsupportedError   no implementation fits: the message lists each one with its reason
-├── BudgetError        memory does not suffice: by how much, where, and what would help
+├── BudgetError        not enough memory: by how much, where, and what would help
 ├── RequestError       one prompt, conversation or token list cannot be served
 ├── GenerationError    computing one request failed; the others go on
-├── RequestAbortedError  a request was given up before it was finished
-├── DeadlineError      a request was not finished in the time it had
-└── ClosedError        an engine was stopped, or is about to be, and takes no request
+├── RequestAbortedError  a request was aborted before it was finished
+├── DeadlineError      a request was not finished before its deadline
+└── ClosedError        an engine was stopped, or is about to be, and takes no requests
 
 A message says what happened, with which values, why, and what to do. `exit_code` is what the command
 line returns; `http_status` is what a server answers.
@@ -17,34 +17,34 @@ line returns; `http_status` is what a server answers.
 
 
 class HanokError(Exception):
-    """Base of every error that hanok raises on purpose."""
+    """Base of every error that hanok raises deliberately."""
 
     exit_code = 1
     http_status = 500
 
 
 class OptionError(HanokError):
-    """An option or argument has no such name, or a value out of range."""
+    """An option or argument is unknown, or its value is out of range."""
 
     exit_code = 2
     http_status = 422
 
 
 class CheckpointError(HanokError):
-    """A file or a tensor of a checkpoint is missing, damaged or not what was promised."""
+    """A file or a tensor of a checkpoint is missing, damaged or inconsistent with the rest."""
 
     exit_code = 3
 
 
 class UnsupportedError(HanokError):
-    """No implementation fits what was asked; the message lists each one with its reason."""
+    """No implementation fits the request; the message lists each one with its reason."""
 
     exit_code = 4
     http_status = 501
 
 
 class BudgetError(HanokError):
-    """Memory does not suffice for what was asked, or is no longer what a plan counted on."""
+    """There is not enough memory for the request, or less than when it was planned."""
 
     exit_code = 6
 
@@ -64,21 +64,21 @@ class GenerationError(HanokError):
 
 
 class RequestAbortedError(HanokError):
-    """A request was given up before it was finished."""
+    """A request was aborted before it was finished."""
 
     exit_code = 8
     http_status = 499
 
 
 class DeadlineError(HanokError):
-    """A request was not finished in the time it had."""
+    """A request was not finished before its deadline."""
 
     exit_code = 9
     http_status = 408
 
 
 class ClosedError(HanokError):
-    """An engine was stopped, or is about to be, and takes no request."""
+    """An engine was stopped, or is about to be, and takes no requests."""
 
     exit_code = 10
     http_status = 503

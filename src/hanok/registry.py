@@ -1,7 +1,7 @@
 """The file is the registration: a plugin is one file of a package that defines one named constant.
 
-`discover` imports every module of a package and collects the constant, so adding a model family or an
-attention backend touches no list. A plugin must therefore import without optional dependencies.
+`discover` imports every module of a package and collects the constant, so that adding a model family or
+an attention backend changes no list. A plugin must therefore import without optional dependencies.
 """
 
 import importlib

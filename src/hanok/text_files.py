@@ -1,7 +1,7 @@
-"""Text that people give as files or on standard input: UTF-8, with an error that helps where it is not.
+"""Reads text that users give as files or on standard input: UTF-8, with a helpful error if it is not.
 
 Every verb reads through here, so that a prompt, a text to score, a grid and a trace are the same text
-whatever wrote the file: a byte order mark is no part of it, and a line ends with a line feed.
+whatever wrote the file: a byte order mark is dropped, and lines end with a line feed.
 """
 
 import codecs
@@ -11,7 +11,7 @@ from pathlib import Path
 from hanok.errors import RequestError
 
 STANDARD_INPUT = Path("-")
-# The longer marks first: that of UTF-32 begins as that of UTF-16 does.
+# The longer marks first: UTF-32's begins like UTF-16's.
 _MARKS = {
     codecs.BOM_UTF32_LE: "UTF-32",
     codecs.BOM_UTF32_BE: "UTF-32",
@@ -21,7 +21,7 @@ _MARKS = {
 
 
 def read_text(file: Path) -> str:
-    """The text of a file, or of standard input for `-`; RequestError where it cannot be had."""
+    """The text of a file, or of standard input for `-`; RequestError if it cannot be read."""
     if file == STANDARD_INPUT:
         return decode(sys.stdin.buffer.read(), "standard input")
     try:
@@ -32,25 +32,25 @@ def read_text(file: Path) -> str:
 
 
 def decode(data: bytes, name: str) -> str:
-    """Bytes as text; RequestError names the first byte that is none, and what to do."""
+    """Bytes as text; RequestError names the first byte that is not text, and what to do."""
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         # The mark that UTF-8 may begin with is not counted by the error.
         at = error.start + (len(codecs.BOM_UTF8) if data.startswith(codecs.BOM_UTF8) else 0)
         raise _other_encoding(data, name, at, "is not UTF-8 text") from None
-    if "\0" in text:  # no text that people write, but what other encodings are made of
-        raise _other_encoding(data, name, data.index(0), "holds a NUL, which no UTF-8 text has")
+    if "\0" in text:  # never in written text, but common in other encodings
+        raise _other_encoding(data, name, data.index(0), "contains a NUL, which is not text")
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def _other_encoding(data: bytes, name: str, at: int, what: str) -> RequestError:
-    """The error of bytes that are no UTF-8 text, with the encoding that they may be in."""
+    """The error for bytes that are not UTF-8 text, with the encoding that they may be in."""
     encoding = next((word for mark, word in _MARKS.items() if data.startswith(mark)), None)
-    guess = f"it begins as {encoding} does"
+    guess = f"it begins like {encoding}"
     if encoding is None:
         first, second = data[:64:2].count(0), data[1:64:2].count(0)  # of each pair of bytes
-        encoding, guess = "LATIN1", "it may be Latin-1 or the like"
+        encoding, guess = "LATIN1", "it may be Latin-1 or similar"
         if first or second:
             encoding = "UTF-16LE" if second > first else "UTF-16BE"
             guess = f"it may be {encoding}"

@@ -391,7 +391,7 @@ def test_refuses_what_is_no_flat_dict_of_tensors(path: Path, value: Any, message
 
 def test_refuses_other_formats(path: Path) -> None:
     for data, message in [
-        (b"", "starts with b'' and is no file of torch.save"),
+        (b"", "starts with b'' and was not written by torch.save"),
         (b"GGUF1234", "starts with b'GGUF1234'"),
         (b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"),
         (

@@ -210,7 +210,7 @@ def test_prompts_are_utf8_wherever_they_come_from(tmp_path: Path) -> None:
         )
     for data, message in (
         ("déjà".encode("latin-1"), "is not UTF-8 text, at byte 1 (0xE9)"),
-        ("déjà".encode("utf-16"), "it begins as UTF-16 does"),
+        ("déjà".encode("utf-16"), "it begins like UTF-16"),
     ):
         file.write_bytes(data)
         grid = ("bench", "--grid", str(file))

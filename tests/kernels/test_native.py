@@ -218,7 +218,7 @@ def test_a_cap_that_is_no_instruction_set_is_refused(
     capped: Callable[[str], Sequence[Native]],
 ) -> None:
     with pytest.raises(
-        OptionError, match=r"HANOK_ISA=sse9 is no instruction set\. Write one of port"
+        OptionError, match=r"HANOK_ISA=sse9 is not an instruction set\. Write one of port"
     ):
         capped("sse9")
 

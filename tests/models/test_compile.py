@@ -132,6 +132,39 @@ def test_a_decoder_in_bfloat16_is_compiled_whole(name: str) -> None:
         torch.testing.assert_close(found, expected, atol=0.1, rtol=0.1)
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@torch.no_grad()
+def test_two_programs_serve_every_step_over_a_cache(attention: str) -> None:
+    """Prompts and single tokens, of other sequences each time, in blocks that hold NaN at first."""
+    decoder = random_decoder("mistral", attention)
+    plain, cache = decoder.new_cache(9, 8), decoder.new_cache(9, 8)
+    for state in (*plain.states, *cache.states):
+        state.keys.fill_(float("nan"))
+        state.values.fill_(float("nan"))
+    compiled = torch.compile(decoder.hidden_states, fullgraph=True, dynamic=True, backend="eager")
+    blocks = [(7, 2, 3), (0, 8), (5, 1)]
+    lengths = [0, 0, 0]
+    for counts in (
+        {0: 9, 1: 3, 2: 2},
+        {0: 1, 1: 1, 2: 1},
+        {2: 4, 0: 1},
+        {1: 2, 2: 3},
+        {0: 7, 1: 4},
+    ):
+        batch = ForwardBatch.of(
+            [[(3 * n + slot) % 60 for n in range(count)] for slot, count in counts.items()],
+            past=[lengths[slot] for slot in counts],
+            blocks=[blocks[slot] for slot in counts],
+        ).complete()
+        for slot, count in counts.items():
+            lengths[slot] += count
+        expected = decoder.hidden_states(batch, plain)
+        torch.testing.assert_close(compiled(batch, cache), expected, atol=1e-5, rtol=1e-5)
+    assert 1 <= counters["stats"]["unique_graphs"] <= 2
+    for state, other in zip(cache.states, plain.states, strict=True):
+        torch.testing.assert_close(state.keys, other.keys, atol=1e-5, rtol=0, equal_nan=True)
+
+
 @torch.no_grad()
 def test_a_batch_made_without_gradients_has_to_be_complete() -> None:
     decoder = random_decoder("llama", "auto")

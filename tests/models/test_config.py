@@ -405,8 +405,8 @@ def test_a_rope_that_cannot_be_read_says_why(
 @pytest.mark.parametrize(
     ("model_type", "changes", "error", "part"),
     [
-        ("llama", {"partial_rotary_factor": 0.5}, UnsupportedError, "turns whole heads"),
-        ("qwen3", {"partial_rotary_factor": 0.25}, UnsupportedError, "turns whole heads"),
+        ("llama", {"partial_rotary_factor": 0.5}, UnsupportedError, "rotates whole heads"),
+        ("qwen3", {"partial_rotary_factor": 0.25}, UnsupportedError, "rotates whole heads"),
         ("llama", {"hidden_activation": "relu"}, UnsupportedError, "hidden_activation = 'relu'"),
         ("gemma", {"hidden_act": "gelu", "hidden_activation": "silu"}, CheckpointError, "'silu'"),
         ("gemma3_text", {"attn_logit_softcapping": 5.0}, UnsupportedError, "softcapping is 5.0"),

@@ -689,7 +689,7 @@ GRANITE = PUBLISHED["granite-4.0-micro"]
             ["mamba", "attention"] * 20,
             "20 of 40 layers are 'mamba' (layer_types)",
         ),
-        ("Ministral-3-3B", "partial_rotary_factor", 0.5, "turns whole heads"),
+        ("Ministral-3-3B", "partial_rotary_factor", 0.5, "rotates whole heads"),
         ("c4ai-command-r7b-12-2024", "use_parallel_block", False, "use_parallel_block is False"),
         ("c4ai-command-r7b-12-2024", "layer_types", ["mamba"] * 32, "layer_types has 'mamba'"),
     ],

@@ -253,3 +253,12 @@ def test_tables_are_kept_apart_by_dtype() -> None:
     # Angles are float32 and only their cosines and sines are rounded.
     assert torch.equal(rounded, exact.to(torch.bfloat16))
     assert torch.equal(rotary.cos_sin(batch, torch.float32), exact)
+
+
+def test_a_table_is_as_long_as_the_positions_seen() -> None:
+    """Whatever the model's context: no table is made of positions that nobody has reached."""
+    rotary = Rotary(Rope(theta=1e4, rotary_dim=8))
+    for tokens, positions in ((9, 64), (65, 128), (9, 128), (1000, 1024)):
+        rotary.cos_sin(ForwardBatch.of([[0] * tokens]), torch.float32)
+        (table,) = [table for _, table in rotary._tables.values()]
+        assert table.shape == (2, positions, 1, 8)

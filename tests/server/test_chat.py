@@ -106,10 +106,10 @@ def deep(levels: int) -> str:
         ({"tool_calls": [5]}, "without a function's name"),
         ({"function_call": 5}, "without a function's name"),
         ({"tool_calls": [{"function": {"name": "f", "arguments": deep(900)}}]}, "deeper than 64"),
-        ({"tool_calls": [{"function": {"name": "f", "arguments": deep(99999)}}]}, "too many lists"),
+        ({"tool_calls": [{"function": {"name": "f", "arguments": deep(99999)}}]}, "many arrays"),
         ({"content": [{"type": "image_url"}]}, "image modality is not supported"),
         ({"content": [{"type": "text", "text": 5}]}, "a part without a text"),
-        ({"content": 5}, "a text or a list of parts"),
+        ({"content": 5}, "a string or a list of parts"),
     ],
 )
 def test_a_message_that_is_not_one_is_refused(message: Any, words: str) -> None:

@@ -153,7 +153,7 @@ def assistant(*blocks: Any) -> dict[str, Any]:
         (user({"type": "document", "source": {}}), "a block of type 'document'"),
         (user({"type": "tool_use", "id": "a", "name": "b"}), "a block of type 'tool_use'"),
         (user({"type": "text", "text": 5}), "whose `text` is no text"),
-        (user(5), "messages.0.content must be a text or a list of blocks"),
+        (user(5), "messages.0.content must be a string or a list of blocks"),
         (user({"type": "tool_result"}), "without a `tool_use_id`"),
         (
             user({"type": "tool_result", "tool_use_id": "a", "content": [{"type": "image"}]}),

@@ -321,7 +321,7 @@ def test_the_constraints_of_other_servers_are_followed(
         ({"structured_outputs": {"json": 5}}, "`structured_outputs.json` must be a JSON schema"),
         ({"structured_outputs": {"regex": "a", "choice": ["a"]}}, "say what the answer is"),
         ({"guided_regex": "a", "guided_choice": ["a"]}, "`guided_regex` and `guided_choice` both"),
-        ({"response_format": {"type": "json_object"}, "regex": "a"}, "and `regex` both say"),
+        ({"response_format": {"type": "json_object"}, "regex": "a"}, "and `regex` both constrain"),
         ({"guided_json": "{"}, "grammar is not valid"),
         ({"regex": "(a"}, "grammar is not valid"),
         ({"bad_words": ["dog"]}, "`bad_words` is not supported"),
@@ -449,7 +449,7 @@ def test_tools_that_must_be_called_are(sdk: openai.OpenAI) -> None:
         ("completions", {"prompt": "a", "model": "gpt-9"}, 404, "does not exist"),
         ("completions", {"prompt": "a", "logit_bias": {"99999": 1}}, 422, "names token 99999"),
         ("chat/completions", {"messages": []}, 422, "messages"),
-        ("chat/completions", {"messages": [{"content": "a"}]}, 422, "role must be a text"),
+        ("chat/completions", {"messages": [{"content": "a"}]}, 422, "role must be a string"),
         (
             "chat/completions",
             {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},

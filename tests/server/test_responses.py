@@ -127,7 +127,7 @@ def test_fields_become_those_of_a_chat_request() -> None:
             "`include` asks for 'file_search_call.results'",
         ),
         ({"tools": [{"type": "web_search"}]}, "tools.0 is of type 'web_search'"),
-        ({"tools": [{"type": "function", "name": ""}]}, "tools.0.name must be a text"),
+        ({"tools": [{"type": "function", "name": ""}]}, "tools.0.name must be a string"),
         (
             {"text": {"format": {"type": "json_schema", "name": "a"}}},
             "text.format.schema` is missing",
@@ -138,7 +138,7 @@ def test_fields_become_those_of_a_chat_request() -> None:
         ({"input": [{"type": "computer_call"}]}, "input.0 is of type 'computer_call'"),
         ({"input": [{"role": "tool", "content": "x"}]}, "input.0.role must be user"),
         ({"input": [{"role": ["user"]}]}, "input.0.role must be user"),
-        ({"input": [{"type": "function_call", "name": "f"}]}, "input.0.arguments must be a text"),
+        ({"input": [{"type": "function_call", "name": "f"}]}, "input.0.arguments must be a string"),
         ({"input": [{"type": "function_call_output", "output": "x"}]}, "input.0.call_id must be"),
         ({"input": [{"type": "reasoning", "content": [5]}]}, "$"),
         (

@@ -50,7 +50,7 @@ def test_a_conversation_has_the_tokens_that_a_chat_is_charged_for(client: httpx.
         ("tokenize", {}, 422, "exactly one of inputs, prompt, messages must be given, not 0"),
         ("tokenize", {"inputs": "a", "prompt": "b"}, 422, "must be given, not 2"),
         ("tokenize", {"prompt": "a", "model": "other"}, 404, "does not exist"),
-        ("tokenize", {"messages": [{"content": "a"}]}, 422, "role must be a text"),
+        ("tokenize", {"messages": [{"content": "a"}]}, 422, "role must be a string"),
         ("tokenize", {"messages": []}, 422, "messages"),
         ("tokenize", {"messages": MESSAGES, "chat_template": "{{ 1 }}"}, 422, "`chat_template` is"),
         ("chat_tokenize", {"messages": MESSAGES, "chat_template": "x"}, 422, "`chat_template` is"),

@@ -97,8 +97,8 @@ def test_arguments_are_an_object(parameters: Any) -> None:
     [
         (TOOLS, "lunch", "Tool with name lunch not found"),
         (None, "required", "there are no `tools`"),
-        ([{"function": {}}], "auto", "tools.0.function.name must be a text"),
-        (TOOLS, {"function": {}}, "`tool_choice.function.name` must be a text"),
+        ([{"function": {}}], "auto", "tools.0.function.name must be a string"),
+        (TOOLS, {"function": {}}, "`tool_choice.function.name` must be a string"),
         (TOOLS, {"type": "allowed_tools"}, "allowed_tools.tools` must be a list"),
         ([tool("f", {"type": "string"})], "f", "parameters of 'f' are of type 'string'"),
         ([tool("f", 3)], "f", "parameters of 'f' must be a JSON schema"),

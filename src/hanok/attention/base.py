@@ -363,17 +363,42 @@ def visible(num_queries: int, num_keys: int, window: int | None, device: torch.d
     return seen if window is None else seen & (keys > queries - window)
 
 
-def visible_in_pack(batch: ForwardBatch, num_tokens: int, window: int | None) -> Tensor:
-    """Return which of a batch's tokens each of them sees without a cache, (tokens, tokens) bool."""
-    token = torch.arange(num_tokens, device=batch.token_ids.device)
-    sequence = batch.sequence_of_tokens()
-    seen = (sequence[:, None] == sequence) & (token <= token[:, None])
-    return seen if window is None else seen & (token > token[:, None] - window)
+def is_traced(k: Tensor, state: LayerState | None) -> bool:
+    """Return whether torch compiles this, for keys that are cached as they are, if at all."""
+    return torch.compiler.is_compiling() and (state is None or state.keys.dtype is k.dtype)
+
+
+def packed_keys(
+    k: Tensor, v: Tensor, spec: AttentionSpec, batch: ForwardBatch, state: LayerState | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the keys and values of all sequences of a batch, and which of them each token sees.
+
+    From tensors alone, for programs that serve any lengths. Takes what `Backend.attend` does, a `state`
+    in the dtype of `k`. returns: twice (kv_heads, keys, head_dim), and (tokens, keys) bool.
+    """
+    own, position = batch.sequence_of_tokens(), batch.positions
+    if state is None:
+        sequence, key = own, position
+    else:
+        table, size = batch.block_table, state.keys.shape[2]
+        most = table.shape[1] * size
+        for kept, new in ((state.keys, k), (state.values, v)):
+            kept[table[own, position // size], :, position % size] = new
+        # All of every block: (sequences x blocks x block size, kv_heads, head_dim).
+        k, v = (kept[table].transpose(2, 3).flatten(0, 2) for kept in (state.keys, state.values))
+        number = torch.arange(k.shape[0], device=k.device)
+        sequence, key = number // most, number % most
+    seen = (own[:, None] == sequence) & (key <= position[:, None])
+    if spec.window is not None:
+        seen = seen & (key > position[:, None] - spec.window)
+    if state is not None:  # what nobody has written may be no number
+        k, v = (torch.where(seen.any(0)[:, None, None], item, 0.0) for item in (k, v))
+    return k.transpose(0, 1), v.transpose(0, 1), seen
 
 
 def multipliable(rows: int, q: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, ...]:
     """Return q, keys and values in a dtype whose products of `rows` rows this device is fast at."""
-    if rows <= FEW_ROWS or multiplies(q.dtype, q.device):
+    if multiplies(q.dtype, q.device) or rows <= FEW_ROWS:
         return q, keys, values
     return q.float(), keys.float(), values.float()
 

@@ -11,10 +11,11 @@ from torch import Tensor
 from hanok.attention.base import (
     AttentionSpec,
     ForwardBatch,
+    is_traced,
     multipliable,
+    packed_keys,
     split_sequences,
     visible,
-    visible_in_pack,
 )
 from hanok.attention.cache import LayerState
 
@@ -42,9 +43,9 @@ class Eager:
         state: LayerState | None,
     ) -> Tensor:
         """See `Backend.attend`."""
-        if state is None and torch.compiler.is_compiling():
-            seen = visible_in_pack(batch, q.shape[0], spec.window)
-            return self._chunk(q, k.transpose(0, 1), v.transpose(0, 1), spec, seen)
+        if is_traced(k, state):
+            keys, values, seen = packed_keys(k, v, spec, batch, state)
+            return self._chunk(q, keys, values, spec, seen)
         outputs = []
         for queries, keys, values in split_sequences(q, k, v, batch, state):
             for start in range(0, queries.shape[0], CHUNK):

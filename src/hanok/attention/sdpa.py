@@ -23,10 +23,11 @@ from torch.nn.functional import scaled_dot_product_attention
 from hanok.attention.base import (
     AttentionSpec,
     ForwardBatch,
+    is_traced,
     multipliable,
+    packed_keys,
     split_sequences,
     visible,
-    visible_in_pack,
 )
 from hanok.attention.cache import LayerState
 
@@ -68,8 +69,8 @@ class Sdpa:
     ) -> Tensor:
         """See `Backend.attend`."""
         with self._forced():
-            if state is None and torch.compiler.is_compiling():
-                return self._packed(q, k, v, spec, batch)
+            if is_traced(k, state):
+                return self._packed(q, k, v, spec, batch, state)
             if state is None:
                 return self._by_length(q, k, v, spec, batch.host.query_lengths)
             outputs = [
@@ -82,14 +83,21 @@ class Sdpa:
         return nullcontext() if self.kernel is None else sdpa_kernel(self.kernel)
 
     def _packed(
-        self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, batch: ForwardBatch
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        spec: AttentionSpec,
+        batch: ForwardBatch,
+        state: LayerState | None,
     ) -> Tensor:
         """Attend over all sequences of a batch in one call."""
+        keys, values, seen = packed_keys(k, v, spec, batch, state)
         output = scaled_dot_product_attention(
             q.transpose(0, 1)[None],
-            k.transpose(0, 1)[None],
-            v.transpose(0, 1)[None],
-            attn_mask=visible_in_pack(batch, q.shape[0], spec.window),
+            keys[None],
+            values[None],
+            attn_mask=seen,
             scale=spec.scale,
             enable_gqa=spec.num_heads > spec.num_kv_heads,
         )

@@ -1,10 +1,10 @@
-"""Files and folders that are written aside and get their names once they are complete.
+"""Files and folders are written under temporary names and renamed once they are complete.
 
-What is not complete is called ".NAME.xxxxxxxx.partial", beside NAME, and is locked (flock) by whoever
-writes it. An error or an interrupt removes it. A killed writer cannot, but loses its lock: whoever
-writes into the same folder next removes what nobody holds, and leaves alone what is being written.
+An incomplete one is called ".NAME.xxxxxxxx.partial", next to NAME, and its writer holds a lock on it
+(flock). An error or an interrupt removes it. A killed writer leaves it, but its lock is released: the
+next writer in the same folder removes every unlocked leftover and leaves locked files alone.
 
-Invariant: under its name a file or folder is complete, and on disk where a batch is durable.
+Invariant: a file or folder under its final name is complete, and on disk if the batch is durable.
 """
 
 import fcntl
@@ -22,9 +22,9 @@ PARTIAL = re.compile(r"\..+\.[0-9a-f]{8}\.partial")
 
 
 class Batch:
-    """Files written aside, which get their names together or not at all.
+    """Files written under temporary names and renamed together or not at all.
 
-    One that is not durable leaves to the system when the bytes reach the disk.
+    A batch that is not durable does not call fsync.
     """
 
     def __init__(self, *, is_durable: bool = True) -> None:
@@ -45,7 +45,7 @@ class Batch:
         for temporary in self._waiting.values():
             temporary.unlink(missing_ok=True)
         for file in self._files:
-            # What got its name was flushed; the rest may not fit on the disk, and is gone.
+            # Renamed files were flushed; the others may not fit on the disk, and were removed.
             with suppress(OSError):
                 file.close()
 
@@ -56,7 +56,7 @@ class Batch:
 
     @contextmanager
     def open(self, path: Path) -> Iterator[BinaryIO]:
-        """Yield a new file beside `path`; when the block ends, its bytes are written."""
+        """Yield a new temporary file next to `path`; when the block ends, its bytes are written."""
         if path.parent not in self._cleaned:
             remove_leftovers(path.parent)
             self._cleaned.add(path.parent)
@@ -69,7 +69,7 @@ class Batch:
     def _created(self, path: Path) -> BinaryIO:
         """Return a new file that stays open, and so locked, until it has its name."""
         while True:
-            # Exclusive creation and not tempfile, whose files only their owner may read.
+            # Exclusive creation instead of tempfile, whose files only their owner may read.
             temporary = _partial_name(path)
             self._waiting[path] = temporary
             file = temporary.open("xb")
@@ -92,7 +92,7 @@ class Batch:
 
 @contextmanager
 def folder_aside(path: Path) -> Iterator[Path]:
-    """Yield a new folder beside `path`, which gets that name when the block ends without an error.
+    """Yield a new folder next to `path`, which is renamed to it when the block ends without an error.
 
     `path` may be an empty folder; it is replaced.
     """
@@ -110,7 +110,7 @@ def folder_aside(path: Path) -> Iterator[Path]:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what killed writers left in a folder; what cannot be removed stays."""
+    """Remove what killed writers left in a folder, as far as it can be removed."""
     with suppress(OSError):
         for entry in folder.iterdir():
             if PARTIAL.fullmatch(entry.name) and not entry.is_symlink():
@@ -119,7 +119,7 @@ def remove_leftovers(folder: Path) -> None:
 
 def _remove_unless_held(entry: Path) -> None:
     with suppress(OSError), _opened(entry) as descriptor:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails where somebody holds it
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while it is locked
         if entry.is_dir():
             shutil.rmtree(entry, ignore_errors=True)
         else:
@@ -142,8 +142,8 @@ def _created_folder(path: Path) -> tuple[Path, int]:
 
 
 def _is_mine(temporary: Path, descriptor: int) -> bool:
-    """Lock what was just created; return whether nobody took it for a leftover before that."""
-    # Some network file systems have no locks; then nobody gets one, and nothing is removed there.
+    """Lock what was just created; return False if another writer removed it as a leftover first."""
+    # Some network file systems have no locks; nothing is ever removed there.
     with suppress(OSError):
         fcntl.flock(descriptor, fcntl.LOCK_EX)
     return temporary.exists()

@@ -1,10 +1,10 @@
 """Byte-level BPE from files that do not say how a text is cut: vocab.json with merges.txt, and ranks.
 
-Only a tokenizer.json holds all of a tokenizer. In the other files stands what is merged, but not how
-the text is normalized and cut before. That is known from the class of the folder's tokenizer or from
-the model's type, by the table below; what is not in it is refused. GPT-2's class may be no more than a
-name (folders of several models say it beside a tokenizer.json that cuts otherwise), so there the
-vocabulary is asked too: tokens that the cuts never leave whole were made with others.
+Only a tokenizer.json holds a complete tokenizer. The other files list the merges, but not how the text
+is normalized and split before merging. The table below gives that by tokenizer class or by model type;
+any other folder is refused. GPT-2's class may be no more than a name (folders of several models give it
+next to a tokenizer.json that splits differently), so for that class the vocabulary is checked too:
+tokens that the assumed splits would always break show that it was trained with other splits.
 """
 
 from collections.abc import Iterable, Mapping
@@ -26,7 +26,7 @@ _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _MARKED_REST = r" ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 NO_CLASS = frozenset({"PreTrainedTokenizerFast", "PreTrainedTokenizer", "TokenizersBackend"})
-"""Classes that read a tokenizer.json and say nothing of what is in it."""
+"""Classes that read any tokenizer.json, so that their name says nothing about its contents."""
 
 _MIN_CONTRADICTIONS = 100
 _MIN_SHARE = 0.01
@@ -35,7 +35,7 @@ _MIN_TOKENS = 10_000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cuts:
-    """How a text becomes the stretches in which bytes are merged."""
+    """How a text is split into the stretches in which bytes are merged."""
 
     title: str
     classes: tuple[str, ...] = ()
@@ -45,7 +45,7 @@ class Cuts:
     overrules_class: bool = False
     """The types were published with a class that is only a name."""
     may_be_only_named: bool = False
-    """Folders name it whose vocabulary was made otherwise, so the vocabulary must agree."""
+    """Folders with other vocabularies name this class as well, so the vocabulary must agree."""
     pattern: str | None = None
     """Each match is a stretch; None for the pattern of GPT-2."""
     composes: bool = False
@@ -53,16 +53,16 @@ class Cuts:
     before: tuple[pre_tokenizers.PreTokenizer, ...] = ()
     """Cuts that come before the pattern."""
     after: tuple[pre_tokenizers.PreTokenizer, ...] = ()
-    """Cuts of what is written in the alphabet of bytes already."""
+    """Splits applied after the bytes are spelled in the byte alphabet."""
     takes_whole: bool = False
-    """A stretch that is a token is that token, whatever its merges would give."""
+    """A stretch that is a token becomes that token, without merging."""
     names: Mapping[str, str] = field(default_factory=dict)
-    """bos_token and the like where the folder does not say."""
+    """Defaults for bos_token, eos_token, … where the folder does not name them."""
     begins_with: tuple[str, ...] = ()
     """Tokens that the class puts before a text."""
     ends_with: tuple[str, ...] = ()
     hidden: Mapping[int, bytes] = field(default_factory=dict)
-    """Tokens that no text becomes, for their text is a special token's; they are only decoded."""
+    """Tokens that encoding never produces, since a special token has the same text; they only decode."""
 
     def library(self, vocabulary: BPE, *, adds_prefix_space: bool) -> tokenizers.Tokenizer:
         """A tokenizer of the library with these cuts."""
@@ -92,7 +92,7 @@ class Cuts:
         return settings.with_names(names)
 
     def frame(self, library: tokenizers.Tokenizer) -> None:
-        """Let the library put the class's tokens around a text, where the vocabulary has them."""
+        """Let the library add the class's special tokens around a text, if the vocabulary has them."""
         frame = (*self.begins_with, *self.ends_with)
         ids = {text: library.token_to_id(text) for text in frame}
         if ids and None not in ids.values():
@@ -203,7 +203,7 @@ TABLE = (GPT2, WHISPER, STARCODER, GPT_NEOX, QWEN2, QWEN3_5, FALCON, COHERE, LLA
 
 
 def find_cuts(path: Path, settings: TokenizerConfig) -> Cuts:
-    """The row for a folder; CheckpointError where no row is certain. `path` is for the message."""
+    """Return the row for a folder; CheckpointError where none is certain. `path` is for the message."""
     named = settings.tokenizer_class
     model_type = settings.model_type
     for row in TABLE:
@@ -247,9 +247,9 @@ def read_vocab_and_merges(
 def _check_vocabulary(
     path: Path, cuts: Cuts, library: tokenizers.Tokenizer, spellings: Iterable[str]
 ) -> None:
-    """CheckpointError where the vocabulary was made with other cuts than these.
+    """Raise CheckpointError where the vocabulary was trained with splits other than these.
 
-    Looked at are tokens of ASCII letters, where every published vocabulary agrees with its cuts.
+    Only tokens of ASCII letters are checked; there every published vocabulary agrees with its splits.
     """
     texts = [text.replace("Ġ", " ").replace("Ċ", "\n") for text in spellings]
     texts = [text for text in texts if len(text) > 1 and text.isascii()]

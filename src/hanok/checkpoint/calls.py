@@ -1,12 +1,12 @@
 """The tool calls of a conversation, in the form that its chat template writes out.
 
-Published templates disagree about how a call is handed to them: content null, empty or absent next to
-it; arguments as an object or as JSON text; one call in a message or several; ids of nine characters.
-Given another form, a template fails, or it leaves the call out of the prompt without a word. So the
-forms of `forms_of` are tried in order, and the first is taken in which the template writes the name and
-the arguments of every call, and what was said beside them, which is seen by marking these. Where it
-writes calls in every form without what was said, so it is. A template that knows no calls gets them as
-content, as `spelled_calls` spells them.
+Published templates expect different forms of a call: content null, empty or absent; arguments as an
+object or as JSON text; one call per message or several; ids of nine characters. Given another form, a
+template fails or silently leaves the call out of the prompt. So the forms of `forms_of` are rendered in
+order with markers in them, and the first is taken in which the template writes the name and the
+arguments of every call, and the content that came with them. If no form keeps the content, one that
+writes the calls without it is taken. A template without tool calls gets them as content, as
+`spelled_calls` writes them.
 
 Cost: two renderings for a template that takes the first form, three where content is null and the word
 None occurs. The number of forms is bounded, whatever the conversation.
@@ -28,8 +28,8 @@ SHORT_ID_LENGTH = 9
 """Mistral's templates refuse calls whose ids have another length."""
 
 _LOST, _MISSPELLED, _SPELLED, _ALONE, _WRITTEN = range(5)
-"""What became of the calls, the better the higher: spelled, they are content; alone, they are there, and
-what was said beside them is not."""
+"""What became of the calls, higher is better: `spelled`, they are content; `alone`, they are written,
+but the content that came with them is not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,7 @@ class Form:
 
     messages: list[Message]
     spelled: frozenset[int] = frozenset()
-    """Places of messages whose content holds their calls, for a template that knows none."""
+    """Indices of messages whose content holds their calls, for a template without tool calls."""
 
 
 def has_calls(messages: Sequence[Message]) -> bool:
@@ -49,7 +49,7 @@ def has_calls(messages: Sequence[Message]) -> bool:
 def form_of(messages: list[Message], render: Render) -> list[Message]:
     """Return a conversation in the first form in which the template writes all of its calls.
 
-    Raises RequestError where there is none: the template's own, of the first form, if it refuses all.
+    Raises RequestError if there is none; if the template refuses every form, its error for the first.
     """
     best, found = _LOST, messages
     refusal: RequestError | None = None
@@ -96,13 +96,13 @@ def spelled_calls(calls: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _quality(form: Form, render: Render) -> int:
-    """Return whether the template writes all calls of a form, and as they are."""
+    """Return whether the template writes all calls of a form, unchanged."""
     marked = _Marked(form)
     written = render(marked.messages)
     if not all(mark in written for mark in marked.marks):
         return _LOST
     for mark in marked.arguments:
-        # Python's spelling of an object, or JSON text that was made JSON text once more.
+        # Python's spelling of an object, or JSON text that was encoded a second time.
         if f"'{mark}'" in written or f'\\"{mark}' in written:
             return _MISSPELLED
     if _writes_none(form, render):
@@ -126,7 +126,7 @@ def _writes_none(form: Form, render: Render) -> bool:
 
 
 class _Marked:
-    """A copy of a conversation with a word of its own in each call and in each tool's answer."""
+    """A copy of a conversation with a unique marker word in each call and in each tool's answer."""
 
     def __init__(self, form: Form) -> None:
         self.marks: list[str] = []
@@ -134,7 +134,7 @@ class _Marked:
         self.arguments: list[str] = []
         """Those of the marks that are keys and values of arguments."""
         self.said: list[str] = []
-        """What it should write, too: the content beside calls."""
+        """What it should also write: the content that came with calls."""
         self.messages = [
             self._message(message, place in form.spelled)
             for place, message in enumerate(form.messages)
@@ -155,7 +155,7 @@ class _Marked:
         function = {**call["function"], "name": call["function"]["name"] + self._mark()}
         arguments = function.get("arguments")
         found = _object_of(arguments)
-        if found:  # a template that writes no empty object leaves nothing out
+        if found:  # leaving out an empty object loses nothing
             mark = self._mark()
             self.arguments.append(mark)
             marked = {**found, mark: mark}
@@ -173,7 +173,7 @@ def _calls_of(message: Message) -> list[Message]:
 
 
 def _object_of(arguments: Any) -> dict[str, Any] | None:
-    """Return arguments as an object; None for those that are none."""
+    """Return arguments as an object; None if they are not one."""
     if isinstance(arguments, str):
         try:
             arguments = json.loads(arguments) if arguments.strip() else {}
@@ -226,7 +226,7 @@ def _has_content(messages: list[Message]) -> bool:
 
 
 def _parted(messages: list[Message]) -> list[Message]:
-    """Return content in a message of its own before the calls that it stood with."""
+    """Return content in a separate message before the calls that it came with."""
     found = []
     for message in messages:
         if _calls_of(message) and message.get("content"):
@@ -242,7 +242,7 @@ def _has_several(messages: list[Message]) -> bool:
 
 
 def _one_by_one(messages: list[Message]) -> list[Message]:
-    """Return each call in a message of its own with its answer after it."""
+    """Return each call in a separate message, followed by its answer."""
     found: list[Message] = []
     taken: set[int] = set()
     for place, message in enumerate(messages):
@@ -295,7 +295,7 @@ def _with_short_ids(messages: list[Message]) -> list[Message]:
 
 
 def _with_empty_content(messages: list[Message], content: Content) -> list[Message]:
-    """Return what stands for no content in the messages that call."""
+    """Return the values that mean "no content" in the messages that contain calls."""
     found = []
     for message in messages:
         if _calls_of(message) and not message.get("content"):
@@ -339,7 +339,7 @@ def _without_tool_role(messages: list[Message]) -> list[Message]:
 
 
 def _merged(form: Form) -> Form:
-    """Return neighbours of one role as one message: many templates want roles to alternate."""
+    """Merge consecutive messages of one role: many templates require alternating roles."""
     found: list[Message] = []
     spelled = set()
     for place, message in enumerate(form.messages):

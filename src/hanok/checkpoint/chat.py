@@ -1,6 +1,6 @@
-"""Conversations to text with the chat template that a checkpoint brings.
+"""Renders conversations to text with a checkpoint's chat template.
 
-A template is a foreign program: it runs in jinja2's immutable sandbox, on plain copies of the data,
+A template is an untrusted program: it runs in jinja2's immutable sandbox, on plain copies of the data,
 and with a bound on its loops. It sees the names that published templates use: messages, tools,
 documents, functions (the tools as text), add_generation_prompt, the special tokens, `raise_exception`,
 `strftime_now`, datetime, `tojson`, loop controls and the `{% generation %}` tag.
@@ -31,18 +31,18 @@ from hanok.errors import CheckpointError, RequestError
 
 DEFAULT_TEMPLATE = "default"
 TOOL_TEMPLATE = "tool_use"
-"""Published folders with several templates call the one for conversations with tools so."""
+"""The name that published folders give to their template for conversations with tools."""
 
 MAX_LOOP_STEPS = 1_000_000
 """Steps of all the loops of one rendering. A conversation of 1,000 messages needs some thousands."""
 
 MAX_COMPILED = 64
-"""Compiled templates that are kept; requests may bring ever new ones."""
+"""Compiled templates that are kept at the most, since each request may bring a new one."""
 
 REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 """The names under which a message carries its reasoning; templates read the first two."""
 
-# Noncharacters of Unicode: valid in a string, never in a text.
+# Unicode noncharacters: valid in a string, never in a text.
 _SPAN_START, _SPAN_END = "\ufdd0", "\ufdd1"
 # Variables that begin with a digit: no template can spell them, so none can read or replace them.
 _SPAN_START_NAME, _SPAN_END_NAME, _COUNT_STEPS = "0span_start", "0span_end", "0count_steps"
@@ -172,7 +172,7 @@ class ChatTemplates:
         origin: str,
         variables: Mapping[str, object],
     ) -> list[dict[str, Any]]:
-        """A plain copy of the messages, in the form in which the template writes all of them out."""
+        """A plain copy of the messages, in a form in which the template writes all of them."""
         moment = self._now()
 
         def render(form: list[dict[str, Any]]) -> str:
@@ -284,7 +284,7 @@ class ChatTemplates:
                 f"chat template {origin} refuses this conversation: {error.message}"
             ) from error
         except Exception as error:
-            # A template is a program that we did not write; any error it ends in concerns this
+            # A template is somebody else's program; whatever it raises concerns this
             # conversation alone.
             raise RequestError(
                 f"chat template {origin} failed on this conversation: {type(error).__name__}: "
@@ -300,7 +300,7 @@ class _Refusal(jinja2.TemplateError):
 
 
 class _StepCounter:
-    """Passes the items of every loop of one rendering through, up to MAX_LOOP_STEPS in all."""
+    """Counts the items of all loops of one rendering, and stops at MAX_LOOP_STEPS."""
 
     def __init__(self) -> None:
         self._left = MAX_LOOP_STEPS
@@ -314,7 +314,7 @@ class _StepCounter:
 
 
 class _CountedLoops(NodeTransformer):
-    """Puts the step counter of the rendering around what each `for` goes over."""
+    """Wraps the iterable of each `for` in the rendering's step counter."""
 
     def visit_For(self, node: nodes.For) -> nodes.For:
         self.generic_visit(node)
@@ -339,7 +339,7 @@ class _GenerationTag(Extension):
     tags = {"generation"}  # noqa: RUF012 (jinja2 declares it so)
 
     def parse(self, parser: Parser) -> nodes.Node:
-        """The body between two variables, which are undefined (hence empty) unless spans are asked."""
+        """The body between two variables, undefined (hence empty) unless spans are requested."""
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         start = nodes.Output([nodes.Name(_SPAN_START_NAME, "load")])
@@ -381,7 +381,7 @@ def _to_json(
 
 
 def _plain(value: Any) -> Any:
-    """A copy of `value` from plain types alone: an object's methods are not for a template to call."""
+    """A copy of `value` made of plain types only, so that a template has no methods to call."""
     if value is None or type(value) in (str, int, float, bool):
         return value
     # Members of subclasses (enumerations among them) become the plain value they extend.
@@ -397,7 +397,7 @@ def _plain(value: Any) -> Any:
         return tuple(_plain(item) for item in value)
     if isinstance(value, list):
         return [_plain(item) for item in value]
-    # Images and the like: templates ask whether they are there, not what they hold.
+    # Images and similar values: templates only test whether they are present.
     return f"<{type(value).__name__}>"
 
 
@@ -411,7 +411,7 @@ def _plain_messages(messages: Sequence[Mapping[str, object]]) -> list[dict[str, 
                 f"message {number} is {type(message).__name__}, not an object with a role and a "
                 "content: pass a list of such objects"
             )
-        # Clients send null, and empty lists, for what is not there; templates test for the key.
+        # Clients send null or empty lists for absent fields; templates test for the key.
         fields = {
             _plain(key): _plain(value) for key, value in message.items() if not _says_nothing(value)
         }
@@ -427,10 +427,10 @@ def _plain_messages(messages: Sequence[Mapping[str, object]]) -> list[dict[str, 
 def _instructed(
     conversation: list[dict[str, Any]], *, knows_developer: bool
 ) -> list[list[dict[str, Any]]]:
-    """Return forms of what the developer and the system say, the nearest to what was sent first.
+    """Return forms of the developer and system messages, the form that was sent first.
 
-    "developer" is OpenAI's newer word for "system", which few templates know, although some have the
-    word in another place; and many templates write one such message only, the first or the last.
+    "developer" is OpenAI's newer name for "system", which few templates support, although some contain
+    the word elsewhere; and many templates write only one such message, the first or the last.
     """
     as_system = [
         {**message, "role": "system"} if message.get("role") == _DEVELOPER else message
@@ -450,7 +450,7 @@ def _instructed(
 def _with_marked_instructions(
     conversation: list[dict[str, Any]],
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """Return the conversation with a word of its own in each message of `_instructed`, and the words."""
+    """Return the conversation with a unique marker in each message of `_instructed`, and the markers."""
     found: list[dict[str, Any]] = []
     marks: list[str] = []
     for message in conversation:
@@ -464,9 +464,9 @@ def _with_marked_instructions(
 def _reads_parts_only(
     conversation: list[dict[str, Any]], render: Callable[[list[dict[str, Any]]], str]
 ) -> bool:
-    """Whether the template writes a user's words only where they are a list of parts.
+    """Whether the template writes a user's content only if it is a list of parts.
 
-    Templates of models that see pictures go over the parts, and find none in a text.
+    Templates of vision models iterate over the parts, and find none in a plain string.
     """
     first = next((n for n, m in enumerate(conversation) if m.get("role") == "user"), None)
     if first is None:
@@ -497,7 +497,7 @@ def _says_nothing(value: object) -> bool:
 
 
 def _mark_final_message(conversation: list[dict[str, Any]]) -> str:
-    """Put a mark behind the last message's text; returns that text without the mark."""
+    """Append a marker to the last message's text; return that text without the marker."""
     message = conversation[-1]
     content = message.get("content")
     if isinstance(content, str):
@@ -522,12 +522,12 @@ def _cut_after_final(rendered: str, final: str) -> str:
         )
     if rendered.startswith(_END_OF_CONTENT, place):
         return rendered[:place]
-    # The space at the end of the mark is gone: the template trims contents, so we do as well.
+    # The marker's trailing space is gone, so the template trims contents and we do as well.
     return rendered[:place].rstrip()
 
 
 def _read_spans(marked: str) -> RenderedChat:
-    """Take the marks out of a text and note where they stood."""
+    """Remove the markers from a text and return their positions."""
     parts: list[str] = []
     spans: list[tuple[int, int]] = []
     open_at: list[int] = []

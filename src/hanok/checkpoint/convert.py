@@ -1,13 +1,13 @@
-"""Turns a checkpoint of pickles into safetensors, tensor by tensor, and checks what it wrote.
+"""Converts a checkpoint of pickles to safetensors, tensor by tensor, and verifies the result.
 
-Names that view the same bytes in the same way are written once. An output projection is the name
-that is dropped, because a loader that ties weights looks for the embedding; the config then says
-`tie_word_embeddings`, and where it says the contrary both are written.
+Names that view the same bytes in the same way are written once. The output projection is the name
+that is dropped, because a loader that ties weights looks for the embedding; the config then gets
+`tie_word_embeddings`, and if it says false, both are written.
 
-Invariant: a file has its name only once it was read back. What is on disk afterwards has, for every
-name of the source, the same dtype, shape and bytes, under that name or under the one in
-`ConvertReport.shared`. Existing files are never overwritten, apart from that one key of config.json; a
-second run changes nothing, and removes what a killed one left.
+Invariant: a file gets its name only after it was read back. For every name of the source, the result has
+the same dtype, shape and bytes, under that name or under the one in `ConvertReport.shared`. Existing
+files are never overwritten, apart from that one key of config.json; a second run changes nothing, and
+removes what a killed one left.
 
 Cost: one tensor of memory; the source is read twice and the result written once and read once.
 """
@@ -73,9 +73,9 @@ def convert(
 ) -> ConvertReport:
     """Write the checkpoint `source`, a folder or one file, as safetensors to `destination`.
 
-    Without a destination it goes beside the source; into another folder, the config, tokenizer
-    and text files beside the weights are copied along. `on_start` gets the bytes that will be
-    written and verified, and `progress` how many of them were done since its last call. A
+    Without a destination the files are written next to the source; into another folder, the config,
+    tokenizer and text files next to the weights are copied too. `on_start` gets the bytes that will be
+    written and verified, and `progress` the bytes done since its last call. A
     destination that holds other weights is a CheckpointError, and so is a result that differs.
     """
     source = Path(source)
@@ -125,7 +125,7 @@ def _find_source(source: Path) -> Path:
 
 
 def _drop_shared(checkpoint: Checkpoint) -> tuple[list[TensorRef], dict[str, str]]:
-    """Return the tensors to write, and for each dropped name the one that stands for it."""
+    """Return the tensors to write, and for each dropped name the one that replaces it."""
     groups: dict[tuple[Any, ...], list[TensorRef]] = {}
     for ref in checkpoint.tensors.values():
         # Tensors without elements have no bytes to share.
@@ -225,7 +225,7 @@ def _write(
         max_shard_bytes=max_shard_bytes,
         metadata={**checkpoint.metadata, **METADATA},
         progress=progress,
-        # Before the files have their names: a second run takes those that have them for verified.
+        # Before the files are renamed: a second run takes renamed files as verified.
         verify=lambda files: _verify(files, kept, progress),
     )
 

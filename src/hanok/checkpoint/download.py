@@ -1,7 +1,7 @@
-"""Brings a checkpoint to this machine: a folder as it is, or a model of the hub; always as safetensors.
+"""Brings a checkpoint to this machine, from a folder or from the hub; always as safetensors.
 
-Of a model on the hub only what is needed comes: the weights in one format, and the small files beside
-them. Weights that are pickles are converted where they lie, so a second call finds the work done.
+From the hub only what is needed is downloaded: the weights in one format, and the small files that come
+with them. Pickled weights are converted in place, so a second call finds the work done.
 """
 
 from collections.abc import Callable, Iterable
@@ -25,7 +25,7 @@ class Fetched:
     was_present: bool
     """Whether its safetensors were here already."""
     report: ConvertReport | None
-    """Of the conversion, if there was one."""
+    """The conversion's report, if there was one."""
 
 
 def fetch(
@@ -117,7 +117,7 @@ def _cached(name: str, revision: str | None, cache_folder: Path | None) -> Path 
         )
         if not _has_safetensors(folder):
             return None
-        # An index whose files are not all here is an error, and a download that was broken off.
+        # An index with missing files is an error here; it comes from an interrupted download.
         open_checkpoint(folder, needs_config=False)
     except (LocalEntryNotFoundError, CheckpointError):
         return None
@@ -125,7 +125,7 @@ def _cached(name: str, revision: str | None, cache_folder: Path | None) -> Path 
 
 
 def _download(name: str, revision: str | None, cache_folder: Path | None) -> Path:
-    # Imported here: it brings an HTTP client that nobody else needs.
+    # Imported here: it brings an HTTP client that nothing else needs.
     from huggingface_hub import HfApi, snapshot_download
 
     try:
@@ -133,7 +133,7 @@ def _download(name: str, revision: str | None, cache_folder: Path | None) -> Pat
         return Path(
             snapshot_download(name, revision=revision, cache_dir=cache_folder, allow_patterns=files)
         )
-    except Exception as error:  # Whatever the hub, its client or the network have to say.
+    except Exception as error:  # Whatever the hub, its client or the network raise.
         raise CheckpointError(
             f"{name} is no folder here, and cannot be downloaded from the hub: {error}. Check the name "
             "and the network; for a gated or private model accept its terms and log in (`hf auth "

@@ -3,9 +3,9 @@
 A checkpoint is a folder in the Hugging Face layout, or one weights file with its config beside it.
 Safetensors are preferred to pickles, a whole file to an index, a known name to an unknown one.
 
-Invariant: a `Checkpoint` names each tensor once, and every index agrees with its shards on where the
-tensors are that both name; what only one of them names is noted. Opening never runs code from the
-checkpoint and never follows a name out of its folder.
+Invariant: a `Checkpoint` names each tensor once, and every index agrees with its shards about the
+location of tensors that both name; what only one of them names is noted. Opening never runs code from
+the checkpoint and never follows a name out of its folder.
 
 Cost: opening reads headers only; `read_tensor_bytes` reads one tensor's range and nothing else.
 """
@@ -83,8 +83,8 @@ class Checkpoint:
     metadata: Mapping[str, str] = field(default_factory=dict)
     """The `__metadata__` of the safetensors files; of shards that differ the last one counts."""
     disagreements: tuple[str, ...] = ()
-    """What the index names and no shard has, and the other way round. It need not be the decoder's: an
-    index may list a tied head, or buffers that nobody writes any more."""
+    """What the index names and no shard has, and vice versa. That need not concern the decoder: an index
+    may list a tied head, or buffers that are no longer saved."""
 
 
 def open_checkpoint(path: str | Path, *, needs_config: bool = True) -> Checkpoint:
@@ -146,14 +146,14 @@ def find_entries(folder: Path, kind: WeightsKind) -> list[Path]:
 
 
 def weights_in(path: Path) -> list[Path]:
-    """Return the files of a folder that could be its checkpoint, of either kind."""
+    """Return the files of a folder that could be its checkpoint, of either format."""
     if not path.is_dir():
         return [path]
     return [entry for kind in (SAFETENSORS, PICKLES) for entry in find_entries(path, kind)]
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file; a CheckpointError if it cannot be read or is none."""
+    """Return the JSON object in a file; CheckpointError if it cannot be read or holds no object."""
     return parse_json_object(_read_file(path), str(path))
 
 

@@ -1,4 +1,4 @@
-"""Names what lies in a folder that is no plain Hugging Face checkpoint, and says what to do with it.
+"""Identifies folders that are not plain Hugging Face checkpoints, and says what to do with them.
 
 Quantized weights, adapters, other layouts and other programs' formats are recognised by the files that
 come with them and by the endings of their tensors' names. Nothing here reads a weight.
@@ -29,7 +29,7 @@ FOREIGN: Mapping[str, str] = {
     "*.engine": "TensorRT",
 }
 """Weights of other programs by their file names."""
-# The first ending that is there decides, so what only one format has stands before what several share.
+# The first ending found decides, so endings of one format come before those that several share.
 QUANTIZED_ENDINGS: Mapping[str, str] = {
     ".g_idx": "GPTQ",
     ".qzeros": "AWQ or GPTQ",
@@ -49,9 +49,9 @@ QUANTIZED_ENDINGS: Mapping[str, str] = {
 
 
 def quantization_of(config: Mapping[str, Any], folder: Path | None = None) -> str | None:
-    """Return how config.json, or a file beside it in `folder`, says the weights are quantized.
+    """Return how config.json, or another file in `folder`, says the weights are quantized.
 
-    None where neither does. Raises CheckpointError where such a file cannot be read.
+    None if none of them does. Raises CheckpointError where such a file cannot be read.
     """
     declared = config.get("quantization_config") or config.get("compression_config")
     if method := _declared(declared):
@@ -75,7 +75,7 @@ def quantization_of(config: Mapping[str, Any], folder: Path | None = None) -> st
 
 
 def quantization_in(tensors: Mapping[str, TensorRef]) -> str | None:
-    """Return how tensors of these names and dtypes are quantized; None where nothing shows it."""
+    """Return how tensors of these names and dtypes are quantized; None if no name shows it."""
     for ending, method in QUANTIZED_ENDINGS.items():
         if any(name.endswith(ending) for name in tensors):
             return method
@@ -131,7 +131,7 @@ def no_weights_error(folder: Path, listed: str) -> CheckpointError:
 
 
 def adapter_note(folder: Path) -> str | None:
-    """Return what to know of an adapter that lies beside a model's own weights."""
+    """Return the note about an adapter that lies next to a model's own weights."""
     if not (folder / ADAPTER_CONFIG).is_file():
         return None
     return (

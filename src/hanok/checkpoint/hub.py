@@ -1,9 +1,8 @@
 """Looks at a checkpoint on the Hugging Face hub without downloading its weights.
 
-Of each weights file only the header is asked for (a range request), and written at the start of an
-otherwise empty file of the full size, which takes no room on disk. What comes of it is a folder like the
-real one, as far as anyone can see who does not read a weight: everything that is checked of a checkpoint
-on disk is checked of this one too.
+Only the header of each weights file is requested (an HTTP range request), and written at the start of a
+sparse file of the full size, which takes no space on disk. The result looks like the real folder to
+everything that reads no weights: all checks of a checkpoint on disk apply to it too.
 """
 
 import json
@@ -42,7 +41,7 @@ def without_weights(repo_id: str) -> Iterator[Path]:
     `repo_id` may end in @ and a revision. The endpoint and the token are huggingface_hub's (HF_ENDPOINT,
     HF_TOKEN). Raises CheckpointError where the hub cannot be asked, or has no safetensors there.
     """
-    # Imported here: it brings an HTTP client that nobody else needs.
+    # Imported here: it brings an HTTP client that nothing else needs.
     from huggingface_hub import constants, get_token
 
     name, _, revision = repo_id.partition("@")
@@ -95,7 +94,7 @@ class _Repository:
     token: str | None
 
     def sizes(self) -> dict[str, int]:
-        """Return the bytes of each file at the top: what lies deeper is another form of the model."""
+        """Return the bytes of each top-level file; deeper folders hold other forms of the model."""
         revision = quote(self.revision, safe="")
         url = f"{self.endpoint}/api/models/{self.name}/revision/{revision}?blobs=true"
         siblings = json.loads(self._answer(url, None)).get("siblings", [])
@@ -116,7 +115,7 @@ class _Repository:
     def _answer(self, url: str, part: range | None) -> bytes:
         request = Request(url)
         if self.token:
-            # Never sent on to where the hub redirects.
+            # Never forwarded to where the hub redirects.
             request.add_unredirected_header("Authorization", f"Bearer {self.token}")
         if part is not None:
             request.add_header("Range", f"bytes={part.start}-{part.stop - 1}")

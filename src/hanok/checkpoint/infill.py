@@ -1,9 +1,9 @@
-"""Fill in the middle: a text with a gap, as a model that learned to fill gaps wants it written.
+"""Fill in the middle: prompts for a text with a gap, for models that were trained to fill gaps.
 
-Such models were trained on documents cut in three and put together in another order, with markers of
-their vocabulary between (arXiv 2207.14255). Which markers, and in which order, is in `SPELLINGS`, by
-what the vocabulary has; a vocabulary may have them without its model having learned them. What stands
-around the gap is text like any other: no spelling in it becomes a marker or another special token.
+Such models were trained on documents cut in three and put together in another order, with special
+tokens as markers between the parts (arXiv 2207.14255). `SPELLINGS` lists the markers and their order by
+vocabulary; a vocabulary may have them although its model was not trained with them. The text around the
+gap is ordinary text: nothing in it is tokenized as a marker or another special token.
 """
 
 from collections.abc import Sequence
@@ -16,12 +16,12 @@ _JOINS_NOTHING = "\x02"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Spelling:
-    """How a family's vocabularies spell their markers; `ends` are those of which some may be missing."""
+    """How a family's vocabularies spell their markers; some of `ends` may be missing."""
 
     prefix: str
     suffix: str
     middle: str | None
-    """None: the text before the gap comes last, and goes on."""
+    """None: the text before the gap comes last, and is continued."""
     file: str | None = None
     """Stands before each file of a project."""
     ends: tuple[str, ...] = ()
@@ -77,7 +77,7 @@ class Infill:
         ends = (number for text in spelling.ends for number in self._ids(text))
         markers = (*self._prefix, *self._suffix, *self._middle, *self._file, *ends)
         self.end_ids = tuple(sorted(set(markers)))
-        """What ends the text in the gap, beside the model's own: every marker."""
+        """The tokens that end the text in the gap besides the model's own: every marker."""
         unknown = {tokenizer.unk_token_id}  # what a text without a token for it becomes
         self._no_text = (tokenizer.special_token_ids | set(self.end_ids)) - unknown
         first = tokenizer.encode("a", add_special_tokens=False)[:1]
@@ -95,8 +95,8 @@ class Infill:
     ) -> list[int]:
         """Return the prompt whose continuation belongs between `prefix` and `suffix`.
 
-        `files` are the names and texts of others to know, the most telling one last; `middle` is how the
-        text in the gap begins. Both texts are as long as they are: nothing is cut.
+        `files` are names and texts of other files as context, the most relevant one last; `middle` is
+        the beginning of the text in the gap. Nothing is truncated.
         """
         before = self._text(prefix, is_first=True) if isinstance(prefix, str) else list(prefix)
         parts = [[*self._prefix, *before], [*self._suffix, *self._text(suffix)]]
@@ -121,10 +121,10 @@ class Infill:
         return [] if found is None else [found]
 
     def _text(self, text: str, *, is_first: bool = False) -> list[int]:
-        """Return the tokens of a text, none of which means more than it spells.
+        """Return the tokens of a text, none of which is special.
 
-        One that would is cut in two until it is spelled out. Vocabularies that begin a text with a space
-        add it to what `is_first`, as their models were trained, and to nothing else.
+        A text that spells a special token is cut in two there. Vocabularies that begin a text with a
+        space add it only where `is_first`, as their models were trained.
         """
         ids = self._plain(text, is_first=is_first)
         if len(text) < 2 or self._no_text.isdisjoint(ids):
@@ -143,7 +143,7 @@ class Infill:
 
 
 def find_infill(tokenizer: Tokenizer) -> Infill | None:
-    """Return the markers that a vocabulary has; None where it has none of those known."""
+    """Return the markers that a vocabulary has; None if it has none of the known ones."""
     for spelling in SPELLINGS:
         needed = [spelling.prefix, spelling.suffix, *filter(None, [spelling.middle])]
         if all(tokenizer.token_to_id(text) is not None for text in needed):

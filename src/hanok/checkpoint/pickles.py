@@ -43,7 +43,7 @@ _OPCODE_NAMES = """
     BINPUT LONG_BINPUT MEMOIZE BINGET LONG_BINGET GLOBAL STACK_GLOBAL REDUCE BUILD BINPERSID
 """
 _OPCODES = frozenset(_OPCODE_NAMES.split())
-"""What `torch.save` writes at pickle protocols 2 to 5. INST, OBJ, NEWOBJ and EXT are not in it."""
+"""The opcodes that `torch.save` writes at pickle protocols 2 to 5, without INST, OBJ, NEWOBJ and EXT."""
 
 _STORAGE_DTYPES = {
     "FloatStorage": "F32",
@@ -108,7 +108,7 @@ def read_pickle_header(path: Path) -> dict[str, TensorRef]:
 
 
 class _RefusedError(Exception):
-    """What a pickle asked for and does not get; the reader of the file adds path and advice."""
+    """A pickle asked for something refused; the reader of the file adds path and advice."""
 
 
 # Stand-ins: what a pickle may build. `__setstate__` is what BUILD would call; it refuses, so that
@@ -259,7 +259,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _storage(pid: object) -> _Storage:
-    """Return the storage behind ("storage", class, key, device, elements[, part of it])."""
+    """Return the storage that ("storage", class, key, device, elements[, part of it]) names."""
     match pid:
         case ("storage", _Dtype(is_storage=True) as kind, str(key), _, int(count), *rest):
             part = rest[0] if rest else None
@@ -281,7 +281,7 @@ def _storage(pid: object) -> _Storage:
 
 
 class _Window:
-    """A file from its position on to `end`, for a reader that would otherwise not stop."""
+    """A file limited to the bytes before `end`, for a reader that would read on."""
 
     def __init__(self, file: BinaryIO, end: int) -> None:
         self.file = file
@@ -323,7 +323,7 @@ def _load(file: BinaryIO, path: Path, end: int) -> tuple[Any, dict[str, _Storage
         raise CheckpointError(f"{path}: {error}, and is refused. {ADVICE}") from None
     except OSError:
         raise
-    # A damaged pickle can make the unpickler fail in any way, and none of them is of interest.
+    # A damaged pickle can make the unpickler raise anything; which error it is does not matter.
     except Exception as error:
         raise CheckpointError(
             f"{path}: the pickle at byte {start} cannot be read ({type(error).__name__}: "
@@ -344,8 +344,8 @@ def _refuse_other_formats(path: Path, head: bytes) -> None:
         )
     if not head.startswith(pickle.PROTO):
         raise CheckpointError(
-            f"{path}: starts with {head[:8]!r} and is no file of torch.save (neither zip nor the "
-            "magic number of the format before it); get it again or give another file"
+            f"{path}: starts with {head[:8]!r} and was not written by torch.save (neither zip nor "
+            "the magic number of the format before it); get it again or give another file"
         )
 
 
@@ -418,7 +418,7 @@ def _zip_entries(file: BinaryIO, path: Path, file_bytes: int) -> dict[str, tuple
 
 
 def _read_stream(file: BinaryIO, path: Path, file_bytes: int) -> tuple[object, _Regions]:
-    """Return the object and storages of the format before zip: five pickles, then raw storages."""
+    """Return the object and storages of the pre-zip format: five pickles, then raw storages."""
     for wanted in (STREAM_MAGIC, STREAM_PROTOCOL):
         mark, _ = _load(file, path, file_bytes)
         if mark != wanted:
@@ -472,7 +472,7 @@ def _named_views(path: Path, root: object) -> Iterator[tuple[str, _View]]:
                 raise CheckpointError(f"{path}: a tensor is named by a {type(name).__name__}")
             yield name, value
         elif _has_view(value):
-            # Dropping them in silence would lose weights.
+            # Dropping them silently would lose weights.
             raise CheckpointError(
                 f"{path}: a {type(value).__name__.strip('_')} of tensors, {_shown(name)}, lies beside "
                 "other tensors, so it is not clear which are the weights; save a flat dict of them"

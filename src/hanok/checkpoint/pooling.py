@@ -1,7 +1,7 @@
-"""How a checkpoint makes one vector of a text's hidden states: sentence-transformers' files.
+"""How a checkpoint pools a text's hidden states into one vector: sentence-transformers' files.
 
-`modules.json` lists what follows one another (a transformer, a pooling, perhaps a normalization), and
-the pooling's `config.json` says which kind. Imports no torch.
+`modules.json` lists modules in order (a transformer, a pooling, perhaps a normalization), and the
+pooling's `config.json` says which kind of pooling it is. Imports no torch.
 """
 
 import json
@@ -12,13 +12,13 @@ from typing import Any, Literal, cast, get_args
 from hanok.errors import CheckpointError, OptionError, UnsupportedError
 
 Pooling = Literal["last", "mean"]
-"""The hidden state of the last token, or the mean of those of all."""
+"""The hidden state of the last token, or the mean over all tokens."""
 
 KINDS: Mapping[str, Pooling] = {"lasttoken": "last", "mean_tokens": "mean", "mean": "mean"}
 MODULES = ("Transformer", "Pooling", "Normalize")
 MODULES_FILE = "modules.json"
 SETTINGS = ("config_sentence_transformers.json", "sentence_bert_config.json")
-"""What else sentence-transformers keeps beside a model: its prompts, and how it tokenizes."""
+"""Other files that sentence-transformers keeps next to a model: prompts and tokenization settings."""
 ELSE = 'say --pooling last (in Python: embed(…, pooling="last")), or mean, to have vectors all the same'
 
 
@@ -28,11 +28,11 @@ def has_modules(folder: Path) -> bool:
 
 
 def choose_pooling(asked: str | None, folder: Path, config: Mapping[str, Any]) -> Pooling:
-    """Return what makes a vector of a text: what is asked for, else what the checkpoint says, else last.
+    """Return the pooling to use: the one asked for, else the checkpoint's, else "last".
 
-    `config` is the checkpoint's config.json. Raises OptionError for another word, and for a checkpoint
-    where nothing is asked for what `read_pooling` does; UnsupportedError too where it brings code of its
-    own for hidden states.
+    `config` is the checkpoint's config.json. Raises OptionError for an unknown pooling, and, if none is
+    asked for, whatever `read_pooling` raises; UnsupportedError also for a checkpoint that brings its own
+    code for hidden states.
     """
     if asked in get_args(Pooling):
         return cast(Pooling, asked)
@@ -51,9 +51,9 @@ def choose_pooling(asked: str | None, folder: Path, config: Mapping[str, Any]) -
 
 
 def read_pooling(folder: Path) -> Pooling | None:
-    """Return the pooling that a checkpoint asks for; None where it says nothing of it.
+    """Return the pooling that a checkpoint asks for; None if it does not say.
 
-    Raises UnsupportedError for another kind, or for modules behind it that change the vector, and
+    Raises UnsupportedError for another kind, or for modules after it that change the vector, and
     CheckpointError for files that cannot be read.
     """
     config = folder / "1_Pooling" / "config.json"
@@ -83,7 +83,7 @@ def pooling_files(folder: Path) -> list[Path]:
     """Return the files of sentence-transformers in a checkpoint, those of its modules too."""
     names = ["1_Pooling", *(str(module.get("path", "")) for module in _modules(folder))]
     inner = [PurePosixPath(name) for name in dict.fromkeys(names)]
-    # The model's own files are no part of these, and nothing is looked for outside of the folder.
+    # The model's own files are not among these, and no path may lead out of the folder.
     places = [path for path in inner if path.parts and not {"..", path.anchor} & set(path.parts)]
     found = [folder / name for name in (MODULES_FILE, *SETTINGS)]
     for place in places:
@@ -92,7 +92,7 @@ def pooling_files(folder: Path) -> list[Path]:
 
 
 def _modules(folder: Path) -> list[Mapping[str, Any]]:
-    """Return what follows one another; nothing where the checkpoint does not list it."""
+    """Return the modules in order; empty if the checkpoint does not list them."""
     if not has_modules(folder):
         return []
     modules = _read(folder / MODULES_FILE)

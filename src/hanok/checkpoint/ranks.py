@@ -1,10 +1,10 @@
-"""Vocabularies of ranks: tiktoken's files and Mistral's tekken.json, as byte-level BPE with their ids.
+"""Vocabularies of ranks (tiktoken's files and Mistral's tekken.json) as byte-level BPE with their ids.
 
-In both a token's rank says when it is merged, whatever two parts it is merged of: of all neighbours
-whose bytes together are a token, those with the lowest rank are next. The tokenizers library wants
-pairs instead. All ways to cut a token into two tokens, in the order of the ranks, give the same: before
-a token can be merged, everything inside it was merged as if it stood alone, so that only one of its
-pairs is ever met.
+In both, a token's rank says when it is merged, whichever two parts it is merged from: of all adjacent
+parts whose bytes together are a token, the pair with the lowest rank is merged next. The tokenizers
+library needs explicit pairs instead. All ways to cut a token into two tokens, in the order of the ranks,
+give the same result: before a token can be merged, everything inside it was merged as if it were alone,
+so only one of its pairs ever occurs.
 """
 
 import base64
@@ -40,13 +40,13 @@ LLAMA3_SPECIAL = {
     "<|eot_id|>": 128_009,
     "<|python_tag|>": 128_010,
 }
-"""As in Meta's files; ids between them are reserved."""
+"""As in Meta's files; the ids between them are reserved."""
 
 QWEN_SPECIAL = (
     *("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
     *(f"<|extra_{number}|>" for number in range(205)),
 )
-"""Behind the ranks, in this order."""
+"""After the ranks, in this order."""
 
 TEKKEN_SPECIAL = (
     *("<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]"),
@@ -54,11 +54,11 @@ TEKKEN_SPECIAL = (
     *("[IMG_END]", "[PREFIX]", "[MIDDLE]", "[SUFFIX]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]"),
     "[TOOL_CONTENT]",
 )
-"""Of files that do not list theirs; those behind are called <SPECIAL_N>."""
+"""For files that do not list theirs; the ones after these are called <SPECIAL_N>."""
 
 
 def read_tiktoken(path: Path, settings: TokenizerConfig) -> tuple[tokenizers.Tokenizer, Cuts]:
-    """A file of lines, each a token in base64 and its rank; and the row it is read with."""
+    """Read a file of lines, each a token in base64 and its rank; and the row it is read with."""
     ranks: dict[bytes, int] = {}
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
@@ -79,7 +79,7 @@ def read_tiktoken(path: Path, settings: TokenizerConfig) -> tuple[tokenizers.Tok
 def _of_tiktoken(
     path: Path, num_ranks: int, settings: TokenizerConfig
 ) -> tuple[Cuts, Mapping[str, int]]:
-    """How such a file's text is cut, and its special tokens: neither stands in it."""
+    """How such a file's text is split, and its special tokens: the file contains neither."""
     if settings.tokenizer_class is None and num_ranks == LLAMA3_RANKS:
         return replace(LLAMA3, names={"bos_token": LLAMA3_BOS, "eos_token": "<|end_of_text|>"}), (
             LLAMA3_SPECIAL
@@ -98,13 +98,13 @@ def _of_tiktoken(
 
 
 def read_tekken(path: Path, settings: TokenizerConfig) -> tuple[tokenizers.Tokenizer, Cuts]:
-    """A tekken.json: its pattern, its ranks behind its special tokens; and how it cuts."""
+    """Read a tekken.json: its pattern, its ranks after its special tokens; and how it splits."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         config = content["config"]
         num_special = int(config["default_num_special_tokens"])
         num_ranks = int(config["default_vocab_size"]) - num_special
-        # There are more ranks in the file than the model has rows for.
+        # The file has more ranks than the model has embedding rows.
         ranks = {
             base64.b64decode(entry["token_bytes"]): int(entry["rank"]) + num_special
             for entry in content["vocab"]
@@ -168,7 +168,7 @@ def _library(
             f"{path} has no token for the byte {missing[0]}, so not every text can be written with it; "
             "fetch the file again"
         )
-    # Where a special token has the text of a token of bytes, the text is the special token.
+    # If a special token and a token of bytes have the same text, the text is the special token.
     hidden = {ranks[text.encode()]: text.encode() for text in special if text.encode() in ranks}
     seen = {token: token_id for token, token_id in ranks.items() if token_id not in hidden}
     letters = {byte: letter for letter, byte in byte_alphabet().items()}

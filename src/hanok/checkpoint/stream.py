@@ -2,11 +2,11 @@
 
 A vocabulary spells text in one of two ways, and each has its stream. Where every token is a string
 of bytes (byte-level BPE), the bytes go through an incremental UTF-8 decoder. Elsewhere the text of
-a token depends on what stands before it (the first space of a text is dropped), so a piece is the
+a token depends on the text before it (the first space of a text is dropped), so a piece is the
 difference between two decodes that begin with the same context: the group emitted before.
 
-What follows other tokens reads as it does behind them: a stream may begin with the last of these,
-whose own text is then not given again.
+A continuation is decoded in the context of the tokens before it: a stream may begin with the last of
+these, whose own text is then not given again.
 
 Invariants: a piece never ends in half a character; what was emitted is never taken back. A byte
 that cannot belong to a character becomes U+FFFD at once, so at most three bytes are ever held back.
@@ -22,14 +22,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 HOLD_LIMIT = 16
-"""Tokens that a stream keeps in hand at most. A character has four bytes, hence four tokens."""
+"""Tokens that a stream holds back at most. A character has up to four bytes, hence four tokens."""
 
 REPLACEMENT = "\ufffd"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenTexts:
-    """What a stream asks of a vocabulary. None of the functions skips special tokens."""
+    """What a stream needs from a vocabulary. None of the functions skips special tokens."""
 
     decode: Callable[[Sequence[int]], str]
     """The text of a whole list of ids, as the library that owns the vocabulary writes it."""
@@ -67,7 +67,7 @@ class TokenTexts:
         return b"" if self.can_split_characters and REPLACEMENT in text else text.encode()
 
     def stream(self, skipped: frozenset[int], after: Sequence[int] = ()) -> "StreamDecoder":
-        """A new stream that passes over the ids in `skipped`, behind the text of the ids `after`."""
+        """A new stream that skips the ids in `skipped` and continues the text of the ids `after`."""
         kind = ByteStream if self.is_bytes_only else WindowStream
         stream = kind(self, skipped)
         stream.begin_behind(after)
@@ -82,9 +82,9 @@ class StreamDecoder(ABC):
         self._skipped = skipped
 
     def begin_behind(self, ids: Sequence[int]) -> None:
-        """Begin where these ids have been pushed already: what they gave is not given again.
+        """Begin as if these ids had been pushed already: their text is not given again.
 
-        A character that they leave unfinished is given whole once its last byte comes.
+        A character that they leave unfinished is given whole once its last byte arrives.
         """
         last: list[int] = []
         is_whole = True
@@ -100,7 +100,7 @@ class StreamDecoder(ABC):
             self._take(token_id)
 
     def push(self, token_id: int) -> str:
-        """The text that is certain now and was not before; often "", never half a character."""
+        """The text that became certain with this id; often "", never half a character."""
         return self._take(token_id) if self._adds_text(token_id) else ""
 
     def passed_over(self, token_id: int) -> str:
@@ -117,15 +117,15 @@ class StreamDecoder(ABC):
 
     @abstractmethod
     def _take(self, token_id: int) -> str:
-        """`push` for an id which is known and not passed over."""
+        """`push` for an id that has a token and is not skipped."""
 
     @abstractmethod
     def _begin_in_a_text(self) -> None:
-        """Go on as behind some text that nobody knows."""
+        """Continue as if after some unknown text."""
 
 
 class ByteStream(StreamDecoder):
-    """For vocabularies whose tokens are bytes and nothing else."""
+    """For vocabularies whose tokens are bytes only."""
 
     def __init__(self, texts: TokenTexts, skipped: frozenset[int]) -> None:
         super().__init__(texts, skipped)
@@ -146,7 +146,7 @@ class WindowStream(StreamDecoder):
     """For vocabularies of text pieces, with or without a fallback to bytes.
 
     The library's decoder sees a byte token only once its character is whole: it would otherwise
-    turn the valid characters beside a bad byte into U+FFFD as well, after they were emitted.
+    decode the valid characters next to a bad byte to U+FFFD as well, after they were emitted.
     """
 
     def __init__(self, texts: TokenTexts, skipped: frozenset[int]) -> None:
@@ -174,7 +174,7 @@ class WindowStream(StreamDecoder):
         return piece + self._emit_tokens()
 
     def _take_bytes(self, *, final: bool) -> str:
-        """The characters that the held bytes spell; what may still become one stays, unless `final`."""
+        """The characters that the held bytes spell; an unfinished one is kept, unless `final`."""
         piece = ""
         while self._bytes:
             data = b"".join(held for _, held in self._bytes)
@@ -211,8 +211,8 @@ class WindowStream(StreamDecoder):
         if alone:
             self._context, self._context_text = group, alone
         elif len(extended) <= HOLD_LIMIT:
-            # A space that vanishes where it is first: only together with what precedes it does it
-            # tell the next token that the text has begun.
+            # A space that is dropped at the start of a text: only together with the tokens before it
+            # does it tell the next token that the text has begun.
             self._context, self._context_text = extended, text
         else:
             self._begin_with((extended[0], *extended[1 - HOLD_LIMIT :]))

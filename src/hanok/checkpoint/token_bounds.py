@@ -1,13 +1,13 @@
-"""How few tokens a text can have, known from its length alone: a bound, never a guess.
+"""A lower bound on the number of tokens of a text, from its length alone.
 
-A server can so refuse a text that cannot fit without tokenizing all of it. The bound is the text's
-length over the longest stretch of text that one token of the vocabulary can stand for. It holds only
-where nothing on the way to the tokens makes a text shorter by an unknown amount, so every step of a
-tokenizer is looked at: where one is not known to keep its text, there is no bound.
+With it a server refuses a text that cannot fit without tokenizing it. The bound is the text's length
+divided by the longest text that one token of the vocabulary can represent. It holds only if no step
+of the tokenizer shortens a text by an unknown amount, so every step is examined: if one is not known to
+keep its text, there is no bound.
 
 Steps that shorten: an unknown character that is dropped or joined with its neighbours (excluded by
-asking for all 256 bytes), Unicode normalization (by a known factor), added tokens that take the spaces
-beside them (spaces are then not counted), pre-tokenizers that remove what they cut at (no bound).
+requiring all 256 bytes), Unicode normalization (by a known factor), added tokens that absorb adjacent
+spaces (spaces are then not counted), pre-tokenizers that remove the separator (no bound).
 """
 
 import unicodedata
@@ -34,25 +34,25 @@ _FORMS: tuple[NormalForm, ...] = ("NFC", "NFD", "NFKC", "NFKD")
 
 @dataclass(frozen=True, slots=True)
 class TokenBound:
-    """What bounds the number of tokens of a text from below."""
+    """A lower bound on the number of tokens of any text."""
 
     longest: float
-    """Units of text that one token can stand for at most."""
+    """Units of text that one token can represent at most."""
 
     counts_bytes: bool
     """The units are bytes of UTF-8; else they are characters."""
 
     counts_spaces: bool
-    """False where an added token takes the spaces beside it, however many there are."""
+    """False if an added token absorbs any number of adjacent spaces."""
 
     shrinks_by: float = 1
-    """By which factor normalizing shortens a text, at most."""
+    """The factor by which normalization shortens a text at most."""
 
     forms: tuple[NormalForm, ...] = ()
-    """Unicode's normal forms, where normalizing is nothing else: a text in them stays as it is."""
+    """The Unicode normal forms that are the whole normalization: a text in them stays unchanged."""
 
     def fewest(self, text: str) -> int:
-        """A number of tokens that no encoding of `text` falls below. Linear, at copying speed."""
+        """Return a lower bound on the tokens of any encoding of `text`. Linear, at copying speed."""
         shrinks_by = 1 if self.forms and _stays(text, self.forms) else self.shrinks_by
         if not self.counts_spaces:
             text = "".join(text.split())
@@ -84,14 +84,14 @@ def library_bound(
         has_all = spellings.issuperset(f"<0x{byte:02X}>" for byte in range(256))
     else:
         has_all = model.get("unk_token") in spellings and not model.get("fuse_unk")
-    # A special token that is looked for in the normalized text has spellings beyond its own.
+    # A special token that is matched in the normalized text has further spellings.
     is_respelled = shrinks > 1 and any(
         e["special"] and e["normalized"] for e in parts["added_tokens"]
     )
     if not has_all or is_respelled:
         return None
     lengths = map(len, spellings)
-    # An added token is spelled as text; in a vocabulary of bytes the others are a character a byte.
+    # Added tokens are spelled as text; in a byte-level vocabulary the others have a character per byte.
     of_added = (len(text.encode()) if is_byte_level else len(text) for text in added)
     return TokenBound(
         longest=max((*lengths, *of_added), default=1),
@@ -109,7 +109,7 @@ def sentencepiece_bound(
 ) -> TokenBound | None:
     """The bound of a SentencePiece model (its file's bytes), or None where it has none."""
     # A ModelProto's field 3 is the NormalizerSpec: its field 2 is a table of replacements, field 4
-    # whether further spaces are removed, which they are where nothing is said.
+    # whether extra spaces are removed, which is the default.
     table, removes_spaces = b"", 1
     for number, value in _fields(proto):
         if number == 3 and isinstance(value, bytes):
@@ -129,9 +129,9 @@ def sentencepiece_bound(
 
 
 def _stays(text: str, forms: tuple[NormalForm, ...]) -> bool:
-    """Whether a text is in all the forms, by any version of Unicode.
+    """Whether a text is in all the normal forms, in any version of Unicode.
 
-    Forms of assigned characters never change; what is unassigned here may be composed elsewhere.
+    Forms of assigned characters never change; characters unassigned here may be composed elsewhere.
     """
     return all(unicodedata.is_normalized(form, text) for form in forms) and all(
         unicodedata.category(character) != "Cn" for character in set(text)
@@ -148,7 +148,7 @@ def _types(part: Mapping[str, Any] | None, members: str) -> list[str]:
 
 
 def _cuts_only(pre_tokenizer: Mapping[str, Any] | None) -> bool:
-    """Whether all the text is still there between the cuts."""
+    """Whether the splits keep all of the text."""
     if pre_tokenizer is None:
         return True
     if pre_tokenizer["type"] == "Sequence":
@@ -157,7 +157,7 @@ def _cuts_only(pre_tokenizer: Mapping[str, Any] | None) -> bool:
 
 
 def _shrinks_by(normalizer: Mapping[str, Any] | None) -> float | None:
-    """By which factor a text may become shorter, at most; None where nothing is certain."""
+    """The factor by which a text may be shortened at most; None if it is unknown."""
     if normalizer is None or normalizer["type"] == "Prepend":
         return 1
     if normalizer["type"] == "Sequence":

@@ -1,12 +1,12 @@
-"""Text to token ids and back, from the files a checkpoint brings.
+"""Text to token ids and back, from a checkpoint's own files.
 
-One `Tokenizer` stands before every form in which vocabularies are published (`tokenizer_files.py`):
+One `Tokenizer` covers every form in which vocabularies are published (`tokenizer_files.py`):
 `tokenizer.json` (the tokenizers library), a SentencePiece `tokenizer.model` (its library, imported only
 then), `vocab.json` with `merges.txt`, and files of ranks.
 
-Invariants: the beginning-of-sequence token stands at most once at the front, whoever asks for it
-(post-processor, configuration, template or the text itself); `decode` is exactly what the stream
-of the same ids gives, joined. Where the library's own decode holds no U+FFFD, it is that too.
+Invariants: the beginning-of-sequence token occurs at most once at the front, whatever adds it
+(post-processor, configuration, template or the text itself); `decode` equals the joined pieces of a
+stream of the same ids, and the library's own decode wherever that contains no U+FFFD.
 
 Cost: opening reads the files once; encoding and decoding are linear. Chat templates: `chat.py`.
 Streaming: `stream.py`.
@@ -46,7 +46,7 @@ from hanok.errors import CheckpointError, RequestError
 class Tokenizer:
     """One vocabulary with its special tokens and chat templates. Made by `open_tokenizer`.
 
-    Nothing about it changes after it was made, so threads may share it; a stream belongs to one.
+    Immutable, so threads may share it; a stream belongs to one thread.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class Tokenizer:
         self._templates = templates
         self._ids = vocabulary.ids
         self.files = files
-        """The files that a copy of this tokenizer needs, those that exist."""
+        """The existing files that a copy of this tokenizer needs."""
         self.vocab_size = max(self._ids.values(), default=-1) + 1
         """The largest id + 1. The embedding of a model may have more rows, for padding."""
         self.bos_token_id = self._named_id(settings, "bos_token")
@@ -76,9 +76,9 @@ class Tokenizer:
         }
         """The ids that `skip_special_tokens` leaves out."""
         adds_bos, adds_eos = vocabulary.adds_by_itself(self.bos_token_id, self.eos_token_id)
-        # A folder that says whether to add either of the two replaces the post-processor: that is
-        # how published folders switch off the one in their tokenizer.json. What adds other tokens
-        # as well is more than the two flags can say, and stays.
+        # A folder that sets either of the two flags replaces the post-processor: that is how
+        # published folders switch off the one in their tokenizer.json. A post-processor that adds
+        # other tokens as well stays, since the two flags cannot express it.
         is_silent = settings.adds_bos is None and settings.adds_eos is None
         self._uses_post_processor = is_silent or vocabulary.adds_others(
             self.bos_token_id, self.eos_token_id
@@ -95,11 +95,11 @@ class Tokenizer:
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """The ids of `text`; special tokens spelled out in it become their ids.
 
-        With `add_special_tokens`, what the folder wants at the front and the end is added. The
-        beginning-of-sequence token is then there once, even if the text begins with it as well.
+        With `add_special_tokens`, the folder's tokens for the front and the end are added. The
+        beginning-of-sequence token then occurs once, even if the text itself begins with it.
         """
         try:
-            # The libraries say of half a surrogate pair that it is no string, or stop the process.
+            # Given half a surrogate pair, the libraries raise a TypeError or abort the process.
             text.encode()
         except UnicodeEncodeError as error:
             raise RequestError(
@@ -119,21 +119,21 @@ class Tokenizer:
         return ids
 
     def fewest_tokens(self, text: str) -> int:
-        """A number of tokens that no encoding of `text` falls below, known without encoding it.
+        """Return a lower bound on the number of tokens of `text`, without encoding it.
 
-        It holds with special tokens and without. 0 where the vocabulary allows no certain bound.
+        It holds with special tokens and without. 0 if the vocabulary allows no certain bound.
         """
         bound = self._vocabulary.bound
         if bound is None:
             return 0
-        # However often the beginning-of-sequence token stands at the front, it is there once.
+        # Repeated beginning-of-sequence tokens at the front count once.
         return bound.fewest(text.replace(self._bos_text, "") if self._bos_text else text)
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
         """The text of `ids`: the pieces of their stream, joined.
 
-        An id without a token (a padding row of the embedding) adds nothing. Bytes that are no
-        character become U+FFFD, and no valid character beside them is lost.
+        An id without a token (a padding row of the embedding) adds nothing. Invalid bytes become
+        U+FFFD, and no valid character next to them is lost.
         """
         stream = self.stream(skip_special_tokens=skip_special_tokens)
         pieces = [stream.push(token_id) for token_id in ids]
@@ -148,8 +148,8 @@ class Tokenizer:
     ) -> StreamDecoder:
         """A decoder that takes one id at a time, for one sequence.
 
-        It goes on behind the ids `after`, so that its pieces and their text are the text of all of
-        them: a space between the two belongs to the first piece. Special tokens in `spelled` are not
+        It continues the ids `after`, so that their text and its pieces together are the text of all
+        ids: a space between the two belongs to the first piece. Special tokens in `spelled` are not
         skipped.
         """
         skipped = self.special_token_ids.difference(spelled) if skip_special_tokens else frozenset()
@@ -170,7 +170,7 @@ class Tokenizer:
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that one token adds in the middle of a text; b"" for an id without a token.
 
-        Special tokens are spelled out. Also b"" for the few tokens whose bytes no library tells.
+        Special tokens are spelled out. Also b"" for the few tokens whose bytes no library reports.
         """
         return self._texts.data(token_id) if self._texts.is_known(token_id) else b""
 
@@ -179,7 +179,7 @@ class Tokenizer:
         return self._ids.get(text)
 
     def first_difference(self, other: "Tokenizer") -> int | None:
-        """The smallest id that is not the same token in both, or None where all are."""
+        """The smallest id that is not the same token in both, or None if all are."""
         differing = set(self._ids.items()) ^ set(other._ids.items())
         return min((token_id for _, token_id in differing), default=None)
 
@@ -251,7 +251,7 @@ class Tokenizer:
     ) -> list[int]:
         """The ids of `render_chat`. The template alone decides about special tokens.
 
-        A beginning-of-sequence token is there if the template writes one, and then once.
+        A beginning-of-sequence token occurs only if the template writes one, and then once.
         """
         rendered = self.render_chat(
             messages,
@@ -301,7 +301,7 @@ def open_tokenizer(folder: Path, *, now: Callable[[], datetime] = datetime.now) 
 def _read_library(
     form: Form, files: tuple[Path, ...], settings: TokenizerConfig
 ) -> tuple[tokenizers.Tokenizer, Cuts | None]:
-    """A tokenizer of the library, and what is known of it that stands in none of its files."""
+    """A tokenizer of the library, and what is known of it that none of its files says."""
     if form is Form.VOCAB_AND_MERGES:
         return read_vocab_and_merges(files[0], files[1], settings)
     if form is Form.TEKKEN:

@@ -1,7 +1,7 @@
-"""What the JSON files beside a tokenizer say: special and added tokens, flags, chat templates.
+"""The JSON files next to a tokenizer: special and added tokens, flags, chat templates.
 
-`tokenizer_config.json` comes first, then `special_tokens_map.json` and `added_tokens.json`, which
-newer writers keep no longer. All of them may be absent.
+`tokenizer_config.json` takes precedence over `special_tokens_map.json` and `added_tokens.json`, which
+newer versions of transformers no longer write. All of them may be absent.
 """
 
 import json
@@ -19,7 +19,7 @@ from hanok.errors import CheckpointError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AddedToken:
-    """A token besides those of the model's vocabulary, and how it is found in a text."""
+    """A token added to the model's vocabulary, and how it is found in a text."""
 
     text: str
     token_id: int | None
@@ -59,18 +59,18 @@ class TokenizerConfig:
     adds_prefix_space: bool | None
     is_legacy: bool
     """SentencePiece: put a space before every stretch of text between special tokens, not only
-    before the first. Llama 2 was published so, and absent means so."""
+    before the first. Llama 2 was published like this, and it is the default."""
 
     chat_template: object
 
     tokenizer_class: str | None
-    """The class of transformers, or of the folder's own code, that it was published for."""
+    """The tokenizer class, of transformers or of the folder's own code, that the files name."""
 
     model_type: str | None
     """Of config.json."""
 
     def with_names(self, names: Mapping[str, str]) -> "TokenizerConfig":
-        """The same with `names` where nothing else is said."""
+        """The same settings with `names` as defaults."""
         return replace(self, named={**names, **self.named})
 
 
@@ -81,7 +81,7 @@ def read_tokenizer_config(folder: Path) -> TokenizerConfig:
     model = _read_object(folder / "config.json")
     named: dict[str, str] = {}
     extra: list[str] = []
-    # What tokenizer_config.json says comes first; newer writers keep the other file no longer.
+    # tokenizer_config.json takes precedence; newer versions no longer write the other file.
     for source in (config, special):
         more = source.get("extra_special_tokens")
         entries = [*source.items(), *(more.items() if isinstance(more, dict) else ())]

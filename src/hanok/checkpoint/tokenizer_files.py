@@ -1,6 +1,6 @@
-"""Which files of a folder are a tokenizer. Imports no library, so that a folder without one needs none.
+"""Which files of a folder are its tokenizer. Imports no library: a folder without one needs none.
 
-The first form that is there counts, in this order: `tokenizer.json`; `tokenizer.model`; `vocab.json`
+The first form found is used, in this order: `tokenizer.json`; `tokenizer.model`; `vocab.json`
 with `merges.txt`; `tekken.json`; a tiktoken file.
 """
 
@@ -19,7 +19,7 @@ SETTINGS_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
-"""What a tokenizer has beside its vocabulary, besides additional_chat_templates/*.jinja."""
+"""A tokenizer's files besides its vocabulary and additional_chat_templates/*.jinja."""
 
 LOOKED_FOR = (
     "tokenizer.json, tokenizer.model, vocab.json with merges.txt, tekken.json, or a .tiktoken file"
@@ -62,7 +62,7 @@ def find_vocabulary(folder: Path) -> tuple[Form, tuple[Path, ...]] | None:
 
 
 def tokenizer_files(folder: Path) -> tuple[Path, ...]:
-    """The files that a copy of the folder's tokenizer needs, those that exist."""
+    """The existing files that a copy of the folder's tokenizer needs."""
     names = [form.value for form in Form]
     names[3:3] = ["merges.txt"]
     names += ["tiktoken.model", *SETTINGS_FILES]
@@ -71,7 +71,7 @@ def tokenizer_files(folder: Path) -> tuple[Path, ...]:
 
 
 def refuse_pointers(files: Iterable[Path]) -> None:
-    """Raise CheckpointError where Git LFS left a pointer in the place of one of these files."""
+    """Raise CheckpointError if one of these files is a Git LFS pointer."""
     for path in files:
         with path.open("rb") as file:
             if file.read(len(LFS_MARK)) == LFS_MARK:

@@ -1,8 +1,8 @@
-"""The libraries that know a vocabulary, behind one interface.
+"""The libraries that implement vocabularies, under one interface.
 
 `LibraryVocabulary` is the tokenizers library (`tokenizer.json`, and what `byte_level.py` and
 `ranks.py` make of other files), `SentencePieceVocabulary` the sentencepiece library
-(`tokenizer.model`), with special tokens cut out of the text before it is asked.
+(`tokenizer.model`), with special tokens cut out of the text first.
 """
 
 import json
@@ -36,7 +36,7 @@ _PLAIN_CLASSES = frozenset(
 
 
 class Vocabulary(Protocol):
-    """What `Tokenizer` needs of a library."""
+    """What `Tokenizer` needs from a library."""
 
     @property
     def ids(self) -> Mapping[str, int]:
@@ -58,19 +58,19 @@ class Vocabulary(Protocol):
 
     @property
     def bound(self) -> TokenBound | None:
-        """What bounds the number of tokens of a text from below; None where nothing certain does."""
+        """A lower bound on the number of tokens of a text; None if there is no certain one."""
 
     def adds_by_itself(self, bos: int | None, eos: int | None) -> tuple[bool, bool]:
         """Whether BOS and EOS are added where tokenizer_config.json does not say."""
 
     def adds_others(self, bos: int | None, eos: int | None) -> bool:
-        """Whether `encode_processed` adds tokens that are neither of the two."""
+        """Whether `encode_processed` adds tokens other than BOS and EOS."""
 
 
 def _find_anchor(
     decode: Callable[[Sequence[int]], str], candidates: Iterable[int]
 ) -> tuple[int, ...]:
-    """One id that reads as plain text, whatever stands behind it."""
+    """One id that decodes to plain text, whatever follows it."""
     for token_id in candidates:
         text = decode((token_id,))
         if text.strip() == text != "" and REPLACEMENT not in text:
@@ -168,8 +168,8 @@ class LibraryVocabulary:
         return self._encode(text, adds_special=True)
 
     def _encode(self, text: str, *, adds_special: bool) -> list[int]:
-        # As a batch of one: the library's `encode` keeps the interpreter's lock, so that for the
-        # whole of a long text no other thread runs. A batch of one takes no threads of the library.
+        # As a batch of one: the library's `encode` holds the interpreter's lock, so no other thread
+        # would run during a long text. A batch of one uses none of the library's threads.
         (encoding,) = self._library.encode_batch_fast([text], add_special_tokens=adds_special)
         ids: list[int] = encoding.ids
         return ids
@@ -220,11 +220,11 @@ class LibraryVocabulary:
 def _misread(
     added: Iterable[str], model: Mapping[str, Any], alphabet: Mapping[str, int]
 ) -> set[str]:
-    """The added tokens that are text, and that the library reads as if they were spelled in bytes.
+    """The added tokens that are text, but that the library decodes as if they were spelled in bytes.
 
-    `naïve` in a text is the token of that name, but in the alphabet of bytes its ï is no character.
-    What the model itself makes of bytes (one of them, or a merge) is spelled in bytes, also where it
-    is listed as added.
+    `naïve` in a text is the token of that name, but in the byte alphabet its ï stands for a byte.
+    Tokens that the model itself makes of bytes (one byte, or a merge) are spelled in bytes, even if
+    they are listed as added.
     """
     readable = {text for text in added if not text.isascii() and set(text) <= alphabet.keys()}
     in_model = {text for text in readable if text in model.get("vocab", ())}
@@ -262,13 +262,13 @@ class SentencePieceVocabulary:
                 "tokenizer.json into the folder; if the SentencePiece model is all there is to it, "
                 "write LlamaTokenizer as tokenizer_class into tokenizer_config.json"
             )
-        # Imported here: most folders need it not, and where it is missing they still open.
+        # Imported here: most folders do not need it, and open without it.
         import sentencepiece
 
         try:
             self._model = sentencepiece.SentencePieceProcessor(model_file=str(path))
         except Exception as error:
-            # A RuntimeError or an OSError, according to the version.
+            # A RuntimeError or an OSError, depending on the version.
             raise CheckpointError(
                 f"{path} cannot be read as a SentencePiece model: {error}; fetch the file again"
             ) from error
@@ -304,7 +304,7 @@ class SentencePieceVocabulary:
             self._added.values(),
             has_bytes=bool(self._data),
         )
-        # The longest first: an alternation takes the first that fits.
+        # The longest first: an alternation takes the first match.
         longest_first = sorted(self._added.values(), key=lambda token: -len(token.text))
         self._cut = re.compile("|".join(map(_token_pattern, longest_first)) or "(?!)")
         plain = (i for i in range(size) if i not in self._added and i not in self._data)
@@ -318,7 +318,7 @@ class SentencePieceVocabulary:
         )
 
     def complete(self, settings: TokenizerConfig) -> TokenizerConfig:
-        """`settings` with the names that the model itself knows."""
+        """`settings` with the names that the model file defines."""
         model = self._model
         ids = {
             "bos_token": model.bos_id(),
@@ -344,7 +344,7 @@ class SentencePieceVocabulary:
         return self.encode(text)
 
     def adds_by_itself(self, bos: int | None, eos: int | None) -> tuple[bool, bool]:
-        """As every published reader of such a folder: a beginning, no end."""
+        """As in every published reader of such a folder: BOS, no EOS."""
         return bos is not None, False
 
     def adds_others(self, bos: int | None, eos: int | None) -> bool:
@@ -352,7 +352,7 @@ class SentencePieceVocabulary:
         return False
 
     def _parts(self, text: str) -> Iterator[tuple[int, str | int]]:
-        """Stretches of text and ids of added tokens between them, each with where it begins."""
+        """Stretches of text and ids of added tokens between them, each with its start."""
         begin = 0
         for found in self._cut.finditer(text):
             token_id = self.ids[found[0]]
@@ -373,7 +373,7 @@ class SentencePieceVocabulary:
             else:
                 parts += (self._piece_text(token_id) for token_id in group)
         text = "".join(parts)
-        # The space before the first word is the model's own; one that a byte spells is the text's.
+        # The space before the first word is the model's; one spelled as a byte is the text's.
         strips = self._strips_first_space and bool(ids) and ids[0] not in self._data
         return text.removeprefix(" ") if strips else text
 
@@ -387,7 +387,7 @@ def _number_added(
 ) -> dict[int, AddedToken]:
     """Every token that is found in the text before SentencePiece sees it, by id.
 
-    A special token that no file numbers gets the id of the piece with its text, else the next free.
+    A special token without an id in any file gets that of the piece with its text, else the next free.
     """
     added = {token.token_id: token for token in (*control, *settings.added)}
     numbered = {token.text: token_id for token_id, token in added.items()}

@@ -4,8 +4,8 @@ Headers follow from names, dtypes and shapes alone, so they are written first an
 asked for its bytes when its turn comes.
 
 Invariant: a file appears under its name only when it is complete, on disk and verified, and the index
-only after all its shards. Every file is written aside first (`aside.py`); an error or an interrupt
-leaves what was in the folder as it was.
+only after all its shards. Every file is written under a temporary name first (`aside.py`); an error or
+an interrupt leaves the folder as it was.
 
 Cost: one tensor of memory, one pass over the bytes, room on disk for all of them.
 """
@@ -58,8 +58,8 @@ def write_safetensors(
 
     Shards are filled in the given order; a tensor larger than `max_shard_bytes` gets one of its
     own. `progress` is called with the bytes written since its last call. `verify` gets the safetensors
-    files before they have their names; what it raises leaves nothing behind. Names given twice, an
-    unknown dtype, or a `read` of another length are a CheckpointError.
+    files before they are renamed; if it raises, nothing remains. Names given twice, an unknown dtype,
+    or a `read` of another length are a CheckpointError.
     """
     if max_shard_bytes < 1:
         raise OptionError(f"max_shard_bytes is {max_shard_bytes}, and must be at least 1")

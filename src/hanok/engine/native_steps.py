@@ -37,7 +37,7 @@ VIEWS = frozenset(
     {"__getitem__", "chunk", "contiguous", "reshape", "split", "tensor_split", "to", "view"}
 )
 SUMS = frozenset({"add", "__add__"})
-KEPT_TOKENS = 128  # of all recorded passes together
+KEPT_TOKENS = 136  # of all recorded passes together: those of an engine, over 1 to 16 tokens
 
 
 def why_not(decoder: Decoder, cache: KVCache) -> str | None:
@@ -134,7 +134,7 @@ class _Pass:
         self._kernels = kernels
         self._x = decoder.embed(batch).clone()
         self._cos_sin = {
-            rope: values.clone() for rope, values in decoder.angles(batch, self._x.dtype).items()
+            rope: values.clone() for rope, values in decoder.cos_sin(batch, self._x.dtype).items()
         }
         with recording() as found, _Watch(kernels) as watch:
             self.hidden = decoder.blocks(self._x, batch, self._cos_sin, cache)
@@ -156,7 +156,7 @@ class _Pass:
     def run(self, batch: ForwardBatch) -> Tensor:
         """Return the normed hidden states of other tokens; they are valid until the next call."""
         self._x.copy_(self._decoder.embed(batch))
-        for rope, values in self._decoder.angles(batch, self._x.dtype).items():
+        for rope, values in self._decoder.cos_sin(batch, self._x.dtype).items():
             self._cos_sin[rope].copy_(values)
         host = batch.host
         num_sequences = len(host.blocks)

@@ -16,8 +16,8 @@ from hanok.memory.heap import trim_heap
 from hanok.models.decoder import Decoder
 
 BLOCK_TOKENS = 64  # what our attention kernel reads at a time
-# Each kind of pass keeps its buffers; with more tokens, Python between kernels is nothing.
-RECORDED_SEQUENCES, RECORDED_TOKENS = 8, 16
+# Each number of tokens keeps its buffers; with more, Python between kernels is negligible.
+RECORDED_TOKENS = 16
 LOGIT_ROWS = 256  # of a prompt, scored at once
 
 
@@ -106,11 +106,7 @@ class Runner:
         return StepResult(logits=logits, scores=scores, pooled=vectors)
 
     def _hidden_states(self, batch: ForwardBatch) -> Tensor:
-        num_sequences, num_tokens = len(batch.host.blocks), len(batch.token_ids)
-        is_decoding = num_sequences == num_tokens <= RECORDED_SEQUENCES
-        # Of several sequences with drafts hardly two passes are of a kind.
-        is_checking = num_sequences == 1 and num_tokens <= RECORDED_TOKENS
-        return self._passes.run(batch, may_record=is_decoding or is_checking)
+        return self._passes.run(batch, may_record=len(batch.token_ids) <= RECORDED_TOKENS)
 
     def _scores(self, chunk: Chunk, hidden: Tensor, number: int) -> tuple[PromptScore, ...]:
         """Score the tokens behind a chunk's, those that are there."""

@@ -1,4 +1,4 @@
-"""What happens between products in one kernel each: our CPU library's, our GPU kernels', or neither."""
+"""Fused kernels for norm, rotation and gate: our CPU library's or our GPU kernels, where they fit."""
 
 from functools import cache
 from importlib.util import find_spec
@@ -13,7 +13,7 @@ GPU_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class Fused(Protocol):
-    """Norm, rotation and gate; none of them can be differentiated."""
+    """Norm, rotation and gate; none of them is differentiable."""
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, *, unit_offset: bool) -> Tensor:
         """Return x / rms(x) * weight, or * (1 + weight) with `unit_offset`: (…, size)."""

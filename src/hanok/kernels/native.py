@@ -1,9 +1,9 @@
 """Our own compiled kernels, where the package's build found a compiler.
 
-The library has a plain C interface and knows nothing of torch: it gets addresses and sizes. Without
-it everything runs on torch's operators; `why_not` says what that costs and what to do. It holds its
-kernels once for each instruction set; `native` returns the best that this processor has, or the best
-below a cap: HANOK_ISA=avx2 computes as a processor without AVX-512 does.
+The library has a plain C interface without torch: it gets addresses and sizes. Without it everything
+runs on torch's operators; `why_not` says what that costs and what to do. It contains its kernels once
+for each instruction set; `native` returns the best set that this processor has, or the best below a cap:
+HANOK_ISA=avx2 computes like a processor without AVX-512.
 """
 
 import ctypes
@@ -88,7 +88,7 @@ class Step(ctypes.Structure):
 
 
 class Recording:
-    """The calls that were made while `recording` was on, in order, and what they point to."""
+    """The kernel calls made within `recording`, in order, and the tensors they point to."""
 
     def __init__(self) -> None:
         self.steps: list[Step] = []
@@ -100,7 +100,7 @@ _recording: ContextVar[Recording | None] = ContextVar("recording", default=None)
 
 @contextmanager
 def recording() -> Iterator[Recording]:
-    """Keep every call of a kernel that this thread makes in the block; they are made as well."""
+    """Record every kernel call that this thread makes in the block, besides making it."""
     found = Recording()
     token = _recording.set(found)
     try:
@@ -112,8 +112,8 @@ def recording() -> Iterator[Recording]:
 class Native:
     """The kernels of one instruction set. Results never depend on the number of threads.
 
-    The library only sees addresses, and what does not fit would be read out of bounds: each method
-    checks what it is given and raises ValueError.
+    The library only sees addresses, and wrong shapes would be read out of bounds: each method checks its
+    arguments and raises ValueError.
     """
 
     def __init__(self, library: ctypes.CDLL, table: int) -> None:
@@ -121,15 +121,15 @@ class Native:
         library.hanok_name.restype = ctypes.c_char_p
         library.hanok_name.argtypes = [c_void_p]
         self.instruction_set: str = library.hanok_name(self._table).decode()
-        """What the kernels use of this processor, as people write it."""
+        """The instructions that the kernels use, as they are usually written."""
         library.hanok_key.restype = ctypes.c_char_p
         library.hanok_key.argtypes = [c_void_p]
         self.key: str = library.hanok_key(self._table).decode()
-        """The same, one of INSTRUCTION_SETS."""
+        """The same as one of INSTRUCTION_SETS."""
         library.hanok_dense_tokens.restype = c_int64
         library.hanok_dense_tokens.argtypes = [c_void_p]
         self.dense_tokens: int = library.hanok_dense_tokens(self._table)
-        """Rows of x that `dense` takes at the most; where it takes any number, each as if alone."""
+        """Rows of x that `dense` takes at most; without a limit, each is computed as if alone."""
         pointer, size, count = c_void_p, c_int64, c_int
         self._run = _function(library.hanok_run, [pointer, size, count])
         self._pack = _function(library.hanok_pack, [pointer, size, size, pointer, count])
@@ -140,7 +140,7 @@ class Native:
         )
 
     def run(self, steps: "ctypes.Array[Step]") -> None:
-        """Make recorded calls again."""
+        """Replay recorded calls."""
         _done(self._run(self._table, steps, len(steps), torch.get_num_threads()))
 
     def _call(self, step: Step, *kept: object) -> None:
@@ -286,7 +286,7 @@ class Native:
         return y
 
     def gate(self, gate_up: Tensor, activation: str) -> Tensor:
-        """Return activation(gate) * up, (tokens, size), of (tokens, 2 x size): both side by side.
+        """Return activation(gate) * up, (tokens, size), of both side by side, (tokens, 2 x size).
 
         `activation` is one of GATE_ACTIVATIONS.
         """
@@ -312,7 +312,7 @@ class Native:
         return y
 
     def widen(self, x: Tensor) -> Tensor:
-        """Return x in float32, of any shape; what is float32 comes back itself."""
+        """Return x, of any shape, in float32; x itself if it is float32."""
         if x.dtype is torch.float32:
             return x
         x, item_type = x.contiguous(), _type(x)
@@ -325,8 +325,7 @@ class Native:
     def log_sum_exp(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Return the logarithm of each row's sum of exponentials, and its first largest entry.
 
-        rows: (rows, columns) float32   returns: (rows,) float32, no number where one of a row's is none;
-        (rows,) int64
+        rows: (rows, columns) float32   returns: (rows,) float32, NaN for a row with a NaN; (rows,) int64
         """
         if (
             rows.dtype is not torch.float32
@@ -343,7 +342,7 @@ class Native:
         return totals, likeliest
 
     def copy(self, rows: Tensor) -> Tensor:
-        """Return rows (rows, …) that may stand apart side by side; each lies in one piece."""
+        """Return rows (rows, …), each contiguous but possibly apart, copied side by side."""
         if rows.dim() == 0 or not rows.is_cpu or (len(rows) and not rows[0].is_contiguous()):
             raise ValueError(f"rows {tuple(rows.shape)} with strides {rows.stride()} are in pieces")
         y = torch.empty(rows.shape, dtype=rows.dtype)
@@ -406,7 +405,7 @@ def built_instruction_sets() -> Sequence[Native]:
 
 
 def emulated_amx() -> Native | None:
-    """Return AMX's kernels with loops in place of its tiles, for tests; None where they do not run."""
+    """Return AMX's kernels with loops instead of tiles, for tests; None where they cannot run."""
     library = _library()
     if library is None:
         return None
@@ -416,14 +415,14 @@ def emulated_amx() -> Native | None:
 
 
 def has_wrong_tiles() -> bool:
-    """Return whether this processor's AMX gives other products than its AVX-512, and is not used."""
+    """Return whether this processor's AMX gives other results than its AVX-512, and is not used."""
     library = _library()
     return library is not None and bool(library.hanok_has_wrong_tiles())
 
 
 @cache
 def instruction_sets() -> Sequence[Native]:
-    """Return those that the user allows, the best first."""
+    """Return the kernels that the user allows, the best first."""
     allowed: Sequence[str] = INSTRUCTION_SETS
     cap = instruction_set_cap()
     if cap is not None:
@@ -432,9 +431,9 @@ def instruction_sets() -> Sequence[Native]:
 
 
 def native() -> Native | None:
-    """Return the best kernels, or None where the library was not built or does not load.
+    """Return the best kernels, or None if the library was not built or does not load.
 
-    None also while torch compiles, which cannot look into them: it takes its own operators.
+    None also while torch compiles, since dynamo cannot trace them: torch's operators are used then.
     """
     if torch.compiler.is_compiling():
         return None
@@ -443,7 +442,7 @@ def native() -> Native | None:
 
 
 def native_for(*tensors: Tensor) -> Native | None:
-    """Return the kernels where they can compute with these tensors, which they cannot differentiate."""
+    """Return the kernels if they support these tensors and none of them needs a gradient."""
     kernels = native()
     if kernels is None:
         return None
@@ -455,7 +454,7 @@ def native_for(*tensors: Tensor) -> Native | None:
 
 
 def why_not() -> str | None:
-    """Return why there is no library, or None when there is one."""
+    """Return why there is no library, or None if there is one."""
     if native() is not None:
         return None
     cost = (

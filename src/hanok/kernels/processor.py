@@ -1,4 +1,4 @@
-"""What this processor multiplies itself, and what of it the user lets hanok use."""
+"""What this processor can multiply, and which instructions the user lets hanok use."""
 
 import os
 import platform
@@ -9,9 +9,9 @@ import torch
 from hanok.errors import OptionError
 
 CAP = "HANOK_ISA"
-INSTRUCTION_SETS = ("portable", "dotprod", "avx2", "avxvnni", "avx512", "amx")  # the least first
+INSTRUCTION_SETS = ("portable", "dotprod", "avx2", "avxvnni", "avx512", "amx")  # most basic first
 FEW_ROWS = 8
-"""Rows of a product up to which reading limits it, however it is multiplied."""
+"""Rows of a product up to which reading the weights limits it, whatever multiplies them."""
 
 
 def instruction_set_cap() -> str | None:
@@ -19,30 +19,30 @@ def instruction_set_cap() -> str | None:
 
     Raises OptionError for one that is none of INSTRUCTION_SETS.
     """
-    # A property of the machine, not of a call: every process started here shall have the same, and so
-    # shall programs that use hanok as a library.
+    # A property of the machine, not of a call: it shall hold for every process started here, and for
+    # programs that use hanok as a library.
     cap = os.environ.get(CAP) or None  # noqa: TID251
     if cap is not None and cap not in INSTRUCTION_SETS:
         known = ", ".join(INSTRUCTION_SETS)
-        raise OptionError(f"{CAP}={cap} is no instruction set. Write one of {known}.")
+        raise OptionError(f"{CAP}={cap} is not an instruction set. Write one of {known}.")
     return cap
 
 
 def is_x86() -> bool:
-    """Return whether this processor is an x86 of 64 bits."""
+    """Return whether this processor is a 64-bit x86."""
     return platform.machine() in ("x86_64", "AMD64")
 
 
 @cache
 def has_bfloat16_instructions() -> bool:
-    """Return whether this CPU multiplies bfloat16 natively (AVX512_BF16 or AMX) and may do so."""
+    """Return whether this CPU multiplies bfloat16 natively (AVX512_BF16 or AMX) and is allowed to."""
     if instruction_set_cap() not in (None, "avx512", "amx"):
         return False
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 def multiplies(dtype: torch.dtype, device: torch.device) -> bool:
-    """Return whether torch multiplies matrices of this dtype there as fast as it can in any.
+    """Return whether torch multiplies matrices of this dtype on the device at full speed.
 
     On x86 without such instructions torch's products of 16-bit numbers take up to a hundred times as
     long as those of float32: then matrices of more than FEW_ROWS rows are to be widened. What torch

@@ -32,7 +32,7 @@ def _append(
     HEAD_DIM: tl.constexpr,
     TILE_DIM: tl.constexpr,
 ):
-    """Write one KV head of one sequence's new token to its place."""
+    """Write one KV head of one sequence's new token to the cache."""
     sequence, head = tl.program_id(0), tl.program_id(1)
     dim = tl.arange(0, TILE_DIM)
     mask = dim < HEAD_DIM
@@ -194,7 +194,7 @@ def attend(
 ) -> Tensor:
     """Attend with one query for each sequence, (sequences, heads, head_dim), over all its keys.
 
-    keys, values: (blocks, kv_heads, block size, head_dim), contiguous; the rest as `append` takes it. A
+    keys, values: (blocks, kv_heads, block size, head_dim), contiguous; the rest as for `append`. A
     sequence has at least one key and at most as many as its blocks hold.
     """
     sequences, heads, head_dim = q.shape

@@ -1,7 +1,7 @@
-"""What happens between products on a GPU, each in one pass over its numbers: norm, rotation, gate.
+"""Elementwise kernels between products on a GPU, one pass over the data each: norm, rotation, gate.
 
-torch takes five kernels for a rotation, two for a gate, and a block of threads per row for a norm; with
-one token these take longer than the numbers do to read. All compute in float32 and round once, so a
+torch needs five kernels for a rotation, two for a gate, and a block of threads per row for a norm; for
+one token their launches take longer than reading the data. All compute in float32 and round once, so a
 result may differ from torch's, which rounds in between, by a unit in the last place. Imports triton.
 """
 
@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-MAX_SIZE = 2**16  # of a row that is normed: it is held in registers
+MAX_SIZE = 2**16  # of a row to normalize: it is held in registers
 TILE = 1024  # numbers of one program of `_gate`
 ROTATED_HEADS = 8  # heads of one program of `_rotate`
 
@@ -61,7 +61,7 @@ def _rotate(
     dim = tl.arange(0, BLOCK_DIM)
     mask = (head < num_heads)[:, None] & (dim < HEAD_DIM)[None, :]
     is_rotated = dim < ROTARY_DIM
-    # Each component's pair, whose product with the sine is subtracted for the first of the two.
+    # Each component's partner; its product with the sine is subtracted for the first of a pair.
     if IS_INTERLEAVED:
         is_first = dim % 2 == 0
         pair = tl.where(is_first, dim + 1, dim - 1)

@@ -9,8 +9,8 @@ A whole number u of b bits becomes a float without a conversion, which a GPU doe
 speed of a sum: put at the top of the mantissa of 1.0 it reads 1 + u / 2^b. A weight is then
 a * raw - b with a = scale * 2^b and b = scale * (2^b + zero), both once for each unit.
 
-No sum depends on the order in which programs end: partial sums of a product split over columns go to
-memory of their own and are added up in turn.
+No sum depends on the order in which programs finish: partial sums of a product split over columns go to
+separate memory and are added up in a fixed order.
 """
 
 from dataclasses import dataclass
@@ -70,7 +70,7 @@ class PackedWeight:
 
 @triton.jit
 def _raw(codes, codebook, KIND: tl.constexpr, BITS: tl.constexpr):
-    """Return what `_affine`'s factors make weights of, float32."""
+    """Return the raw values, float32, that `_affine`'s factors turn into weights."""
     if KIND == "codebook":
         raw = tl.load(codebook + codes.to(tl.int32))
     elif KIND == "float8":
@@ -120,7 +120,7 @@ def _affine(
 
 @triton.jit
 def _field(words, SHIFT: tl.constexpr, codebook, KIND: tl.constexpr, BITS: tl.constexpr):
-    """Return `_raw` of the codes that stand SHIFT bits from the end of each word."""
+    """Return `_raw` of the codes SHIFT bits above the low end of each word."""
     if KIND == "integer":
         left: tl.constexpr = 23 - BITS - SHIFT
         mask: tl.constexpr = ((1 << BITS) - 1) << (23 - BITS)
@@ -304,7 +304,7 @@ def _tiles(
 
 @triton.jit
 def _merge(partial, bias, output, size, rows, splits, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr):
-    """Add up partial sums (splits, size) in turn, `size` being tokens * out."""
+    """Add up partial sums (splits, size) in order; `size` is tokens * out."""
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = place < size
     total = tl.zeros((BLOCK,), tl.float32)
@@ -494,7 +494,7 @@ def _write_dequantized(
 def _pointers(weight: PackedWeight) -> tuple[Any, ...]:
     """Return codes, scale, zero, codebook, nested codebook, absmax and offset.
 
-    A kernel does not touch what the weight has not, so any tensor stands in for it.
+    A kernel never reads what the weight does not have, so any tensor serves as a placeholder.
     """
     nested, absent = weight.nested, weight.scale
     return (
@@ -520,17 +520,17 @@ def _constants(weight: PackedWeight) -> dict[str, object]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Tile:
-    """What one program of `_tiles` computes, and with what."""
+    """What one program of `_tiles` computes, and with which resources."""
 
     rows: int
     tokens: int
     units: int
     warps: int
-    stages: int  # of loads under way
+    stages: int  # of loads in flight
 
 
 def _tile(x: Tensor, weight: PackedWeight) -> _Tile:
-    """Return the tile for these tokens: the largest that registers and shared memory have room for.
+    """Return the tile for these tokens: the largest that fits registers and shared memory.
 
     Every block of tokens dequantizes the weight again, so few large ones are best. Float32 needs twice
     the registers, and looked-up values pass through shared memory.
@@ -558,7 +558,7 @@ def _split(
 ) -> tuple[int, int]:
     """Return how many parts the columns are cut into, and the units of each: enough to be busy."""
     is_gpu = device.type == "cuda"
-    # A few programs stand for a GPU in the interpreter, so that it takes the same ways.
+    # A few programs stand for a whole GPU in the interpreter, so that it takes the same paths.
     cores = torch.cuda.get_device_properties(device).multi_processor_count if is_gpu else 4
     blocks = triton.cdiv(weight.units, block_units)
     blocks_per_split = triton.cdiv(blocks, max(1, min(blocks, 2 * cores // programs)))

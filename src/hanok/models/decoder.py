@@ -49,22 +49,22 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, batch: ForwardBatch, cos_sin: Tensor | None, state: LayerState | None
     ) -> Tensor:
-        """(tokens, hidden) -> (tokens, hidden); `cos_sin` are the tokens' angles."""
+        """(tokens, hidden) -> (tokens, hidden); `cos_sin`: of the tokens' angles."""
         spec, num_tokens = self.spec, x.shape[0]
         packed: Tensor = self.qkv_proj(x, batch)
         heads = packed.view(num_tokens, -1, spec.head_dim)
-        num_turned = spec.num_heads + spec.num_kv_heads
-        turned, v = heads[:, :num_turned], heads[:, num_turned:]
+        num_qk = spec.num_heads + spec.num_kv_heads
+        qk, v = heads[:, :num_qk], heads[:, num_qk:]
         if self.qk_norm is None and not self.grows:
-            # Query and key heads stand side by side, and are turned together.
-            turned = self._turned(turned, cos_sin)
-            q, k = turned[:, : spec.num_heads], turned[:, spec.num_heads :]
+            # Query and key heads are neighbours, so they are rotated in one call.
+            qk = self._rotated(qk, cos_sin)
+            q, k = qk[:, : spec.num_heads], qk[:, spec.num_heads :]
         else:
-            q, k = self._normed(turned[:, : spec.num_heads], turned[:, spec.num_heads :])
+            q, k = self._normed(qk[:, : spec.num_heads], qk[:, spec.num_heads :])
             if self.grows and cos_sin is not None:
-                q, k = self._turned(q, cos_sin[2:]), self._turned(k, cos_sin[:2])
+                q, k = self._rotated(q, cos_sin[2:]), self._rotated(k, cos_sin[:2])
             else:
-                q, k = self._turned(q, cos_sin), self._turned(k, cos_sin)
+                q, k = self._rotated(q, cos_sin), self._rotated(k, cos_sin)
         scored = self.backend.attend(q, k, v, spec, batch, state)
         output: Tensor = self.o_proj(scored.reshape(num_tokens, -1), batch)
         return output
@@ -77,7 +77,7 @@ class Attention(nn.Module):
             q, k = q.reshape(q.shape[0], -1), k.reshape(k.shape[0], -1)
         return self.q_norm(q).view(shapes[0]), self.k_norm(k).view(shapes[1])
 
-    def _turned(self, heads: Tensor, cos_sin: Tensor | None) -> Tensor:
+    def _rotated(self, heads: Tensor, cos_sin: Tensor | None) -> Tensor:
         if self.rotary is None or cos_sin is None:
             return heads
         return self.rotary.rotate(heads, cos_sin)
@@ -283,7 +283,7 @@ class Decoder(nn.Module):
         """
         x = self.embed(batch)
         if self.layout is None:
-            return self.blocks(x, batch, self.angles(batch, x.dtype), cache)
+            return self.blocks(x, batch, self.cos_sin(batch, x.dtype), cache)
         for stage in self.layout.stages:
             x = self.run_stage(stage, x, batch, cache)
         return x
@@ -293,7 +293,7 @@ class Decoder(nn.Module):
     ) -> Tensor:
         """Compute a stage's blocks where they are, and the last norm behind the last one."""
         batch, x = batch.to(stage.device), x.to(stage.device)
-        x = self._run(stage.blocks, x, batch, self.angles(batch, x.dtype), cache)
+        x = self._run(stage.blocks, x, batch, self.cos_sin(batch, x.dtype), cache)
         return self._normed(x) if stage.blocks.stop == len(self.layers) else x
 
     def embed(self, batch: ForwardBatch) -> Tensor:
@@ -306,28 +306,28 @@ class Decoder(nn.Module):
             x = x + self.embed_positions(batch.positions)
         return x
 
-    def angles(self, batch: ForwardBatch, dtype: torch.dtype) -> dict[Rope, Tensor]:
+    def cos_sin(self, batch: ForwardBatch, dtype: torch.dtype) -> dict[Rope, Tensor]:
         """Return the tokens' cosines and sines by rotation, (2, tokens, 1, rotary_dim) each."""
         return {rope: rotary.cos_sin(batch, dtype) for rope, rotary in self.rotaries.items()}
 
     def blocks(
-        self, x: Tensor, batch: ForwardBatch, angles: Mapping[Rope, Tensor], cache: KVCache | None
+        self, x: Tensor, batch: ForwardBatch, cos_sin: Mapping[Rope, Tensor], cache: KVCache | None
     ) -> Tensor:
         """Run all blocks and the last norm, (tokens, hidden) -> (tokens, hidden)."""
-        return self._normed(self._run(range(len(self.layers)), x, batch, angles, cache))
+        return self._normed(self._run(range(len(self.layers)), x, batch, cos_sin, cache))
 
     def _run(
         self,
         blocks: range,
         x: Tensor,
         batch: ForwardBatch,
-        angles: Mapping[Rope, Tensor],
+        cos_sin: Mapping[Rope, Tensor],
         cache: KVCache | None,
     ) -> Tensor:
         for index in blocks:
             rope = self.config.layers[index].rope
             state = cache.states[index] if cache is not None else None
-            x = self.layers[index](x, batch, angles[rope] if rope else None, state)
+            x = self.layers[index](x, batch, cos_sin[rope] if rope else None, state)
         return x
 
     def _normed(self, x: Tensor) -> Tensor:

@@ -194,7 +194,7 @@ class Keys:
         """Return the rotary embedding, from `rope_parameters` or `rope_theta` and `rope_scaling`.
 
         `kind` picks the entry when `rope_parameters` holds one for each kind of layer. Without
-        `default_partial` the family turns whole heads, and a file that asks for less is refused.
+        `default_partial` the family rotates whole heads, and a file that asks for less is refused.
         """
         values, scaling = self.object("rope_parameters"), self.object("rope_scaling")
         if values and not scaling.items() <= values.items():
@@ -212,7 +212,7 @@ class Keys:
         if kind_name == "default" and "factor" in values:
             raise self._wrong("rope_scaling", scaling or values, "without a factor, or of a type")
         values.pop("type", None)
-        # A token of text has the same position in time, height and width, which mrope turns by: it is
+        # A token of text has the same position in time, height and width, by which mrope rotates: it is
         # the plain rotation then.
         values.pop("mrope_section", None)
         values.pop("mrope_interleaved", None)
@@ -226,8 +226,8 @@ class Keys:
             raise self._wrong("partial_rotary_factor", partial, "at most 1")
         if partial != 1 and default_partial is None:
             raise UnsupportedError(
-                f"{self._where}: partial_rotary_factor is {partial!r}; hanok's {self.model_type} turns "
-                "whole heads (1.0)."
+                f"{self._where}: partial_rotary_factor is {partial!r}; hanok's {self.model_type} "
+                "rotates whole heads (1.0)."
             )
         rotary_dim = int(head_dim * partial)
         if rotary_dim < 2 or rotary_dim % 2:

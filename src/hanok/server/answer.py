@@ -1,8 +1,8 @@
-"""A model's text as an answer: what it thought, what it says, and the tools it calls.
+"""Parses a model's text into an answer: reasoning, content and tool calls.
 
-The text is read while it comes, and all protocols that answer conversations write the same events.
-A whole answer is these events put together, so it says what a stream says, but for one thing: a call
-whose arguments turn out not to be JSON is content of a whole answer; a stream has begun it, and ends it.
+The text is parsed as it arrives, into events that every chat protocol writes in its own form. A whole
+answer is these events joined, so it equals the stream, with one exception: a call whose arguments turn
+out not to be JSON becomes content of a whole answer; a stream has already begun the call, and ends it.
 """
 
 from collections.abc import Iterable, Mapping
@@ -33,23 +33,23 @@ REASONING: Mapping[str, str] = {
     "[THINK]": "[/THINK]",  # Magistral, Ministral 3
     "<|START_THINKING|>": "<|END_THINKING|>",  # Command-A Reasoning
 }
-"""What models write around their reasoning, at the beginning of an answer."""
+"""The markers that models write around their reasoning, at the beginning of an answer."""
 
 REASONING_MARKERS = frozenset((*REASONING, *REASONING.values()))
 CALL_MARKERS = frozenset((*OPENINGS, *CLOSINGS, *INNER))
-"""What is read of a model's text; tokens that spell these have to be in it though they are special."""
+"""All markers that are parsed; special tokens that spell one must be part of the decoded text."""
 
 
 @dataclass(frozen=True, slots=True)
 class Reasoning:
-    """More of what the model thought."""
+    """A piece of the model's reasoning."""
 
     text: str
 
 
 @dataclass(frozen=True, slots=True)
 class Content:
-    """More of what the model says."""
+    """A piece of the model's content."""
 
     text: str
 
@@ -59,7 +59,7 @@ Event = Reasoning | Content | CallEvent
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ToolCall:
-    """One call; `arguments` is JSON text, and not whole where the answer was cut off in it."""
+    """One call; `arguments` is JSON text, incomplete if the answer was cut off within it."""
 
     id: str
     name: str
@@ -81,7 +81,7 @@ class Answer:
 
     @classmethod
     def of(cls, events: Iterable["Event"]) -> "Answer":
-        """Put together the events of a reader of a whole answer."""
+        """Join the events of a reader of a whole answer."""
         begun: list[CallBegun] = []
         arguments: list[str] = []
         reasoning = content = ""
@@ -104,18 +104,18 @@ class Answer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reads:
-    """What is read of an answer."""
+    """What to parse in an answer."""
 
     functions: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """The functions that may be called, by name, as the request declares them."""
     is_forced: bool = False
-    """A grammar makes the answer one call: `{"name": …, "arguments": …}`."""
+    """A grammar forces the answer to be one call: `{"name": …, "arguments": …}`."""
     allows_several: bool = True
-    """Whether more than one call may be made; if not, what follows the first is left out."""
+    """Whether more than one call may be made; if not, calls after the first are dropped."""
     reasoning: bool = True
-    """Whether reasoning is told apart."""
+    """Whether reasoning is separated from the content."""
     opening: str = ""
-    """The opening of reasoning that the prompt ends with."""
+    """The reasoning marker that the prompt already opened."""
 
 
 class AnswerReader:
@@ -126,20 +126,20 @@ class AnswerReader:
         self._is_whole = is_whole
         self._reads_reasoning = reads.reasoning and not reads.is_forced
         self.is_reasoning = self._reads_reasoning and bool(reads.opening)
-        """Whether the last text that came is of the model's reasoning, or of a marker around it."""
+        """Whether the last text belongs to the model's reasoning, or to a marker around it."""
         self.num_reasoning_tokens = 0
         self._source = Incoming()
         self._events: list[Event] = []
         self._held: list[CallEvent] = []
-        """Events of a call that is not certain yet."""
+        """Events of a call that may still turn out to be content."""
         self._has_content = False
         self._gap = ""
-        """The space between what was said before a call and what may be said after it."""
+        """The whitespace between the content before a call and the content after it."""
         self._calls = CallReader(self._source, reads.functions, self._call_event)
         self._reading = self._answer()
 
     def read(self, tokens: Iterable["TokenEvent"]) -> list[Event]:
-        """Return what some tokens add, and what was held back where the last of them is the last."""
+        """Return the events of some tokens; after the last token, also what was held back."""
         found: list[Event] = []
         for token in tokens:
             found += self.push(token.text)
@@ -149,12 +149,12 @@ class AnswerReader:
         return found
 
     def push(self, text: str) -> list[Event]:
-        """Return what is certain now and was not before."""
+        """Return the events that became certain."""
         self._source.push(text)
         return self._run()
 
     def finish(self) -> list[Event]:
-        """Return what was held back, when no more text comes."""
+        """Return what was held back; no more text follows."""
         self._source.is_ended = True
         return self._run()
 
@@ -227,7 +227,7 @@ class AnswerReader:
         yield from source.skip_space()
 
     def _one_of(self, words: Iterable[str]) -> Reading[str]:
-        """Read the first of some words that the text goes on with; "" where it is none."""
+        """Read the first of some words that the text continues with; "" if it is none of them."""
         for word in words:
             if (yield from self._source.takes(word)):
                 return word
@@ -276,7 +276,7 @@ class AnswerReader:
         return (yield from self._calls_here(start, is_marked=is_marked))
 
     def _calls_here(self, start: int, *, is_marked: bool) -> Reading[bool]:
-        """Read calls; return whether there was one. If not, the source stands at `start` again."""
+        """Read calls; return whether there was one. If not, the source is back at `start`."""
         source, calls = self._source, self._calls
         count = calls.num_begun
         try:
@@ -305,9 +305,9 @@ class AnswerReader:
 
 
 def _certain(text: str, words: Iterable[str], source: Incoming) -> int:
-    """Return how many characters of a text are in no marker, whatever follows.
+    """Return how many characters of a text cannot be part of a marker, whatever follows.
 
-    The space before a marker is not passed on, so the last of the text waits for what follows it.
+    Whitespace before a marker is dropped, so trailing whitespace is held until more text arrives.
     """
     if source.is_ended:
         return len(text)
@@ -318,7 +318,7 @@ def _certain(text: str, words: Iterable[str], source: Incoming) -> int:
 
 
 def _joined(events: list[Event]) -> list[Event]:
-    """Return events with neighbours of one kind made one."""
+    """Return events with consecutive ones of the same kind merged."""
     found: list[Event] = []
     for event in events:
         last = found[-1] if found else None

@@ -1,4 +1,4 @@
-"""The application: every route of `server/routes`, behind the gate that all requests pass."""
+"""The application: every route of `server/routes`, wrapped in the gate that all requests pass."""
 
 import re
 from collections.abc import Sequence

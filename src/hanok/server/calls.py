@@ -1,7 +1,7 @@
-"""Tool calls in a model's text, in the spellings that models were taught, read while they come.
+"""Parses tool calls in a model's text, in the formats that models were trained on, as they arrive.
 
-A call is one of a function that was declared; whatever names another one is content. Two things make a
-call: the marker of a family before it, or its place, an answer's beginning or after another call.
+Only calls of declared functions count; a call of any other name is content. A call is recognized by a
+family's marker before it, or by its position: at the beginning of an answer or after another call.
 """
 
 import ast
@@ -42,9 +42,9 @@ OPENINGS = (
     "functools[",  # Phi-4-mini, Firefunction
     "```tool_code",  # Gemma 3
 )
-"""What announces a call."""
+"""Markers that open a call."""
 FIRST_OF_CALL: Mapping[str, str] = {"<function=": "<function=", "functools[": "["}
-"""Of openings that end in the beginning of the call itself: that."""
+"""For markers that end with the beginning of the call itself: that beginning."""
 CLOSINGS = (
     "</tool_call>",
     "<|/tool_call|>",
@@ -67,12 +67,12 @@ INNER = (
     "<arg_value>",
     "</arg_value>",
 )
-"""What stands inside of calls."""
+"""Markers within calls."""
 
 PREFIXES = ("", "functions.", "function<｜tool▁sep｜>")
-"""What may stand before a function's name behind a marker."""
+"""Prefixes that may come between a marker and the function's name."""
 NAME_MARKS = ("_", "-", ".")
-"""Besides letters and digits, what a name goes on with."""
+"""Characters of a name besides letters and digits."""
 NAME_KEYS = ("name", "tool_name")
 ARGUMENT_KEYS = ("arguments", "parameters")
 OTHER_KEYS = ("type", "id", "tool_call_id", "index")
@@ -84,13 +84,13 @@ class CallBegun:
 
     index: int
     id: str
-    """No other call of a conversation may have the same: the call's answer names it."""
+    """Unique in a conversation: the call's result refers to it."""
     name: str
 
 
 @dataclass(frozen=True, slots=True)
 class CallArguments:
-    """More of the JSON text of a call's arguments."""
+    """A piece of the JSON text of a call's arguments."""
 
     index: int
     text: str
@@ -98,7 +98,7 @@ class CallArguments:
 
 @dataclass(frozen=True, slots=True)
 class CallEnded:
-    """The end of a call; where it is not whole, the model's text ended or went wrong within it."""
+    """The end of a call; an incomplete one ended or broke off within its text."""
 
     index: int
     is_whole: bool
@@ -108,13 +108,13 @@ CallEvent = CallBegun | CallArguments | CallEnded
 
 
 class NotACallError(Exception):
-    """The text is not a call, or none of a function that was declared."""
+    """The text is not a call of a declared function."""
 
 
 class CallReader:
-    """Reads calls at the place where a source stands, and passes them on while they come.
+    """Reads calls at a source's current position, and emits them as they arrive.
 
-    `functions` are the declared ones, as requests give them, by name.
+    `functions` are the declared ones by name, as requests give them.
     """
 
     def __init__(
@@ -131,12 +131,12 @@ class CallReader:
         self.is_open = False
         """Whether a call has begun and not ended."""
         self.restart = 0
-        """Where the text that is in no call goes on, should what follows be none."""
+        """Where content continues, should the text that follows not be a call."""
 
     def read(self, *, is_marked: bool) -> Reading[None]:
-        """Read what follows a marker, or stands where a call may: one call, or a list of calls.
+        """Read one call or a list of calls, after a marker or where a call may be.
 
-        Raises NotACallError where it is neither; calls before the fault were passed on.
+        Raises NotACallError if it is neither; calls before the fault were emitted.
         """
         source = self._source
         self.restart = source.at
@@ -152,13 +152,13 @@ class CallReader:
             raise NotACallError from error
 
     def end(self, *, is_whole: bool) -> None:
-        """End the call that is open."""
+        """End the open call."""
         self.is_open = False
         self._emit(CallEnded(self.num_begun - 1, is_whole))
         self.restart = self._source.at
 
     def take_back(self) -> None:
-        """Forget the call that is open."""
+        """Discard the open call."""
         self.is_open = False
         self.num_begun -= 1
 
@@ -206,7 +206,7 @@ class CallReader:
     # {"name": …, "arguments": {…}}
 
     def _object(self, *, is_marked: bool, is_listed: bool, is_inner: bool = False) -> Reading[None]:
-        """Read a call as a JSON object, whose keys come in any order; OpenAI's has one inside."""
+        """Read a call as a JSON object with keys in any order; OpenAI's form nests one in another."""
         source, name, held, is_bare = self._source, "", "", True
         source.at += 1
         while True:
@@ -240,9 +240,9 @@ class CallReader:
             self._write(held or "{}")
 
     def _check_needs_nothing(self, name: str, *, is_bare: bool) -> None:
-        """Raise NotACallError for a name alone that no marker announces, if the function needs more.
+        """Raise NotACallError for a bare name without a marker, if the function needs arguments.
 
-        So are names in a list, and those that have an id: data is written like that.
+        Names in a list, and names with an id, are often plain data.
         """
         if not is_bare or _parameters_of(self._functions.get(name, {})).get("required"):
             raise NotACallError
@@ -253,9 +253,9 @@ class CallReader:
         return str(json.loads("".join(pieces)))
 
     def _arguments(self, name: str) -> Reading[str]:
-        """Read an object, or one within a JSON string; null stands for an empty one.
+        """Read an object, or one within a JSON string; null means an empty one.
 
-        The call begins where the name is known; if it is not, return the text.
+        The call begins once its name is known; until then, return the text.
         """
         source = self._source
         held: list[str] = []
@@ -293,7 +293,7 @@ class CallReader:
             value, closing = yield from source.until("</parameter>", "<parameter=", "</function>")
             if not closing:
                 raise NotACallError
-            if closing != "</parameter>":  # it was forgotten
+            if closing != "</parameter>":  # it was discarded
                 source.at -= len(closing)
             self._member(count, name.strip(), key.strip(), value)
             count += 1
@@ -336,7 +336,7 @@ class CallReader:
             raise NotACallError
 
     def _is_printed(self) -> Reading[bool]:
-        """Read the beginning of a printed call; a function of that name is called, not printed with."""
+        """Read the opening of a call wrapped in print(…), unless a function named print is declared."""
         source = self._source
         start = source.at
         if (yield from source.takes("print(")):
@@ -351,7 +351,7 @@ class CallReader:
         return False
 
     def _name(self, prefixes: Sequence[str]) -> Reading[str]:
-        """Read a function's name, all of it, which may itself begin as a prefix does."""
+        """Read a function's whole name, which may itself begin like a prefix."""
         source = self._source
         start = source.at
         for prefix, name in itertools.product(prefixes, self._names):
@@ -394,12 +394,10 @@ class CallReader:
         self._write("}")
 
     def _python(self, name: str) -> Reading[None]:
-        """Read a call as Python has it, with literals as arguments."""
+        """Read a call in Python's syntax, with literals as arguments."""
         text = yield from self._parenthesized()
         try:
-            with (
-                warnings.catch_warnings()
-            ):  # of escapes that Python does not know: nobody's to read
+            with warnings.catch_warnings():  # about escapes unknown to Python: not useful here
                 warnings.simplefilter("ignore")
                 call = ast.parse(f"f{text}", mode="eval").body
             if not isinstance(call, ast.Call):
@@ -450,7 +448,7 @@ def _literal(node: ast.expr) -> Any:
 
 
 def _object_text(text: str) -> str:
-    """Return JSON text of an object as it stands."""
+    """Return an object as JSON text, unchanged."""
     source, pieces = Incoming(), list[str]()
     source.push(text.strip() or "{}")
     source.is_ended = True
@@ -484,9 +482,9 @@ _TYPES: Mapping[str, tuple[type, ...]] = {
 
 
 def _typed(text: str, key: str, parameters: Mapping[str, Any]) -> Any:
-    """Return the value that a tagged argument's text stands for, by the function's schema.
+    """Return the value that a tagged argument's text represents, by the function's schema.
 
-    A text where the schema has a text, or where the text is nothing that the schema has.
+    A string if the schema has a string, or if the text has none of the schema's types.
     """
     text = text.removeprefix("\n").removesuffix("\n")
     properties = parameters.get("properties")
@@ -508,7 +506,7 @@ def _typed(text: str, key: str, parameters: Mapping[str, Any]) -> Any:
 
 
 def _types_of(schema: Any, root: Mapping[str, Any], depth: int = 0) -> set[str]:
-    """Return the types that a schema names; none where it names none."""
+    """Return the types that a schema names, if any."""
     if not isinstance(schema, Mapping) or depth > 8:
         return set()
     given = schema.get("type")

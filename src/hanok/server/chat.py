@@ -1,4 +1,4 @@
-"""A chat request as a prompt, and what is to be read of the answer."""
+"""Turns a chat request into a prompt, and says how its answer is parsed."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -21,21 +21,21 @@ TOOL_PROMPT = (
     '{"name": its name, "arguments": an object of its arguments}.'
 )
 TEXT_PARTS = ("text", "input_text", "output_text", "refusal")
-"""Kinds of parts that are text, in OpenAI's protocols."""
+"""Types of content parts that are text, in OpenAI's protocols."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Conversation:
-    """A conversation that the model goes on with."""
+    """A conversation for the model to continue."""
 
     text: str
-    """What the template made of it."""
+    """The rendered template."""
     prompt_ids: list[int]
     grammar: GrammarSpec | None
     reads: Reads
-    """What is read of the answer."""
+    """How the answer is parsed."""
     spelled_token_ids: tuple[int, ...]
-    """Special tokens that are read, and so have to be spelled out."""
+    """Special tokens that are parsed, and so must be spelled out."""
 
 
 def conversation_of(
@@ -44,7 +44,7 @@ def conversation_of(
     """Return a request's conversation as the checkpoint's template writes it.
 
     `check_length`: see `Service.encoded`.
-    Raises ServerError for messages that are not, and where there is no template or it refuses.
+    Raises ServerError for invalid messages, and if there is no template or it refuses them.
     """
     messages = [_message(number, message) for number, message in enumerate(body.messages)]
     use, grammar = tool_use(body.tools, body.tool_choice), constraint_of(body)
@@ -65,7 +65,7 @@ def conversation_of(
     def knows_tools(text: str) -> bool:
         try:
             return text != rendered(messages, None)
-        except RequestError:  # it does not do without
+        except RequestError:  # the model may not answer without it
             return True
 
     try:
@@ -94,7 +94,7 @@ def conversation_of(
 
 
 def _reads(body: ChatRequest, use: ToolUse, prompt: str, *, is_free: bool) -> Reads:
-    """Return what is read of the answer: nothing where a grammar says what it is."""
+    """Return how the answer is parsed: not at all if a grammar determines it."""
     if not is_free:
         return Reads(reasoning=False)
     ending = prompt.rstrip()
@@ -108,7 +108,7 @@ def _reads(body: ChatRequest, use: ToolUse, prompt: str, *, is_free: bool) -> Re
 
 
 def _spelled(tokenizer: Tokenizer, reads: Reads) -> tuple[int, ...]:
-    """Return the special tokens that what is read of an answer is marked with."""
+    """Return the special tokens that serve as markers in an answer."""
     read = REASONING_MARKERS if reads.reasoning else frozenset()
     if reads.functions:
         read |= CALL_MARKERS
@@ -118,9 +118,9 @@ def _spelled(tokenizer: Tokenizer, reads: Reads) -> tuple[int, ...]:
 
 
 def _continues(body: ChatRequest, messages: list[dict[str, Any]]) -> bool:
-    """Return whether the last message is the assistant's and goes on, as in TGI.
+    """Return whether the last message is the assistant's and is to be continued, as in TGI.
 
-    Who asks for a new answer says so: `continue_final_message` or `add_generation_prompt`.
+    Clients that want a new answer set `continue_final_message` or `add_generation_prompt`.
     """
     last = messages[-1]
     if body.continue_final_message is not None:
@@ -130,7 +130,7 @@ def _continues(body: ChatRequest, messages: list[dict[str, Any]]) -> bool:
 
 
 def _variables(body: ChatRequest) -> dict[str, Any]:
-    """Return what templates are told beside the messages."""
+    """Return the template's variables besides the messages."""
     given, effort = body.chat_template_kwargs or {}, body.reasoning_effort
     reserved = {"messages", "tools", "documents", "add_generation_prompt"}
     wrong = sorted(reserved & set(given))
@@ -142,14 +142,14 @@ def _variables(body: ChatRequest) -> dict[str, Any]:
 
 
 def _message(number: int, message: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a message with text for content, and its calls checked.
+    """Return a message with its content as text and its calls checked.
 
-    A call of OpenAI's older form, `function_call` and the role "function", becomes one of today's.
+    Calls in OpenAI's deprecated form, `function_call` and the role "function", are converted.
     """
     place = f"messages.{number}"
     role = message.get("role")
     if not isinstance(role, str):
-        raise invalid(f"{place}.role must be a text", place)
+        raise invalid(f"{place}.role must be a string", place)
     found = {key: value for key, value in message.items() if value is not None}
     older = found.pop("function_call", None)
     calls = found.pop("tool_calls", None) or ([{"function": older}] if older else [])
@@ -165,13 +165,13 @@ def _message(number: int, message: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def content_text(content: Any, place: str) -> str:
-    """Return the text of a message, or of its parts. ServerError, which tells the place, for others."""
+    """Return the text of a message or of its parts; ServerError, which names the place, for others."""
     if content is None:
         return ""
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
-        raise invalid(f"{place} must be a text or a list of parts", place)
+        raise invalid(f"{place} must be a string or a list of parts", place)
     texts = []
     for part in content:
         kind = part.get("type") if isinstance(part, Mapping) else None
@@ -186,7 +186,7 @@ def content_text(content: Any, place: str) -> str:
 
 
 def _call(call: Any, place: str) -> dict[str, Any]:
-    """Return a tool call whose function has a name; its arguments are as they were sent."""
+    """Return a checked tool call, whose function has a name; its arguments stay as sent."""
     function = call.get("function") if isinstance(call, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise invalid(f"{place} has a call without a function's name", place)
@@ -194,11 +194,11 @@ def _call(call: Any, place: str) -> dict[str, Any]:
     value = arguments
     if isinstance(arguments, str):
         if has_many_containers(arguments.encode()):
-            raise invalid(f"{place} has arguments with too many lists and objects", place)
+            raise invalid(f"{place} has arguments with too many arrays and objects", place)
         try:
             value = json.loads(arguments) if arguments.strip() else {}
         except ValueError:
-            value = arguments  # half a call, from an answer that was cut off
+            value = arguments  # an incomplete call, of an answer that was cut off
         except RecursionError:
             raise _too_deep(place) from None
     if _depth(value) > MAX_DEPTH:
@@ -213,7 +213,7 @@ def _call(call: Any, place: str) -> dict[str, Any]:
 
 
 def _id_of(name: Any) -> str:
-    """Return the id of a call that was sent without one; so is its answer found."""
+    """Return an id for a call that was sent without one, by which its result is found."""
     return f"call_{name}"
 
 
@@ -222,7 +222,7 @@ def _too_deep(place: str) -> ServerError:
 
 
 def _depth(value: Any) -> int:
-    """Return how deep lists and objects are nested."""
+    """Return how deep arrays and objects are nested."""
     depth, level = 0, [value]
     while level := [item for item in level if isinstance(item, list | dict)]:
         depth += 1

@@ -1,8 +1,8 @@
-"""What an answer has to be, in the spellings of the servers that clients were written for.
+"""Constraints on an answer, under the names of the servers that clients were written for.
 
 OpenAI's and TGI's `response_format`; vLLM's `structured_outputs` and the older `guided_*`; llama.cpp's
-`json_schema`; SGLang's `json_schema` and `regex`. What has another meaning here, or none, is refused: an
-answer in free text where something else was asked for is found out by nobody before it does harm.
+`json_schema`; SGLang's `json_schema` and `regex`. Whatever cannot be followed exactly is refused: free
+text in place of a requested format would go unnoticed until it does harm.
 """
 
 import re
@@ -20,15 +20,15 @@ _INSTEAD = "send a JSON schema, a regex, or a Lark grammar as `structured_output
 
 
 def constraint_of(asked: Sampling) -> GrammarSpec | None:
-    """Return what a request's answer has to be; None where it says nothing of it.
+    """Return the constraint on a request's answer; None if there is none.
 
-    ServerError, which names the field, for what cannot be followed, and where two say something.
+    Raises ServerError, which names the field, for an unsupported constraint and for two at once.
     """
     found = {name: read(getattr(asked, name), name) for name, read in _READERS.items()}
     given = {name: spec for name, spec in found.items() if spec is not None}
     if len(given) > 1:
         first, second = list(given)[:2]
-        raise invalid(f"`{first}` and `{second}` both say what the answer is: give one", second)
+        raise invalid(f"`{first}` and `{second}` both constrain the answer: give one", second)
     return next(iter(given.values()), None)
 
 
@@ -57,7 +57,7 @@ def _schema(value: Any, name: str) -> GrammarSpec | None:
     if value is None:
         return None
     if not isinstance(value, dict | str):
-        raise invalid(f"`{name}` must be a JSON schema or its text", name)
+        raise invalid(f"`{name}` must be a JSON schema or its JSON text", name)
     return tgi_limits.grammar_of(Grammar(type="json", value=value))
 
 
@@ -65,7 +65,7 @@ def _regex(value: Any, name: str) -> GrammarSpec | None:
     if value is None:
         return None
     if not isinstance(value, str):
-        raise invalid(f"`{name}` must be a text", name)
+        raise invalid(f"`{name}` must be a string", name)
     return GrammarSpec("regex", value)
 
 
@@ -79,11 +79,11 @@ def _choice(value: Any, name: str) -> GrammarSpec | None:
 
 
 def _lark(value: Any, name: str) -> GrammarSpec | None:
-    """A grammar in Lark's notation. The others that peers take there look different at each rule."""
+    """A grammar in Lark notation; the notations of other servers are recognized by their rules."""
     if value is None:
         return None
     if not isinstance(value, str):
-        raise invalid(f"`{name}` must be a text", name)
+        raise invalid(f"`{name}` must be a string", name)
     if "::=" in value:
         raise invalid(f"`{name}` is in GBNF or EBNF, which is not supported: {_INSTEAD}", name)
     return GrammarSpec("lark", value)
@@ -94,7 +94,7 @@ def _json_object(value: Any, name: str) -> GrammarSpec | None:
 
 
 def _unsupported(value: Any, name: str) -> None:
-    """Anything but what asks for nothing."""
+    """Any value except the defaults, which ask for nothing."""
     if value is not None and value is not False:
         raise invalid(f"`{name}` is not supported: {_INSTEAD}", name)
 

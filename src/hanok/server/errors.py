@@ -1,4 +1,4 @@
-"""How errors look on the wire: as the protocol of the path that was asked has it.
+"""Errors on the wire, in the format of the requested path's protocol.
 
 `error` is TGI's message on its routes, and OpenAI's object on /v1; `error_type` is TGI's on both.
 Anthropic's routes have a shape and statuses of their own.
@@ -26,9 +26,9 @@ OPENAI_TYPES: Mapping[int, str] = {
 }
 
 LONGEST = 4000
-"""Characters of a message."""
+"""Most characters of a message."""
 ANTHROPIC_STATUSES: Mapping[int, int] = {408: 504, 422: 400, 424: 500, 429: 529}
-"""Statuses of Anthropic's by ours, where they differ: 429 says there that the client asks too much."""
+"""Anthropic's statuses by ours, where they differ: its 429 means that the client's rate is too high."""
 ANTHROPIC_TYPES: Mapping[int, str] = {
     401: "authentication_error",
     404: "not_found_error",
@@ -38,13 +38,13 @@ ANTHROPIC_TYPES: Mapping[int, str] = {
     504: "timeout_error",
     529: "overloaded_error",
 }
-"""Anthropic's types by its status; any other is a request that is not valid."""
+"""Anthropic's types by its status; any other status is an invalid request."""
 
 
 class ServerError(HanokError):
     """A request that is answered with an error.
 
-    `kind` is TGI's error_type; `parameter` the field of the body that is wrong, where it is one.
+    `kind` is TGI's error_type; `parameter` names the wrong field of the body, if it is one.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class ServerError(HanokError):
 
 
 def invalid(message: str, parameter: str | None = None) -> ServerError:
-    """Return the error of a request that is not valid, in TGI's words."""
+    """Return the error of an invalid request, in TGI's words."""
     return ServerError(f"Input validation error: {message}", parameter=parameter)
 
 
@@ -74,7 +74,7 @@ class ContextExceededError(ServerError):
     """A request that is longer than the context."""
 
     num_prompt = 0
-    """Tokens of the prompt; the fewest that there can be where they are not counted."""
+    """Tokens of the prompt, or a lower bound if they were not counted."""
     are_counted = True
     max_input = 0
     """Tokens that a prompt may have."""
@@ -91,10 +91,10 @@ def context_exceeded(
 ) -> ContextExceededError:
     """Return the error of a request that is longer than the context.
 
-    Tokens of the prompt that are not counted are the fewest that there can be.
+    If the prompt's tokens were not counted, the lower bound is given.
 
-    Clients that go on with a summary or a larger model know it by its message: litellm by the first
-    words, langchain-openai by the code, which it looks for in the message.
+    Clients that fall back to a summary or a larger model recognize it by its message: litellm by the
+    first words, langchain-openai by the code, which it looks for in the message.
     """
     code = "context_length_exceeded"
     limits = f"{max_total} tokens"
@@ -126,7 +126,7 @@ def overloaded(retry_after_s: float) -> ServerError:
 
 
 def as_server_error(error: BaseException) -> ServerError:
-    """Return what a client is told of any error; of one that is not hanok's, nothing but its kind."""
+    """Return the error as clients see it; of an exception that is not hanok's, only its type."""
     if isinstance(error, ServerError):
         return error
     if not isinstance(error, HanokError):
@@ -153,7 +153,7 @@ def flat_body(error: ServerError) -> dict[str, Any]:
 
 
 def openai_body(error: ServerError) -> dict[str, Any]:
-    """Return an error as OpenAI writes it, with TGI's type beside it."""
+    """Return an error as OpenAI writes it, with TGI's `error_type` added."""
     return {
         "error": {
             "message": _told(error),
@@ -167,7 +167,7 @@ def openai_body(error: ServerError) -> dict[str, Any]:
 
 
 def _told(error: ServerError) -> str:
-    """Return an error's message, without most of what it repeats of a long request."""
+    """Return an error's message, shortened where it quotes a long request."""
     text = str(error)
     return text if len(text) <= LONGEST else f"{text[:LONGEST]}… ({len(text):,} characters)"
 
@@ -180,7 +180,7 @@ def is_anthropic(path: str) -> bool:
 def anthropic_body(error: ServerError) -> dict[str, Any]:
     """Return an error as Anthropic writes it."""
     message = _told(error)
-    if isinstance(error, ContextExceededError):  # the words by which its clients know it
+    if isinstance(error, ContextExceededError):  # the words by which its clients recognize it
         message = f"prompt is too long: {error.num_prompt} tokens > {error.max_input} maximum"
         message += "" if error.are_counted else " (there may be more)"
     kind = ANTHROPIC_TYPES.get(status_on(error.status, "/v1/messages"), "invalid_request_error")
@@ -188,7 +188,7 @@ def anthropic_body(error: ServerError) -> dict[str, Any]:
 
 
 def status_on(status: int, path: str) -> int:
-    """Return the status that a path's protocol has for one of ours."""
+    """Return the status of a path's protocol for one of ours."""
     return ANTHROPIC_STATUSES.get(status, status) if is_anthropic(path) else status
 
 

@@ -1,7 +1,7 @@
-"""Text that comes in pieces, for readers written as if it were all there.
+"""Text that arrives in pieces, for parsers written as if it were complete.
 
-A reader is a generator: where it needs more text it yields, and it is resumed when there is some, or
-when the text has ended. JSON is checked as it comes, character by character: what is passed on is JSON.
+A parser is a generator: it yields whenever it needs more text, and is resumed when there is some, or
+when the text has ended. JSON is checked character by character, so that only valid JSON is passed on.
 """
 
 import json
@@ -11,14 +11,14 @@ from typing import TypeVar
 
 T = TypeVar("T")
 Reading = Generator[None, None, T]
-"""A reader: it yields where more text is needed, and returns what it read."""
+"""A parser: it yields where more text is needed, and returns what it read."""
 Write = Callable[[str], object]
 
 MAX_DEPTH = 64
-"""Levels of nesting; deeper JSON is taken for a fault of the model."""
+"""Levels of nesting; deeper JSON counts as a fault of the model."""
 
 MOST_DIGITS = 4300
-"""Of a number: Python reads no longer ones, nor do clients that are written in it."""
+"""Most digits of a number; Python, and clients written in it, parse no longer ones."""
 
 _PLAIN = re.compile(r'[^"\\\x00-\x1f]+')
 _WORD = re.compile(r"[A-Za-z0-9+\-.]+")
@@ -27,7 +27,7 @@ _LITERALS = {
     "true": "true",
     "false": "false",
     "null": "null",
-    # What models write as Python and JavaScript have it; JSON has no number that is none.
+    # Spellings of Python and JavaScript that models write; JSON has no NaN and no infinity.
     "True": "true",
     "False": "false",
     "None": "null",
@@ -38,11 +38,11 @@ _LITERALS = {
 
 
 class NotJsonError(Exception):
-    """The text that came is not JSON."""
+    """The text is not JSON."""
 
 
 class Incoming:
-    """Text of which the beginning is there."""
+    """Text whose beginning has arrived."""
 
     def __init__(self) -> None:
         self.text = ""
@@ -52,19 +52,19 @@ class Incoming:
 
     @property
     def rest(self) -> str:
-        """What is there and not read."""
+        """The text that has arrived and was not read."""
         return self.text[self.at :]
 
     def push(self, text: str) -> None:
-        """Append text, and forget none: readers go back to where a call might have begun."""
+        """Append text, keeping all of it: parsers go back to where a call might have begun."""
         self.text += text
 
     def forget(self) -> None:
-        """Let go of what was read."""
+        """Drop the text that was read."""
         self.text, self.at = self.text[self.at :], 0
 
     def peek(self) -> Reading[str]:
-        """Return the next character, "" where the text has ended."""
+        """Return the next character, "" if the text has ended."""
         while self.at >= len(self.text):
             if self.is_ended:
                 return ""
@@ -72,7 +72,7 @@ class Incoming:
         return self.text[self.at]
 
     def starts_with(self, word: str) -> Reading[bool]:
-        """Return whether the text goes on with a word."""
+        """Return whether the text continues with a word."""
         while True:
             found = self.text[self.at : self.at + len(word)]
             if found == word:
@@ -82,16 +82,16 @@ class Incoming:
             yield
 
     def takes(self, word: str) -> Reading[bool]:
-        """Read a word if the text goes on with it."""
+        """Read a word if the text continues with it."""
         found = yield from self.starts_with(word)
         if found:
             self.at += len(word)
         return found
 
     def until(self, *words: str) -> Reading[tuple[str, str]]:
-        """Read up to the first of some words, and it; return the text before it and the word.
+        """Read up to and including the first of some words; return the text before it, and the word.
 
-        The word is "" where the text ended without any of them.
+        The word is "" if the text ended without any of them.
         """
         start = self.at
         while True:
@@ -114,9 +114,9 @@ class Incoming:
 
 
 def read_value(source: Incoming, write: Write, depth: int = 0) -> Reading[None]:
-    """Read a JSON value, and write it as it stands, with what JSON does not know made JSON.
+    """Read a JSON value and write it unchanged, except that foreign spellings become JSON.
 
-    Raises NotJsonError, with everything before the fault written; `source` stands at the fault.
+    Raises NotJsonError, with everything before the fault written; `source` is then at the fault.
     """
     write((yield from source.skip_space()))
     char = yield from source.peek()
@@ -157,7 +157,7 @@ def _read_items(source: Incoming, write: Write, depth: int, *, is_object: bool) 
 
 
 def expect(source: Incoming, char: str) -> Reading[None]:
-    """Read a character that has to be there."""
+    """Read a required character."""
     if not (yield from source.takes(char)):
         raise NotJsonError
 
@@ -202,7 +202,7 @@ def _escape(source: Incoming) -> Reading[str]:
         if _is_half(second) and second[:2].upper() >= "DC":
             return f"\\u{digits}\\u{second}"
     source.at = start
-    return "\\ufffd"  # half a pair is no character: the client could not read it, nor send it back
+    return "\\ufffd"  # half a surrogate pair: clients could neither decode it nor send it back
 
 
 def _four_digits(source: Incoming) -> Reading[str]:
@@ -222,12 +222,12 @@ def _is_half(digits: str) -> bool:
 
 
 def of_whole_characters(text: str) -> str:
-    """Return a text with halves of surrogate pairs put together, or replaced where they are alone."""
+    """Return a text with surrogate pairs joined and lone surrogates replaced."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _read_word(source: Incoming, write: Write) -> Reading[None]:
-    """Read a number, or true, false and null however they are spelled."""
+    """Read a number, or true, false or null in any spelling."""
     start = end = source.at
     while True:
         found = _WORD.match(source.text, start)

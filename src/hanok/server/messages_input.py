@@ -102,7 +102,7 @@ def _tool(number: int, tool: Block) -> dict[str, Any]:
             "tools",
         )
     if not isinstance(name, str) or not name:
-        raise invalid(f"tools.{number}.name must be a text", "tools")
+        raise invalid(f"tools.{number}.name must be a string", "tools")
     if not isinstance(schema, Mapping):
         raise invalid(f"tools.{number}.input_schema must be a JSON schema, an object", "tools")
     function: dict[str, Any] = {"name": name, "parameters": dict(schema)}
@@ -138,7 +138,7 @@ def _blocks(content: Any, place: str) -> list[Block]:
     if isinstance(content, str):
         return [{"type": "text", "text": content}]
     if not isinstance(content, list) or not all(isinstance(block, Mapping) for block in content):
-        raise invalid(f"{place} must be a text or a list of blocks", place)
+        raise invalid(f"{place} must be a string or a list of blocks", place)
     return list(content)
 
 

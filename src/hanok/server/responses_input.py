@@ -84,7 +84,7 @@ def _tool(number: int, tool: Mapping[str, Any]) -> dict[str, Any]:
             "tools",
         )
     if not isinstance(tool.get("name"), str) or not tool["name"]:
-        raise invalid(f"tools.{number}.name must be a text", "tools")
+        raise invalid(f"tools.{number}.name must be a string", "tools")
     names = ("name", "description", "parameters")
     function = {name: tool[name] for name in names if tool.get(name) is not None}
     return {"type": "function", "function": function}
@@ -141,14 +141,14 @@ class _History:
     def call(self, item: Mapping[str, Any], place: str) -> None:
         for name in ("name", "arguments", "call_id"):
             if not isinstance(item.get(name), str):
-                raise invalid(f"{place}.{name} must be a text", place)
+                raise invalid(f"{place}.{name} must be a string", place)
         function = {"name": item["name"], "arguments": item["arguments"]}
         call = {"id": item["call_id"], "type": "function", "function": function}
         self._turn().setdefault("tool_calls", []).append(call)
 
     def call_output(self, item: Mapping[str, Any], place: str) -> None:
         if not isinstance(item.get("call_id"), str):
-            raise invalid(f"{place}.call_id must be a text", place)
+            raise invalid(f"{place}.call_id must be a string", place)
         text = content_text(item.get("output"), f"{place}.output")
         self.messages.append({"role": "tool", "tool_call_id": item["call_id"], "content": text})
 

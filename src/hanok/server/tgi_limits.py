@@ -206,7 +206,7 @@ def grammar_of(grammar: Grammar | None) -> GrammarSpec | None:
     value: Any = grammar.value
     if grammar.type == "regex":
         if not isinstance(value, str):
-            raise invalid("grammar is not valid: the value of a regex must be a text", "grammar")
+            raise invalid("grammar is not valid: the value of a regex must be a string", "grammar")
         return GrammarSpec("regex", value)
     if grammar.type == "json_schema" and isinstance(value, dict) and "schema" in value:
         value = value["schema"]

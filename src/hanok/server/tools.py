@@ -48,7 +48,7 @@ def tool_use(
         function = tool.get("function", tool)
         name = function.get("name") if isinstance(function, Mapping) else None
         if not isinstance(name, str) or not name:
-            raise invalid(f"tools.{number}.function.name must be a text", "tools")
+            raise invalid(f"tools.{number}.function.name must be a string", "tools")
         functions[name] = function
     given = tuple(dict(tool) for tool in tools)
     names, is_demanded = _chosen(choice, list(functions))
@@ -87,7 +87,7 @@ def _name_in(choice: Any) -> str:
     function = choice.get("function", choice) if isinstance(choice, Mapping) else None
     name = function.get("name") if isinstance(function, Mapping) else None
     if not isinstance(name, str):
-        raise invalid("`tool_choice.function.name` must be a text", "tool_choice")
+        raise invalid("`tool_choice.function.name` must be a string", "tool_choice")
     return name
 
 

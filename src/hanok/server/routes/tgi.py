@@ -319,7 +319,7 @@ async def vertex(service: Service, request: Request, body: VertexRequest) -> Res
         else:
             prompt = instance.get("inputs", "")
         if not isinstance(prompt, str):
-            raise invalid("`inputs` must be a text", "instances")
+            raise invalid("`inputs` must be a string", "instances")
         parsed = validated({"inputs": prompt, "parameters": chosen}, GenerateRequest)
         asked = await asked_of(service, request, parsed, streams=False, full_text=False)
         prepared.append(asked.prepared)
