@@ -189,7 +189,7 @@ def test_a_process_that_ends_is_told_with_its_words() -> None:
     process = Process()
     try:
         with pytest.raises(RequestError, match="nowhere"):
-            process.ask("load", path="nowhere", draft=None, threads=None, dtype="auto")
+            process.ask("load", path="nowhere", draft=None, options={})
         with pytest.raises(
             GenerationError, match=r"ended with status 1(?s:.*)nothing is loaded yet"
         ):
@@ -218,9 +218,7 @@ def test_a_copy_of_a_process_answers_apart() -> None:
         "do": "load",
         "path": str(hanok.BUNDLED),
         "draft": None,
-        "threads": 1,
-        "dtype": "auto",
-        "quant": None,
+        "options": {"threads": 1},
     }
     answer = {
         "do": "answer",
