@@ -49,7 +49,7 @@ from hanok.memory.load import Loaded, LoadReport, load_decoder
 from hanok.memory.options import LoadArguments, LoadOptions, refuse_beside_plan
 from hanok.memory.plan import LoadPlan
 from hanok.memory.planning import check_fits, plan_load
-from hanok.memory.save import save_weights
+from hanok.memory.save import is_sharded, save_weights, take_part
 from hanok.models.config import ModelConfig
 
 if TYPE_CHECKING:
@@ -381,8 +381,10 @@ class Model:
     def save(self, path: str | Path) -> Path:
         """Write the model to a new folder, in the Hugging Face layout, and return the folder.
 
-        Everything is written beside it first and renamed last. Raises CheckpointError when the folder
-        exists and is not empty, UnsupportedError when the model was quantized while loading.
+        Everything is written beside it first and renamed last. Of a model that is sharded over processes
+        (FSDP) every process calls this; the first one writes, and all return when it has. Raises
+        CheckpointError when the folder exists and is not empty, UnsupportedError when the model was
+        quantized while loading.
         """
         if self.report.quantized_bytes:
             raise UnsupportedError(
@@ -394,6 +396,16 @@ class Model:
                 "max_memory, or copy its folder."
             )
         folder = Path(path)
+        if not is_sharded(self.decoder):
+            return self._save(folder)
+        if torch.distributed.get_rank() == 0:
+            self._save(folder)
+        else:
+            take_part(self.decoder, self._sources, self._left_out)
+        torch.distributed.barrier()
+        return folder
+
+    def _save(self, folder: Path) -> Path:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise CheckpointError(f"{folder} exists and is not empty; choose another folder.")
         with folder_aside(folder) as unfinished:

@@ -89,7 +89,7 @@ def _quantization() -> dict[str, str]:
     for name, kind in methods().items():
         method = kind()
         layout = choose_layout(method.format, device)
-        stored = layout.empty(method, (16, 128), device)
+        stored = layout.empty(method.format, (16, 128), device, method)
         kernels = {tokens: stored.kernel(tokens, torch.bfloat16) for tokens in (1, 512)}
         used = kernels[1]
         if kernels[512] != kernels[1]:
