@@ -11,7 +11,7 @@ sums over at most 128 products differ by a few 1e-6; 1e-4 leaves room for four l
 import json
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from tests.models.golden import Golden, goldens
 from torch import Tensor
 
 from hanok.attention.base import ForwardBatch
@@ -952,12 +953,24 @@ def prefill(decoder: Decoder, tokens: list[int]) -> Tensor:
     return decoder.logits(decoder(ForwardBatch.of([tokens])))
 
 
-def test_every_known_model_type_has_a_case() -> None:
-    tested = {
+def types_with_a_case() -> set[str]:
+    """The model types that are compared with transformers."""
+    return {
         case.published.model_type if case.published else hf_config(case).model_type
         for case in CASES.values()
     }
-    assert tested == set(families())
+
+
+def untested(model_types: Collection[str], frozen: Mapping[str, Golden]) -> set[str]:
+    """Those that are compared neither with transformers nor with frozen logits."""
+    return (
+        set(model_types) - types_with_a_case() - {golden.model_type for golden in frozen.values()}
+    )
+
+
+def test_every_known_model_type_has_a_case_or_a_golden() -> None:
+    assert untested(families(), goldens()) == set()
+    assert types_with_a_case() <= set(families())
 
 
 @pytest.mark.parametrize("name", CASES)
