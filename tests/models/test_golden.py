@@ -26,6 +26,8 @@ from torch import Tensor
 from hanok.attention.base import ForwardBatch
 from hanok.checkpoint.files import open_checkpoint
 from hanok.memory.load import load_decoder
+from hanok.memory.options import LoadOptions
+from hanok.memory.planning import describe
 from hanok.memory.save import save_weights
 from hanok.models import family
 from hanok.models.config import ModelConfig
@@ -247,7 +249,7 @@ def test_packed_beginnings_are_the_goldens(golden: Golden, tmp_path: Path) -> No
 
 def test_a_goldens_checkpoint_is_saved_as_it_was(golden: Golden, tmp_path: Path) -> None:
     golden.save(tmp_path)
-    found = load_decoder(open_checkpoint(tmp_path), dtype="float32")
+    found = load_decoder(describe(tmp_path), LoadOptions(dtype="float32"))
     saved = tmp_path / "saved"
     saved.mkdir()
     save_weights(saved, found.decoder, found.sources)
