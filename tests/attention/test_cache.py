@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hanok.attention.cache import KVCache, StateSpec
+from hanok.attention.cache import KVCache
+from hanok.attention.state import KeysAndValues
 from hanok.errors import RequestError
 from hanok.models.config import DTYPE_BYTES, LayerConfig, Mlp, ModelConfig, Norm
 from hanok.models.decoder import Decoder
@@ -15,7 +16,7 @@ SEQUENCES, CAPACITY, KV_HEADS, HEAD_DIM = 3, 7, 2, 4
 
 
 def new_cache() -> KVCache:
-    spec = StateSpec(num_kv_heads=KV_HEADS, head_dim=HEAD_DIM)
+    spec = KeysAndValues(num_kv_heads=KV_HEADS, head_dim=HEAD_DIM)
     return KVCache(
         [spec] * 2,
         num_sequences=SEQUENCES,
