@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from hanok.engine.sequence import SpeculationCounts, TokenEvent
     from hanok.engine.speculate import Speculation
     from hanok.engine.ticket import Ticket
+    from hanok.memory.options import LoadOptions
     from hanok.memory.plan import LoadPlan
     from hanok.memory.planning import plan_draft, plan_load
 
@@ -47,6 +48,7 @@ _LAZY = {
     "Engine": "hanok.engine.engine",
     "EngineStats": "hanok.engine.engine",
     "Generation": "hanok.engine.model",
+    "LoadOptions": "hanok.memory.options",
     "LoadPlan": "hanok.memory.plan",
     "Model": "hanok.engine.model",
     "PrefixCache": "hanok.engine.generate",
@@ -74,6 +76,7 @@ __all__ = [
     "Generation",
     "GenerationError",
     "HanokError",
+    "LoadOptions",
     "LoadPlan",
     "Model",
     "OptionError",

@@ -15,11 +15,11 @@ from hanok.bench.grid import MIN_ROUNDS, NO_TIME, QUALITY_SHARE
 from hanok.bench.measure import BenchOptions, run_bench
 from hanok.bench.report import Probe, Report
 from hanok.bench.settings import Axes, Load, Setting, core_axes, default_axes
-from hanok.bench.workers import LoadOptions
+from hanok.bench.workers import Shared
 from hanok.errors import DeadlineError, GenerationError
 
 TEXT = (hanok.BUNDLED / "quality.txt").read_text(encoding="utf-8")
-LOAD = LoadOptions(path=hanok.BUNDLED, draft=None, threads=None, max_memory=None)
+LOAD = Shared(path=hanok.BUNDLED, draft=None, threads=None, max_memory=None)
 CORE = ["eager", "sdpa", "native", "native, int8", "native, int4"]
 IMPORT_S, PROCESS_S, LOAD_S, PROBE_S = 1.4, 1.3, 0.1, 0.1
 PROMPT_TOKEN_S, STEP_S, SCORED_TOKEN_S = 1.5e-4, 1.5e-3, 1.5e-4

@@ -13,12 +13,12 @@ from hanok.bench.report import Probe, Report
 from hanok.bench.rows import bandwidth_share, prompt_flops
 from hanok.bench.settings import Axes, Setting, Workload
 from hanok.bench.subject import SubjectModel
-from hanok.bench.workers import LoadOptions, Process, Room, Workers
+from hanok.bench.workers import Process, Room, Shared, Workers
 from hanok.engine.quality import measure_quality
 from hanok.errors import DeadlineError, GenerationError, OptionError, RequestError
 
 TEXT = (hanok.BUNDLED / "quality.txt").read_text(encoding="utf-8")
-LOAD = LoadOptions(path=hanok.BUNDLED, draft=hanok.BUNDLED, threads=1, max_memory=None)
+LOAD = Shared(path=hanok.BUNDLED, draft=hanok.BUNDLED, threads=1, max_memory=None)
 AXES = (
     Axes(prompt_tokens=(24,), new_tokens=(20,), attention=("eager",), cache=(False, True)),
     Axes(prompt_tokens=(24,), new_tokens=(20,), quant=("none", "int4"), cache_dtype=("int8",)),
@@ -189,7 +189,7 @@ def test_a_process_that_ends_is_told_with_its_words() -> None:
     process = Process()
     try:
         with pytest.raises(RequestError, match="nowhere"):
-            process.ask("load", path="nowhere", draft=None, threads=None, dtype="auto")
+            process.ask("load", path="nowhere", draft=None, options={})
         with pytest.raises(
             GenerationError, match=r"ended with status 1(?s:.*)nothing is loaded yet"
         ):
@@ -218,9 +218,7 @@ def test_a_copy_of_a_process_answers_apart() -> None:
         "do": "load",
         "path": str(hanok.BUNDLED),
         "draft": None,
-        "threads": 1,
-        "dtype": "auto",
-        "quant": None,
+        "options": {"threads": 1},
     }
     answer = {
         "do": "answer",

@@ -332,7 +332,9 @@ def test_an_int8_cache_says_almost_the_same(backend: str) -> None:
 
 
 def test_an_unknown_cache_dtype_is_refused() -> None:
-    with pytest.raises(OptionError, match=r"cache_dtype 'int4' is unknown\. Choose auto or int8"):
+    with pytest.raises(
+        OptionError, match=r"cache_dtype 'int4' is unknown\. Choose one of: int8, auto"
+    ):
         hanok.load(hanok.BUNDLED, cache_dtype="int4")  # type: ignore[arg-type]  # what users may write
 
 

@@ -224,7 +224,7 @@ def test_quantization_is_known_by_the_files_that_say_it(
         describe(tmp_path)
     if has_weights:
         with pytest.raises(UnsupportedError, match=message):
-            load_decoder(open_checkpoint(tmp_path))
+            load_decoder(describe(tmp_path))
 
 
 def test_a_cache_of_fewer_bits_is_no_quantization_of_the_weights(tmp_path: Path) -> None:
@@ -334,7 +334,7 @@ def test_a_tower_takes_no_memory(tmp_path: Path) -> None:
     found = plan_load(folder, may_measure=False)
     files = sum(ref.size_bytes for ref in describe(folder).checkpoint.tensors.values())
     assert sum(unit.file_bytes for unit in found.needs.units) == files - 2016
-    report = load_decoder(describe(folder).checkpoint, plan=found).report
+    report = load_decoder(describe(folder), plan=found).report
     assert report.mapped_bytes + report.copied_bytes == sum(
         unit.weight_bytes for unit in found.needs.units
     )

@@ -355,9 +355,9 @@ found["notes"] = [note for note in model.notes if note.startswith("threads")]
 hanok.load(hanok.BUNDLED, threads=2)
 found["asked"] = in_threads()
 load = {"path": str(hanok.BUNDLED), "draft": str(hanok.BUNDLED)}
-Worker().load(threads=None, **load)
+Worker().load(options={}, **load)
 found["worker"] = in_threads()
-Worker().load(threads=2, **load)
+Worker().load(options={"threads": 2}, **load)
 found["worker asked"] = in_threads()
 print(json.dumps(found))
 """

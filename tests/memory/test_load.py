@@ -17,11 +17,12 @@ from torch import Tensor
 
 from hanok.attention import native as native_attention
 from hanok.attention.base import ForwardBatch
-from hanok.checkpoint.files import open_checkpoint
 from hanok.errors import CheckpointError, OptionError
 from hanok.kernels.native import native, why_not
 from hanok.memory import load as load_module
 from hanok.memory.load import Loaded, load_decoder
+from hanok.memory.options import LoadOptions
+from hanok.memory.planning import describe
 
 VOCAB, HIDDEN, MLP, LAYERS = 37, 16, 24, 2
 CONFIG: Mapping[str, Any] = {
@@ -112,7 +113,8 @@ def write_raw(folder: Path, tensors: Mapping[str, Tensor], *, shift: int = 0, **
 
 
 def load(folder: Path, **options: Any) -> Loaded:
-    return load_decoder(open_checkpoint(folder), **options)
+    plan, progress = options.pop("plan", None), options.pop("progress", None)
+    return load_decoder(describe(folder), LoadOptions(**options), plan=plan, progress=progress)
 
 
 @torch.inference_mode()
@@ -366,7 +368,7 @@ def test_layers_that_do_not_get_the_first_backend_are_noted(
     assert loaded.report.attention == {"eager": LAYERS}
     (note,) = [item for item in loaded.report.notes if item.startswith("attention")]
     assert note.startswith(f"attention: eager in {LAYERS} layers, because sdpa")
-    asked = load(tmp_path, attention="eager")
+    asked = load(tmp_path, attn_implementation="eager")
     assert not [item for item in asked.report.notes if item.startswith("attention")]
     assert torch.equal(logits(asked), logits(loaded))
 
@@ -390,10 +392,10 @@ def test_missing_kernels_are_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"dtype": "float13"}, "'float13' is unknown. Choose auto, .*float32"),
+        ({"dtype": "float13"}, "'float13' is unknown. Choose one of: float32, .*auto"),
         ({"dtype": "int8"}, "'int8' is unknown"),
-        ({"weights": "borrowed"}, "'borrowed' is unknown. Choose auto, mapped or copied"),
-        ({"attention": "spda"}, "sdpa"),
+        ({"weights": "borrowed"}, "'borrowed' is unknown. Choose one of: .*mapped"),
+        ({"attn_implementation": "spda"}, "sdpa"),
     ],
 )
 def test_an_unknown_option_is_refused_with_the_choices(

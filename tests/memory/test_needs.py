@@ -12,6 +12,7 @@ import hanok
 from hanok.errors import OptionError
 from hanok.memory.load import load_decoder
 from hanok.memory.needs import KNOWN_RECIPES, Use, activation_bytes, choose_dtype, needs_of
+from hanok.memory.options import LoadOptions
 from hanok.memory.plan import Needs
 from hanok.memory.planning import describe, plan_load
 from hanok.models.decoder import Execution
@@ -37,7 +38,7 @@ def bundled(use: Use = USE) -> Needs:
 
 def test_weights_and_cache_are_those_of_the_decoder() -> None:
     found = describe(hanok.BUNDLED)
-    decoder = load_decoder(found.checkpoint, dtype="bfloat16").decoder
+    decoder = load_decoder(found, LoadOptions(dtype="bfloat16")).decoder
     units = bundled().units
     assert sum(unit.weight_bytes for unit in units) == found.config.parameter_bytes("bfloat16")
     assert sum(unit.file_bytes for unit in units) == sum(
@@ -57,7 +58,7 @@ def test_fewer_bits_are_those_of_the_quantized_weights(text: str) -> None:
     """Panels are filled up to 16 rows, which the bundled model's sizes are multiples of."""
     found = describe(hanok.BUNDLED)
     recipe = read_recipe(text)
-    loaded = load_decoder(found.checkpoint, dtype="bfloat16", recipe=recipe)
+    loaded = load_decoder(found, LoadOptions(dtype="bfloat16", quant=text))
     taken = loaded.report.quantized_bytes + loaded.report.copied_bytes + loaded.report.mapped_bytes
     planned = sum(unit.weight_bytes for unit in bundled(replace(USE, recipe=recipe)).units)
     assert planned == pytest.approx(taken, rel=0.005)
@@ -87,7 +88,7 @@ def test_what_is_known_without_torch_is_what_torch_would_say(name: str) -> None:
 def test_what_stays_in_the_file_is_what_the_loader_leaves_there() -> None:
     found = describe(hanok.BUNDLED)
     for dtype in ("bfloat16", "float32", "float16"):
-        report = load_decoder(found.checkpoint, dtype=dtype).report
+        report = load_decoder(found, LoadOptions(dtype=dtype)).report
         units = bundled(replace(USE, dtype=dtype)).units
         assert sum(unit.mapped_bytes for unit in units) == report.mapped_bytes
     copied = bundled(replace(USE, may_map=False)).units

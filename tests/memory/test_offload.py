@@ -10,12 +10,13 @@ import torch
 
 import hanok
 from hanok.attention.base import ForwardBatch
-from hanok.checkpoint.files import open_checkpoint
 from hanok.engine import native_steps
 from hanok.errors import BudgetError, CheckpointError, UnsupportedError
 from hanok.memory import offload
 from hanok.memory.load import Loaded, load_decoder
+from hanok.memory.options import LoadOptions
 from hanok.memory.plan import LoadPlan
+from hanok.memory.planning import describe
 from hanok.models.decoder import Decoder
 
 ALL = ("layers.0", "layers.1", "layers.2", "layers.3", "layers.4", "norm")
@@ -34,7 +35,11 @@ def plan_with(on_disk: tuple[str, ...], path: Path = hanok.BUNDLED) -> LoadPlan:
 
 
 def loaded(on_disk: tuple[str, ...], path: Path = hanok.BUNDLED) -> Loaded:
-    return load_decoder(open_checkpoint(path), dtype="float32", plan=plan_with(on_disk, path))
+    return load_decoder(
+        describe(path),
+        LoadOptions(dtype="float32"),
+        plan=plan_with(on_disk, path),
+    )
 
 
 def passes(decoder: Decoder, count: int) -> None:

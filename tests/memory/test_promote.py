@@ -11,8 +11,11 @@ from hanok.attention.base import ForwardBatch
 from hanok.checkpoint.files import open_checkpoint
 from hanok.engine.model import Model
 from hanok.memory import load as load_module
+from hanok.memory.account import understand
 from hanok.memory.budget import Budget, Limit
 from hanok.memory.load import Loaded, load_decoder
+from hanok.memory.options import LoadOptions
+from hanok.memory.planning import describe
 from hanok.memory.promote import Promotion
 from hanok.models.decoder import Decoder
 
@@ -32,7 +35,7 @@ def plenty(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def load_bundled() -> tuple[Loaded, Model]:
     checkpoint = open_checkpoint(hanok.BUNDLED)
-    loaded = load_decoder(checkpoint)
+    loaded = load_decoder(understand(checkpoint))
     return loaded, Model(checkpoint, loaded, hanok.load(hanok.BUNDLED).tokenizer)
 
 
@@ -230,7 +233,7 @@ def test_parameters_that_training_replaced_are_left_alone() -> None:
 def test_it_happens_only_where_twice_the_bytes_are_available(
     monkeypatch: pytest.MonkeyPatch, extra: int, moves: bool
 ) -> None:
-    mapped_bytes = load_decoder(open_checkpoint(hanok.BUNDLED)).report.mapped_bytes
+    mapped_bytes = load_decoder(describe(hanok.BUNDLED)).report.mapped_bytes
     leave(monkeypatch, 2 * mapped_bytes + extra)
     loaded, model = load_bundled()
     assert (loaded.promotion is not None) is moves
@@ -241,7 +244,7 @@ def test_it_happens_only_where_twice_the_bytes_are_available(
 @pytest.mark.usefixtures("plenty")
 @pytest.mark.parametrize("weights", ["mapped", "copied"])
 def test_it_does_not_happen_where_the_user_decided(weights: str) -> None:
-    assert load_decoder(open_checkpoint(hanok.BUNDLED), weights=weights).promotion is None  # type: ignore[arg-type]
+    assert load_decoder(describe(hanok.BUNDLED), LoadOptions(weights=weights)).promotion is None  # type: ignore[arg-type]
 
 
 @pytest.mark.usefixtures("plenty")

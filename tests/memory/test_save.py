@@ -16,10 +16,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hanok.checkpoint import writer
-from hanok.checkpoint.files import open_checkpoint
 from hanok.errors import CheckpointError
 from hanok.memory import save
 from hanok.memory.load import Loaded, load_decoder
+from hanok.memory.options import LoadOptions
+from hanok.memory.planning import describe
 from hanok.memory.save import save_weights
 from hanok.memory.tensors import from_file_order, to_file_order
 from hanok.models.family import Source
@@ -63,7 +64,7 @@ def random_checkpoint(folder: Path, name: str, dtype: torch.dtype = torch.float3
 
 
 def loaded_from(folder: Path, dtype: str = "auto", weights: Any = "auto") -> Loaded:
-    return load_decoder(open_checkpoint(folder), dtype=dtype, weights=weights)
+    return load_decoder(describe(folder), LoadOptions(dtype=dtype, weights=weights))
 
 
 def assert_same(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:

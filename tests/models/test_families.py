@@ -11,7 +11,7 @@ sums over at most 128 products differ by a few 1e-6; 1e-4 leaves room for four l
 import json
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,17 +20,19 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from tests.models.golden import Golden, goldens
 from torch import Tensor
 
 from hanok.attention.base import ForwardBatch
 from hanok.checkpoint.files import open_checkpoint
+from hanok.memory.account import understand
 from hanok.memory.load import load_decoder
-from hanok.memory.planning import plan_load
+from hanok.memory.options import LoadOptions
+from hanok.memory.planning import describe, plan_load
 from hanok.memory.save import save_weights
 from hanok.models.config import Experts, ModelConfig, Norm, Rope
 from hanok.models.decoder import Decoder
 from hanok.models.family import families
-from hanok.quant.recipe import read_recipe
 
 TOLERANCE = 1e-4
 # What a switched-off rule must change the logits by, at the least: far above the tolerance.
@@ -939,7 +941,10 @@ def rename_tensors(folder: Path, rename: Callable[[str], str]) -> None:
 
 
 def hanok_decoder(folder: Path, attention: str = "auto") -> Decoder:
-    return load_decoder(open_checkpoint(folder), dtype="float32", attention=attention).decoder
+    return load_decoder(
+        describe(folder),
+        LoadOptions(dtype="float32", attn_implementation=attention),
+    ).decoder
 
 
 @torch.inference_mode()
@@ -953,12 +958,24 @@ def prefill(decoder: Decoder, tokens: list[int]) -> Tensor:
     return decoder.logits(decoder(ForwardBatch.of([tokens])))
 
 
-def test_every_known_model_type_has_a_case() -> None:
-    tested = {
+def types_with_a_case() -> set[str]:
+    """The model types that are compared with transformers."""
+    return {
         case.published.model_type if case.published else hf_config(case).model_type
         for case in CASES.values()
     }
-    assert tested == set(families())
+
+
+def untested(model_types: Collection[str], frozen: Mapping[str, Golden]) -> set[str]:
+    """Those that are compared neither with transformers nor with frozen logits."""
+    return (
+        set(model_types) - types_with_a_case() - {golden.model_type for golden in frozen.values()}
+    )
+
+
+def test_every_known_model_type_has_a_case_or_a_golden() -> None:
+    assert untested(families(), goldens()) == set()
+    assert types_with_a_case() <= set(families())
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -1071,7 +1088,7 @@ def test_a_tower_is_left_out_however_its_files_are_spelt(
     folder = Path(shutil.copytree(made.folder, tmp_path / "respelt"))
     rename_tensors(folder, lambda name: respelt(name, spelling))
     checkpoint = open_checkpoint(folder)
-    loaded = load_decoder(checkpoint, dtype="float32")
+    loaded = load_decoder(understand(checkpoint), LoadOptions(dtype="float32"))
     torch.testing.assert_close(
         prefill(loaded.decoder, made.tokens), oracle(made, made.tokens), atol=TOLERANCE, rtol=0
     )
@@ -1096,7 +1113,9 @@ def test_stacked_experts_are_read_in_either_order(
     made = built("qwen3_vl_moe")
     made.model.save_pretrained(tmp_path)
     folders = (made.folder, tmp_path)
-    published, written = (load_decoder(open_checkpoint(path), dtype="float32") for path in folders)
+    published, written = (
+        load_decoder(describe(path), LoadOptions(dtype="float32")) for path in folders
+    )
     stack = "model.language_model.layers.0.mlp.experts.gate_up_proj"
     shapes = [load_file(path / "model.safetensors")[stack].shape for path in folders]
     assert shapes == [(6, 64, 48), (6, 48, 64)]
@@ -1104,15 +1123,14 @@ def test_stacked_experts_are_read_in_either_order(
         written.decoder.state_dict(), published.decoder.state_dict(), atol=0, rtol=0
     )
     assert written.report.mapped_bytes > published.report.mapped_bytes
-    recipe = read_recipe("int8")
     first, second = (
-        load_decoder(open_checkpoint(path), dtype="float32", recipe=recipe).decoder
+        load_decoder(describe(path), LoadOptions(dtype="float32", quant="int8")).decoder
         for path in folders
     )
     assert torch.equal(prefill(first, made.tokens), prefill(second, made.tokens))
     for loaded, folder in zip((published, written), folders, strict=True):
         plan = plan_load(folder, dtype="float32", may_measure=False)
-        report = load_decoder(open_checkpoint(folder), dtype="float32", plan=plan).report
+        report = load_decoder(describe(folder), LoadOptions(dtype="float32"), plan=plan).report
         units = plan.needs.units
         held = report.mapped_bytes + report.copied_bytes
         assert held == sum(unit.weight_bytes for unit in units)
@@ -1126,7 +1144,7 @@ def test_stacked_experts_are_read_in_either_order(
 
 
 def test_layers_that_guess_ahead_are_left_out(built: Callable[[str], Built]) -> None:
-    loaded = load_decoder(open_checkpoint(built("mimo").folder), dtype="float32")
+    loaded = load_decoder(describe(built("mimo").folder), LoadOptions(dtype="float32"))
     num_bytes = 4 * (64 * 128 + 64)
     assert loaded.report.notes[0] == (
         f"left out: the layers that guess tokens ahead, 2 tensors of {num_bytes:,} bytes"

@@ -1,5 +1,6 @@
 """text-generation-launcher's flags: each is accepted, and obeyed, ignored with a reason, or refused."""
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ from click.testing import CliRunner
 from hanok.checkpoint.files import open_checkpoint
 from hanok.cli.verbs import tgi
 from hanok.errors import OptionError
+from hanok.memory.options import LoadOptions
 from hanok.server.launcher import FLAGS, LaunchOptions, launch_options
+from hanok.server.options import ServerOptions
 
 VALUES = {"text": "x", "integer": "7", "number": "0.5", "numbers": "1,2,4"}
 REFUSED = {
@@ -54,7 +57,7 @@ def test_the_environment_counts_and_flags_come_first(started: list[LaunchOptions
     variables = {"MAX_BEST_OF": "5", "PORT": "1234", "JSON_OUTPUT": "true"}
     result = CliRunner().invoke(tgi.command, ["--port", "80"], env=variables)
     assert result.exit_code == 0, result.output
-    assert (started[0].max_best_of, started[0].port, started[0].json_output) == (5, 80, True)
+    assert (started[0].max_best_of, started[0].port, started[0].logs_json) == (5, 80, True)
 
 
 @pytest.mark.parametrize(
@@ -82,7 +85,20 @@ def test_options_become_the_servers() -> None:
     server = tgi.server_options(launch, Path("m"))
     assert (server.api_key, server.max_input_tokens, server.max_total_tokens) == ("k", 5, 9)
     assert (server.port, server.has_prompt_logprobs) == (3000, False)
-    assert tgi.load_options(launch)["quant"] == "int8"
+    assert tgi.load_options(launch) == LoadOptions(quant="int8", context=9)
+
+
+def test_every_field_of_a_launch_reaches_the_server_or_the_load() -> None:
+    known = {item.name for kind in (ServerOptions, LoadOptions) for item in fields(kind)}
+    own = {
+        "model",
+        "revision",
+        "hub_cache",
+        "speculate",
+        "max_batch_total_tokens",
+        "max_batch_size",
+    }
+    assert {item.name for item in fields(LaunchOptions)} - known == own | {"notes"}
 
 
 def test_pickles_become_safetensors_once(tmp_path: Path) -> None:

@@ -3,12 +3,11 @@
 import re
 from typing import Any
 
-import click
 from tests.server.conftest import start_server, stop, wait_until_ready
 
 import hanok
-from hanok.cli.options import model_options, speculation_options
-from hanok.cli.verbs.tgi import load_options
+from hanok.cli.options import Drafting
+from hanok.cli.verbs.tgi import drafting_of
 from hanok.server.launcher import launch_options
 
 STORY = "The dog saw a cat. The cat saw the dog. The dog saw a bird. " * 3
@@ -44,16 +43,5 @@ def test_answers_are_the_same_and_guesses_are_counted() -> None:
 
 
 def test_tgis_flag_is_the_most_that_is_guessed() -> None:
-    found = load_options(launch_options({"speculate": 3}))
-    assert (found["speculate"], found["max_draft"], found["draft"]) == ("ngram", 3, None)
-    off = load_options(launch_options({}))
-    assert (off["speculate"], off["max_draft"]) == ("off", None)
-
-
-def test_a_launch_names_every_option_that_a_start_reads() -> None:
-    def nothing(**_: object) -> None: ...
-
-    command = model_options(speculation_options(click.command()(nothing)))
-    unread = {"cache_folder", "pipeline_depth"}  # packed copies are off, requests are not pipelined
-    names = {item.name for item in command.params} - unread
-    assert names == set(load_options(launch_options({})))
+    assert drafting_of(launch_options({"speculate": 3})) == Drafting(method="ngram", max_tokens=3)
+    assert drafting_of(launch_options({})) == Drafting()

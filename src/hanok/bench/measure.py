@@ -46,7 +46,7 @@ from hanok.bench.report import Difference, LoadRow, Probe, Quality, Report, Samp
 from hanok.bench.rows import Measured, finished_rows
 from hanok.bench.settings import Axes, Load, Setting, Workload
 from hanok.bench.subject import SubjectModel, rooms
-from hanok.bench.workers import LoadOptions, Process, Workers, chosen_settings
+from hanok.bench.workers import Process, Shared, Workers, chosen_settings
 from hanok.errors import DeadlineError, HanokError, OptionError
 from hanok.memory.threads import set_threads
 
@@ -59,7 +59,7 @@ Progress = Callable[[str, float, float | None], None]
 class BenchOptions:
     """What is measured, and for how long."""
 
-    load: LoadOptions
+    load: Shared
     axes: tuple[Axes, ...]
     text: str
     """What prompts are cut from, and what is scored."""

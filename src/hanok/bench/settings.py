@@ -17,7 +17,7 @@ from itertools import product
 from typing import Any, get_args, get_type_hints
 
 from hanok.errors import OptionError
-from hanok.memory.plan import CacheDtype, DeviceMap
+from hanok.memory.options import CacheDtype, DeviceMap
 from hanok.models.config import DTYPE_BYTES
 from hanok.registry import nearest_first
 

@@ -12,7 +12,7 @@ from hanok.bench.fingerprint import fingerprint
 from hanok.bench.grid import Facts
 from hanok.bench.report import Subject
 from hanok.bench.settings import Load, Setting, Workload
-from hanok.bench.workers import LoadOptions, Room, planned
+from hanok.bench.workers import Room, Shared, planned
 from hanok.checkpoint.tokenizer import open_tokenizer
 from hanok.checkpoint.tokenizer_files import has_tokenizer
 from hanok.engine.quality import text_windows
@@ -33,7 +33,7 @@ WINDOW = 512
 class SubjectModel:
     """A checkpoint, described and not loaded."""
 
-    def __init__(self, options: LoadOptions) -> None:
+    def __init__(self, options: Shared) -> None:
         self.options = options
         described = describe(options.path)
         self.checkpoint = described.checkpoint

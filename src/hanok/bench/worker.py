@@ -18,11 +18,10 @@ from typing import Any, TextIO
 
 import torch
 
-import hanok
 from hanok.bench import speculation
 from hanok.bench.machine import ForeignLoad, peak_bytes
 from hanok.engine.generate import TokenStream
-from hanok.engine.model import Model
+from hanok.engine.model import Model, load
 from hanok.engine.params import SamplingOptions
 from hanok.engine.quality import (
     bytes_per_token,
@@ -33,7 +32,8 @@ from hanok.engine.quality import (
     weight_bytes,
 )
 from hanok.errors import HanokError
-from hanok.memory.planning import plan_draft
+from hanok.memory.options import LoadOptions
+from hanok.memory.planning import plan_draft, plan_load
 
 Answer = dict[str, Any]
 
@@ -52,20 +52,17 @@ class Worker:
             raise RuntimeError("nothing is loaded yet")
         return self._model
 
-    def load(self, *, path: str, draft: str | None, threads: int | None, **options: Any) -> Answer:
-        """Load the model, and a draft model beside it; `options` are those of `hanok.load`."""
+    def load(self, *, path: str, draft: str | None, options: dict[str, Any]) -> Answer:
+        """Load the model, and a draft model beside it; `options` are the fields of `LoadOptions`."""
         start = time.perf_counter()
-        # Copied: what moves into memory behind the first answer would be measured with the next.
+        asked = LoadOptions.of(options)
         draft_plan = None
         if draft is not None:
-            shared = {name: value for name, value in options.items() if name != "device_map"}
-            draft_plan = plan_draft(draft, weights="copied", **shared)
-        plan = hanok.plan_load(
-            path, weights="copied", may_measure=False, draft=draft_plan, **options
-        )
+            draft_plan = plan_draft(draft, **asked.for_draft().planned)
+        plan = plan_load(path, may_measure=False, draft=draft_plan, **asked.planned)
         if draft_plan is not None:
-            self._draft = hanok.load(plan=draft_plan, threads=threads)
-        self._model = hanok.load(plan=plan, threads=threads)
+            self._draft = load(plan=draft_plan, threads=asked.threads)
+        self._model = load(plan=plan, threads=asked.threads)
         seconds = time.perf_counter() - start
         decoder, config = self.model.decoder, self.model.config
         return {

@@ -7,14 +7,15 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from hanok.bench.settings import Load, Setting
 from hanok.errors import BudgetError, DeadlineError, GenerationError, RequestError
-from hanok.memory.plan import CacheDtype, LoadPlan
+from hanok.memory.options import CacheDtype, LoadOptions
+from hanok.memory.plan import LoadPlan
 from hanok.memory.planning import plan_draft, plan_load
 
 Request = dict[str, Any]
@@ -23,7 +24,7 @@ GOODBYE_S = 10.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LoadOptions:
+class Shared:
     """What all loads of a run share."""
 
     path: Path
@@ -133,7 +134,7 @@ def chosen_settings(setting: Setting) -> dict[str, Any]:
 class Workers:
     """The processes that are alive; those asked for least recently end when another needs memory."""
 
-    def __init__(self, options: LoadOptions, rooms: Mapping[Load, Room]) -> None:
+    def __init__(self, options: Shared, rooms: Mapping[Load, Room]) -> None:
         self._options = options
         self._rooms = rooms
         self._alive: dict[Load, LoadedProcess] = {}
@@ -167,17 +168,11 @@ class Workers:
 
     def load_request(self, load: Load) -> Request:
         """Return what a process is told to load."""
-        options, room = self._options, self._rooms[load]
+        options = self._options
         return {
             "path": str(options.path),
             "draft": str(options.draft) if load.has_draft else None,
-            "threads": options.threads,
-            "dtype": load.dtype,
-            "quant": load.recipe,
-            "device_map": load.places,
-            "max_memory": options.max_memory,
-            "context": room.context,
-            "batch": room.batch,
+            "options": asdict(options_of(options, load, self._rooms[load])),
         }
 
     def close(self, load: Load) -> None:
@@ -201,33 +196,29 @@ class Workers:
         return plan.fits and not plan.uses_disk
 
 
-def planned(
-    options: LoadOptions, load: Load, room: Room, cache_dtype: CacheDtype = "auto"
-) -> LoadPlan:
-    """Return the plan of a load in a process of its own, beside its draft model where it has one."""
-    draft_plan = None
-    if load.has_draft and options.draft is not None:
-        draft_plan = plan_draft(
-            options.draft,
-            max_memory=options.max_memory,
-            context=room.context,
-            batch=room.batch,
-            quant=load.recipe,
-            dtype=load.dtype,
-            weights="copied",
-            is_running=False,
-        )
-    return plan_load(
-        options.path,
+def options_of(
+    shared: Shared, load: Load, room: Room, cache_dtype: CacheDtype = "auto"
+) -> LoadOptions:
+    """Return how a process loads: copied, or what moves after the first answer would be measured."""
+    return LoadOptions(
+        dtype=load.dtype,
+        quant=load.recipe,
+        weights="copied",
+        cache_dtype=cache_dtype,
         device_map=load.places,
-        max_memory=options.max_memory,
+        max_memory=shared.max_memory,
         context=room.context,
         batch=room.batch,
-        quant=load.recipe,
-        dtype=load.dtype,
-        cache_dtype=cache_dtype,
-        weights="copied",
-        may_measure=False,
-        is_running=False,
-        draft=draft_plan,
+        threads=shared.threads,
+    )
+
+
+def planned(shared: Shared, load: Load, room: Room, cache_dtype: CacheDtype = "auto") -> LoadPlan:
+    """Return the plan of a load in a process of its own, beside its draft model where it has one."""
+    options = options_of(shared, load, room, cache_dtype)
+    draft = None
+    if load.has_draft and shared.draft is not None:
+        draft = plan_draft(shared.draft, is_running=False, **options.for_draft().planned)
+    return plan_load(
+        shared.path, may_measure=False, is_running=False, draft=draft, **options.planned
     )

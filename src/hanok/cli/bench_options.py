@@ -81,7 +81,7 @@ def measured(
     """
     began = time.perf_counter()  # the budget counts what is imported now
     from hanok.bench.measure import BenchOptions, run_bench
-    from hanok.bench.workers import LoadOptions
+    from hanok.bench.workers import Shared
 
     for name in ("json_file", "markdown", "html"):
         check_folder(options[name])
@@ -94,7 +94,7 @@ def measured(
     if grid is None and budget_s is None:
         budget_s = BUDGET_S
     wanted = BenchOptions(
-        load=LoadOptions(
+        load=Shared(
             path=path,
             draft=options["draft"],
             threads=options["threads"],

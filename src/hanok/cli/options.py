@@ -1,54 +1,47 @@
-"""Options that several verbs share, and what the verbs do with them.
+"""Options that several verbs share, and how they are read.
 
-Sampling options are made from the fields of `SamplingParams`: their names, types and the texts under
-them, so that the command line, Python and the documentation cannot disagree.
+Those of loads and of sampling are made from the fields of `LoadOptions` and `SamplingParams`.
 """
 
-import ast
-import inspect
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import MISSING, Field, fields
-from itertools import pairwise
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, Field, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from hanok import BUNDLED
-from hanok.cli.progress import bytes_bar
-from hanok.cli.units import size
+from hanok.cli.fields import Command, Option, add_options, field_options, field_texts
 from hanok.engine.params import GENERATION_CONFIG_FIELDS, SamplingOptions, SamplingParams
 from hanok.errors import OptionError
+from hanok.memory.options import DTYPES, PLANNED, LoadOptions
 
 if TYPE_CHECKING:
     from hanok.bench.profile import Profile
-    from hanok.engine.generate import TokenStream
-    from hanok.engine.model import Model
-    from hanok.engine.speculate import Speculation
-    from hanok.memory.plan import LoadPlan
-
-Command = TypeVar("Command", bound=Callable[..., Any])
 
 # Named otherwise on the command line, where one value is given at a time.
 MULTIPLE = ("stop", "stop_token_ids", "spelled_token_ids", "logit_bias")
 
 
-def field_texts(owner: type) -> dict[str, str]:
-    """Return the text that stands under each field of a dataclass."""
-    definition = ast.parse(inspect.getsource(owner)).body[0]
-    body = definition.body if isinstance(definition, ast.ClassDef) else []
-    texts = {}
-    for line, below in pairwise(body):
-        if isinstance(line, ast.AnnAssign) and isinstance(below, ast.Expr):
-            text = ast.literal_eval(below.value)
-            texts[ast.unparse(line.target)] = " ".join(str(text).split())
-    return texts
+LOAD_OPTIONS: Mapping[str, Mapping[str, Any]] = {
+    "dtype": {"type": click.Choice(DTYPES)},
+    "quant": {"metavar": "METHOD[:OPTION=VALUE,…]"},
+    "weights": {},
+    "cache_dtype": {},
+    "max_memory": {"metavar": "DEVICE=SIZE,…"},
+    "context": {},
+    "attn_implementation": {"flag": "--attention"},
+    "graphs": {},
+    "pipeline_depth": {},
+    "threads": {},
+}
+"""Fields of `LoadOptions` on the command line; `device_map` and `cache_packed` are read apart."""
 
 
-def model_options(command: Command) -> Command:
-    """Add the options of loading a model."""
-    for option in (
+def model_options(*, without: Sequence[str] = ()) -> Callable[[Command], Command]:
+    """Return what adds the options of loading a model, all but some."""
+    names = {name: own for name, own in LOAD_OPTIONS.items() if name not in without}
+    options = [
         click.option(
             "--profile",
             type=click.Path(path_type=Path, dir_okay=False),
@@ -56,94 +49,43 @@ def model_options(command: Command) -> Command:
             callback=use_profile,
             help="Options that `hanok tune` found; those given beside it go first.",
         ),
-        click.option(
-            "--threads",
-            type=click.IntRange(min=1),
-            help="CPU threads to compute with.  [default: one for each core, within the CPU quota]",
-        ),
-        click.option(
-            "--weights",
-            type=click.Choice(["auto", "mapped", "copied"]),
-            default="auto",
-            show_default=True,
-            help="mapped: stay in the file, shared between processes; copied: read into memory at "
-            "once; auto: mapped, then copied behind the first answer where memory allows.",
-        ),
-        click.option(
-            "--quant",
-            metavar="METHOD[:OPTION=VALUE,…]",
-            help="Make the weights smaller while they are read: int8, int4, nf4, fp8 or "
-            "int8-outlier; for example int4:group_size=64,head=int8. `hanok info` lists them.",
-        ),
-        click.option(
-            "--max-memory",
-            metavar="DEVICE=SIZE,…",
-            help="What may be used, for example 0=24GiB,cpu=4GiB; what does not fit stays on disk and "
-            "is read for every token. See `hanok plan`.  [default: what is free]",
-        ),
+        *field_options(LoadOptions, names | {"device_map": {"callback": read_device_map}}),
         click.option(
             "--cache-packed",
             is_flag=True,
             help="Keep the quantized weights in the cache folder, and read them from there next time.",
         ),
-        click.option(
-            "--cache-folder",
-            type=click.Path(path_type=Path),
-            envvar="HANOK_CACHE",
-            default=Path.home() / ".cache" / "hanok",
-            show_default="~/.cache/hanok",
-            show_envvar=True,
-            help="Where packed weights are kept.",
-        ),
-        click.option(
-            "--cache-dtype",
-            type=click.Choice(["auto", "int8"]),
-            default="auto",
-            show_default=True,
-            help="What keys and values are kept in; auto: what is computed in.",
-        ),
-        click.option(
-            "--attention",
-            default="auto",
-            show_default=True,
-            help="Attention backend; `hanok info` lists them.",
-        ),
-        click.option(
-            "--device-map",
-            default="auto",
-            show_default=True,
-            callback=read_device_map,
-            help="auto, balanced, balanced_low_0, sequential, a device (cpu, cuda:1), or a JSON object "
-            "of modules and devices. See `hanok plan`.",
-        ),
-        click.option(
-            "--context",
-            type=int,
-            help="Tokens that memory is planned for.  [default: 4096 or the model's]",
-        ),
-        click.option(
-            "--pipeline-depth",
-            type=int,
-            help="Groups of sequences on their way where layers lie on several devices.  [default: one "
-            "for each device]",
-        ),
-        click.option(
-            "--graphs/--no-graphs",
-            default=True,
-            show_default=True,
-            help="Record passes over a few tokens and make them again without Python in between: CUDA "
-            "graphs, or calls of the CPU kernels. The text is the same.",
-        ),
-        click.option(
-            "--dtype",
-            type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
-            default="auto",
-            show_default=True,
-            help="What to compute in; auto: what the checkpoint declares.",
-        ),
-    ):
-        command = option(command)
-    return command
+        cache_folder_option("packed weights are"),
+    ]
+    return lambda command: add_options(command, options)
+
+
+def plan_options(command: Command) -> Command:
+    """Add the options that a load is planned with."""
+    names = {name: LOAD_OPTIONS.get(name, {}) for name in PLANNED}
+    options = field_options(LoadOptions, names | {"device_map": {"callback": read_device_map}})
+    return add_options(command, options)
+
+
+def cache_folder_option(what: str) -> Option:
+    """Return the option of the folder for what hanok keeps between runs."""
+    return click.option(
+        "--cache-folder",
+        type=click.Path(path_type=Path),
+        envvar="HANOK_CACHE",
+        default=Path.home() / ".cache" / "hanok",
+        show_default="~/.cache/hanok",
+        show_envvar=True,
+        help=f"Where {what} kept.",
+    )
+
+
+def load_options(options: Mapping[str, Any]) -> LoadOptions:
+    """Return what the options of `model_options` say."""
+    known = {item.name for item in fields(LoadOptions)}
+    found = {name: value for name, value in options.items() if name in known}
+    found["cache_packed"] = options["cache_folder"] / "packed" if options["cache_packed"] else None
+    return LoadOptions(**found)
 
 
 def speculation_options(command: Command) -> Command:
@@ -175,66 +117,36 @@ def speculation_options(command: Command) -> Command:
 SpeculateOption = Literal["off", "ngram", "draft"]
 
 
-def read_speculate(options: Mapping[str, Any]) -> SpeculateOption:
-    """Return how `speculation_options` ask to guess; options that contradict it are refused."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drafting:
+    """How tokens are guessed, before a draft model is loaded; contradictions are an OptionError."""
+
+    method: SpeculateOption = "off"
+    draft: Path | None = None
+    """The model that drafts."""
+    max_tokens: int | None = None
+    """Tokens guessed for one pass at the most; None: what suits the method."""
+
+    def __post_init__(self) -> None:
+        idle = []
+        if self.method == "off":
+            idle = [("--draft", self.draft), ("--max-draft", self.max_tokens)]
+        elif self.method == "ngram":
+            idle = [("--draft", self.draft)]
+        names = ", ".join(name for name, value in idle if value is not None)
+        if names:
+            raise OptionError(
+                f"{names} given, but --speculate is {self.method}. Leave one of them out."
+            )
+        if self.method == "draft" and self.draft is None:
+            raise OptionError("--speculate draft needs a model that drafts: give --draft PATH.")
+
+
+def read_drafting(options: Mapping[str, Any]) -> Drafting:
+    """Return what the options of `speculation_options` say."""
     path: Path | None = options["draft"]
     method: SpeculateOption = options["speculate"] or ("draft" if path is not None else "off")
-    if method == "off" or (method == "ngram" and path is not None):
-        idle = [name for name in ("draft", "max_draft") if options[name] is not None]
-        idle = idle if method == "off" else ["draft"]
-        if idle:
-            names = ", ".join("--" + name.replace("_", "-") for name in idle)
-            raise OptionError(f"{names} given, but --speculate is {method}. Leave one of them out.")
-    if method == "draft" and path is None:
-        raise OptionError("--speculate draft needs a model that drafts: give --draft PATH.")
-    return method
-
-
-def plan_drafting(options: Mapping[str, Any], *, batch: int = 1) -> "LoadPlan | None":
-    """Return the plan of the model that drafts for up to `batch` sequences; None without one."""
-    if read_speculate(options) != "draft":
-        return None
-    from hanok.memory.planning import plan_draft
-
-    return plan_draft(
-        options["draft"],
-        max_memory=options["max_memory"],
-        context=options["context"],
-        batch=batch,
-        quant=options["quant"],
-        dtype=options["dtype"],
-    )
-
-
-def open_speculation(
-    options: Mapping[str, Any], draft_plan: "LoadPlan | None"
-) -> "Speculation | None":
-    """Return what `speculation_options` ask for, its draft model loaded."""
-    method = read_speculate(options)
-    if method == "off":
-        return None
-    from hanok.engine.model import load
-    from hanok.engine.speculate import Speculation
-
-    model = None
-    if draft_plan is not None:
-        model = load(
-            plan=draft_plan,
-            attn_implementation=options["attention"],
-            graphs=options["graphs"],
-            threads=options["threads"],
-        )
-        name = model.checkpoint.folder.name
-        click.echo(f"Loaded {name} to draft in {model.report.seconds:.2f} s.", err=True)
-    return Speculation(method=method, draft=model, max_tokens=options["max_draft"])
-
-
-def speculation_line(stream: "TokenStream", speculation: "Speculation | None") -> str:
-    """Return what is said of guessed tokens at the end of an answer; nothing where none were."""
-    if speculation is None:
-        return ""
-    counts = stream.speculation
-    return f"; {counts.accepted} of {counts.proposed} guessed tokens right, {counts.passes} passes"
+    return Drafting(method=method, draft=path, max_tokens=options["max_draft"])
 
 
 def sampling_options(command: Command) -> Command:
@@ -290,32 +202,21 @@ def use_profile(
     from hanok.bench.profile import read_profile
 
     profile = read_profile(file)
-    names = {item.name for item in context.command.params}
-    unknown = sorted(set(profile.options) - names)
+    # A profile names options as the command line does.
+    names = {
+        flag.lstrip("-").replace("-", "_"): item.name
+        for item in context.command.params
+        for flag in (*item.opts, *item.secondary_opts)
+    }
+    unknown = sorted(set(profile.options) - set(names))
     if unknown:
         raise OptionError(
             f"{file} asks for {', '.join(unknown)}, which `hanok {context.info_name}` has no option "
             "for. Give its other options by hand."
         )
-    context.default_map = {**(context.default_map or {}), **profile.options}
+    chosen = {names[name]: value for name, value in profile.options.items()}
+    context.default_map = {**(context.default_map or {}), **chosen}
     return profile
-
-
-def check_profile(profile: "Profile | None", path: Path, threads: int | None) -> None:
-    """Refuse a profile of another checkpoint, and note one that was made on another machine.
-
-    `threads` is the option of that name: how many there are is a fact of the machine too.
-    """
-    if profile is None:
-        return
-    from hanok.bench.machine import machine_facts
-    from hanok.bench.profile import check_checkpoint, machine_differences
-    from hanok.memory.threads import set_threads
-
-    set_threads(threads)
-    check_checkpoint(profile, path)
-    for note in machine_differences(profile, machine_facts()):
-        click.echo(f"Note: {note}. Run `hanok tune` here to be sure.", err=True)
 
 
 def read_device_map(
@@ -340,55 +241,3 @@ def given(options: Mapping[str, Any]) -> SamplingOptions:
         if name in names and value is not None and value not in ((), {})
     }
     return SamplingOptions(**chosen)  # type: ignore[typeddict-item]
-
-
-def open_model(path: Path | None, options: Mapping[str, Any]) -> "tuple[Model, Speculation | None]":
-    """Load the model of a verb that generates with a progress bar; without a path the bundled one.
-
-    `options` are those of `model_options` and of `speculation_options`: both models are planned before
-    one is loaded.
-    """
-    from hanok.engine.model import load
-    from hanok.memory.account import check_head
-    from hanok.memory.planning import plan_load
-
-    if path is None:
-        click.echo("No model given: using the small one that ships with hanok.", err=True)
-        path = BUNDLED
-    check_profile(options["profile"], path, options["threads"])
-    draft_plan = plan_drafting(options)
-    plan = plan_load(
-        path,
-        device_map=options["device_map"],
-        max_memory=options["max_memory"],
-        context=options["context"],
-        quant=options["quant"],
-        dtype=options["dtype"],
-        cache_dtype=options["cache_dtype"],
-        weights=options["weights"],
-        may_measure=False,
-        draft=draft_plan,
-    )
-    check_head(path, has_head=plan.needs.has_head)
-    speculation = open_speculation(options, draft_plan)
-    with bytes_bar(f"Loading {path.name}") as bar:
-        bar.start(sum(tier.weight_bytes for tier in plan.tiers if tier.place.kind != "disk"))
-        model = load(
-            plan=plan,
-            attn_implementation=options["attention"],
-            pipeline_depth=options["pipeline_depth"],
-            graphs=options["graphs"],
-            cache_packed=options["cache_folder"] / "packed" if options["cache_packed"] else None,
-            threads=options["threads"],
-            progress=bar.advance,
-        )
-    report = model.report
-    planned = size(report.planned_bytes) if report.planned_bytes is not None else "nothing"
-    click.echo(
-        f"Loaded in {report.seconds:.2f} s: {size(report.mapped_bytes)} stay in their files; beside "
-        f"them at most {size(report.peak_bytes)} of memory at once, planned {planned}.",
-        err=True,
-    )
-    for note in model.notes:
-        click.echo(note, err=True)
-    return model, speculation

@@ -2,20 +2,29 @@
 
 import logging
 import sys
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
-from hanok.cli.options import check_profile, open_speculation, plan_drafting, read_speculate
+from hanok.cli.opening import (
+    Plans,
+    check_profile,
+    open_speculation,
+    open_subjects,
+    plan_subjects,
+)
+from hanok.cli.options import Drafting
 from hanok.cli.plan_table import plan_facts, print_plan
 from hanok.cli.units import size
+from hanok.engine.options import EngineOptions
 from hanok.errors import OptionError
+from hanok.memory.options import LoadOptions
 from hanok.memory.plan import LoadPlan
 
 if TYPE_CHECKING:
+    from hanok.bench.profile import Profile
     from hanok.engine.engine import Engine
     from hanok.engine.model import Model
     from hanok.server.options import ServerOptions
@@ -26,30 +35,25 @@ SHARE_FOR_CACHE = 0.8  # of what is left of the memory: other programs live here
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EngineOptions:
-    """How the engine of a server is made."""
+class Asked:
+    """What is served, and how; every part was checked when it was read."""
 
-    users: int | None
-    """Requests of the full context to have memory for; None: what fits."""
-    max_running: int
-    max_step_s: float
+    path: Path
+    server: "ServerOptions"
+    engine: EngineOptions
+    load: LoadOptions
+    drafting: Drafting
+    profile: "Profile | None" = None
 
 
-def start(
-    path: Path, server: "ServerOptions", engine: EngineOptions, load: Mapping[str, Any]
-) -> int:
-    """Plan, print, listen, load and serve; return the exit code.
-
-    `load` are the options of a verb that loads (`model_options`) and guesses (`speculation_options`).
-    """
+def start(asked: Asked) -> int:
+    """Plan, print, listen, load and serve; return the exit code."""
     # Imported here: `hanok serve --help` starts without torch.
-    from hanok.memory.account import check_head
     from hanok.server.run import listen, serve
 
-    check_profile(load["profile"], path, load["threads"])
-    plans, users = plan_for(path, engine, load)
-    if read_speculate(load) != "off":
-        check_head(path, has_head=plans.model.needs.has_head)
+    server = asked.server
+    check_profile(asked.profile, asked.path, asked.load.threads)
+    plans, users = plan_for(asked)
     try:
         listener = listen(server)
     except OSError as error:
@@ -67,7 +71,7 @@ def start(
     )
 
     def open_model(service: "Service") -> "tuple[Model, Engine]":
-        return _open(service, plans, engine, load)
+        return _open(service, plans, asked)
 
     host = f"[{server.host}]" if ":" in server.host else server.host
 
@@ -78,24 +82,22 @@ def start(
     return serve(server, open_model, listener, announce)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Plans:
-    """Of the model, and of one that drafts beside it."""
-
-    model: LoadPlan
-    draft: LoadPlan | None
-
-
-def plan_for(path: Path, engine: EngineOptions, load: Mapping[str, Any]) -> tuple[Plans, int]:
+def plan_for(asked: Asked) -> tuple[Plans, int]:
     """Return the plans of a load, and how many requests of the full context they have memory for."""
-    users = engine.users or 1
-    plans = _planned(path, users, engine, load)
-    if engine.users is None and _is_in_memory(plans.model):
+    subjects = open_subjects(asked.path, asked.drafting)
+
+    def planned(users: int) -> Plans:
+        options = asked.load.updated(batch=users)
+        return plan_subjects(subjects, options, drafted=min(users, asked.engine.max_running))
+
+    users = asked.engine.users or 1
+    plans = planned(users)
+    if asked.engine.users is None and _is_in_memory(plans.model):
         users = min(MOST_USERS, 1 + _more_users(plans.model))
-        plans = _planned(path, users, engine, load)
+        plans = planned(users)
         while users > 1 and not _is_in_memory(plans.model):
             users //= 2
-            plans = _planned(path, users, engine, load)
+            plans = planned(users)
     return plans, users
 
 
@@ -113,30 +115,9 @@ def _more_users(plan: LoadPlan) -> int:
     return min(counts, default=0)
 
 
-def _planned(path: Path, users: int, engine: EngineOptions, load: Mapping[str, Any]) -> Plans:
-    from hanok.memory.planning import plan_load
-
-    draft = plan_drafting(load, batch=min(users, engine.max_running))
-    model = plan_load(
-        path,
-        device_map=load["device_map"],
-        max_memory=load["max_memory"],
-        context=load["context"],
-        batch=users,
-        quant=load["quant"],
-        dtype=load["dtype"],
-        cache_dtype=load["cache_dtype"],
-        weights=load["weights"],
-        may_measure=False,
-        draft=draft,
-    )
-    return Plans(model=model, draft=draft)
-
-
-def _open(
-    service: "Service", plans: Plans, engine: EngineOptions, load: Mapping[str, Any]
-) -> "tuple[Model, Engine]":
-    import hanok
+def _open(service: "Service", plans: Plans, asked: Asked) -> "tuple[Model, Engine]":
+    from hanok.engine.engine import Engine
+    from hanok.engine.model import load
 
     plan = plans.model
     total = sum(tier.weight_bytes for tier in plan.tiers if tier.place.kind != "disk")
@@ -148,21 +129,14 @@ def _open(
         service.progress = min(1.0, done / max(1, total))
 
     service.facts["memory_plan"] = plan_facts(plan)
-    speculation = open_speculation(load, plans.draft)
-    model = hanok.load(
-        plan=plan,
-        attn_implementation=load["attention"],
-        graphs=load["graphs"],
-        cache_packed=load["cache_folder"] / "packed" if load["cache_packed"] else None,
-        threads=load["threads"],
-        progress=advance,
-    )
+    speculation = open_speculation(asked.drafting, asked.load, plans.draft)
+    model = load(plan=plan, progress=advance, **asked.load.unplanned)
     for note in model.notes:
         logging.getLogger("hanok.server").warning("%s", note)
-    made = hanok.Engine(
+    made = Engine(
         model,
-        max_running=engine.max_running,
-        max_step_s=engine.max_step_s,
+        max_running=asked.engine.max_running,
+        max_step_s=asked.engine.max_step_s,
         speculation=speculation,
     )
     peak = size(model.report.peak_bytes)

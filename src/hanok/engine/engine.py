@@ -24,6 +24,7 @@ from torch import Tensor
 from hanok.engine.blocks import BlockPool
 from hanok.engine.embed import finished
 from hanok.engine.model import Model, Prompt
+from hanok.engine.options import MAX_RUNNING, MAX_STEP_S
 from hanok.engine.pace import Pace
 from hanok.engine.params import SamplingOptions
 from hanok.engine.runner import BLOCK_TOKENS, Runner, StepResult
@@ -43,9 +44,7 @@ from hanok.errors import (
 from hanok.memory.needs import DRAFTED_SEQUENCES, PREFILL_TOKENS
 
 LOG = logging.getLogger("hanok.engine")
-MIXED_STEP_S = 0.25
 ALONE_STEP_S = 1.0
-MAX_RUNNING = 64
 # How long a step may take before it counts as stuck: the first one, which reads the weights from disk;
 # later ones; and how many times as long as the longest so far.
 FIRST_STALL_S, STALL_S, STALL_FACTOR = 600.0, 8.0, 10.0
@@ -121,7 +120,7 @@ class Engine:
         *,
         cache_tokens: int | None = None,
         max_running: int = MAX_RUNNING,
-        max_step_s: float = MIXED_STEP_S,
+        max_step_s: float = MAX_STEP_S,
         speculation: Speculation | None = None,
     ) -> None:
         """Claim the cache; `start`, or a `with` block, begins the work.

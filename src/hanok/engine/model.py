@@ -11,7 +11,7 @@ as each alone. A base model, which has no head, makes embeddings (`Model.embed`)
 import math
 import shutil
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack, overload
 
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from hanok.attention.base import ForwardBatch
 from hanok.checkpoint.aside import folder_aside
-from hanok.checkpoint.files import Checkpoint, open_checkpoint
+from hanok.checkpoint.files import Checkpoint
 from hanok.checkpoint.pooling import Pooling, choose_pooling, pooling_files
 from hanok.checkpoint.tokenizer_files import has_tokenizer
 from hanok.checkpoint.writer import write_json
@@ -46,11 +46,11 @@ from hanok.engine.speculate import Speculation, Speculator
 from hanok.errors import CheckpointError, OptionError, RequestError, UnsupportedError
 from hanok.memory.account import check_head
 from hanok.memory.load import Loaded, LoadReport, load_decoder
-from hanok.memory.plan import CacheDtype, DeviceMap, LoadPlan, Weights
+from hanok.memory.options import LoadArguments, LoadOptions, refuse_beside_plan
+from hanok.memory.plan import LoadPlan
 from hanok.memory.planning import check_fits, plan_load
 from hanok.memory.save import save_weights
 from hanok.models.config import ModelConfig
-from hanok.quant.recipe import read_recipe
 
 if TYPE_CHECKING:
     from hanok.checkpoint.tokenizer import Tokenizer
@@ -456,96 +456,47 @@ class Model:
         return int(token)
 
 
-def load(  # noqa: PLR0913 (the options of a load are arguments of their own)
+def load(
     path: str | Path | None = None,
     *,
     plan: LoadPlan | None = None,
-    dtype: str = "auto",
-    attn_implementation: str = "auto",
-    weights: Weights = "auto",
-    quant: str | None = None,
-    cache_dtype: CacheDtype = "auto",
-    device_map: DeviceMap = "auto",
-    max_memory: str | Mapping[str | int, str | int] | None = None,
-    context: int | None = None,
-    batch: int = 1,
-    pipeline_depth: int | None = None,
-    graphs: bool = True,
-    cache_packed: str | Path | None = None,
-    threads: int | None = None,
     progress: Callable[[int], None] | None = None,
+    **options: Unpack[LoadArguments],
 ) -> Model:
     """Load a checkpoint: a folder in the Hugging Face layout, or one weights file in such a folder.
 
-    `dtype` is "auto" (what the checkpoint declares), "float32", "bfloat16" or "float16";
-    `attn_implementation` is "auto" or the name of a backend ("sdpa", "eager", …, see `hanok info`).
-    `weights` is "mapped" (they stay in the file and are shared between processes), "copied" (read into
-    memory at once), or "auto": mapped, then moved into memory behind the first answer where twice their
-    bytes are available, which decodes faster.
-    `quant` makes weights smaller while they are read: "int8", "int4", "nf4", "fp8" or "int8-outlier",
-    with options as in "int4:group_size=64,head=int8" (`quant/recipe.py`).
-    `cache_dtype` is what keys and values are kept in: "auto" (what is computed in) or "int8", half of
-    bfloat16's bytes, each head of each token rounded to 127 steps to either side.
-    Every load follows a plan, which `device_map`, `max_memory`, `context` and `batch` ask for as in
-    `plan_load`: GPUs first, then the CPU; what fits nowhere is read from the checkpoint's files in every
-    pass. A `plan` that was made before takes the place of all options but `attn_implementation`,
-    `pipeline_depth`, `graphs`, `cache_packed`, `threads` and `progress`.
-    `pipeline_depth` is how many groups of sequences are on their way where layers lie on several
-    devices (default: one for each device). With `graphs`, passes over a few tokens are recorded and
-    made again without Python in between, as CUDA graphs or calls of our CPU kernels. `cache_packed` is
-    a folder where quantized weights are kept, so that the next load with the same recipe only reads
-    them (`memory/packed.py`). `threads` is with how many this process computes from now on; by default
-    torch's number, or what the CPU quota of a cgroup allows where that is less. `progress` is called
+    The options are the fields of `hanok.LoadOptions`. Every load follows a plan: GPUs first, then the
+    CPU; what fits nowhere is read from the checkpoint's files in every pass. A `plan` made before
+    (`hanok.plan_load`) has decided `dtype`, `quant`, `weights`, `cache_dtype`, `device_map`,
+    `max_memory`, `context` and `batch`; the other options may be given beside it. `progress` is called
     with the bytes of each weight placed. Raises CheckpointError, OptionError, UnsupportedError or
     BudgetError, each saying what to do.
     """
+    asked = LoadOptions.of(options)
     if plan is None:
         if path is None:
             raise OptionError("there is nothing to load: give a path, or a plan.")
-        plan = plan_load(
-            path,
-            device_map=device_map,
-            max_memory=max_memory,
-            context=context,
-            batch=batch,
-            quant=quant,
-            dtype=dtype,
-            cache_dtype=cache_dtype,
-            weights=weights,
-            may_measure=False,
-        )
+        plan = plan_load(path, may_measure=False, **asked.planned)
     elif path is not None:
         raise OptionError("give a path or a plan: a plan names its checkpoint.")
-    request = plan.request
-    if request is None:
+    else:
+        refuse_beside_plan(options)
+    opened = plan.opened
+    if opened is None:
         raise OptionError("the plan names no checkpoint; make it with hanok.plan_load.")
-    if not request.path.exists():
+    if not opened.is_here:
         raise CheckpointError(
-            f"{request.path} is not on this disk. If it is a model on the hub, download it "
-            f"(`hf download {request.path}`) and give its folder."
+            f"{opened.path} is not on this disk. If it is a model on the hub, download it "
+            f"(`hf download {opened.path}`) and give its folder."
         )
-    check_fits(plan, request.path)
-    checkpoint = open_checkpoint(request.path)
-    loaded = load_decoder(
-        checkpoint,
-        dtype=request.dtype,
-        attention=attn_implementation,
-        weights=request.weights,
-        recipe=None if request.quant is None else read_recipe(request.quant),
-        plan=plan,
-        packed_folder=None if cache_packed is None else Path(cache_packed),
-        threads=threads,
-        progress=progress,
-    )
-    decoder = loaded.decoder
-    decoder.execution = replace(
-        decoder.execution,
-        records_passes=graphs,
-        cache_dtype=torch.int8 if request.cache_dtype == "int8" else None,
-    )
-    return Model(
-        checkpoint, loaded, _tokenizer_of(checkpoint), plan=plan, pipeline_depth=pipeline_depth
-    )
+    check_fits(plan, opened.path)
+    checkpoint = opened.understood.checkpoint
+    if not checkpoint.files:
+        raise CheckpointError(f"{checkpoint.folder}: has a config.json and no weights to load.")
+    asked = asked.updated(**plan.options.planned)
+    loaded = load_decoder(opened.understood, asked, plan=plan, progress=progress)
+    depth = asked.pipeline_depth
+    return Model(checkpoint, loaded, _tokenizer_of(checkpoint), plan=plan, pipeline_depth=depth)
 
 
 def _tokenizer_of(checkpoint: Checkpoint) -> "Tokenizer | None":

@@ -25,7 +25,7 @@ from hanok.engine.bandwidth import read_gb_per_s
 from hanok.engine.model import Model, load
 from hanok.errors import OptionError, RequestError
 from hanok.memory.account import check_head
-from hanok.memory.plan import DeviceMap
+from hanok.memory.options import DeviceMap
 from hanok.memory.planning import describe
 from hanok.models.config import DTYPE_BYTES
 from hanok.models.decoder import Decoder

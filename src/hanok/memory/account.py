@@ -53,6 +53,17 @@ class Understood:
     """What is unusual about the files and was decided on the user's behalf."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Opened:
+    """A checkpoint that was opened once, for its plan and its load."""
+
+    path: Path
+    """What was asked for: a folder, a file, or the id of a model on the hub."""
+    understood: Understood
+    is_here: bool
+    """Whether it is on this disk."""
+
+
 def understand(checkpoint: Checkpoint) -> Understood:
     """Return what a checkpoint is; one without weights files is taken to hold what its config says.
 

@@ -12,22 +12,23 @@ from dataclasses import dataclass
 from itertools import groupby
 from math import prod
 from pathlib import Path
-from typing import TypeVar, get_args
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from hanok.attention.base import AttentionSpec, choose, why_not_table
 from hanok.checkpoint.files import Checkpoint, TensorRef
-from hanok.errors import CheckpointError, OptionError, UnsupportedError
+from hanok.errors import CheckpointError, UnsupportedError
 from hanok.kernels.native import why_not
-from hanok.memory.account import Understood, tied_head_error, understand
+from hanok.memory.account import Understood, tied_head_error
 from hanok.memory.budget import host_budget
 from hanok.memory.heap import trim_heap
 from hanok.memory.needs import choose_dtype, stays_as_it_is, unit_of
 from hanok.memory.offload import Streamer
-from hanok.memory.plan import HOST_KINDS, LoadPlan, Weights
-from hanok.memory.planning import NUM_READERS
+from hanok.memory.options import LoadOptions
+from hanok.memory.plan import HOST_KINDS, LoadPlan
+from hanok.memory.planning import GPU_LIBRARY_BYTES, NUM_READERS
 from hanok.memory.promote import MappedWeight, Promotion
 from hanok.memory.quantize import QuantizedSource, quantize_source, swap
 from hanok.memory.tensors import Arena, MappedFiles, read_parameter
@@ -36,7 +37,7 @@ from hanok.memory.watch import Watchdog
 from hanok.models.config import ModelConfig
 from hanok.models.decoder import Decoder, DeviceLayout, Execution, Stage
 from hanok.models.family import Family, Source
-from hanok.quant.recipe import Recipe
+from hanok.quant.recipe import read_recipe
 
 Progress = Callable[[int], None]
 CPU = torch.device("cpu")
@@ -80,50 +81,47 @@ class Loaded:
 
 
 def load_decoder(
-    checkpoint: Checkpoint,
+    found: Understood,
+    options: LoadOptions | None = None,
     *,
-    dtype: str = "auto",
-    attention: str = "auto",
-    weights: Weights = "auto",
-    recipe: Recipe | None = None,
     plan: LoadPlan | None = None,
-    packed_folder: Path | None = None,
-    threads: int | None = None,
     progress: Progress | None = None,
 ) -> Loaded:
     """Return the decoder of a checkpoint, ready to run.
 
-    `dtype` is a torch name or "auto" (what config.json declares, else what the file holds; float16
-    becomes bfloat16 on a CPU). `weights` says whether bytes that can stay in the file do: "mapped", read
-    at once: "copied", or "auto": mapped, and moved into memory after the first answer if twice their
-    bytes are available. `recipe` says which weights are quantized on the way. `plan` says where each
-    unit goes; units on disk are read anew in every pass, and not quantized. What was quantized is kept
-    in `packed_folder`, and read from there the next time. `threads` is with how many this process
-    computes from now on (`set_threads`). `progress` is called with the bytes of each weight placed.
-    Raises CheckpointError for tensors that are missing, left over or of the wrong shape,
-    UnsupportedError for a plan with a device that is not here, BudgetError when memory runs out.
+    `plan` says where each unit goes; without one everything goes to the CPU. Weights of "auto" are
+    mapped, and moved into memory after the first answer if twice their bytes are available; float16 of
+    "auto" becomes bfloat16 on a CPU. Units on disk are read anew in every pass, and not quantized.
+    `progress` is called with the bytes of each weight placed. Raises CheckpointError for a head that
+    differs from the embedding it is tied to, UnsupportedError for a plan with a device that is not here,
+    BudgetError when memory runs out.
     """
     started = time.perf_counter()
-    found = understand(checkpoint)
+    options = options or LoadOptions()
     checkpoint = found.checkpoint
     family, config, table = found.family, found.config, found.table
     _check_tied_head(found)
-    if weights not in get_args(Weights):
-        raise OptionError(f"weights {weights!r} is unknown. Choose auto, mapped or copied.")
+    recipe = None if options.quant is None else read_recipe(options.quant)
     places = _Places(plan)
     notes = list(found.notes)
     if recipe is not None and recipe.names_head and not config.has_head:
         notes.append(f"quant: {recipe.text} says what becomes of a head, and this model has none")
-    used_threads = set_threads(threads)
+    used_threads = set_threads(options.threads)
     if used_threads.is_held_by_quota:
         notes.append(f"threads: {used_threads}")
-    target_dtype = _dtype(checkpoint, config, dtype, places.is_on_cpu, notes)
+    target_dtype = _dtype(checkpoint, config, options.dtype, places.is_on_cpu, notes)
     streamed, kept = _parted(table, places)
     layout = places.layout(config.num_layers)
     with torch.device("meta"):
-        decoder = Decoder(config, Execution(layout=layout, is_streamed=bool(streamed)))
+        execution = Execution(
+            layout=layout,
+            cache_dtype=torch.int8 if options.cache_dtype == "int8" else None,
+            records_passes=options.graphs,
+            is_streamed=bool(streamed),
+        )
+        decoder = Decoder(config, execution)
     swapped = swap(decoder, kept, recipe, places.device_of, target_dtype)
-    placer = _Placer(checkpoint, target_dtype, places, weights != "copied")
+    placer = _Placer(checkpoint, target_dtype, places, options.weights != "copied")
     planned = None if plan is None else _planned_bytes(plan)
     with (
         Watchdog(planned, host_budget) as watchdog,
@@ -131,10 +129,11 @@ def load_decoder(
     ):
         work = _Work(pool, watchdog, progress)
         mapped = _place_floats(decoder, placer, swapped.floats, work)
-        if packed_folder is None or not swapped.quantized:
+        folder = options.cache_packed
+        if folder is None or not swapped.quantized:
             _quantize(checkpoint, swapped.quantized, work)
         else:
-            notes += _quantize_once(checkpoint, swapped.quantized, work, packed_folder, str(recipe))
+            notes += _quantize_once(checkpoint, swapped.quantized, work, folder, str(recipe))
         streamer = None
         if streamed:
             runner = places.device_of(next(iter(streamed)))
@@ -142,8 +141,8 @@ def load_decoder(
         trim_heap()
     decoder.tie()
     decoder.eval()
-    used = decoder.use_attention(attention)
-    notes += _fallback_notes(decoder, attention, used)
+    used = decoder.use_attention(options.attn_implementation)
+    notes += _fallback_notes(decoder, options.attn_implementation, used)
     mapped_bytes = sum(weight.parameter.nbytes for weight in mapped)
     report = LoadReport(
         mapped_bytes=mapped_bytes,
@@ -156,7 +155,7 @@ def load_decoder(
         peak_bytes=watchdog.peak_bytes,
         held_bytes=watchdog.held_bytes,
     )
-    may_move = weights == "auto" and not streamed and bool(mapped)
+    may_move = options.weights == "auto" and not streamed and bool(mapped)
     moves = may_move and host_budget().num_bytes > 2 * mapped_bytes
     return Loaded(
         decoder=decoder,
@@ -171,7 +170,8 @@ def load_decoder(
 
 def _planned_bytes(plan: LoadPlan) -> int:
     """Return what a plan lets loading claim of the host's memory beside mapped files."""
-    return sum(
+    libraries = GPU_LIBRARY_BYTES if plan.runner.kind == "gpu" else 0
+    return libraries + sum(
         tier.weight_bytes - tier.mapped_bytes + tier.load_bytes + tier.stream_bytes
         for tier in plan.tiers
         if tier.place.kind in HOST_KINDS

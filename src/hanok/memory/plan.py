@@ -11,20 +11,18 @@ whose GPUs do equal work. `balanced`, `balanced_low_0` and `sequential` follow a
 
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
-from pathlib import Path
 from typing import Literal
 
 from hanok.errors import OptionError
+from hanok.memory.account import Opened
 from hanok.memory.budget import Budget, device_name
 from hanok.memory.cpus import CpuBudget
+from hanok.memory.options import DeviceMap, LoadOptions
 
 PlaceKind = Literal["gpu", "core", "cpu", "disk"]
-Weights = Literal["auto", "mapped", "copied"]
-CacheDtype = Literal["auto", "int8"]
 POLICIES = ("auto", "balanced", "balanced_low_0", "sequential")
-DeviceMap = str | int | Mapping[str, str | int]
 HOST_KINDS: tuple[PlaceKind, ...] = ("core", "cpu")  # whose memory is the host's
 STREAM_BUFFERS = 2  # one is computed with while the other is read
 BALANCE_STEPS = 48  # halvings of the search for equal work
@@ -191,17 +189,6 @@ class Remedy:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Request:
-    """What was asked to be planned, so that it can be done."""
-
-    path: Path
-    dtype: str
-    quant: str | None
-    cache_dtype: CacheDtype
-    weights: Weights
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class LoadPlan:
     """The whole answer."""
 
@@ -212,8 +199,10 @@ class LoadPlan:
     prediction: Prediction
     remedies: tuple[Remedy, ...] = ()
     """The cheapest first; only where something does not fit into memory."""
-    request: Request | None = None
-    """None where no checkpoint was asked about."""
+    options: LoadOptions = field(default_factory=LoadOptions)
+    """What the plan was made with."""
+    opened: Opened | None = None
+    """The checkpoint that was planned, as a load goes on with it; None where there was none."""
     notes: tuple[str, ...] = ()
     """What is unusual about the checkpoint's files, and how it was taken."""
 

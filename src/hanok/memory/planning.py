@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from shlex import quote
-from typing import get_args
+from typing import Unpack
 
 from hanok.checkpoint.files import (
     Checkpoint,
@@ -18,7 +18,7 @@ from hanok.checkpoint.files import (
 )
 from hanok.checkpoint.formats import foreign_weights, refuse_other_layouts
 from hanok.errors import BudgetError, CheckpointError, HanokError, OptionError
-from hanok.memory.account import Understood, check_head, understand
+from hanok.memory.account import Opened, Understood, check_head, understand
 from hanok.memory.budget import device_name, parse_max_memory
 from hanok.memory.needs import (
     DRAFTED_SEQUENCES,
@@ -29,6 +29,7 @@ from hanok.memory.needs import (
     choose_dtype,
     needs_of,
 )
+from hanok.memory.options import DeviceMap, LoadOptions, MaxMemory, PlanArguments
 from hanok.memory.places import (
     Rates,
     core_places,
@@ -38,16 +39,8 @@ from hanok.memory.places import (
     with_draft,
     with_work,
 )
-from hanok.memory.plan import (
-    CacheDtype,
-    DeviceMap,
-    LoadPlan,
-    Place,
-    Remedy,
-    Request,
-    Weights,
-    make_plan,
-)
+from hanok.memory.plan import LoadPlan, Place, Remedy, make_plan
+from hanok.models.config import ModelConfig
 
 CORE = re.compile(r"core:\d+")
 GPU_DRIVER = Path("/dev/nvidiactl")
@@ -55,85 +48,60 @@ DEFAULT_CONTEXT = 4096
 SMALLEST_CONTEXT = 512
 NUM_READERS = 2  # threads; two fault in and fill pages nearly twice as fast as one
 RUNTIME_BYTES = 148 * 2**20  # Python with torch and hanok loaded, before a weight is
+# What CUDA's libraries claim of the host when a GPU quantizes and computes, beside its context (H200).
+GPU_LIBRARY_BYTES = 448 * 2**20
 FIRST_USE_BYTES = 28 * 2**20  # what threads and libraries claim the first time they compute
 
 
-def plan_load(  # noqa: PLR0913 (the options of a load are arguments of their own)
-    path: str | Path,
+def plan_load(
+    path: str | Path | Opened,
     *,
-    device_map: DeviceMap = "auto",
-    max_memory: str | Mapping[str | int, str | int] | None = None,
-    context: int | None = None,
-    batch: int = 1,
-    quant: str | None = None,
-    dtype: str = "auto",
-    cache_dtype: CacheDtype = "auto",
-    weights: Weights = "auto",
     devices: Sequence[str] = (),
     rates_file: Path | None = None,
     may_measure: bool = True,
     is_running: bool = True,
     draft: LoadPlan | None = None,
+    **options: Unpack[PlanArguments],
 ) -> LoadPlan:
     """Return where every byte of a checkpoint would live, without reading a weight.
 
     `path` is a checkpoint, a folder with a config.json alone, or the id of a model on the Hugging Face
-    hub ("org/name", "org/name@revision"), of which only headers are asked for. `context` is the tokens
-    of each of `batch` sequences (default: 4,096, or the model's context where that is shorter).
-    `max_memory` is "0=24GiB,cpu=16GiB" or a mapping; only GPUs that it names are used then. `devices`
-    describe GPUs that may not be here, as `--device` does, in place of this machine's; `max_memory` may
-    name cores ("core:0=2GiB,core:1=2GiB") to use them as devices of their own. `rates_file` keeps what
-    was measured of memory and disk; without `may_measure` what it does not hold is assumed.
-    `is_running` says that Python and torch are loaded already, so that their memory is no part of the
-    plan. `draft` is the plan of a model that will draft for this one and is not loaded yet: what it
-    takes is not there for this one. Raises OptionError and CheckpointError.
+    hub ("org/name", "org/name@revision"), of which only headers are asked for; or what `open_model` made
+    of it before. The options are those of `LoadOptions`; `batch` is how many sequences of `context`
+    tokens there are, `max_memory` "0=24GiB,cpu=16GiB" or a mapping: only GPUs that it names are used
+    then. `devices` describe GPUs that may not be here, as `--device` does, in place of this machine's;
+    `max_memory` may name cores ("core:0=2GiB,core:1=2GiB") to use them as devices of their own.
+    `rates_file` keeps what was measured of memory and disk; without `may_measure` what it does not hold
+    is assumed. `is_running` says that Python and torch are loaded already, so that their memory is no
+    part of the plan. `draft` is the plan of a model that will draft for this one and is not loaded yet:
+    what it takes is not there for this one. Raises OptionError and CheckpointError.
     """
-    described, is_here = _looked_at(path)
-    config, tensors = described.config, described.checkpoint.tensors
-    allowed = parse_max_memory(max_memory) if max_memory is not None else {}
-    gpus = _gpu_places(devices, allowed, has_limits=max_memory is not None)
-    rates = Rates(rates_file, may_measure=may_measure)
-    files = described.checkpoint.files if is_here else ()
-    largest = max(files, key=lambda file: file.stat().st_size, default=None)
-    cores = {name: size for name, size in allowed.items() if CORE.fullmatch(name)}
-    if cores and (gpus or "cpu" in allowed):
-        raise OptionError(
-            f"max_memory names {', '.join(cores)}: cores are used as devices of their own only alone."
-        )
-    host = core_places(cores, rates) if cores else [host_place(allowed.get("cpu"), rates)]
-    places = [*gpus, *host, disk_place(largest, rates)]
+    asked = LoadOptions.of(options)
+    opened = path if isinstance(path, Opened) else open_model(path)
+    described, quant = opened.understood, asked.quant
+    _check_context(asked, described.config)
+    places = _places(opened, asked, devices, Rates(rates_file, may_measure=may_measure))
     if draft is not None:
         places = [with_draft(place, draft) for place in places]
-    _check_places(path, max_memory, allowed, places)
-    _check_count("context", context)
-    _check_count("batch", batch)
-    if context is not None and context > config.max_context_tokens:
-        raise OptionError(
-            f"context is {context:,} tokens, and a sequence of this model has "
-            f"{config.max_context_tokens:,} at the most. Choose that or fewer."
-        )
-    if weights not in get_args(Weights):
-        raise OptionError(f"weights {weights!r} is unknown. Choose auto, mapped or copied.")
-    if cache_dtype not in get_args(CacheDtype):
-        raise OptionError(f"cache_dtype {cache_dtype!r} is unknown. Choose auto or int8.")
+    has_gpus = places[0].kind == "gpu"
     use = Use(
-        dtype=choose_dtype(config, tensors, dtype, is_on_cpu=not gpus),
-        context=context or min(DEFAULT_CONTEXT, config.max_context_tokens),
-        batch=batch,
+        dtype=choose_dtype(
+            described.config, described.checkpoint.tensors, asked.dtype, is_on_cpu=not has_gpus
+        ),
+        context=asked.context or min(DEFAULT_CONTEXT, described.config.max_context_tokens),
+        batch=asked.batch,
         recipe=read_bits(quant) if quant is not None else None,
-        cache_dtype=cache_dtype,
-        may_map=weights != "copied",
+        cache_dtype=asked.cache_dtype,
+        may_map=asked.weights != "copied",
     )
     runtime_bytes = FIRST_USE_BYTES + (0 if is_running else RUNTIME_BYTES)
-    request = Request(
-        path=Path(path), dtype=dtype, quant=quant, cache_dtype=cache_dtype, weights=weights
-    )
-    plan = _plan(described, use, places, device_map, runtime_bytes)
-    if plan.uses_disk and weights == "auto":
+    runtime_bytes += GPU_LIBRARY_BYTES if has_gpus else 0
+    plan = _plan(described, use, places, asked.device_map, runtime_bytes)
+    if plan.uses_disk and asked.weights == "auto":
         # What streams through the page cache would push mapped weights out of it.
-        use, request = replace(use, may_map=False), replace(request, weights="copied")
-        plan = _plan(described, use, places, device_map, runtime_bytes)
-    plan = replace(plan, request=request, notes=described.notes)
+        use, asked = replace(use, may_map=False), asked.updated(weights="copied")
+        plan = _plan(described, use, places, asked.device_map, runtime_bytes)
+    plan = replace(plan, options=asked, opened=opened, notes=described.notes)
     if plan.fits and not plan.uses_disk:
         return plan
     in_memory = [place for place in places if place.kind != "disk"]
@@ -147,6 +115,34 @@ def plan_load(  # noqa: PLR0913 (the options of a load are arguments of their ow
             speed = trial.prediction.tokens_per_s
             found.append(Remedy(change=change, places=used, tokens_per_s=speed))
     return replace(plan, remedies=tuple(found))
+
+
+def _places(
+    opened: Opened, asked: LoadOptions, devices: Sequence[str], rates: Rates
+) -> list[Place]:
+    """Return GPUs, then the host or its cores, then the disk."""
+    allowed = parse_max_memory(asked.max_memory) if asked.max_memory is not None else {}
+    gpus = _gpu_places(devices, allowed, has_limits=asked.max_memory is not None)
+    files = opened.understood.checkpoint.files if opened.is_here else ()
+    largest = max(files, key=lambda file: file.stat().st_size, default=None)
+    cores = {name: size for name, size in allowed.items() if CORE.fullmatch(name)}
+    if cores and (gpus or "cpu" in allowed):
+        raise OptionError(
+            f"max_memory names {', '.join(cores)}: cores are used as devices of their own only alone."
+        )
+    host = core_places(cores, rates) if cores else [host_place(allowed.get("cpu"), rates)]
+    places = [*gpus, *host, disk_place(largest, rates)]
+    _check_places(opened.path, asked.max_memory, allowed, places)
+    return places
+
+
+def _check_context(asked: LoadOptions, config: ModelConfig) -> None:
+    most = config.max_context_tokens
+    if asked.context is not None and asked.context > most:
+        raise OptionError(
+            f"context is {asked.context:,} tokens, and a sequence of this model has {most:,} at the "
+            "most. Choose that or fewer."
+        )
 
 
 def check_fits(plan: LoadPlan, path: Path) -> None:
@@ -167,58 +163,51 @@ def check_fits(plan: LoadPlan, path: Path) -> None:
 
 
 def plan_draft(
-    path: str | Path,
+    path: str | Path | Opened,
     *,
-    max_memory: str | Mapping[str | int, str | int] | None = None,
-    context: int | None = None,
-    batch: int = 1,
-    quant: str | None = None,
-    dtype: str = "auto",
-    weights: Weights = "auto",
     devices: Sequence[str] = (),
     is_running: bool = True,
+    **options: Unpack[PlanArguments],
 ) -> LoadPlan:
     """Return the plan of a model that drafts, to be made before that of the model it drafts for.
 
-    `batch` is at how many sequences it guesses at a time, DRAFTED_SEQUENCES at the most; beyond its own
-    context it does not guess. Raises OptionError where it has no head, and BudgetError where it does not
-    fit into memory: to read weights anew for each guess never pays.
+    The options are those of `plan_load`. `batch` is at how many sequences it guesses at a time,
+    DRAFTED_SEQUENCES at the most; beyond its own context it does not guess. Raises OptionError where it
+    has no head, and BudgetError where it does not fit into memory: to read weights anew for each guess
+    never pays.
     """
-    config = _looked_at(path)[0].config
-    check_head(Path(path), has_head=config.has_head)
-    own_context = config.max_context_tokens
+    asked = LoadOptions.of(options)
+    opened = path if isinstance(path, Opened) else open_model(path)
+    config, context = opened.understood.config, asked.context
+    check_head(opened.path, has_head=config.has_head)
+    own = asked.updated(
+        context=context and min(context, config.max_context_tokens),
+        batch=min(asked.batch, DRAFTED_SEQUENCES),
+    )
     plan = plan_load(
-        path,
-        max_memory=max_memory,
-        context=context and min(context, own_context),
-        batch=min(batch, DRAFTED_SEQUENCES),
-        quant=quant,
-        dtype=dtype,
-        weights=weights,
-        devices=devices,
-        may_measure=False,
-        is_running=is_running,
+        opened, devices=devices, may_measure=False, is_running=is_running, **own.planned
     )
     if plan.uses_disk or not plan.fits:
         raise BudgetError(
-            f"{path}, the model that drafts, does not fit into memory. Choose a smaller one or a "
+            f"{opened.path}, the model that drafts, does not fit into memory. Choose a smaller one or a "
             "shorter context, or do without a draft model."
         )
     return plan
 
 
-def _looked_at(path: str | Path) -> tuple[Understood, bool]:
-    """Return what can be known of a checkpoint without its weights, and whether it is on this disk."""
-    if Path(path).exists():
-        return describe(path), True
+def open_model(path: str | Path) -> Opened:
+    """Open a checkpoint once, for its plans and its load; of one on the hub only headers are read."""
+    where = Path(path)
+    if where.exists():
+        return Opened(path=where, understood=describe(path), is_here=True)
     # Imported here: most checkpoints are on this disk, and a client of the hub is not needed for them.
     from hanok.checkpoint.hub import is_repo_id, without_weights
 
     if not is_repo_id(str(path)):
-        return describe(path), True
+        return Opened(path=where, understood=describe(path), is_here=True)
     with without_weights(str(path)) as folder:
         try:
-            return describe(folder), False
+            return Opened(path=where, understood=describe(folder), is_here=False)
         except HanokError as error:
             # The folder of the headers is gone when somebody reads this.
             raise type(error)(str(error).replace(str(folder), str(path))) from error
@@ -305,8 +294,8 @@ def _gpu_places(
 
 
 def _check_places(
-    path: str | Path,
-    max_memory: str | Mapping[str | int, str | int] | None,
+    path: Path,
+    max_memory: MaxMemory | None,
     allowed: Mapping[str, int],
     places: Sequence[Place],
 ) -> None:
@@ -333,8 +322,3 @@ def _check_places(
         f"max_memory names {', '.join(unknown)}, which is not there. Places: "
         f"{', '.join(place.name for place in places)}.{how}"
     )
-
-
-def _check_count(name: str, value: int | None) -> None:
-    if value is not None and value < 1:
-        raise OptionError(f"{name} is {value}; it must be at least 1.")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hanok.errors import OptionError
+from hanok.memory.options import CacheDtype
 
 Kind = Literal["text", "integer", "number", "switch", "choice", "numbers"]
 
@@ -282,7 +283,7 @@ class LaunchOptions:
     quant: str | None = None
     """As `hanok.load(quant=…)`."""
     dtype: str = "auto"
-    cache_dtype: str = "auto"
+    cache_dtype: CacheDtype = "auto"
     speculate: int = 0
     max_concurrent_requests: int = 128
     max_best_of: int = 2
@@ -293,16 +294,16 @@ class LaunchOptions:
     max_batch_total_tokens: int | None = None
     max_batch_size: int | None = None
     max_client_batch_size: int = 4
-    payload_limit_bytes: int = PAYLOAD_LIMIT_BYTES
+    payload_limit: int = PAYLOAD_LIMIT_BYTES
     cors_allow_origins: tuple[str, ...] = ()
     """Empty: any."""
     api_key: str | None = field(default=None, repr=False)
     watermark_gamma: float = 0.5
     watermark_delta: float = 2.0
-    supports_grammar: bool = True
-    allows_prefill_logprobs: bool = False
-    json_output: bool = False
-    termination_timeout_s: int = TERMINATION_TIMEOUT_S
+    has_grammars: bool = True
+    has_prompt_logprobs: bool = False
+    logs_json: bool = False
+    termination_s: int = TERMINATION_TIMEOUT_S
     notes: tuple[str, ...] = ()
     """For the user: what was accepted and has no effect, or another one than with TGI."""
 
@@ -316,10 +317,10 @@ RENAMED = {
     "quantize": "quant",
     "max_input_length": "max_input_tokens",
     "cors_allow_origin": "cors_allow_origins",
-    "payload_limit": "payload_limit_bytes",
-    "disable_grammar_support": "supports_grammar",
-    "enable_prefill_logprobs": "allows_prefill_logprobs",
-    "graceful_termination_timeout": "termination_timeout_s",
+    "disable_grammar_support": "has_grammars",
+    "enable_prefill_logprobs": "has_prompt_logprobs",
+    "graceful_termination_timeout": "termination_s",
+    "json_output": "logs_json",
 }
 PATHS = ("huggingface_hub_cache",)
 

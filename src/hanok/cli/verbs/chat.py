@@ -7,12 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from hanok.cli.opening import open_model, speculation_line
 from hanok.cli.options import (
     given,
     model_options,
-    open_model,
     sampling_options,
-    speculation_line,
     speculation_options,
 )
 from hanok.errors import RequestError
@@ -32,7 +31,7 @@ HELP = "/reset starts over, /undo takes the last turn back, /exit or Ctrl-D ends
 @click.option("--system", help="A system message to begin with.")
 @speculation_options
 @sampling_options
-@model_options
+@model_options()
 def command(path: Path | None, system: str | None, **options: Any) -> None:
     """Talk with a model: each line is a turn, the whole conversation is the prompt.
 

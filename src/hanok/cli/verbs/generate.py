@@ -9,12 +9,11 @@ from typing import Any
 
 import click
 
+from hanok.cli.opening import open_model, speculation_line
 from hanok.cli.options import (
     given,
     model_options,
-    open_model,
     sampling_options,
-    speculation_line,
     speculation_options,
 )
 from hanok.errors import OptionError
@@ -34,7 +33,7 @@ from hanok.text_files import STANDARD_INPUT, read_text
 @click.option("--no-cache", is_flag=True, help="Compute everything again for each token (slow).")
 @speculation_options
 @sampling_options
-@model_options
+@model_options()
 def command(
     path_or_prompt: str | None,
     prompt: str | None,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from hanok import BUNDLED
-from hanok.cli.options import read_device_map
+from hanok.cli.options import cache_folder_option, plan_options
 from hanok.cli.plan_table import print_plan
 from hanok.errors import BudgetError
 from hanok.memory.planning import plan_draft, plan_load
@@ -19,23 +19,7 @@ if TYPE_CHECKING:
 
 @click.command("plan", short_help="Say where every byte would live, before one is read.")
 @click.argument("path", required=False, type=click.Path(path_type=Path))
-@click.option(
-    "--max-memory",
-    metavar="DEVICE=SIZE,…",
-    help="What may be used, for example 0=24GiB,cpu=16GiB.  [default: what is free]",
-)
-@click.option(
-    "--context", type=int, help="Tokens of each sequence.  [default: 4096 or the model's]"
-)
-@click.option("--batch", type=int, default=1, show_default=True, help="Sequences at once.")
-@click.option("--quant", metavar="METHOD[:OPTION=VALUE,…]", help="As in `hanok generate`.")
-@click.option(
-    "--device-map",
-    default="auto",
-    show_default=True,
-    callback=read_device_map,
-    help="auto, balanced, balanced_low_0, sequential, a device, or a JSON object of modules.",
-)
+@plan_options
 @click.option(
     "--device",
     "devices",
@@ -43,23 +27,7 @@ if TYPE_CHECKING:
     metavar="name=…,memory=…,bandwidth=…",
     help="A GPU that may not be here, for example name=h100. Repeatable.",
 )
-@click.option("--dtype", default="auto", show_default=True, help="What to compute in.")
-@click.option(
-    "--cache-dtype",
-    type=click.Choice(["auto", "int8"]),
-    default="auto",
-    show_default=True,
-    help="What keys and values are kept in.",
-)
-@click.option(
-    "--cache-folder",
-    type=click.Path(path_type=Path),
-    envvar="HANOK_CACHE",
-    default=Path.home() / ".cache" / "hanok",
-    show_default="~/.cache/hanok",
-    show_envvar=True,
-    help="Where measured rates of memory and disk are kept.",
-)
+@cache_folder_option("measured rates of memory and disk are")
 @click.option(
     "--draft",
     type=click.Path(path_type=Path),

@@ -1,6 +1,7 @@
 """`hanok tgi`: text-generation-launcher's command line, so that an alias is enough."""
 
 import ipaddress
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -8,18 +9,20 @@ import click
 from click.core import ParameterSource
 
 from hanok import BUNDLED, __version__
+from hanok.cli.options import Drafting, SpeculateOption
 from hanok.cli.progress import bytes_bar
+from hanok.engine.options import MAX_RUNNING, EngineOptions
+from hanok.memory.options import LoadOptions
 from hanok.server.launcher import FLAGS, Flag, LaunchOptions, launch_options
 from hanok.server.options import ServerOptions
 
 PORTS = 65535
-MAX_RUNNING, MAX_STEP_S = 64, 0.25  # as `hanok serve`
 
 
 def serve(launch: LaunchOptions) -> int:
     """Fetch the model and serve it until the process is told to end; return the exit code."""
     from hanok.checkpoint.download import fetch
-    from hanok.cli.serving import EngineOptions, start
+    from hanok.cli.serving import Asked, start
 
     folder = BUNDLED
     if launch.model is not None:
@@ -34,56 +37,39 @@ def serve(launch: LaunchOptions) -> int:
     users = None
     if launch.max_batch_total_tokens is not None and launch.max_total_tokens is not None:
         users = max(1, launch.max_batch_total_tokens // launch.max_total_tokens)
-    engine = EngineOptions(
-        users=users, max_running=launch.max_batch_size or MAX_RUNNING, max_step_s=MAX_STEP_S
+    return start(
+        Asked(
+            path=folder,
+            server=server_options(launch, folder),
+            engine=EngineOptions(users=users, max_running=launch.max_batch_size or MAX_RUNNING),
+            load=load_options(launch),
+            drafting=drafting_of(launch),
+        )
     )
-    return start(folder, server_options(launch, folder), engine, load_options(launch))
 
 
 def server_options(launch: LaunchOptions, folder: Path) -> ServerOptions:
-    """Return a start's options as the server's."""
-    return ServerOptions(
-        model_id=launch.model or folder.name,
-        host=launch.host,
-        port=launch.port,
-        api_key=launch.api_key,
-        cors_allow_origins=launch.cors_allow_origins or ("*",),
-        max_concurrent_requests=launch.max_concurrent_requests,
-        max_best_of=launch.max_best_of,
-        max_stop_sequences=launch.max_stop_sequences,
-        max_top_n_tokens=launch.max_top_n_tokens,
-        max_client_batch_size=launch.max_client_batch_size,
-        max_input_tokens=launch.max_input_tokens,
-        max_total_tokens=launch.max_total_tokens,
-        payload_limit=launch.payload_limit_bytes,
-        has_grammars=launch.supports_grammar,
-        has_prompt_logprobs=launch.allows_prefill_logprobs,
-        watermark_gamma=launch.watermark_gamma,
-        watermark_delta=launch.watermark_delta,
-        termination_s=launch.termination_timeout_s,
-        logs_json=launch.json_output,
+    """Return a start's options as the server's: those of the same names, the others by default."""
+    names = {item.name for item in fields(ServerOptions)} & {item.name for item in fields(launch)}
+    given = {name: getattr(launch, name) for name in names}
+    given["cors_allow_origins"] = launch.cors_allow_origins or ("*",)
+    return ServerOptions(model_id=launch.model or folder.name, **given)
+
+
+def load_options(launch: LaunchOptions) -> LoadOptions:
+    """Return a start's options as those of a load; what TGI has no flag for is as by default."""
+    return LoadOptions(
+        context=launch.max_total_tokens,
+        quant=launch.quant,
+        dtype=launch.dtype,
+        cache_dtype=launch.cache_dtype,
     )
 
 
-def load_options(launch: LaunchOptions) -> dict[str, Any]:
-    """Return a start's options as those of a load; what TGI has no flag for is as by default."""
-    return {
-        "context": launch.max_total_tokens,
-        "quant": launch.quant,
-        "dtype": launch.dtype,
-        "cache_dtype": launch.cache_dtype,
-        "device_map": "auto",
-        "max_memory": None,
-        "weights": "auto",
-        "attention": "auto",
-        "graphs": True,
-        "threads": None,
-        "cache_packed": False,
-        "speculate": "ngram" if launch.speculate else "off",
-        "draft": None,
-        "max_draft": launch.speculate or None,
-        "profile": None,
-    }
+def drafting_of(launch: LaunchOptions) -> Drafting:
+    """Return how a start's options let tokens be guessed: from the text, so many for a pass."""
+    method: SpeculateOption = "ngram" if launch.speculate else "off"
+    return Drafting(method=method, max_tokens=launch.speculate or None)
 
 
 @click.group(
