@@ -5,9 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hanok.attention.cache import KVCache, StateSpec
+from hanok.attention.cache import KVCache
+from hanok.attention.state import KeysAndValues
 from hanok.errors import RequestError
-from hanok.models.config import DTYPE_BYTES, LayerConfig, Mlp, ModelConfig, Norm
+from hanok.models.config import DTYPE_BYTES, LayerConfig, Mlp, ModelConfig, Norm, SoftmaxAttention
 from hanok.models.decoder import Decoder
 
 CPU = torch.device("cpu")
@@ -15,7 +16,7 @@ SEQUENCES, CAPACITY, KV_HEADS, HEAD_DIM = 3, 7, 2, 4
 
 
 def new_cache() -> KVCache:
-    spec = StateSpec(num_kv_heads=KV_HEADS, head_dim=HEAD_DIM)
+    spec = KeysAndValues(num_kv_heads=KV_HEADS, head_dim=HEAD_DIM)
     return KVCache(
         [spec] * 2,
         num_sequences=SEQUENCES,
@@ -98,17 +99,15 @@ def test_extend_returns_views_and_no_copies() -> None:
 def test_a_decoders_cache_takes_the_bytes_that_its_config_foretells(
     dtype: str, sequences: int, capacity: int
 ) -> None:
+    mixer = SoftmaxAttention(num_heads=6, num_kv_heads=3, head_dim=5, rope=None)
+    mlp = Mlp(intermediate_size=8, activation="silu")
     config = ModelConfig(
         model_type="llama",
         vocab_size=11,
         hidden_size=12,
-        num_heads=6,
-        num_kv_heads=3,
-        head_dim=5,
         max_positions=64,
         norm=Norm(kind="rms", eps=1e-6),
-        mlp=Mlp(intermediate_size=8, activation="silu"),
-        layers=(LayerConfig(rope=None),) * 2,
+        layers=(LayerConfig(mixer=mixer, mlp=mlp),) * 2,
     )
     decoder = Decoder(config).to(getattr(torch, dtype))
     cache = decoder.new_cache(sequences, capacity)

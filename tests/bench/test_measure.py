@@ -257,7 +257,7 @@ def test_shares_are_their_formulas() -> None:
     assert bandwidth_share(row, None, (1, 1), best) is None
     norms = (2 * config.num_layers + 1) * config.hidden_size
     dense = 2 * (config.num_parameters() - norms)
-    seen = 4 * config.num_heads * config.head_dim * config.num_layers * 50
+    seen = 4 * config.attentions[0].qkv_sizes[0] * config.num_layers * 50
     assert prompt_flops(row, config) == pytest.approx(400 * (dense + seen))
 
 

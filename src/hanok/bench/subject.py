@@ -23,6 +23,7 @@ from hanok.memory.plan import LoadPlan
 from hanok.memory.planning import describe
 from hanok.memory.tensors import DTYPES
 from hanok.models.config import ModelConfig
+from hanok.models.mixers.attention import attention_spec
 from hanok.quant.recipe import read_recipe
 from hanok.registry import nearest_first
 
@@ -103,19 +104,7 @@ class SubjectModel:
         )
 
     def _specs(self) -> list[AttentionSpec]:
-        config = self.config
-        windows = dict.fromkeys(layer.window for layer in config.layers)
-        return [
-            AttentionSpec(
-                num_heads=config.num_heads,
-                num_kv_heads=config.num_kv_heads,
-                head_dim=config.head_dim,
-                scale=config.attention_scale,
-                window=window,
-                softcap=config.attention_softcap,
-            )
-            for window in windows
-        ]
+        return list(dict.fromkeys(map(attention_spec, self.config.attentions)))
 
     def _device_of(self, setting: Setting) -> torch.device:
         return torch.device("cpu") if setting.device_map == "cpu" else self.device

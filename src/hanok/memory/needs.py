@@ -133,7 +133,7 @@ def needs_of(
                 token_bytes=sum(size.token_bytes for size in mine),
                 stream_bytes=sum(size.stream_bytes for size in mine),
                 mapped_bytes=sum(size.mapped_bytes for size in mine),
-                cache_bytes=_cache_bytes(config, use) if unit.startswith("layers.") else 0,
+                cache_bytes=_cache_bytes(config, unit, use),
                 work_bytes=_logits_bytes(config, use) if unit == head and config.has_head else 0,
             )
         )
@@ -169,15 +169,12 @@ def choose_dtype(
 def activation_bytes(config: ModelConfig, use: Use) -> int:
     """Return what one pass holds beside weights and cache, with the holes it leaves in the heap.
 
-    The most is held inside an MLP: four rows of hidden states (a block's input, what attention made of
-    it, their sum, its norm), gate and up side by side, and their product.
+    The most is held inside a mixer or an MLP, beside four rows of hidden states: a block's input, what
+    the mixer made of it, their sum, its norm.
     """
     tokens = min(PREFILL_TOKENS, use.context * use.batch)
-    inner = config.mlp.intermediate_size
-    if config.experts is not None:
-        experts = config.experts
-        inner = max(inner, experts.intermediate_size * experts.num_experts_per_token)
-    widths = 4 * config.hidden_size + max(3 * inner, 2 * sum(config.qkv_sizes))
+    hidden = config.hidden_size
+    widths = 4 * hidden + max(layer.active_size(hidden) for layer in config.layers)
     return round(HEAP_SLACK * tokens * widths * DTYPE_BYTES[use.dtype])
 
 
@@ -260,17 +257,16 @@ def _token_bytes(name: str, source: Source, config: ModelConfig, weight_bytes: i
         name == "embed_tokens.weight" and not config.tie_embeddings
     ):
         return weight_bytes // source.shape[0]
-    if ".experts." in name and config.experts is not None:
-        return weight_bytes * config.experts.num_experts_per_token // config.experts.num_experts
-    return weight_bytes
+    return int(weight_bytes * config.active_share(name))
 
 
-def _cache_bytes(config: ModelConfig, use: Use) -> int:
-    """Return the bytes of one layer's keys and values; int8 has a float32 for each head and token."""
-    rows = 2 * use.batch * use.context * config.num_kv_heads
-    if use.cache_dtype == "int8":
-        return rows * (config.head_dim + 4)
-    return rows * config.head_dim * DTYPE_BYTES[use.dtype]
+def _cache_bytes(config: ModelConfig, unit: str, use: Use) -> int:
+    """Return the bytes of what a unit's layer keeps of all sequences."""
+    if not unit.startswith("layers."):
+        return 0
+    state = config.layers[int(unit.removeprefix("layers."))].mixer.state()
+    dtype = "int8" if use.cache_dtype == "int8" else use.dtype
+    return use.batch * state.nbytes(use.context, dtype) if state is not None else 0
 
 
 def _logits_bytes(config: ModelConfig, use: Use) -> int:
