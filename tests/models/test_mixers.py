@@ -210,10 +210,11 @@ def test_a_mixer_without_a_module_is_refused_by_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = saved(tmp_path)
-    monkeypatch.setattr(mixers, "__path__", mixers.__path__[:-1])
-    modules.cache_clear()
-    with pytest.raises(UnsupportedError, match=r"module of Decay\. Known: SoftmaxAttention"):
-        hanok.load(folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(mixers, "__path__", mixers.__path__[:-1])
+        modules.cache_clear()
+        with pytest.raises(UnsupportedError, match=r"module of Decay\. Known: SoftmaxAttention"):
+            hanok.load(folder)
 
 
 def test_models_of_attention_can_go_back(tmp_path: Path) -> None:
