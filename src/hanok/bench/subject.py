@@ -23,7 +23,7 @@ from hanok.memory.plan import LoadPlan
 from hanok.memory.planning import describe
 from hanok.memory.tensors import DTYPES
 from hanok.models.config import ModelConfig, SoftmaxAttention
-from hanok.models.mixers.attention import attention_spec
+from hanok.models.mixers.base import attention_spec
 from hanok.quant.recipe import read_recipe
 from hanok.registry import nearest_first
 

@@ -65,7 +65,7 @@ def _attention(config: "ModelConfig | None") -> dict[str, str]:
 
     from hanok.attention.base import backends, why_not_table
     from hanok.models.config import SoftmaxAttention
-    from hanok.models.mixers.attention import attention_spec
+    from hanok.models.mixers.base import attention_spec
 
     ordinary = SoftmaxAttention(num_heads=32, num_kv_heads=8, head_dim=128, rope=None)
     attentions = [ordinary] if config is None else config.attentions
