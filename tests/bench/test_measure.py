@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from tests.models.plugins.families.decayed import Decay
 
 import hanok
 from hanok.bench.grid import GridRow
@@ -175,6 +176,17 @@ def test_reasons_not_to_load() -> None:
     assert (lacks or "").startswith("does not fit: cpu lacks ")
     with pytest.raises(OptionError, match="int9"):
         why_not(Setting(dtype="bfloat16", quant="int9"), workload)
+
+
+def test_a_model_without_attention_is_measured_and_not_speculated_on() -> None:
+    subject = SubjectModel(LOAD)
+    assert subject.facts().why_not_speculation("ngram") is None
+    subject.config = subject.config.with_layers(mixer=Decay(size=8))
+    facts, setting = subject.facts(), Setting(dtype="bfloat16", attention="eager")
+    usual = SubjectModel(LOAD).facts().attention(setting)
+    assert (facts.attention(setting), facts.why_not_attention(setting)) == (usual, None)
+    assert "cannot be truncated" in (facts.why_not_speculation("ngram") or "")
+    assert facts.why_not_speculation("off") is None
 
 
 def test_options_out_of_range() -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.torch import save_file
 from tests.models.golden import weight
 
@@ -19,6 +20,7 @@ import hanok
 from hanok.attention.base import ForwardBatch
 from hanok.attention.cache import KVCache
 from hanok.attention.state import FixedState, KeysAndValues
+from hanok.cli.main import cli
 from hanok.engine.engine import Engine
 from hanok.engine.generate import PrefixCache
 from hanok.engine.model import Model
@@ -152,6 +154,12 @@ def test_a_plan_counts_the_bytes_that_its_state_takes(model: Model, tmp_path: Pa
     # It costs the same after any number of tokens; attention costs more with each.
     grown = config.flops_per_token(100) - config.flops_per_token(99)
     assert grown == 2 * 4 * 4 * 8
+
+
+def test_info_tells_bytes_of_a_token_from_those_of_a_sequence(tmp_path: Path) -> None:
+    result = CliRunner().invoke(cli, ["info", str(saved(tmp_path)), "--json"])
+    found = json.loads(result.stdout)["checkpoint"]
+    assert found["kv cache"] == "128 bytes per token in bfloat16, and 192 per sequence"
 
 
 def test_what_cannot_go_back_is_not_speculated_on(model: Model) -> None:
