@@ -133,7 +133,7 @@ def attention(**values: Any) -> Change:
     return lambda config: config.with_attention(**values)
 
 
-def everywhere_turned(config: ModelConfig) -> ModelConfig:
+def rotated_everywhere(config: ModelConfig) -> ModelConfig:
     rotated = next(item.rope for item in config.attentions if item.rope)
     return config.with_attention(rope=rotated)
 
@@ -393,7 +393,7 @@ CASES = {
             },
         },
         without={
-            "local base": everywhere_turned,
+            "local base": rotated_everywhere,
             "full scaling": no_scaling,
             "window": attention(window=None),
             "norms on heads": attention(qk_norm=None),
@@ -431,7 +431,7 @@ CASES = {
     "smollm3": Case(
         config="SmolLM3Config",
         options={"no_rope_layer_interval": 2},
-        without={"layers without rope": everywhere_turned},
+        without={"layers without rope": rotated_everywhere},
     ),
     "granite": Case(
         config="GraniteConfig",
@@ -476,7 +476,7 @@ CASES = {
         config="Exaone4Config",
         options={"sliding_window": 6, "sliding_window_pattern": 4},
         without={
-            "full without rope": everywhere_turned,
+            "full without rope": rotated_everywhere,
             "window": attention(window=None),
             "norms after": each_layer(norm_placement="pre"),
             "norms on heads": attention(qk_norm=None),
@@ -566,7 +566,7 @@ CASES = {
         },
         vision={**TOWER, "model_type": "siglip_vision_model"},
         without={
-            "local base": everywhere_turned,
+            "local base": rotated_everywhere,
             "window": attention(window=None),
             "norms on both sides": each_layer(norm_placement="pre"),
         },
@@ -641,7 +641,7 @@ CASES = {
         options={"model_type": "exaone4", "sliding_window": 6, "sliding_window_pattern": 4},
         vision={**QWEN_VISION, "num_key_value_heads": 2},
         without={
-            "full without rope": everywhere_turned,
+            "full without rope": rotated_everywhere,
             "window": attention(window=None),
             "norms on heads": attention(qk_norm=None),
         },
@@ -729,7 +729,7 @@ CASES = {
         options={"sliding_window": 6, "logit_scale": 0.5},
         without={
             "window": attention(window=None),
-            "full without rope": everywhere_turned,
+            "full without rope": rotated_everywhere,
             "in pairs": halves,
             "side by side": each_layer(norm_placement="pre"),
         },

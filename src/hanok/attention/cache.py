@@ -148,7 +148,7 @@ class KVCache:
         self.dtype = dtype
         """What keys and values are kept in."""
         self.is_paged = is_paged
-        """Whether rows are blocks of sequences; whoever gives them to sequences counts the tokens."""
+        """Whether rows are blocks of sequences; who assigns the blocks counts the tokens."""
         if is_paged and (reason := why_not_paged(specs)):
             raise UnsupportedError(reason)
         self.lengths = [0] * num_sequences

@@ -10,10 +10,11 @@ from itertools import pairwise
 from math import prod
 from typing import Protocol
 
+from hanok.attention.state import FLOAT_BYTES
 from hanok.checkpoint.files import TensorRef
 from hanok.errors import OptionError
 from hanok.memory.plan import Needs, Unit
-from hanok.models.config import DTYPE_BYTES, ModelConfig
+from hanok.models.config import ModelConfig
 from hanok.models.family import Family, Source
 
 STORED_NAMES: Mapping[str, str] = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -156,13 +157,13 @@ def choose_dtype(
     float16 becomes bfloat16 on a CPU, which multiplies it several times faster.
     """
     if asked != "auto":
-        if asked not in DTYPE_BYTES:
-            raise OptionError(f"dtype {asked!r} is unknown. Choose auto, {', '.join(DTYPE_BYTES)}.")
+        if asked not in FLOAT_BYTES:
+            raise OptionError(f"dtype {asked!r} is unknown. Choose auto, {', '.join(FLOAT_BYTES)}.")
         return asked
     names = {stored: name for name, stored in STORED_NAMES.items()}
     stored = next((ref.dtype for ref in tensors.values() if "F" in ref.dtype), "F32")
     name = config.dtype or names.get(stored, "float32")
-    name = name if name in DTYPE_BYTES else "float32"
+    name = name if name in FLOAT_BYTES else "float32"
     return "bfloat16" if name == "float16" and is_on_cpu else name
 
 
@@ -175,7 +176,7 @@ def activation_bytes(config: ModelConfig, use: Use) -> int:
     tokens = min(PREFILL_TOKENS, use.context * use.batch)
     hidden = config.hidden_size
     widths = 4 * hidden + max(layer.active_size(hidden) for layer in config.layers)
-    return round(HEAP_SLACK * tokens * widths * DTYPE_BYTES[use.dtype])
+    return round(HEAP_SLACK * tokens * widths * FLOAT_BYTES[use.dtype])
 
 
 def stays_as_it_is(source: Source, tensors: Mapping[str, TensorRef], dtype: str) -> bool:
@@ -186,7 +187,7 @@ def stays_as_it_is(source: Source, tensors: Mapping[str, TensorRef], dtype: str)
         keeps_order
         and all(ref.dtype == STORED_NAMES[dtype] and ref.strides is None for ref in refs)
         # Vector loads may assume that items start at multiples of their size.
-        and refs[0].offset_bytes % DTYPE_BYTES[dtype] == 0
+        and refs[0].offset_bytes % FLOAT_BYTES[dtype] == 0
         and all(
             first.path == second.path
             and first.offset_bytes + first.size_bytes == second.offset_bytes
@@ -222,7 +223,7 @@ class _Size:
         count, method = prod(source.shape), None
         if use.recipe is not None:
             method = use.recipe.method_for(name, is_tied=config.tie_embeddings)
-        weight_bytes = count * DTYPE_BYTES[use.dtype]
+        weight_bytes = count * FLOAT_BYTES[use.dtype]
         if method is not None:
             weight_bytes = round(count * method.bits_per_weight(source.shape[1]) / 8)
         refs = [tensors[part] for part in source.names if part in tensors]
@@ -232,9 +233,9 @@ class _Size:
             load_bytes = _bytes_while_made(source, refs, use.dtype, is_quantized=method is not None)
         return cls(
             weight_bytes=weight_bytes,
-            file_bytes=sum(ref.size_bytes for ref in refs) or count * DTYPE_BYTES[use.dtype],
+            file_bytes=sum(ref.size_bytes for ref in refs) or count * FLOAT_BYTES[use.dtype],
             token_bytes=_token_bytes(name, source, config, weight_bytes),
-            stream_bytes=count * DTYPE_BYTES[use.dtype],
+            stream_bytes=count * FLOAT_BYTES[use.dtype],
             mapped_bytes=weight_bytes if is_kept and use.may_map else 0,
             load_bytes=load_bytes,
         )
@@ -244,12 +245,14 @@ def _bytes_while_made(
     source: Source, refs: list[TensorRef], dtype: str, *, is_quantized: bool
 ) -> int:
     """Return what a reader holds beside the parameter itself."""
-    turns = source.layout != "rows" or any(ref.strides is not None for ref in refs)
+    is_moved = source.layout != "rows" or any(ref.strides is not None for ref in refs)
     if is_quantized:
-        return 4 * prod(source.shape) if turns else CHUNK_BYTES
+        return 4 * prod(source.shape) if is_moved else CHUNK_BYTES
     converts = any(ref.dtype != STORED_NAMES[dtype] for ref in refs)
     largest = max((ref.size_bytes for ref in refs), default=0)
-    return (largest if converts else 0) + (prod(source.shape) * DTYPE_BYTES[dtype] if turns else 0)
+    return (largest if converts else 0) + (
+        prod(source.shape) * FLOAT_BYTES[dtype] if is_moved else 0
+    )
 
 
 def _token_bytes(name: str, source: Source, config: ModelConfig, weight_bytes: int) -> int:
@@ -271,7 +274,7 @@ def _cache_bytes(config: ModelConfig, unit: str, use: Use) -> int:
 
 def _logits_bytes(config: ModelConfig, use: Use) -> int:
     """Return the bytes of one row of scores for each sequence, as computed and in float32."""
-    return use.batch * config.vocab_size * (DTYPE_BYTES[use.dtype] + 4)
+    return use.batch * config.vocab_size * (FLOAT_BYTES[use.dtype] + 4)
 
 
 def unit_of(parameter: str) -> str:

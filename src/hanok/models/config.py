@@ -18,7 +18,6 @@ from hanok.attention.state import FLOAT_BYTES, KeysAndValues, StateSpec
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 NormPlacement = Literal["pre", "post", "sandwich", "parallel", "shared"]
-DTYPE_BYTES = FLOAT_BYTES
 Shapes = dict[str, tuple[int, ...]]
 """Of parameters, by their names in a module; weights are (out, in)."""
 
@@ -479,7 +478,7 @@ class ModelConfig:
 
     def parameter_bytes(self, dtype: str) -> int:
         """Return the bytes of all parameters in `dtype` ("bfloat16", …)."""
-        return self.num_parameters() * DTYPE_BYTES[dtype]
+        return self.num_parameters() * FLOAT_BYTES[dtype]
 
     def kv_cache_bytes(self, num_tokens: int, dtype: str) -> int:
         """Return the bytes of the states of one sequence of `num_tokens`, all layers; also in "int8"."""

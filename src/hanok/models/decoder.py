@@ -178,11 +178,11 @@ class Decoder(nn.Module):
                     module.weight.fill_(0.0 if module.norm.unit_offset else 1.0)
 
     def mixers(self) -> list[tuple[int, MixerModule]]:
-        """Return the mixers, each with the number of its block."""
+        """Return the mixers, children of their blocks, each with the number of its block."""
         return [
             (index, module)
             for index, block in enumerate(self.layers)
-            for module in block.modules()
+            for module in block.children()
             if isinstance(module, MixerModule)
         ]
 

@@ -65,7 +65,7 @@ def _attention(config: "ModelConfig | None") -> dict[str, str]:
 
     from hanok.attention.base import backends, why_not_table
     from hanok.models.config import SoftmaxAttention
-    from hanok.models.mixers.attention import attention_spec
+    from hanok.models.mixers.base import attention_spec
 
     ordinary = SoftmaxAttention(num_heads=32, num_kv_heads=8, head_dim=128, rope=None)
     attentions = [ordinary] if config is None else config.attentions
@@ -148,13 +148,20 @@ def _checkpoint(path: Path) -> "tuple[dict[str, Any], ModelConfig]":
         "windows": ", ".join(map(str, windows)) or "none",
         "vocabulary": config.vocab_size,
         "context": f"{config.max_context_tokens:,} tokens",
-        "kv cache": f"{config.kv_cache_bytes(1, 'bfloat16'):,} bytes per token in bfloat16",
+        "kv cache": _cache(config),
         "tied head": _tied_head(config),
         "tokenizer": vocabulary,
         "chat templates": templates,
         "notes": "; ".join(found.notes) or "none",
     }
     return rows, config
+
+
+def _cache(config: "ModelConfig") -> str:
+    per_sequence = config.kv_cache_bytes(0, "bfloat16")
+    per_token = config.kv_cache_bytes(1, "bfloat16") - per_sequence
+    fixed = f", and {per_sequence:,} per sequence" if per_sequence else ""
+    return f"{per_token:,} bytes per token in bfloat16{fixed}"
 
 
 def _tied_head(config: "ModelConfig") -> str:

@@ -10,20 +10,8 @@ from hanok.attention.cache import LayerState
 from hanok.models.config import ModelConfig, SoftmaxAttention
 from hanok.models.layers import NormLayer
 from hanok.models.linear import Linear
-from hanok.models.mixers.base import MixerModule
+from hanok.models.mixers.base import MixerModule, attention_spec
 from hanok.models.rotary import Rotary
-
-
-def attention_spec(mixer: SoftmaxAttention) -> AttentionSpec:
-    """Return what a layer asks of a backend."""
-    return AttentionSpec(
-        num_heads=mixer.num_heads,
-        num_kv_heads=mixer.num_kv_heads,
-        head_dim=mixer.head_dim,
-        scale=mixer.score_scale,
-        window=mixer.window,
-        softcap=mixer.softcap,
-    )
 
 
 class Attention(MixerModule):

@@ -13,11 +13,23 @@ from torch import nn
 from hanok.attention.base import AttentionSpec, Backend
 from hanok.attention.cache import LayerState, SequenceState
 from hanok.errors import UnsupportedError
-from hanok.models.config import LayerConfig, Mixer, ModelConfig
+from hanok.models.config import LayerConfig, Mixer, ModelConfig, SoftmaxAttention
 from hanok.models.rotary import Rotary
 from hanok.registry import discover
 
 State = LayerState | SequenceState | None
+
+
+def attention_spec(mixer: SoftmaxAttention) -> AttentionSpec:
+    """Return what a layer asks of a backend."""
+    return AttentionSpec(
+        num_heads=mixer.num_heads,
+        num_kv_heads=mixer.num_kv_heads,
+        head_dim=mixer.head_dim,
+        scale=mixer.score_scale,
+        window=mixer.window,
+        softcap=mixer.softcap,
+    )
 
 
 class MixerModule(nn.Module):
