@@ -24,7 +24,8 @@ from hanok.attention.base import (
     visible,
     why_not_table,
 )
-from hanok.attention.cache import KVCache, StateSpec
+from hanok.attention.cache import KVCache
+from hanok.attention.state import KeysAndValues
 from hanok.errors import OptionError, UnsupportedError
 
 FLOAT32_TOLERANCE = 1e-5
@@ -76,7 +77,7 @@ def batch_of(lengths: list[int], past: list[int] | None = None) -> ForwardBatch:
 
 def one_cache(spec: AttentionSpec, num_sequences: int, dtype: torch.dtype) -> KVCache:
     """A cache of one layer, full of NaN: what is read without having been written shows."""
-    layer = StateSpec(num_kv_heads=spec.num_kv_heads, head_dim=spec.head_dim)
+    layer = KeysAndValues(num_kv_heads=spec.num_kv_heads, head_dim=spec.head_dim)
     cache = KVCache([layer], num_sequences=num_sequences, capacity=32, dtype=dtype, devices=[CPU])
     cache.states[0].keys.fill_(float("nan"))
     cache.states[0].values.fill_(float("nan"))
@@ -251,7 +252,7 @@ def test_one_token_attends_whatever_the_order_of_bytes_that_torch_returns(
     q, k, v = (torch.randn(1, heads, 16) for heads in (4, 2, 2))
     backend, batch = backends()["sdpa"], ForwardBatch.of([[0]], past=[0])
     cache = KVCache(
-        [StateSpec(num_kv_heads=2, head_dim=16)],
+        [KeysAndValues(num_kv_heads=2, head_dim=16)],
         num_sequences=1,
         capacity=4,
         dtype=torch.float32,

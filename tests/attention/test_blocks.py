@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hanok.attention.base import AttentionSpec, ForwardBatch, backends
-from hanok.attention.cache import KVCache, LayerState, StateSpec
+from hanok.attention.cache import KVCache, LayerState
+from hanok.attention.state import KeysAndValues
 
 CPU = torch.device("cpu")
 BLOCK = 64
@@ -17,7 +18,7 @@ NAMES = ("native", "sdpa", "eager")
 
 
 def a_state(spec: AttentionSpec, num_blocks: int, capacity: int, dtype: torch.dtype) -> LayerState:
-    layer = StateSpec(num_kv_heads=spec.num_kv_heads, head_dim=spec.head_dim)
+    layer = KeysAndValues(num_kv_heads=spec.num_kv_heads, head_dim=spec.head_dim)
     cache = KVCache(
         [layer], num_sequences=num_blocks, capacity=capacity, dtype=dtype, devices=[CPU]
     )

@@ -5,17 +5,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hanok.attention.cache import KVCache, StateSpec
+from hanok.attention.cache import KVCache
+from hanok.attention.state import FLOAT_BYTES, KeysAndValues
 from hanok.errors import RequestError
-from hanok.models.config import DTYPE_BYTES, LayerConfig, Mlp, ModelConfig, Norm
-from hanok.models.decoder import Decoder
+from hanok.models.config import LayerConfig, Mlp, ModelConfig, Norm, SoftmaxAttention
+from hanok.models.decoder import Decoder, Execution
 
 CPU = torch.device("cpu")
 SEQUENCES, CAPACITY, KV_HEADS, HEAD_DIM = 3, 7, 2, 4
 
 
 def new_cache() -> KVCache:
-    spec = StateSpec(num_kv_heads=KV_HEADS, head_dim=HEAD_DIM)
+    spec = KeysAndValues(num_kv_heads=KV_HEADS, head_dim=HEAD_DIM)
     return KVCache(
         [spec] * 2,
         num_sequences=SEQUENCES,
@@ -93,24 +94,24 @@ def test_extend_returns_views_and_no_copies() -> None:
     assert values.data_ptr() == state.values[1].data_ptr()
 
 
-@pytest.mark.parametrize("dtype", DTYPE_BYTES)
+@pytest.mark.parametrize("dtype", [*FLOAT_BYTES, "int8"])
 @pytest.mark.parametrize(("sequences", "capacity"), [(1, 1), (3, 11)])
-def test_a_decoders_cache_takes_the_bytes_that_its_config_foretells(
+def test_a_decoders_cache_takes_the_bytes_that_its_config_plans(
     dtype: str, sequences: int, capacity: int
 ) -> None:
+    mixer = SoftmaxAttention(num_heads=6, num_kv_heads=3, head_dim=5, rope=None)
+    mlp = Mlp(intermediate_size=8, activation="silu")
     config = ModelConfig(
         model_type="llama",
         vocab_size=11,
         hidden_size=12,
-        num_heads=6,
-        num_kv_heads=3,
-        head_dim=5,
         max_positions=64,
         norm=Norm(kind="rms", eps=1e-6),
-        mlp=Mlp(intermediate_size=8, activation="silu"),
-        layers=(LayerConfig(rope=None),) * 2,
+        layers=(LayerConfig(mixer=mixer, mlp=mlp),) * 2,
     )
-    decoder = Decoder(config).to(getattr(torch, dtype))
+    made = Execution(cache_dtype=torch.int8 if dtype == "int8" else None)
+    decoder = Decoder(config, made).to(torch.float32 if dtype == "int8" else getattr(torch, dtype))
     cache = decoder.new_cache(sequences, capacity)
     assert cache.size_bytes == sequences * config.kv_cache_bytes(capacity, dtype)
-    assert cache.size_bytes == sequences * capacity * 2 * 2 * 3 * 5 * DTYPE_BYTES[dtype]
+    head_bytes = {"float32": 5 * 4, "bfloat16": 5 * 2, "float16": 5 * 2, "int8": 5 + 4}[dtype]
+    assert cache.size_bytes == sequences * capacity * 2 * 2 * 3 * head_bytes

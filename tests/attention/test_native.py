@@ -13,8 +13,9 @@ from torch import Tensor
 
 from hanok.attention import native as module
 from hanok.attention.base import AttentionSpec, ForwardBatch, backends, reference
-from hanok.attention.cache import KVCache, LayerState, StateSpec
+from hanok.attention.cache import KVCache, LayerState
 from hanok.attention.native import NativeAttention
+from hanok.attention.state import KeysAndValues
 from hanok.kernels.native import Native
 
 CPU = torch.device("cpu")
@@ -61,7 +62,7 @@ class Case:
         self.slots = list(range(len(past)))[::-1]  # not in turn
 
     def state(self) -> LayerState:
-        layer = StateSpec(num_kv_heads=self.spec.num_kv_heads, head_dim=self.spec.head_dim)
+        layer = KeysAndValues(num_kv_heads=self.spec.num_kv_heads, head_dim=self.spec.head_dim)
         capacity = max(len(item) for item in self.k) + 2
         cache = KVCache(
             [layer],
@@ -286,7 +287,7 @@ def test_what_would_be_read_out_of_bounds_is_refused(backend: NativeAttention) -
     with pytest.raises(ValueError, match="of 2 x 7"):
         backend.attend(q, k, v, PLAIN, ForwardBatch.of([[0, 0]], slots=[-1]), state)
     for heads, size in ((1, 16), (2, 8)):
-        narrow = StateSpec(num_kv_heads=heads, head_dim=size)
+        narrow = KeysAndValues(num_kv_heads=heads, head_dim=size)
         other = KVCache([narrow], num_sequences=2, capacity=7, dtype=torch.float32, devices=[CPU])
         with pytest.raises(ValueError, match=f"the cache has {heads} heads of {size}"):
             backend.attend(q, k, v, PLAIN, ForwardBatch.of([[0, 0]]), other.states[0])

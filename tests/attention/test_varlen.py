@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hanok.attention.base import AttentionSpec, ForwardBatch, backends, reference
-from hanok.attention.cache import KVCache, LayerState, StateSpec
+from hanok.attention.cache import KVCache, LayerState
+from hanok.attention.state import KeysAndValues
 
 CPU = torch.device("cpu")
 BLOCK = 16
@@ -55,7 +56,7 @@ def by_sequence(
 
 def a_state(spec: AttentionSpec, num_blocks: int) -> LayerState:
     """Blocks of NaN: what is read without having been written shows."""
-    layer = StateSpec(num_kv_heads=spec.num_kv_heads, head_dim=spec.head_dim)
+    layer = KeysAndValues(num_kv_heads=spec.num_kv_heads, head_dim=spec.head_dim)
     cache = KVCache(
         [layer], num_sequences=num_blocks, capacity=BLOCK, dtype=torch.float32, devices=[CPU]
     )
@@ -114,7 +115,7 @@ def test_keys_of_all_sequences_are_written_and_packed(
 
 def test_a_cache_in_int8_goes_to_the_next_backend() -> None:
     spec = AttentionSpec(num_heads=2, num_kv_heads=1, head_dim=16, scale=0.3)
-    layer = StateSpec(num_kv_heads=1, head_dim=16)
+    layer = KeysAndValues(num_kv_heads=1, head_dim=16)
     q, k, v = (torch.randn(5, n, 16, generator=torch.Generator().manual_seed(n)) for n in (2, 1, 1))
     answers: list[Tensor] = []
     for name in ("varlen", "sdpa"):

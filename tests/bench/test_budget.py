@@ -75,7 +75,7 @@ class FakeWorker:
             "weight_bytes": 10**7,
             "peak_bytes": 10**8,
             "token_bytes": 10**7,
-            "cache_token_bytes": 1000,
+            "dtype": "bfloat16",
         }
 
     def use(self, setting: Setting) -> None:

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from tests.models.plugins.families.decayed import Decay
 
 import hanok
 from hanok.bench.grid import GridRow
@@ -177,6 +178,17 @@ def test_reasons_not_to_load() -> None:
         why_not(Setting(dtype="bfloat16", quant="int9"), workload)
 
 
+def test_a_model_without_attention_is_measured_and_not_speculated_on() -> None:
+    subject = SubjectModel(LOAD)
+    assert subject.facts().why_not_speculation("ngram") is None
+    subject.config = subject.config.with_layers(mixer=Decay(size=8))
+    facts, setting = subject.facts(), Setting(dtype="bfloat16", attention="eager")
+    usual = SubjectModel(LOAD).facts().attention(setting)
+    assert (facts.attention(setting), facts.why_not_attention(setting)) == (usual, None)
+    assert "cannot be truncated" in (facts.why_not_speculation("ngram") or "")
+    assert facts.why_not_speculation("off") is None
+
+
 def test_options_out_of_range() -> None:
     options = BenchOptions(load=LOAD, axes=(Axes(),), text=TEXT)
     with pytest.raises(OptionError, match="rounds is 0"):
@@ -249,15 +261,19 @@ def test_shares_are_their_formulas() -> None:
     workload = Workload(prompt_tokens=100, new_tokens=50, batch=4)
     row = GridRow(setting=Setting(), workload=workload)
     best = Probe(gb_per_s=10.0, gflop_per_s=100.0)
-    # 200 tokens/s of 4 sequences are 50 passes; each reads 1 MB and 4 x 125 tokens of 1 kB.
-    found = bandwidth_share(row, 200.0, (10**6, 1000), best)
-    assert found == pytest.approx(50 * (10**6 + 4 * 125 * 1000) / 10e9)
+    # 200 tokens/s of 4 sequences are 50 passes; each reads 1 MB and 4 x 125 tokens: of 5 layers two
+    # heads' keys and values, of 64 components in two bytes or, with a scale, in one.
+    read = (10**6, "bfloat16")
+    for kept, head_bytes in (("auto", 64 * 2), ("int8", 64 + 4)):
+        kind = replace(row, setting=Setting(cache_dtype=kept))
+        found = bandwidth_share(kind, 200.0, read, config, best)
+        assert found == pytest.approx(50 * (10**6 + 4 * 125 * 5 * 4 * head_bytes) / 10e9)
     for setting in (Setting(cache=False), Setting(speculation="ngram")):
-        assert bandwidth_share(replace(row, setting=setting), 200.0, (1, 1), best) is None
-    assert bandwidth_share(row, None, (1, 1), best) is None
+        assert bandwidth_share(replace(row, setting=setting), 200.0, read, config, best) is None
+    assert bandwidth_share(row, None, read, config, best) is None
     norms = (2 * config.num_layers + 1) * config.hidden_size
     dense = 2 * (config.num_parameters() - norms)
-    seen = 4 * config.num_heads * config.head_dim * config.num_layers * 50
+    seen = 4 * config.attentions[0].qkv_sizes[0] * config.num_layers * 50
     assert prompt_flops(row, config) == pytest.approx(400 * (dense + seen))
 
 

@@ -321,7 +321,7 @@ def test_an_int8_cache_says_almost_the_same(backend: str) -> None:
     small = hanok.load(hanok.BUNDLED, attn_implementation=backend, cache_dtype="int8")
     cache = small.decoder.new_cache(2, 10)
     assert cache.states[0].keys.dtype is torch.int8
-    head_dim = small.config.head_dim
+    head_dim = small.config.attentions[0].head_dim
     wide = plain.decoder.new_cache(2, 10)
     assert cache.size_bytes * 2 * head_dim == wide.size_bytes * (head_dim + 4)
     options = {"max_new_tokens": 12, "temperature": 0.0}

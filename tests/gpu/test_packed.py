@@ -7,7 +7,8 @@ from torch._dynamo.utils import counters
 
 import hanok
 from hanok.attention.base import AttentionSpec, ForwardBatch, backends, choose, reference
-from hanok.attention.cache import KVCache, StateSpec
+from hanok.attention.cache import KVCache
+from hanok.attention.state import KeysAndValues
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"),
@@ -59,7 +60,7 @@ def test_prompts_continue_what_a_cache_holds(window: int | None) -> None:
     new, past = [5, 100, 1, 64], [0, 200, 64, 3]
     parts = [heads_of(spec, p + n, torch.bfloat16) for p, n in zip(past, new, strict=True)]
     blocks = [(3,), (9, 0, 5, 7, 2), (1, 8), (6, 4)]
-    layer = StateSpec(num_kv_heads=2, head_dim=64)
+    layer = KeysAndValues(num_kv_heads=2, head_dim=64)
     cache = KVCache([layer], num_sequences=10, capacity=64, dtype=torch.bfloat16, devices=[CUDA])
     state, expected = cache.states[0], []
     for part, start, mine in zip(parts, past, blocks, strict=True):

@@ -18,6 +18,7 @@ from hanok.models.config import (
     ModelConfig,
     Norm,
     Rope,
+    SoftmaxAttention,
 )
 from hanok.models.decoder import Decoder
 from hanok.models.family import families, read_config
@@ -152,38 +153,44 @@ def test_parameter_bytes_are_the_published_totals(
     assert round(found.num_active_parameters() / 1e9, 1) == active_billions
 
 
+ATTENTION = SoftmaxAttention(
+    num_heads=4, num_kv_heads=2, head_dim=6, rope=Rope(theta=1e4, rotary_dim=6)
+)
 SMALL = ModelConfig(
     model_type="llama",
     vocab_size=10,
     hidden_size=8,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=6,
     max_positions=32,
     norm=Norm(kind="rms", eps=1e-6),
-    mlp=Mlp(intermediate_size=5, activation="silu"),
     layers=(
-        LayerConfig(rope=Rope(theta=1e4, rotary_dim=6)),
-        LayerConfig(rope=None, window=3, has_experts=True),
-    ),
-    experts=Experts(
-        num_experts=4, num_experts_per_token=2, intermediate_size=7, is_renormalised=True
+        LayerConfig(mixer=ATTENTION, mlp=Mlp(intermediate_size=5, activation="silu")),
+        LayerConfig(
+            mixer=replace(ATTENTION, rope=None, window=3),
+            mlp=Experts(
+                num_experts=4,
+                num_experts_per_token=2,
+                intermediate_size=7,
+                activation="silu",
+                is_renormalised=True,
+            ),
+        ),
     ),
 )
+DENSE = replace(SMALL, layers=SMALL.layers[:1] * 2)
 SHAPES = {
     "pre": SMALL,
     "tied": replace(SMALL, tie_embeddings=True),
-    "biases": replace(
-        SMALL, has_qkv_bias=True, has_output_bias=True, mlp=replace(SMALL.mlp, has_bias=True)
-    ),
-    "not gated": replace(SMALL, mlp=replace(SMALL.mlp, is_gated=False)),
+    "biases": DENSE.with_attention(has_qkv_bias=True, has_output_bias=True).with_mlp(has_bias=True),
+    "not gated": DENSE.with_mlp(is_gated=False),
     "layer norm": replace(SMALL, norm=Norm(kind="layer", eps=1e-5, has_bias=True)),
-    "norms on heads": replace(SMALL, qk_norm="head"),
-    "norms on all heads": replace(SMALL, qk_norm="full"),
-    "post": replace(SMALL, norm_placement="post"),
-    "sandwich": replace(SMALL, norm_placement="sandwich"),
-    "parallel": replace(SMALL, norm_placement="parallel"),
-    "shared": replace(SMALL, norm_placement="shared", norm=Norm(kind="layer", eps=1e-5)),
+    "norms on heads": SMALL.with_attention(qk_norm="head"),
+    "norms on all heads": SMALL.with_attention(qk_norm="full"),
+    "post": SMALL.with_layers(norm_placement="post"),
+    "sandwich": SMALL.with_layers(norm_placement="sandwich"),
+    "parallel": SMALL.with_layers(norm_placement="parallel"),
+    "shared": replace(
+        SMALL.with_layers(norm_placement="shared"), norm=Norm(kind="layer", eps=1e-5)
+    ),
     "learned positions": replace(SMALL, has_learned_positions=True),
 }
 
@@ -214,8 +221,7 @@ def test_flops_and_cache_of_a_small_decoder_by_hand() -> None:
 def test_sequences_share_angles_up_to_where_dynamic_scaling_begins() -> None:
     assert SMALL.max_context_tokens == 32
     scaling = DynamicScaling(factor=2.5, max_positions=32)
-    layer = LayerConfig(rope=Rope(theta=1e4, rotary_dim=6, scaling=scaling))
-    grown = replace(SMALL, layers=(layer,))
+    grown = SMALL.with_attention(rope=Rope(theta=1e4, rotary_dim=6, scaling=scaling))
     assert grown.max_context_tokens == 80
     assert grown.shares_angles(1, 32)
     assert not grown.shares_angles(32, 33)
@@ -447,7 +453,7 @@ def test_gemmas_gelu_is_its_tanh_form() -> None:
         ({"hidden_act": "gelu", "hidden_activation": "gelu_pytorch_tanh"}, "gelu_tanh"),
         ({"hidden_act": "relu"}, "relu"),
     ):
-        assert read(gemma | says).mlp.activation == means
+        assert read(gemma | says).layers[0].mlp.activation == means
 
 
 def test_what_a_rope_leaves_empty_or_tells_of_its_training_is_no_matter() -> None:
@@ -455,7 +461,7 @@ def test_what_a_rope_leaves_empty_or_tells_of_its_training_is_no_matter() -> Non
     noted = yarn | {"finetuned": True, "attention_factor": None, "low_freq_factor": None}
     found = read(LLAMA_3_1_8B | {"rope_scaling": noted})
     assert found == read(LLAMA_3_1_8B | {"rope_scaling": yarn})
-    assert read(LLAMA_3_1_8B | {"rope_scaling": {"type": None}}).layers[0].rope == Rope(
+    assert read(LLAMA_3_1_8B | {"rope_scaling": {"type": None}}).layers[0].attention.rope == Rope(
         theta=500000.0, rotary_dim=128
     )
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import transformers
+from tests.models.golden import goldens
 from tests.models.test_published import PUBLISHED
 
 from hanok.models.family import families, read_config, sources
@@ -17,10 +18,13 @@ def usual(request: pytest.FixtureRequest) -> tuple[str, ...]:
 
 
 def written(model_type: str) -> dict[str, Any]:
-    """A config.json of a family: a published one, or what transformers has as its defaults."""
+    """A config.json of a family: a published one, a golden's, or transformers' defaults."""
     published = [config for config in PUBLISHED.values() if config["model_type"] == model_type]
     if published:
         return published[0]
+    frozen = [item.config for item in goldens().values() if item.model_type == model_type]
+    if frozen:
+        return dict(frozen[0])
     # What HyperCLOVA X publishes as "vlm" is what transformers calls otherwise.
     known = {"vlm": "hyperclovax_vision_v2"}.get(model_type, model_type)
     dump = transformers.CONFIG_MAPPING[known]().to_json_string(use_diff=False)

@@ -19,7 +19,7 @@ from hanok.attention.base import ForwardBatch
 from hanok.kernels import processor
 from hanok.kernels.native import native
 from hanok.models import linear
-from hanok.models.config import LayerConfig, Mlp, ModelConfig, Norm, Rope
+from hanok.models.config import LayerConfig, Mlp, ModelConfig, Norm, Rope, SoftmaxAttention
 from hanok.models.decoder import Decoder
 from hanok.models.linear import Linear, Product, choose_product, dense
 
@@ -326,17 +326,15 @@ def test_the_module_multiplies_with_its_own_weight_and_bias() -> None:
 @pytest.fixture
 def decoder() -> Decoder:
     rope = Rope(theta=10000.0, rotary_dim=16)
+    mixer = SoftmaxAttention(num_heads=4, num_kv_heads=2, head_dim=16, rope=rope)
+    mlp = Mlp(intermediate_size=96, activation="silu")
     config = ModelConfig(
         model_type="llama",
         vocab_size=67,
         hidden_size=64,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=16,
         max_positions=64,
         norm=Norm(kind="rms", eps=1e-5),
-        mlp=Mlp(intermediate_size=96, activation="silu"),
-        layers=(LayerConfig(rope=rope),) * 2,
+        layers=(LayerConfig(mixer=mixer, mlp=mlp),) * 2,
     )
     made = Decoder(config)
     made.initialise(0.15, torch.Generator().manual_seed(3))

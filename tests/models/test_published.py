@@ -645,8 +645,8 @@ def test_tensors_are_those_that_transformers_makes_of_the_file(name: str) -> Non
 
 def kinds(layers: tuple[LayerConfig, ...]) -> list[tuple[int | None, bool, bool]]:
     return [
-        (layer.window, layer.rope is not None, bool(layer.rope and layer.rope.scaling))
-        for layer in layers
+        (item.window, item.rope is not None, bool(item.rope and item.rope.scaling))
+        for item in (layer.attention for layer in layers)
     ]
 
 

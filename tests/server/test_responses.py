@@ -134,7 +134,7 @@ def test_fields_become_those_of_a_chat_request() -> None:
         ),
         ({"n": 2}, "`n` is no field of /v1/responses"),
         ({"input": []}, "`input` cannot be empty"),
-        ({"input": [{"type": "item_reference", "id": "x"}]}, "input.0 refers to an item"),
+        ({"input": [{"type": "item_reference", "id": "x"}]}, "input.0 refers to a stored item"),
         ({"input": [{"type": "computer_call"}]}, "input.0 is of type 'computer_call'"),
         ({"input": [{"role": "tool", "content": "x"}]}, "input.0.role must be user"),
         ({"input": [{"role": ["user"]}]}, "input.0.role must be user"),

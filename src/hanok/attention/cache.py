@@ -1,9 +1,10 @@
-"""The keys and values of the tokens already computed, one state for each layer.
+"""What layers keep of the tokens already computed, one state for each layer.
 
-Memory is claimed once, for `capacity` tokens of each sequence: (sequences, kv_heads, capacity,
+Keys and values are claimed once, for `capacity` tokens of each sequence: (sequences, kv_heads, capacity,
 head_dim), so that one head's keys lie together and a single query reads them as a plain matrix.
-`lengths` counts the tokens that are valid; going back (`truncate`) only lowers it. An engine takes
-blocks of a few tokens, several for each sequence, and counts for itself (engine/blocks.py).
+`lengths` counts the tokens that are valid; for keys and values `truncate` only lowers it, a state of
+fixed size can only begin again. An engine takes blocks of a few tokens, several for each sequence, and
+counts for itself (engine/blocks.py); only states that lie in blocks serve it.
 
 Where angles depend on the length of the sequence (dynamic and longrope scaling), what is cached was
 computed for one length, `computed_for`, and is invalid for a length with other angles: the caller of the
@@ -11,20 +12,12 @@ decoder then truncates to nothing and computes again.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from hanok.errors import RequestError
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StateSpec:
-    """What one layer keeps for each token."""
-
-    num_kv_heads: int
-    head_dim: int
+from hanok.attention.state import FixedState, KeysAndValues, StateSpec
+from hanok.errors import RequestError, UnsupportedError
 
 
 class LayerState:
@@ -47,6 +40,23 @@ class LayerState:
         self.values = values
         self.key_scale = key_scale
         self.value_scale = value_scale
+
+    @classmethod
+    def claim(
+        cls,
+        spec: KeysAndValues,
+        num_sequences: int,
+        capacity: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> "LayerState":
+        """Return an empty state; in int8 with scales."""
+        shape = (num_sequences, spec.num_kv_heads, capacity, spec.head_dim)
+        keys, values = (torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
+        scales: list[Tensor] = []
+        if dtype is torch.int8:
+            scales = [torch.empty(shape[:-1], device=device) for _ in range(2)]
+        return cls(keys, values, *scales)
 
     @property
     def nbytes(self) -> int:
@@ -99,12 +109,34 @@ def _read(kept: Tensor, blocks: Sequence[int], end: int) -> Tensor:
     return torch.cat([kept[block] for block in used], dim=1)[:, :end]
 
 
+class SequenceState:
+    """Numbers of one layer that do not grow with a sequence: `values` (sequences, …) float32.
+
+    A sequence begins with zeros. Its tokens change them in place, so they hold all of its tokens, or
+    after `clear` none.
+    """
+
+    __slots__ = ("values",)
+
+    def __init__(self, spec: FixedState, num_sequences: int, device: torch.device) -> None:
+        self.values = torch.zeros(num_sequences, *spec.shape, device=device)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes claimed."""
+        return self.values.nbytes
+
+    def clear(self, slot: int) -> None:
+        """Let a sequence begin again."""
+        self.values[slot].zero_()
+
+
 class KVCache:
     """The states of all layers, and how many tokens of each sequence they hold."""
 
     def __init__(
         self,
-        specs: Sequence[StateSpec],
+        specs: Sequence[StateSpec | None],
         *,
         num_sequences: int,
         capacity: int,
@@ -113,23 +145,31 @@ class KVCache:
         is_paged: bool = False,
     ) -> None:
         self.capacity = capacity
+        self.dtype = dtype
+        """What keys and values are kept in."""
         self.is_paged = is_paged
-        """Whether rows are blocks of sequences; whoever gives them to sequences counts the tokens."""
+        """Whether rows are blocks of sequences; who assigns the blocks counts the tokens."""
+        if is_paged and (reason := why_not_paged(specs)):
+            raise UnsupportedError(reason)
         self.lengths = [0] * num_sequences
         self.computed_for = [0] * num_sequences
-        self.states = []
+        self.states: list[LayerState | SequenceState | None] = []
+        """By layer; None where it keeps nothing."""
         for spec, device in zip(specs, devices, strict=True):
-            shape = (num_sequences, spec.num_kv_heads, capacity, spec.head_dim)
-            keys, values = (torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
-            scales: list[Tensor] = []
-            if dtype is torch.int8:
-                scales = [torch.empty(shape[:-1], device=device) for _ in range(2)]
-            self.states.append(LayerState(keys, values, *scales))
+            match spec:
+                case KeysAndValues():
+                    state = LayerState.claim(spec, num_sequences, capacity, dtype, device)
+                    self.states.append(state)
+                case FixedState():
+                    self.states.append(SequenceState(spec, num_sequences, device))
+                case _:
+                    self.states.append(None)
+        self._fixed = [state for state in self.states if isinstance(state, SequenceState)]
 
     @property
     def size_bytes(self) -> int:
         """Bytes claimed; on a CPU the operating system backs them only once they are written."""
-        return sum(state.nbytes for state in self.states)
+        return sum(state.nbytes for state in self.states if state is not None)
 
     def advance(
         self, slots: Sequence[int], num_tokens: Sequence[int], sequence_lengths: Sequence[int]
@@ -151,6 +191,39 @@ class KVCache:
             self.lengths[slot] += count
             self.computed_for[slot] = length
 
+    @property
+    def can_truncate(self) -> bool:
+        """Whether the first tokens of a sequence can be kept and the others forgotten."""
+        return not self._fixed
+
     def truncate(self, slot: int, num_tokens: int) -> None:
-        """Forget all but the first `num_tokens` tokens of a sequence."""
-        self.lengths[slot] = min(self.lengths[slot], num_tokens)
+        """Forget all but the first `num_tokens` tokens of a sequence.
+
+        Raises UnsupportedError where a state of fixed size would have to go back to some of them.
+        """
+        if num_tokens >= self.lengths[slot]:
+            return
+        if self._fixed and num_tokens:
+            raise UnsupportedError(
+                f"sequence {slot} holds {self.lengths[slot]} tokens and cannot go back to "
+                f"{num_tokens}: later tokens have changed a state of fixed size."
+            )
+        for state in self._fixed:
+            state.clear(slot)
+        self.lengths[slot] = num_tokens
+
+    def keep(self, slot: int, num_tokens: int) -> None:
+        """Keep at most the first `num_tokens` tokens of a sequence: none where it cannot go back."""
+        can_keep = self.can_truncate or num_tokens >= self.lengths[slot]
+        self.truncate(slot, num_tokens if can_keep else 0)
+
+
+def why_not_paged(specs: Sequence[StateSpec | None]) -> str | None:
+    """Return why states cannot lie in the blocks of an engine; None where they can."""
+    names = {spec.name for spec in specs if spec is not None and not spec.can_page}
+    if not names:
+        return None
+    return (
+        f"layers keep {' and '.join(sorted(names))}, which does not lie in blocks of tokens, so the "
+        "engine cannot schedule it. Use generate, which computes prompts together from first to last."
+    )

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from hanok.attention.base import AttentionSpec, Backend, ForwardBatch, backends, reference
-from hanok.attention.cache import KVCache, LayerState, StateSpec
+from hanok.attention.cache import LayerState
+from hanok.attention.state import KeysAndValues
 from hanok.bench.grid import NO_TIME
 from hanok.bench.growth import free_bytes, peak_growth_bytes
 from hanok.bench.turns import (
@@ -126,9 +127,12 @@ class AttentionCase:
         return 4 * self.batch * self.num_heads * self.head_dim * pairs
 
     def _kept_bytes(self, keys: int) -> int:
-        scale_bytes = 4 if self.cache_dtype == "int8" else 0
-        row = self.head_dim * self.kept_dtype.itemsize + scale_bytes
-        return 2 * self.batch * keys * self.num_kv_heads * row
+        return self.batch * self.kept.nbytes(keys, str(self.kept_dtype).removeprefix("torch."))
+
+    @property
+    def kept(self) -> KeysAndValues:
+        """What the cache holds of a sequence."""
+        return KeysAndValues(num_kv_heads=self.num_kv_heads, head_dim=self.head_dim)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -294,17 +298,14 @@ class Tensors:
             draw(case.batch, case.num_kv_heads, case.keys, case.head_dim) for _ in range(2)
         )
         num_layers = _num_layers(case, conditions)
-        cache = KVCache(
-            [StateSpec(num_kv_heads=case.num_kv_heads, head_dim=case.head_dim)] * num_layers,
-            num_sequences=case.batch,
-            capacity=case.keys,
-            dtype=case.kept_dtype,
-            devices=[device] * num_layers,
-        )
+        states = [
+            LayerState.claim(case.kept, case.batch, case.keys, case.kept_dtype, device)
+            for _ in range(num_layers)
+        ]
         for slot in range(case.batch):
-            cache.states[0].extend((slot,), 0, keys[slot], values[slot])
-        for state in cache.states[1:]:
-            _copy(cache.states[0], state)
+            states[0].extend((slot,), 0, keys[slot], values[slot])
+        for state in states[1:]:
+            _copy(states[0], state)
         past = case.keys - case.queries
         new_k, new_v = (
             whole[:, :, past:].transpose(1, 2).reshape(-1, case.num_kv_heads, case.head_dim)
@@ -313,9 +314,7 @@ class Tensors:
         batch = ForwardBatch.of(
             [[0] * case.queries] * case.batch, past=[past] * case.batch, device=device
         )
-        return cls(
-            q=q, k=new_k, v=new_v, keys=keys, values=values, batch=batch, states=cache.states
-        )
+        return cls(q=q, k=new_k, v=new_v, keys=keys, values=values, batch=batch, states=states)
 
     def last(self, queries: int) -> "Tensors":
         """Return the same with the last so many queries of each sequence."""

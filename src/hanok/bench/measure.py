@@ -108,7 +108,7 @@ class _Run:
         self._skipped: list[Skipped] = []
         self._measured: dict[GridRow, Measured] = {}
         self._loads: dict[Load, LoadRow] = {}
-        self._token_bytes: dict[Load, tuple[int, int]] = {}
+        self._weights_read: dict[Load, tuple[int, str]] = {}
         self._notes: list[str] = []
         for item in plan.skipped:
             self._leave_out(item.row, item.reason)
@@ -281,7 +281,7 @@ class _Run:
                 weight_bytes=told["weight_bytes"],
                 peak_bytes=told["peak_bytes"],
             )
-            self._token_bytes[load] = (told["token_bytes"], told["cache_token_bytes"])
+            self._weights_read[load] = (told["token_bytes"], told["dtype"])
         found = self._answer(row, self._limit_s())
         return Measured(
             warm_up=_sample(found),
@@ -465,7 +465,7 @@ class _Run:
         made, level = finished_rows(
             [(row, self._measured[row]) for row in rows],
             self._subject.config,
-            self._token_bytes,
+            self._weights_read,
             best,
             self._label,
         )

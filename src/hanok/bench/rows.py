@@ -29,14 +29,14 @@ class Measured:
 def finished_rows(
     rows: Sequence[tuple[GridRow, Measured]],
     config: ModelConfig,
-    token_bytes: Mapping[Load, tuple[int, int]],
+    weights_read: Mapping[Load, tuple[int, str]],
     best: Probe,
     label: Callable[[GridRow], str],
 ) -> tuple[list[Row], float]:
     """Return the rows of a report, and the certainty that each comparison was asked for.
 
-    `token_bytes`: of each load, the bytes of weights that a pass reads, and those of one token's keys
-    and values. The first row of a workload is what its others are compared with.
+    `weights_read`: of each load, the bytes of weights that a pass reads, and what it computes in. The
+    first row of a workload is what its others are compared with.
     """
     first: dict[object, Measured] = {}
     for row, measured in rows:
@@ -74,7 +74,9 @@ def finished_rows(
                 verdict=ratio.verdict,
                 peak_bytes=measured.peak_bytes,
                 peak_device_bytes=measured.peak_device_bytes,
-                bandwidth_share=bandwidth_share(row, rate, token_bytes[row.setting.load], best),
+                bandwidth_share=bandwidth_share(
+                    row, rate, weights_read[row.setting.load], config, best
+                ),
                 flop_share=prompt_flops(row, config) / first_s / (best.gflop_per_s * 1e9),
                 is_same_text=measured.difference is None,
                 difference=measured.difference,
@@ -87,7 +89,7 @@ def finished_rows(
 
 
 def _tokens_per_s(row: GridRow, samples: Sequence[Sample]) -> float | None:
-    """Return the median rate behind the first token; None where there is none."""
+    """Return the median rate after the first token; None where there is none."""
     count = (row.workload.new_tokens - 1) * row.workload.batch
     if count == 0:
         return None
@@ -95,21 +97,24 @@ def _tokens_per_s(row: GridRow, samples: Sequence[Sample]) -> float | None:
 
 
 def bandwidth_share(
-    row: GridRow, tokens_per_s: float | None, token_bytes: tuple[int, int], best: Probe
+    row: GridRow,
+    tokens_per_s: float | None,
+    weights_read: tuple[int, str],
+    config: ModelConfig,
+    best: Probe,
 ) -> float | None:
     """Return what decoding reads per second over what memory can give.
 
-    A pass over one token of each sequence reads the weights once, and the keys and values before it.
-    Not said of passes that take several tokens: with speculation, or without a cache.
+    A pass over one token of each sequence reads the weights once, and what is kept of those before
+    it. Not said of passes that take several tokens: with speculation, or without a cache.
     """
     if tokens_per_s is None or not row.setting.cache or row.setting.speculation != "off":
         return None
-    weights, cached = token_bytes
-    workload = row.workload
-    seen = workload.prompt_tokens + workload.new_tokens / 2
-    if row.setting.cache_dtype != "auto":
-        cached //= 2  # one byte where two are usual
-    per_pass = weights + cached * seen * workload.batch
+    weight_bytes, dtype = weights_read
+    workload, kept = row.workload, row.setting.cache_dtype
+    seen = workload.prompt_tokens + workload.new_tokens // 2
+    cached = config.kv_cache_bytes(seen, dtype if kept == "auto" else kept)
+    per_pass = weight_bytes + cached * workload.batch
     return per_pass * tokens_per_s / workload.batch / (best.gb_per_s * 1e9)
 
 

@@ -16,9 +16,9 @@ from dataclasses import dataclass, fields
 from itertools import product
 from typing import Any, get_args, get_type_hints
 
+from hanok.attention.state import FLOAT_BYTES
 from hanok.errors import OptionError
 from hanok.memory.options import CacheDtype, DeviceMap
-from hanok.models.config import DTYPE_BYTES
 from hanok.registry import nearest_first
 
 AUTO = "auto"
@@ -222,7 +222,7 @@ def _values(key: str, value: Any, where: str) -> tuple[Any, ...]:
 def _check_names(key: str, values: Sequence[Any], where: str) -> None:
     """Refuse names that nothing has; backends and recipes are looked up when the grid is planned."""
     known = {
-        "dtype": (AUTO, *DTYPE_BYTES),
+        "dtype": (AUTO, *FLOAT_BYTES),
         "cache_dtype": get_args(CacheDtype),
         "speculation": SPECULATIONS,
     }.get(key)

@@ -5,11 +5,14 @@ from pathlib import Path
 from hanok.engine.generate import TokenStream
 from hanok.engine.model import Model
 from hanok.engine.speculate import Speculation
+from hanok.models.config import ModelConfig
 
 
-def why_not(method: str, draft: Path | None) -> str | None:
-    """Return why a method cannot be measured, or None."""
-    return "needs a draft model (--draft)" if method == "draft" and draft is None else None
+def why_not(method: str, draft: Path | None, config: ModelConfig) -> str | None:
+    """Return why a method cannot be measured with a model, or None."""
+    if method == "draft" and draft is None:
+        return "needs a draft model (--draft)"
+    return None if method == "off" else config.why_not_truncated()
 
 
 def asked(method: str, draft: Model | None) -> Speculation | None:

@@ -22,7 +22,8 @@ from hanok.memory.needs import STORED_NAMES, choose_dtype
 from hanok.memory.plan import LoadPlan
 from hanok.memory.planning import describe
 from hanok.memory.tensors import DTYPES
-from hanok.models.config import ModelConfig
+from hanok.models.config import ModelConfig, SoftmaxAttention
+from hanok.models.mixers.base import attention_spec
 from hanok.quant.recipe import read_recipe
 from hanok.registry import nearest_first
 
@@ -97,25 +98,15 @@ class SubjectModel:
             dtype=self.dtype,
             attention=self._best_attention,
             why_not_attention=self._why_not_attention,
-            why_not_speculation=lambda method: speculation.why_not(method, draft),
+            why_not_speculation=lambda method: speculation.why_not(method, draft, self.config),
             why_not_graphs=self._why_not_graphs,
             why_not_load=cache(self._why_not_load),
         )
 
     def _specs(self) -> list[AttentionSpec]:
-        config = self.config
-        windows = dict.fromkeys(layer.window for layer in config.layers)
-        return [
-            AttentionSpec(
-                num_heads=config.num_heads,
-                num_kv_heads=config.num_kv_heads,
-                head_dim=config.head_dim,
-                scale=config.attention_scale,
-                window=window,
-                softcap=config.attention_softcap,
-            )
-            for window in windows
-        ]
+        """Return what layers ask of a backend; where none attends, something that all backends fit."""
+        plain = SoftmaxAttention(num_heads=1, num_kv_heads=1, head_dim=64, rope=None)
+        return list(dict.fromkeys(map(attention_spec, self.config.attentions or [plain])))
 
     def _device_of(self, setting: Setting) -> torch.device:
         return torch.device("cpu") if setting.device_map == "cpu" else self.device

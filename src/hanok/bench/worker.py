@@ -64,14 +64,12 @@ class Worker:
             self._draft = load(plan=draft_plan, threads=asked.threads)
         self._model = load(plan=plan, threads=asked.threads)
         seconds = time.perf_counter() - start
-        decoder, config = self.model.decoder, self.model.config
+        decoder = self.model.decoder
         return {
             "load_s": seconds,
             "weight_bytes": weight_bytes(decoder),
             "token_bytes": bytes_per_token(decoder),
-            "cache_token_bytes": config.kv_cache_bytes(
-                1, str(decoder.dtype).removeprefix("torch.")
-            ),
+            "dtype": str(decoder.dtype).removeprefix("torch."),
             "peak_bytes": peak_bytes(),
         }
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from hanok.attention.base import DeviceLengths, ForwardBatch, HostLengths
 from hanok.attention.cache import KVCache
 from hanok.models.config import Rope
-from hanok.models.decoder import Block, Decoder
+from hanok.models.decoder import Decoder
 from hanok.models.layers import ExpertsLayer
 from hanok.models.linear import Linear
 
@@ -39,10 +39,10 @@ def why_not_static(decoder: Decoder, cache: KVCache) -> str | None:
         return "weights are read from disk in every pass"
     if decoder.execution.layout is not None:
         return "several devices compute it"
-    for block in decoder.layers:
-        if isinstance(block, Block) and block.self_attn.backend.recorded_on != "cuda":
-            return f"attention {block.self_attn.backend.name} takes lengths from the CPU"
-    if any(state.keys.dtype is not decoder.dtype for state in cache.states):
+    for _, mixer in decoder.mixers():
+        if (reason := mixer.why_not_recorded("cuda")) is not None:
+            return reason
+    if cache.dtype is not decoder.dtype:
         return "the cache has another dtype than the activations"
     for module in decoder.modules():
         if isinstance(module, ExpertsLayer):

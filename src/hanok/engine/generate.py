@@ -70,7 +70,7 @@ class PrefixCache:
         elif last is not None:
             # The last prompt token is computed again: its logits are needed.
             shared = _num_shared(last.token_ids, sequence.prompt_ids)
-            cache.truncate(0, min(shared, len(sequence.prompt_ids) - 1))
+            cache.keep(0, min(shared, len(sequence.prompt_ids) - 1))
         self._sequence = sequence
         return passes
 

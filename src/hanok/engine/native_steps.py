@@ -25,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 from hanok.attention.base import ForwardBatch
 from hanok.attention.cache import KVCache
 from hanok.kernels.native import FLOATS, AttentionCall, Native, Recording, Step, native, recording
-from hanok.models.decoder import Block, Decoder
+from hanok.models.decoder import Decoder
 
 # torch's functions by name. What asks for no numbers of a tensor and makes none:
 QUERIES = frozenset(
@@ -50,10 +50,8 @@ def why_not(decoder: Decoder, cache: KVCache) -> str | None:
         return "weights are read from disk in every pass"
     if decoder.dtype not in FLOATS:
         return f"our kernels do not compute in {str(decoder.dtype).removeprefix('torch.')}"
-    for block in decoder.layers:
-        if isinstance(block, Block) and block.self_attn.backend.recorded_on != "cpu":
-            return f"attention {block.self_attn.backend.name} is not one of our kernels"
-    return None
+    reasons = (mixer.why_not_recorded("cpu") for _, mixer in decoder.mixers())
+    return next((reason for reason in reasons if reason is not None), None)
 
 
 class NativeSteps:

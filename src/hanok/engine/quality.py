@@ -21,13 +21,13 @@ import torch
 from torch import Tensor, nn
 
 from hanok.attention.base import ForwardBatch
+from hanok.attention.state import FLOAT_BYTES
 from hanok.engine.bandwidth import read_gb_per_s
 from hanok.engine.model import Model, load
 from hanok.errors import OptionError, RequestError
 from hanok.memory.account import check_head
 from hanok.memory.options import DeviceMap
 from hanok.memory.planning import describe
-from hanok.models.config import DTYPE_BYTES
 from hanok.models.decoder import Decoder
 from hanok.models.layers import ExpertsLayer
 from hanok.models.linear import Linear, Weight
@@ -149,14 +149,14 @@ def _check(variants: Sequence[str], window: int, max_tokens: int) -> None:
     if twice:
         raise OptionError(f"variant {twice[0]!r} is there twice; name it once.")
     for name in variants:
-        if name not in DTYPE_BYTES:
+        if name not in FLOAT_BYTES:
             read_recipe(name)
 
 
 def _load_variant(
     path: str | Path, name: str, dtype: str, device_map: DeviceMap, threads: int | None
 ) -> Model:
-    if name in DTYPE_BYTES:
+    if name in FLOAT_BYTES:
         return _load(path, name, device_map, threads)
     return _load(path, dtype, device_map, threads, quant=name)
 

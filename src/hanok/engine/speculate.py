@@ -69,6 +69,12 @@ class Speculation:
     def check(self, model: "Model") -> None:
         """Raise OptionError where a model's tokens cannot be guessed so."""
         model.check_head()
+        for config in (model.config, *([self.draft.config] if self.draft is not None else [])):
+            if reason := config.why_not_truncated():
+                raise OptionError(
+                    f"tokens cannot be guessed ahead: {reason}. Wrong guesses would stay in it. "
+                    "Leave speculation out."
+                )
         if self.draft is not None:
             self.draft.check_head()
             check_vocabularies(model, self.draft)

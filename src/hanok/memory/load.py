@@ -35,7 +35,7 @@ from hanok.memory.tensors import Arena, MappedFiles, read_parameter
 from hanok.memory.threads import set_threads
 from hanok.memory.watch import Watchdog
 from hanok.models.config import ModelConfig
-from hanok.models.decoder import Block, Decoder, DeviceLayout, Execution, Stage
+from hanok.models.decoder import Decoder, DeviceLayout, Execution, Stage
 from hanok.models.family import Family, Source
 from hanok.quant.recipe import read_recipe
 
@@ -342,8 +342,8 @@ def _fallback_notes(decoder: Decoder, attention: str, used: Mapping[str, int]) -
         notes.append(f"hanok's kernels are {missing}")
     plain = AttentionSpec(num_heads=1, num_kv_heads=1, head_dim=64, scale=1.0)
     preferred = choose(attention, plain, decoder.device, decoder.dtype).name
-    if attention == "auto" and set(used) != {preferred}:
-        specs = {block.self_attn.spec for block in decoder.layers if isinstance(block, Block)}
+    if attention == "auto" and used and set(used) != {preferred}:
+        specs = {mixer.spec for _, mixer in decoder.mixers() if mixer.spec is not None}
         tables = [why_not_table(spec, decoder.device, decoder.dtype) for spec in specs]
         reasons = {reason for table in tables if (reason := table[preferred])}
         others = ", ".join(f"{name} in {count} layers" for name, count in used.items())

@@ -10,10 +10,11 @@ from itertools import pairwise
 from math import prod
 from typing import Protocol
 
+from hanok.attention.state import FLOAT_BYTES
 from hanok.checkpoint.files import TensorRef
 from hanok.errors import OptionError
 from hanok.memory.plan import Needs, Unit
-from hanok.models.config import DTYPE_BYTES, ModelConfig
+from hanok.models.config import ModelConfig
 from hanok.models.family import Family, Source
 
 STORED_NAMES: Mapping[str, str] = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -133,7 +134,7 @@ def needs_of(
                 token_bytes=sum(size.token_bytes for size in mine),
                 stream_bytes=sum(size.stream_bytes for size in mine),
                 mapped_bytes=sum(size.mapped_bytes for size in mine),
-                cache_bytes=_cache_bytes(config, use) if unit.startswith("layers.") else 0,
+                cache_bytes=_cache_bytes(config, unit, use),
                 work_bytes=_logits_bytes(config, use) if unit == head and config.has_head else 0,
             )
         )
@@ -156,29 +157,26 @@ def choose_dtype(
     float16 becomes bfloat16 on a CPU, which multiplies it several times faster.
     """
     if asked != "auto":
-        if asked not in DTYPE_BYTES:
-            raise OptionError(f"dtype {asked!r} is unknown. Choose auto, {', '.join(DTYPE_BYTES)}.")
+        if asked not in FLOAT_BYTES:
+            raise OptionError(f"dtype {asked!r} is unknown. Choose auto, {', '.join(FLOAT_BYTES)}.")
         return asked
     names = {stored: name for name, stored in STORED_NAMES.items()}
     stored = next((ref.dtype for ref in tensors.values() if "F" in ref.dtype), "F32")
     name = config.dtype or names.get(stored, "float32")
-    name = name if name in DTYPE_BYTES else "float32"
+    name = name if name in FLOAT_BYTES else "float32"
     return "bfloat16" if name == "float16" and is_on_cpu else name
 
 
 def activation_bytes(config: ModelConfig, use: Use) -> int:
     """Return what one pass holds beside weights and cache, with the holes it leaves in the heap.
 
-    The most is held inside an MLP: four rows of hidden states (a block's input, what attention made of
-    it, their sum, its norm), gate and up side by side, and their product.
+    The most is held inside a mixer or an MLP, beside four rows of hidden states: a block's input, what
+    the mixer made of it, their sum, its norm.
     """
     tokens = min(PREFILL_TOKENS, use.context * use.batch)
-    inner = config.mlp.intermediate_size
-    if config.experts is not None:
-        experts = config.experts
-        inner = max(inner, experts.intermediate_size * experts.num_experts_per_token)
-    widths = 4 * config.hidden_size + max(3 * inner, 2 * sum(config.qkv_sizes))
-    return round(HEAP_SLACK * tokens * widths * DTYPE_BYTES[use.dtype])
+    hidden = config.hidden_size
+    widths = 4 * hidden + max(layer.active_size(hidden) for layer in config.layers)
+    return round(HEAP_SLACK * tokens * widths * FLOAT_BYTES[use.dtype])
 
 
 def stays_as_it_is(source: Source, tensors: Mapping[str, TensorRef], dtype: str) -> bool:
@@ -189,7 +187,7 @@ def stays_as_it_is(source: Source, tensors: Mapping[str, TensorRef], dtype: str)
         keeps_order
         and all(ref.dtype == STORED_NAMES[dtype] and ref.strides is None for ref in refs)
         # Vector loads may assume that items start at multiples of their size.
-        and refs[0].offset_bytes % DTYPE_BYTES[dtype] == 0
+        and refs[0].offset_bytes % FLOAT_BYTES[dtype] == 0
         and all(
             first.path == second.path
             and first.offset_bytes + first.size_bytes == second.offset_bytes
@@ -225,7 +223,7 @@ class _Size:
         count, method = prod(source.shape), None
         if use.recipe is not None:
             method = use.recipe.method_for(name, is_tied=config.tie_embeddings)
-        weight_bytes = count * DTYPE_BYTES[use.dtype]
+        weight_bytes = count * FLOAT_BYTES[use.dtype]
         if method is not None:
             weight_bytes = round(count * method.bits_per_weight(source.shape[1]) / 8)
         refs = [tensors[part] for part in source.names if part in tensors]
@@ -235,9 +233,9 @@ class _Size:
             load_bytes = _bytes_while_made(source, refs, use.dtype, is_quantized=method is not None)
         return cls(
             weight_bytes=weight_bytes,
-            file_bytes=sum(ref.size_bytes for ref in refs) or count * DTYPE_BYTES[use.dtype],
+            file_bytes=sum(ref.size_bytes for ref in refs) or count * FLOAT_BYTES[use.dtype],
             token_bytes=_token_bytes(name, source, config, weight_bytes),
-            stream_bytes=count * DTYPE_BYTES[use.dtype],
+            stream_bytes=count * FLOAT_BYTES[use.dtype],
             mapped_bytes=weight_bytes if is_kept and use.may_map else 0,
             load_bytes=load_bytes,
         )
@@ -247,12 +245,14 @@ def _bytes_while_made(
     source: Source, refs: list[TensorRef], dtype: str, *, is_quantized: bool
 ) -> int:
     """Return what a reader holds beside the parameter itself."""
-    turns = source.layout != "rows" or any(ref.strides is not None for ref in refs)
+    is_moved = source.layout != "rows" or any(ref.strides is not None for ref in refs)
     if is_quantized:
-        return 4 * prod(source.shape) if turns else CHUNK_BYTES
+        return 4 * prod(source.shape) if is_moved else CHUNK_BYTES
     converts = any(ref.dtype != STORED_NAMES[dtype] for ref in refs)
     largest = max((ref.size_bytes for ref in refs), default=0)
-    return (largest if converts else 0) + (prod(source.shape) * DTYPE_BYTES[dtype] if turns else 0)
+    return (largest if converts else 0) + (
+        prod(source.shape) * FLOAT_BYTES[dtype] if is_moved else 0
+    )
 
 
 def _token_bytes(name: str, source: Source, config: ModelConfig, weight_bytes: int) -> int:
@@ -260,22 +260,21 @@ def _token_bytes(name: str, source: Source, config: ModelConfig, weight_bytes: i
         name == "embed_tokens.weight" and not config.tie_embeddings
     ):
         return weight_bytes // source.shape[0]
-    if ".experts." in name and config.experts is not None:
-        return weight_bytes * config.experts.num_experts_per_token // config.experts.num_experts
-    return weight_bytes
+    return int(weight_bytes * config.active_share(name))
 
 
-def _cache_bytes(config: ModelConfig, use: Use) -> int:
-    """Return the bytes of one layer's keys and values; int8 has a float32 for each head and token."""
-    rows = 2 * use.batch * use.context * config.num_kv_heads
-    if use.cache_dtype == "int8":
-        return rows * (config.head_dim + 4)
-    return rows * config.head_dim * DTYPE_BYTES[use.dtype]
+def _cache_bytes(config: ModelConfig, unit: str, use: Use) -> int:
+    """Return the bytes of what a unit's layer keeps of all sequences."""
+    if not unit.startswith("layers."):
+        return 0
+    state = config.layers[int(unit.removeprefix("layers."))].mixer.state()
+    dtype = "int8" if use.cache_dtype == "int8" else use.dtype
+    return use.batch * state.nbytes(use.context, dtype) if state is not None else 0
 
 
 def _logits_bytes(config: ModelConfig, use: Use) -> int:
     """Return the bytes of one row of scores for each sequence, as computed and in float32."""
-    return use.batch * config.vocab_size * (DTYPE_BYTES[use.dtype] + 4)
+    return use.batch * config.vocab_size * (FLOAT_BYTES[use.dtype] + 4)
 
 
 def unit_of(parameter: str) -> str:

@@ -9,8 +9,8 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, TypedDict, get_args
 
+from hanok.attention.state import FLOAT_BYTES
 from hanok.errors import OptionError
-from hanok.models.config import DTYPE_BYTES
 from hanok.registry import nearest_first
 
 Weights = Literal["auto", "mapped", "copied"]
@@ -18,7 +18,7 @@ CacheDtype = Literal["auto", "int8"]
 DeviceMap = str | int | Mapping[str, str | int]
 MaxMemory = str | Mapping[str | int, str | int]
 
-DTYPES = ("auto", *DTYPE_BYTES)
+DTYPES = ("auto", *FLOAT_BYTES)
 PLANNED = (
     "dtype",
     "quant",

@@ -1,10 +1,11 @@
 """The only forward pass: packed token ids in, hidden states out, logits for the rows that need them.
 
-    embed -> [norm -> attention -> +] -> [norm -> mlp -> +] x layers -> norm -> head
+    embed -> [norm -> mixer -> +] -> [norm -> mlp -> +] x layers -> norm -> head
 
-Training, generation and serving run this code. Where norms stand, what they are, which layers see a
-window or no positions is data (`ModelConfig`). Module paths are Llama's tensor names without the
-leading "model.", fused weights aside; `models/family.py` knows what files call them.
+Training, generation and serving run this code. Where norms are and of what kind, and what a layer's
+mixer and MLP are, is data (`ModelConfig`); mixers are in `models/mixers`. Module paths are
+Llama's tensor names without the leading "model.", fused weights aside; `models/family.py` knows what
+files call them.
 """
 
 from collections.abc import Mapping
@@ -13,78 +14,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from hanok.attention.base import AttentionSpec, Backend, ForwardBatch, choose
-from hanok.attention.cache import KVCache, LayerState, StateSpec
+from hanok.attention.base import ForwardBatch, choose
+from hanok.attention.cache import KVCache
 from hanok.kernels.native import native_for
 from hanok.models.config import LayerConfig, ModelConfig, Rope
-from hanok.models.layers import ExpertsLayer, MlpLayer, NormLayer, added
+from hanok.models.layers import NormLayer, added, mlp_of
 from hanok.models.linear import Embedding, Linear, Weight, Weighted
+from hanok.models.mixers.base import MixerModule, State, block_of, mixer_of
 from hanok.models.rotary import Rotary
 
 
-class Attention(nn.Module):
-    """Projections, norms on heads, rotation, and one call of a backend."""
-
-    def __init__(self, config: ModelConfig, layer: LayerConfig, rotary: Rotary | None) -> None:
-        super().__init__()
-        self.spec = AttentionSpec(
-            num_heads=config.num_heads,
-            num_kv_heads=config.num_kv_heads,
-            head_dim=config.head_dim,
-            scale=config.attention_scale,
-            window=layer.window,
-            softcap=config.attention_softcap,
-        )
-        self.rotary = rotary
-        self.grows = rotary is not None and rotary.rope.query_growth != 0
-        self.qk_norm = config.qk_norm
-        self.backend: Backend = choose("eager", self.spec, torch.device("cpu"), torch.float32)
-        hidden, (query_rows, key_rows, _) = config.hidden_size, config.qkv_sizes
-        self.qkv_proj = Linear(hidden, query_rows + 2 * key_rows, has_bias=config.has_qkv_bias)
-        self.o_proj = Linear(query_rows, hidden, has_bias=config.has_output_bias)
-        if config.qk_norm is not None:
-            rows = (config.head_dim,) * 2 if config.qk_norm == "head" else (query_rows, key_rows)
-            self.q_norm, self.k_norm = (NormLayer(config.norm, n, has_bias=False) for n in rows)
-
-    def forward(
-        self, x: Tensor, batch: ForwardBatch, cos_sin: Tensor | None, state: LayerState | None
-    ) -> Tensor:
-        """(tokens, hidden) -> (tokens, hidden); `cos_sin`: of the tokens' angles."""
-        spec, num_tokens = self.spec, x.shape[0]
-        packed: Tensor = self.qkv_proj(x, batch)
-        heads = packed.view(num_tokens, -1, spec.head_dim)
-        num_qk = spec.num_heads + spec.num_kv_heads
-        qk, v = heads[:, :num_qk], heads[:, num_qk:]
-        if self.qk_norm is None and not self.grows:
-            # Query and key heads are neighbours, so they are rotated in one call.
-            qk = self._rotated(qk, cos_sin)
-            q, k = qk[:, : spec.num_heads], qk[:, spec.num_heads :]
-        else:
-            q, k = self._normed(qk[:, : spec.num_heads], qk[:, spec.num_heads :])
-            if self.grows and cos_sin is not None:
-                q, k = self._rotated(q, cos_sin[2:]), self._rotated(k, cos_sin[:2])
-            else:
-                q, k = self._rotated(q, cos_sin), self._rotated(k, cos_sin)
-        scored = self.backend.attend(q, k, v, spec, batch, state)
-        output: Tensor = self.o_proj(scored.reshape(num_tokens, -1), batch)
-        return output
-
-    def _normed(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        if self.qk_norm is None:
-            return q, k
-        shapes = q.shape, k.shape
-        if self.qk_norm == "full":
-            q, k = q.reshape(q.shape[0], -1), k.reshape(k.shape[0], -1)
-        return self.q_norm(q).view(shapes[0]), self.k_norm(k).view(shapes[1])
-
-    def _rotated(self, heads: Tensor, cos_sin: Tensor | None) -> Tensor:
-        if self.rotary is None or cos_sin is None:
-            return heads
-        return self.rotary.rotate(heads, cos_sin)
-
-
 class Block(nn.Module):
-    """Attention and MLP with their residuals; `norm_placement` says where the norms stand."""
+    """A mixer and an MLP with their residuals; `norm_placement` says where the norms are.
+
+    The mixer of any kind has the path that Llama's attention has.
+    """
 
     attention_norm: nn.Module
     attention_post_norm: nn.Module
@@ -93,21 +37,18 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: LayerConfig, rotary: Rotary | None) -> None:
         super().__init__()
-        self.is_parallel = config.norm_placement in ("parallel", "shared")
-        self.shares_norm = config.norm_placement == "shared"
-        self.residual_scale = config.residual_scale
-        self.self_attn = Attention(config, layer, rotary)
-        if layer.has_experts and config.experts is not None:
-            self.mlp: nn.Module = ExpertsLayer(config.hidden_size, config.experts, config.mlp)
-        else:
-            self.mlp = MlpLayer(config.hidden_size, config.mlp)
+        self.is_parallel = layer.norm_placement in ("parallel", "shared")
+        self.shares_norm = layer.norm_placement == "shared"
+        self.residual_scale = layer.residual_scale
+        self.self_attn = mixer_of(config, layer.mixer, rotary)
+        self.mlp = mlp_of(config.hidden_size, layer.mlp)
         for name in ("attention_norm", "attention_post_norm", "mlp_norm", "mlp_post_norm"):
-            stands = name in config.norm_names()
-            norm = NormLayer(config.norm, config.hidden_size) if stands else nn.Identity()
+            is_used = name in layer.norm_names()
+            norm = NormLayer(config.norm, config.hidden_size) if is_used else nn.Identity()
             self.add_module(name, norm)
 
     def forward(
-        self, x: Tensor, batch: ForwardBatch, cos_sin: Tensor | None, state: LayerState | None
+        self, x: Tensor, batch: ForwardBatch, cos_sin: Tensor | None, state: State
     ) -> Tensor:
         """(tokens, hidden) -> (tokens, hidden)."""
         normed = self.attention_norm(x)
@@ -168,15 +109,15 @@ class Decoder(nn.Module):
         self.execution = execution or Execution()
         self.num_weight_changes = 0
         """How often `weights_changed` was called."""
-        ropes = {layer.rope for layer in config.layers if layer.rope is not None}
-        self.rotaries: dict[Rope, Rotary] = {rope: Rotary(rope) for rope in ropes}
+        self.rotaries: dict[Rope, Rotary] = {rope: Rotary(rope) for rope in config.ropes}
+        self._ropes = [layer.mixer.rotation() for layer in config.layers]
         hidden = config.hidden_size
         self.embed_tokens = Embedding(config.vocab_size, hidden)
         if config.has_learned_positions:
             self.embed_positions = Embedding(config.max_positions, hidden)
         self.layers = nn.ModuleList(
-            Block(config, layer, self.rotaries[layer.rope] if layer.rope else None)
-            for layer in config.layers
+            block_of(config, layer, self.rotaries[rope] if rope else None, Block)
+            for layer, rope in zip(config.layers, self._ropes, strict=True)
         )
         self.norm = NormLayer(config.norm, hidden)
         if config.has_head:
@@ -236,29 +177,39 @@ class Decoder(nn.Module):
                 if isinstance(module, NormLayer):
                     module.weight.fill_(0.0 if module.norm.unit_offset else 1.0)
 
+    def mixers(self) -> list[tuple[int, MixerModule]]:
+        """Return the mixers, children of their blocks, each with the number of its block."""
+        return [
+            (index, module)
+            for index, block in enumerate(self.layers)
+            for module in block.children()
+            if isinstance(module, MixerModule)
+        ]
+
     def use_attention(self, name: str) -> dict[str, int]:
         """Let every layer attend through backend `name` ("auto": the first that fits).
 
         Returns how many layers use which backend. Raises as `attention.base.choose` does.
         """
-        layers = [block.self_attn for block in self.layers if isinstance(block, Block)]
+        mixers = [(index, mixer) for index, mixer in self.mixers() if mixer.spec is not None]
         chosen = [
-            choose(name, layer.spec, self.device_of(index), self.dtype)
-            for index, layer in enumerate(layers)
+            choose(name, mixer.spec, self.device_of(index), self.dtype)
+            for index, mixer in mixers
+            if mixer.spec is not None
         ]
-        for layer, backend in zip(layers, chosen, strict=True):
-            layer.backend = backend
+        for (_, mixer), backend in zip(mixers, chosen, strict=True):
+            mixer.backend = backend
         names = [backend.name for backend in chosen]
         return {name: names.count(name) for name in dict.fromkeys(names)}
 
     def new_cache(self, num_sequences: int, capacity: int, *, is_paged: bool = False) -> KVCache:
         """Return an empty cache for `num_sequences` of up to `capacity` tokens each.
 
-        With `is_paged`, for so many blocks of `capacity` tokens.
+        With `is_paged`, for so many blocks of `capacity` tokens: UnsupportedError where a layer's state
+        does not lie in blocks.
         """
-        spec = StateSpec(num_kv_heads=self.config.num_kv_heads, head_dim=self.config.head_dim)
         return KVCache(
-            [spec] * self.config.num_layers,
+            [layer.mixer.state() for layer in self.config.layers],
             num_sequences=num_sequences,
             capacity=capacity,
             dtype=self.execution.cache_dtype or self.dtype,
@@ -291,7 +242,7 @@ class Decoder(nn.Module):
     def run_stage(
         self, stage: Stage, x: Tensor, batch: ForwardBatch, cache: KVCache | None
     ) -> Tensor:
-        """Compute a stage's blocks where they are, and the last norm behind the last one."""
+        """Compute a stage's blocks where they are, and the last norm after the last one."""
         batch, x = batch.to(stage.device), x.to(stage.device)
         x = self._run(stage.blocks, x, batch, self.cos_sin(batch, x.dtype), cache)
         return self._normed(x) if stage.blocks.stop == len(self.layers) else x
@@ -325,7 +276,7 @@ class Decoder(nn.Module):
         cache: KVCache | None,
     ) -> Tensor:
         for index in blocks:
-            rope = self.config.layers[index].rope
+            rope = self._ropes[index]
             state = cache.states[index] if cache is not None else None
             x = self.layers[index](x, batch, cos_sin[rope] if rope else None, state)
         return x

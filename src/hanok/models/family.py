@@ -14,7 +14,7 @@ from functools import cache
 from typing import Literal
 
 from hanok.errors import CheckpointError
-from hanok.models.config import ModelConfig
+from hanok.models.config import Mixer, ModelConfig
 from hanok.models.keys import Keys
 from hanok.registry import discover, nearest_first
 
@@ -206,12 +206,13 @@ def sources(family: Family, config: ModelConfig, present: Collection[str]) -> di
             path, _, expert = paths[0].rpartition(".")
             stack = in_files.get(path, path)
             in_table = (f"{stack}.{expert}",)
+        mixer = _mixer_of(config, module)
         found[name] = Source(
             names=in_table,
-            rows=_part_rows(config, key, shape[0], len(paths)),
+            rows=_part_rows(mixer, key, shape[0], len(paths)),
             shape=shape,
             layout=family.layouts.get(pattern, "rows"),
-            head_rows=config.head_dim,
+            head_rows=mixer.head_rows if mixer else 1,
             stack=stack,
         )
     return found
@@ -274,9 +275,14 @@ def _file_paths(module: str, names: Mapping[str, str | tuple[str, ...]]) -> tupl
     return parts
 
 
-def _part_rows(config: ModelConfig, key: str, rows: int, num_parts: int) -> tuple[int, ...]:
+def _mixer_of(config: ModelConfig, module: str) -> Mixer | None:
+    """Return the mixer that a path in `Decoder` lies in."""
+    match = re.match(r"layers\.(\d+)\.self_attn\.", module)
+    return config.layers[int(match[1])].mixer if match else None
+
+
+def _part_rows(mixer: Mixer | None, key: str, rows: int, num_parts: int) -> tuple[int, ...]:
     if num_parts == 1:
         return (rows,)
-    if key.endswith("qkv_proj"):
-        return config.qkv_sizes
-    return (rows // num_parts,) * num_parts
+    parts = mixer.part_rows if mixer else {}
+    return parts.get(key.removeprefix("self_attn."), (rows // num_parts,) * num_parts)

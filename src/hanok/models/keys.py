@@ -6,7 +6,6 @@ therefore reads each key, demands a value it assumes, or ignores it by name.
 
 import math
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 from hanok.checkpoint.formats import quantization_of, quantized_error
@@ -23,6 +22,7 @@ from hanok.models.config import (
     Norm,
     Rope,
     RopeScaling,
+    SoftmaxAttention,
     YarnScaling,
 )
 from hanok.models.neutral import says_nothing
@@ -358,28 +358,36 @@ class Keys:
         return CheckpointError(f"{self._where}: {name} is {value!r}; it must be {expected}.")
 
 
-def llama_config(keys: Keys, *, rope: Rope | None = None, default_eps: float = 1e-6) -> ModelConfig:
-    """Read the keys that Llama and its descendants share; families `replace` what differs.
+def llama_config(
+    keys: Keys,
+    *,
+    rope: Rope | None = None,
+    head_dim: int | None = None,
+    default_eps: float = 1e-6,
+) -> ModelConfig:
+    """Read the keys that Llama and its descendants share; families change what differs.
 
-    All layers see everything and share one rope. `rope` is given where a family reads it otherwise.
+    All layers see everything and share one rope. `rope` and `head_dim` are given where a family reads
+    them otherwise.
     """
     hidden, heads = keys.whole("hidden_size"), keys.whole("num_attention_heads")
-    head_dim = keys.whole("head_dim", hidden // heads)
-    layer = LayerConfig(rope=rope or keys.rope(head_dim))
+    head_dim = head_dim or keys.whole("head_dim", hidden // heads)
+    attention = SoftmaxAttention(
+        num_heads=heads,
+        num_kv_heads=keys.kv_heads(heads),
+        head_dim=head_dim,
+        rope=rope or keys.rope(head_dim),
+    )
+    mlp = Mlp(
+        intermediate_size=keys.whole("intermediate_size"), activation=keys.activation("hidden_act")
+    )
     return ModelConfig(
         model_type=keys.model_type,
         vocab_size=keys.whole("vocab_size"),
         hidden_size=hidden,
-        num_heads=heads,
-        num_kv_heads=keys.kv_heads(heads),
-        head_dim=head_dim,
         max_positions=keys.whole("max_position_embeddings"),
         norm=Norm(kind="rms", eps=keys.number("rms_norm_eps", default_eps)),
-        mlp=Mlp(
-            intermediate_size=keys.whole("intermediate_size"),
-            activation=keys.activation("hidden_act"),
-        ),
-        layers=(layer,) * keys.whole("num_hidden_layers"),
+        layers=(LayerConfig(mixer=attention, mlp=mlp),) * keys.whole("num_hidden_layers"),
         tie_embeddings=keys.flag("tie_word_embeddings", False),
         dtype=declared_dtype(keys),
     )
@@ -396,7 +404,7 @@ def windows_above(keys: Keys, layers: tuple[LayerConfig, ...]) -> tuple[LayerCon
     ]
     kinds = keys.layer_kinds(len(layers), default)
     return tuple(
-        replace(layer, window=window if is_used and kind == "sliding_attention" else None)
+        layer.with_attention(window=window if is_used and kind == "sliding_attention" else None)
         for layer, kind in zip(layers, kinds, strict=True)
     )
 
@@ -423,32 +431,35 @@ GPT2_SUMMARY = ("activation", "first_dropout", "proj_to_labels", "type", "use_pr
 
 
 def gpt2_config(keys: Keys, *, default_activation: str) -> ModelConfig:
-    """Read the keys that GPT-2 and StarCoder share; families `replace` what differs."""
+    """Read the keys that GPT-2 and StarCoder share; families change what differs."""
     hidden, heads = keys.whole("n_embd"), keys.whole("n_head")
     head_dim = keys.even_head_dim(hidden, heads)
     keys.ignore("resid_pdrop", "embd_pdrop", "attn_pdrop")
     keys.ignore(*(f"summary_{name}" for name in GPT2_SUMMARY))
     scales = keys.flag("scale_attn_weights", True)
+    attention = SoftmaxAttention(
+        num_heads=heads,
+        num_kv_heads=heads,
+        head_dim=head_dim,
+        rope=None,
+        scale=None if scales else 1.0,
+        has_qkv_bias=True,
+        has_output_bias=True,
+    )
+    mlp = Mlp(
+        intermediate_size=keys.whole("n_inner", 4 * hidden),
+        activation=keys.activation("activation_function", default=default_activation),
+        is_gated=False,
+        has_bias=True,
+    )
     return ModelConfig(
         model_type=keys.model_type,
         vocab_size=keys.whole("vocab_size"),
         hidden_size=hidden,
-        num_heads=heads,
-        num_kv_heads=heads,
-        head_dim=head_dim,
         max_positions=keys.whole("n_positions", 1024),
         norm=Norm(kind="layer", eps=keys.number("layer_norm_epsilon", 1e-5), has_bias=True),
-        mlp=Mlp(
-            intermediate_size=keys.whole("n_inner", 4 * hidden),
-            activation=keys.activation("activation_function", default=default_activation),
-            is_gated=False,
-            has_bias=True,
-        ),
-        layers=(LayerConfig(rope=None),) * keys.whole("n_layer"),
+        layers=(LayerConfig(mixer=attention, mlp=mlp),) * keys.whole("n_layer"),
         has_learned_positions=True,
-        has_qkv_bias=True,
-        has_output_bias=True,
-        attention_scale=head_dim**-0.5 if scales else 1.0,
         tie_embeddings=keys.flag("tie_word_embeddings", True),
         dtype=declared_dtype(keys),
     )

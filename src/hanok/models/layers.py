@@ -28,7 +28,7 @@ def added(a: Tensor, b: Tensor) -> Tensor:
     """Return a + b, both of one shape and dtype.
 
     By our kernel where it can: between products of ours torch's threads, which look for work for
-    milliseconds behind each sum, would keep a core from the pool's.
+    milliseconds after each sum, would keep a core from the pool's.
     """
     kernels = native_for(a, b)
     return a + b if kernels is None else kernels.add(a, b)
@@ -95,14 +95,13 @@ class ExpertsLayer(nn.Module):
     Each expert multiplies only the tokens that chose it.
     """
 
-    def __init__(self, hidden_size: int, experts: Experts, mlp: Mlp) -> None:
+    def __init__(self, hidden_size: int, experts: Experts) -> None:
         super().__init__()
         self.num_chosen = experts.num_experts_per_token
         self.is_renormalised = experts.is_renormalised
-        inner = Mlp(intermediate_size=experts.intermediate_size, activation=mlp.activation)
         self.router = Linear(hidden_size, experts.num_experts)
         self.experts = nn.ModuleList(
-            MlpLayer(hidden_size, inner) for _ in range(experts.num_experts)
+            MlpLayer(hidden_size, experts.expert) for _ in range(experts.num_experts)
         )
 
     def forward(self, x: Tensor, batch: ForwardBatch | None = None) -> Tensor:
@@ -117,3 +116,10 @@ class ExpertsLayer(nn.Module):
             part = self.experts[expert](x[tokens], batch) * weights[tokens, rank, None]
             output = output.index_add(0, tokens, part)
         return output
+
+
+def mlp_of(hidden_size: int, mlp: Mlp | Experts) -> nn.Module:
+    """Make the module of an MLP."""
+    return (
+        ExpertsLayer(hidden_size, mlp) if isinstance(mlp, Experts) else MlpLayer(hidden_size, mlp)
+    )

@@ -1,7 +1,7 @@
 """Which keys of a `config.json` say nothing about the forward pass, judged by name and value.
 
 The rule, for a key that a family did not read:
-1. null and empty values ("", [], {}) say nothing: whoever wrote them left something out.
+1. null and empty values ("", [], {}) say nothing: their writer left something out.
 2. Names in `ANY_VALUE`, names that begin with an underscore, dropouts, and names with one of
    `FREE_PREFIXES` say nothing at any value: provenance, training, generation, how a library runs the
    model, or its own notes. Inference drops nothing.
@@ -15,41 +15,53 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-_TRANSFORMERS = (
-    "architectures auto_map model_type transformers_version torch_dtype dtype"
-    " keys_to_ignore_at_inference output_attentions output_hidden_states output_past return_dict"
-    " use_return_dict torchscript use_bfloat16 tf_legacy_loss xla_device chunk_size_feed_forward"
-    " tie_last_hidden_states is_decoder use_cache attn_implementation problem_type id2label"
-    " label2id num_labels finetuning_task task_specific_params tokenizer_class model_max_length"
-    " transformers.js_config custom_pipelines is_composition"
-)
-_TRAINING = (
-    "initializer_range initializer_factor gradient_checkpointing gradient_checkpointing_kwargs"
-    " pretraining_tp output_router_logits router_aux_loss_coef router_jitter_noise"
-    " label_smoothing fuse_cross_entropy use_flash_attn use_flash_attention"
-    " use_flash_attention_2 flash_attention"
-)
-_GENERATION = (
-    "bos_token_id eos_token_id eos_token_ids pad_token_id unk_token_id sep_token_id cls_token_id"
-    " mask_token_id decoder_start_token_id forced_bos_token_id forced_eos_token_id prefix"
-    " max_length min_length max_new_tokens min_new_tokens max_time stop_strings early_stopping"
-    " do_sample num_beams num_beam_groups num_return_sequences temperature top_k top_p min_p top_h"
-    " typical_p epsilon_cutoff eta_cutoff diversity_penalty repetition_penalty length_penalty"
-    " encoder_repetition_penalty penalty_alpha guidance_scale no_repeat_ngram_size"
-    " encoder_no_repeat_ngram_size bad_words_ids force_words_ids constraints sequence_bias"
-    " suppress_tokens begin_suppress_tokens remove_invalid_values renormalize_logits token_healing"
-    " exponential_decay_length_penalty watermarking_config output_scores output_logits"
-    " return_dict_in_generate cache_implementation cache_config max_cache_len low_memory"
-    " compile_config disable_compile prompt_lookup_num_tokens num_assistant_tokens dola_layers"
-    # How MLC runs a model.
-    " prefill_chunk_size context_window_size tensor_parallel_shards max_batch_size"
-)
-_PROVENANCE = (
-    "name model_name base_model base_model_name base_model_name_or_path author authors"
-    " organization license license_link license_name created_date created_at date version"
-    " language languages tags description summary citation homepage url git_hash commit_hash"
-)
-ANY_VALUE = frozenset(" ".join((_TRANSFORMERS, _TRAINING, _GENERATION, _PROVENANCE)).split())
+ANY_VALUE: Mapping[str, str] = {
+    "classes and versions": """
+        architectures auto_map model_type tokenizer_class transformers_version custom_pipelines
+        transformers.js_config is_composition is_decoder""",
+    "dtypes and implementations": """
+        torch_dtype dtype torchscript use_bfloat16 attn_implementation xla_device
+        chunk_size_feed_forward use_flash_attn use_flash_attention use_flash_attention_2
+        flash_attention""",
+    "what a call returns": """
+        output_attentions output_hidden_states output_past return_dict use_return_dict use_cache
+        output_scores output_logits return_dict_in_generate keys_to_ignore_at_inference
+        output_router_logits""",
+    "other tasks": """
+        problem_type id2label label2id num_labels finetuning_task task_specific_params""",
+    "training": """
+        initializer_range initializer_factor gradient_checkpointing gradient_checkpointing_kwargs
+        pretraining_tp router_aux_loss_coef router_jitter_noise label_smoothing fuse_cross_entropy
+        tf_legacy_loss tie_last_hidden_states""",
+    "special tokens": """
+        bos_token_id eos_token_id eos_token_ids pad_token_id unk_token_id sep_token_id cls_token_id
+        mask_token_id decoder_start_token_id forced_bos_token_id forced_eos_token_id prefix
+        token_healing""",
+    "lengths and ends of what is generated": """
+        model_max_length max_length min_length max_new_tokens min_new_tokens max_time stop_strings
+        early_stopping""",
+    "sampling": """
+        do_sample temperature top_k top_p min_p top_h typical_p epsilon_cutoff eta_cutoff
+        penalty_alpha guidance_scale remove_invalid_values renormalize_logits watermarking_config""",
+    "beams": """
+        num_beams num_beam_groups num_return_sequences diversity_penalty length_penalty constraints""",
+    "penalties and words": """
+        repetition_penalty encoder_repetition_penalty no_repeat_ngram_size
+        encoder_no_repeat_ngram_size bad_words_ids force_words_ids sequence_bias suppress_tokens
+        begin_suppress_tokens exponential_decay_length_penalty""",
+    "caches and drafts of a generation": """
+        cache_implementation cache_config max_cache_len low_memory compile_config disable_compile
+        prompt_lookup_num_tokens num_assistant_tokens dola_layers""",
+    "how MLC runs a model": """
+        prefill_chunk_size context_window_size tensor_parallel_shards max_batch_size""",
+    "provenance": """
+        name model_name base_model base_model_name base_model_name_or_path author authors
+        organization license license_link license_name created_date created_at date version
+        language languages tags description summary citation homepage url git_hash commit_hash""",
+}
+"""Keys that say nothing at any value, by their subject."""
+
+_ANY_VALUE = frozenset(" ".join(ANY_VALUE.values()).split())
 FREE_PREFIXES = ("_", "unsloth_")
 DROPOUT = re.compile(r"(.*_)?(dropout|pdrop|layerdrop)(_(prob|p|rate|ratio))?")
 NEUTRAL_VALUES: Mapping[str, tuple[Any, ...]] = {
@@ -74,6 +86,6 @@ def says_nothing(name: str, value: Any) -> bool:
     """Return whether a key that no family reads leaves the forward pass as it is."""
     if value is None or value in ("", [], {}):
         return True
-    if name in ANY_VALUE or name.startswith(FREE_PREFIXES) or DROPOUT.fullmatch(name):
+    if name in _ANY_VALUE or name.startswith(FREE_PREFIXES) or DROPOUT.fullmatch(name):
         return True
     return any(type(value) is type(item) and value == item for item in NEUTRAL_VALUES.get(name, ()))

@@ -245,7 +245,7 @@ FLAGS: tuple[Flag, ...] = (
         name="usage_stats",
         kind="choice",
         choices=("on", "off", "no-stack"),
-        ignored="hanok reports to nobody",
+        ignored="hanok sends no usage reports",
     ),
     Flag(
         name="payload_limit",

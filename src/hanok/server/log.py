@@ -1,7 +1,7 @@
-"""One line for each request: what it took, how long, and what came of it. No text of its body.
+"""One log line per request: its parameters, times and outcome, but no text of its body.
 
-What a client chose, such as the path, is quoted wherever it could be taken for something else: a line
-stays one line, its fields can be read back, and nothing reaches the terminal as a command.
+Values that a client chose, such as the path, are quoted where they could be misread: a line stays one
+line, its fields can be parsed, and no control character reaches the terminal.
 """
 
 import json
@@ -13,16 +13,16 @@ from hanok.server.web import Exchange
 
 LOG = logging.getLogger("hanok.requests")
 QUOTED = frozenset(' "=\\')
-"""With them a value is quoted; so is one with a character that cannot be seen."""
+"""A value with one of these is quoted; so is one with a nonprinting character."""
 OF_CLIENTS = 422
-"""Errors up to here are told to the client alone: what they say may quote its texts."""
+"""Errors up to this status go to the client only: their messages may quote its texts."""
 
 
 class LineFormatter(logging.Formatter):
-    """Lines of the log: what a record has beyond its first, such as a traceback, is indented."""
+    """Formats records; lines after the first, such as a traceback, are indented."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return a record's lines, with what cannot be seen spelled out."""
+        """Return a record's lines, with nonprinting characters escaped."""
         lines = super().format(record).split("\n")
         return "\n    ".join(
             "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line) for line in lines
@@ -39,7 +39,7 @@ def log_request(exchange: Exchange, *, as_json: bool) -> None:
 
 
 def described(exchange: Exchange) -> dict[str, Any]:
-    """Return what is said of a request."""
+    """Return the fields of a request's line."""
     tickets = exchange.tickets
     fields: dict[str, Any] = {
         "request_id": exchange.id,

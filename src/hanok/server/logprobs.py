@@ -1,4 +1,4 @@
-"""Tokens and their log-probabilities, as answers tell them."""
+"""Tokens and their log-probabilities, as answers give them."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,7 +9,7 @@ from hanok.engine.ticket import Ticket
 
 
 def text_of(tokenizer: Tokenizer, token: int) -> str:
-    """Return a token's text; "" for a row of the embedding that has none."""
+    """Return a token's text; "" for a padding row of the embedding."""
     return tokenizer.token_text(token) if token < tokenizer.vocab_size else ""
 
 
@@ -42,7 +42,7 @@ def prompt_logprobs_of(
 
 
 def num_scores(tickets: Sequence[Ticket]) -> int:
-    """Return how many scores an answer may tell of: of each token, and of those likely there."""
+    """Return the most scores an answer may have: of each token and of its likely alternatives."""
     return sum(
         (len(ticket.prompt_scores) + len(ticket.request.sequence.generated_ids))
         * (1 + ticket.request.sequence.params.top_logprobs)
@@ -52,6 +52,6 @@ def num_scores(tickets: Sequence[Ticket]) -> int:
 
 def _one(tokenizer: Tokenizer, token: int, logprob: float) -> dict[str, Any]:
     text, data = text_of(tokenizer, token), tokenizer.token_bytes(token)
-    # Null where no library tells what part of a character it is.
+    # Null if no library reports which part of a character it is.
     shown = list(data) if data or not text else None
     return {"token": text, "logprob": logprob, "bytes": shown}

@@ -1,4 +1,4 @@
-"""Anthropic's Messages as a chat request: blocks become the messages that templates know."""
+"""Converts Anthropic's Messages to a chat request: blocks become the messages that templates know."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -16,11 +16,11 @@ from hanok.server.web import validated
 Block = Mapping[str, Any]
 
 ERROR = "Error: "
-"""Before the result of a tool that failed, for templates have no word for it."""
+"""Prefix of a failed tool's result, since templates have no field for it."""
 
 
 def chat_request(body: CountTokensRequest) -> ChatRequest:
-    """Return what is asked, as a chat request. Raises ServerError for what is not served."""
+    """Return the body as a chat request. Raises ServerError for what is not supported."""
     extra = body.model_extra or {}
     for name, reason in NOT_SERVED.items():
         if extra.get(name):
@@ -42,7 +42,7 @@ def chat_request(body: CountTokensRequest) -> ChatRequest:
             "type": "json_schema",
             "json_schema": {"schema": output.format.schema_},
         }
-    if not isinstance(body, MessagesRequest):  # to count, what makes no prompt is of no account
+    if not isinstance(body, MessagesRequest):  # counting ignores what does not affect the prompt
         extra = {name: value for name, value in extra.items() if name in PASSED_ON}
     else:
         fields |= {
@@ -70,7 +70,7 @@ def _check_clears_nothing(management: Mapping[str, Any] | None) -> None:
 
 
 def _variables(body: CountTokensRequest) -> dict[str, Any]:
-    """Return what templates are told beside the messages."""
+    """Return the template's variables besides the messages."""
     given = (body.model_extra or {}).get("chat_template_kwargs") or {}
     if not isinstance(given, Mapping):
         raise invalid("`chat_template_kwargs` must be an object", "chat_template_kwargs")
@@ -112,7 +112,7 @@ def _tool(number: int, tool: Block) -> dict[str, Any]:
 
 
 def _messages(body: CountTokensRequest) -> list[dict[str, Any]]:
-    """Return the messages; neighbours of one role are one turn, as Anthropic has it."""
+    """Return the messages; consecutive ones of one role form one turn, as in Anthropic's protocol."""
     turns: list[tuple[str, str, list[Block]]] = []
     if body.system:
         turns.append(("system", "system", _blocks(body.system, "system")))
@@ -165,7 +165,7 @@ def _tool_result(block: Block, place: str) -> dict[str, Any]:
 
 
 def _assistant(blocks: list[Block], place: str) -> list[dict[str, Any]]:
-    """Thinking that was encrypted elsewhere is passed over: nobody here can read it."""
+    """Redacted thinking is skipped: it is encrypted for another server."""
     texts: list[str] = []
     thoughts: list[str] = []
     calls: list[dict[str, Any]] = []
@@ -188,16 +188,16 @@ def _assistant(blocks: list[Block], place: str) -> list[dict[str, Any]]:
 def _tool_use(block: Block, place: str) -> dict[str, Any]:
     for name in ("id", "name"):
         if not isinstance(block.get(name), str):
-            raise invalid(f"{place} has a tool_use whose `{name}` is no text", place)
+            raise invalid(f"{place} has a tool_use whose `{name}` is not a string", place)
     arguments = block.get("input") or {}
     if not isinstance(arguments, Mapping):
-        raise invalid(f"{place} has a tool_use whose `input` is no object", place)
+        raise invalid(f"{place} has a tool_use whose `input` is not an object", place)
     function = {"name": block["name"], "arguments": dict(arguments)}
     return {"id": block["id"], "type": "function", "function": function}
 
 
 def _text(blocks: list[Block], place: str, between: str = "\n") -> str:
-    """Return the text of blocks that have nothing else."""
+    """Return the text of blocks that must all be text."""
     for block in blocks:
         if block.get("type") != "text":
             raise _unknown(block.get("type"), place)
@@ -207,7 +207,7 @@ def _text(blocks: list[Block], place: str, between: str = "\n") -> str:
 def _text_of(block: Block, name: str, place: str) -> str:
     text = block.get(name)
     if not isinstance(text, str):
-        raise invalid(f"{place} has a block whose `{name}` is no text", place)
+        raise invalid(f"{place} has a block whose `{name}` is not a string", place)
     return text
 
 

@@ -1,7 +1,8 @@
 """The bodies of Anthropic's Messages.
 
-Explicit nulls mean the same as absent fields. What chat requests take beyond OpenAI's (PASSED_ON) is
-taken here too; unknown fields are ignored, and known ones that are not served (NOT_SERVED) are refused.
+Explicit nulls mean the same as absent fields. The extensions of chat requests (PASSED_ON) are
+accepted here too; unknown fields are ignored, and known ones that are not supported (NOT_SERVED) are
+refused.
 """
 
 from collections.abc import Mapping
@@ -16,11 +17,11 @@ NOT_SERVED: Mapping[str, str] = {
     "mcp_servers": "the client talks to tools, the server to none",
     "output_format": "send `output_config.format`",
 }
-"""Fields that are refused, unless they ask for nothing, and why."""
+"""Fields that are refused unless they have a value that asks for nothing, and why."""
 
 
 class Thinking(Body):
-    """Whether the model is to think, where its template can tell it. It is told of no budget."""
+    """Whether the model is to think, if its template supports it. Budgets are ignored."""
 
     type: Literal["enabled", "adaptive", "disabled"]
 
@@ -34,14 +35,14 @@ class ToolChoice(Body):
 
 
 class OutputFormat(Body):
-    """What the answer has to be."""
+    """The format of the answer."""
 
     type: Literal["json_schema"]
     schema_: dict[str, Any] = Field(alias="schema")
 
 
 class OutputConfig(Body):
-    """What is asked of the answer."""
+    """Requirements on the answer."""
 
     format: OutputFormat | None = None
     effort: Annotated[str, Field(max_length=64)] | None = None
@@ -49,7 +50,7 @@ class OutputConfig(Body):
 
 
 class CountTokensRequest(Body):
-    """The body of /v1/messages/count_tokens: what makes the prompt."""
+    """The body of /v1/messages/count_tokens: the fields that make up the prompt."""
 
     model_config = ConfigDict(extra="allow", allow_inf_nan=False)
 
@@ -63,7 +64,7 @@ class CountTokensRequest(Body):
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None
     context_management: dict[str, Any] | None = None
-    """Taken where it clears nothing: `{"edits": [{"type": …, "keep": "all"}]}`."""
+    """Accepted if it clears nothing: `{"edits": [{"type": …, "keep": "all"}]}`."""
 
 
 class MessagesRequest(CountTokensRequest):

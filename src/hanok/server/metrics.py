@@ -1,8 +1,8 @@
-"""What the server counts and times, as Prometheus text: TGI's names exactly, and our own (`hanok_`).
+"""The server's counters and timers as Prometheus text: TGI's names exactly, and our own (`hanok_`).
 
-TGI's counters have no `_total` at the end of their names, against the convention that the client
-library enforces, and dashboards ask for them as they are: their lines are written here, all others by
-the library. Every series is there from the start, with zeros, so that a rate over it is never missing.
+TGI's counters lack the `_total` suffix that the client library enforces, and dashboards query them by
+these names: their lines are written here, all others by the library. Every series exists from the
+start, at zero, so that a rate over it is never missing.
 """
 
 import math
@@ -33,7 +33,7 @@ SKIPPED_BOUNDS = tuple(float(count) for count in range(11))
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestRecord:
-    """What one request was and took; times in seconds, 0 for a part that it did not reach."""
+    """The figures of one request; times in seconds, 0 for a stage that it did not reach."""
 
     route: str
     """The path of the route, not of the request: "/v1/chat/completions"."""
@@ -74,7 +74,7 @@ class EngineStats(Protocol):
 
     @property
     def cached_blocks(self) -> int:
-        """Blocks that nobody holds, kept for prompts that begin alike."""
+        """Blocks without a sequence, kept for prompts with the same prefix."""
 
     @property
     def total_blocks(self) -> int:
@@ -128,11 +128,11 @@ class Metrics:
         self._steps = _StepHistograms(self._registry)
 
     def received(self) -> None:
-        """Count a request as it arrives, whatever becomes of it."""
+        """Count a request as it arrives, whatever its outcome."""
         self._tgi.request_count.inc()
 
     def request(self, record: RequestRecord) -> None:
-        """Count a request that has ended, well or not. TGI times only those that ended well."""
+        """Count a request that has ended. As in TGI, only successful ones are timed."""
         if record.outcome == "success":
             self._tgi.request_success.inc()
         else:
@@ -181,13 +181,13 @@ class Metrics:
 
 
 class _TgiCounters:
-    """TGI's counters. The library keeps and adds; the names are written without its `_total`."""
+    """TGI's counters. The library counts; the names are written without its `_total`."""
 
     def __init__(self) -> None:
         none = dict[str, Sequence[str]]()
         method = {"method": METHODS}
         self.request_count = _counter("tgi_request_count", "Requests that arrived.", none)
-        self.request_success = _counter("tgi_request_success", "Requests that ended well.", none)
+        self.request_success = _counter("tgi_request_success", "Requests that succeeded.", none)
         self.request_failure = _counter(
             "tgi_request_failure", "Requests that failed, by reason.", {"err": FAILURES}
         )
@@ -221,7 +221,7 @@ class _TgiCounters:
 
 
 class _RequestHistograms:
-    """What is observed of a request when it ends."""
+    """Observed when a request ends."""
 
     def __init__(
         self, registry: CollectorRegistry, *, max_input_tokens: int, max_total_tokens: int
@@ -309,7 +309,7 @@ class _RequestHistograms:
 
 
 class _StepHistograms:
-    """What is observed of a step of the engine."""
+    """Observed at each step of the engine."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         def seconds(name: str, text: str) -> Histogram:
@@ -351,7 +351,7 @@ class _StepHistograms:
 
 
 class _Scrape:
-    """What one scrape sees: the registry's families, and the engine's numbers at that moment."""
+    """What one scrape returns: the registry's families, and the engine's current numbers."""
 
     def __init__(self, registry: CollectorRegistry, stats: EngineStats) -> None:
         self._registry = registry
@@ -359,7 +359,7 @@ class _Scrape:
 
     def collect(self) -> Iterator[Metric]:
         for family in self._registry.collect():
-            # One more gauge for each series, of no use where the start of the process is known.
+            # One more gauge per series, useless since the start of the process is known.
             family.samples = [item for item in family.samples if not item.name.endswith("_created")]
             yield family
         for name, (value, text) in _gauges(self._stats).items():
@@ -382,7 +382,7 @@ def _gauges(stats: EngineStats) -> Mapping[str, tuple[float, str]]:
         "hanok_cache_used_blocks": (stats.used_blocks, "Blocks that running sequences hold."),
         "hanok_cache_cached_blocks": (
             stats.cached_blocks,
-            "Blocks that nobody holds, kept for prompts that begin alike.",
+            "Blocks without a sequence, kept for prompts with the same prefix.",
         ),
         "hanok_cache_total_blocks": (stats.total_blocks, "Blocks of the cache."),
         "hanok_cache_block_size": (stats.block_size, "Tokens of a block."),
@@ -429,7 +429,7 @@ def _counter(
     labels: Mapping[str, Sequence[str]],
     registry: CollectorRegistry | None = None,
 ) -> Counter:
-    """Return a counter whose series (of at most one label) are all there, at 0."""
+    """Return a counter whose series (of at most one label) all exist, at 0."""
     counter = Counter(name, text, tuple(labels), registry=registry)
     for label, values in labels.items():
         for value in values:

@@ -1,4 +1,4 @@
-"""What answers of OpenAI's routes share: a head, usage, and choices streamed as they come."""
+"""Common parts of answers on OpenAI's routes: head, usage, and choices streamed as they arrive."""
 
 import asyncio
 import uuid
@@ -33,7 +33,7 @@ DONE = as_event("[DONE]")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Head:
-    """What every chunk of an answer says."""
+    """The fields of every chunk of an answer."""
 
     id: str
     object: str
@@ -52,7 +52,7 @@ class Head:
 
 
 def head_of(service: Service, request: Request, kind: str, prefix: str) -> Head:
-    """Return the head of an answer; its id is the request's own where that is one."""
+    """Return the head of an answer; its id is the request's if that is a valid one."""
     return Head(
         id=f"{prefix}-{uuid.uuid5(uuid.NAMESPACE_OID, exchange_of(request).id).hex}",
         object=kind,
@@ -70,7 +70,7 @@ def usage_of(
 ) -> dict[str, Any]:
     """Return the tokens of a request; several answers to one prompt count it once.
 
-    Not `is_answered`: only the prompt was wanted back, and the token behind it is nobody's.
+    Not `is_answered`: only the prompt was requested, and the one generated token is not counted.
     """
     each = max(1, len(tickets) // num_prompts)
     firsts = tickets[::each]
@@ -104,9 +104,9 @@ def stream(
     tickets: Sequence[Ticket],
     usage: Callable[[], dict[str, Any]],
 ) -> Response:
-    """Answer with the chunks of all choices as they come, usage if asked for, and [DONE].
+    """Answer with the chunks of all choices as they arrive, usage if requested, and [DONE].
 
-    Completions whose request says nothing of usage have each choice's in its last chunk, as TGI's do.
+    Completions that do not ask for usage get each choice's in its last chunk, as in TGI.
     """
     asked = body.stream_options
 
@@ -120,7 +120,7 @@ def stream(
                     ticket = tickets[choice["index"]]
                     own = usage_of([ticket], 1, is_answered=body.max_tokens != 0)
                 chunk = common | {"choices": [choice], "usage": own}
-                # A prompt that is echoed may have as many scores as the context has tokens.
+                # An echoed prompt may have as many scores as the context has tokens.
                 is_long = len((choice["logprobs"] or {}).get("tokens", ())) > AT_ONCE
                 texts = dumps_in_parts(chunk)
                 yield as_event(await service.aside("".join, texts) if is_long else dumps(chunk))
@@ -140,7 +140,7 @@ def stream(
 async def merged(
     parts: Sequence[AsyncIterator[dict[str, Any]]],
 ) -> AsyncGenerator[dict[str, Any], None]:
-    """Yield what several iterators yield, as it comes. What one raises ends all."""
+    """Yield from several iterators as items arrive. An exception of one ends all."""
     found: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
 
     async def pump(part: AsyncIterator[dict[str, Any]]) -> None:

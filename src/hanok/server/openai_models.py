@@ -1,7 +1,7 @@
-"""The bodies of OpenAI's routes, with what other servers add to them and clients have come to send.
+"""The bodies of OpenAI's routes, with the extensions of other servers that clients commonly send.
 
-Explicit nulls mean the same as absent fields. Unknown fields are ignored; known ones that are not served
-(NOT_SERVED) are refused by the route, never passed over.
+Explicit nulls mean the same as absent fields. Unknown fields are ignored; known ones that are not
+supported (NOT_SERVED) are refused by the route, never silently ignored.
 """
 
 from collections.abc import Mapping
@@ -14,21 +14,21 @@ from hanok.server.tgi_models import Body, Name, NullFalse, Stops
 
 MOST_BIASES = 10_000
 TokenId = Annotated[int, Field(strict=True, ge=0, lt=2**31)]
-"""True is no id, and neither is a text of digits."""
+"""A token id; neither true nor a string of digits is one."""
 TokenIds = Annotated[list[TokenId], Field(fail_fast=True)]
 MOST_CHOICES = 1000
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 
 
 def _few(value: Any) -> Any:
-    """Refuse a large table before its entries are looked at: each that is wrong would be reported."""
+    """Refuse a large table before its entries are validated: each wrong one would be reported."""
     if isinstance(value, dict) and len(value) > MOST_BIASES:
         raise ValueError(f"at most {MOST_BIASES:,} tokens can be given a bias")
     return value
 
 
 def _kind_of_prompt(value: Any) -> str:
-    """Return what a prompt is, by its first item, so that it is compared with that alone."""
+    """Return the kind of a prompt by its first item, so that it is validated as that kind only."""
     first = value[0] if isinstance(value, list) and value else None
     if isinstance(value, str):
         return "text"
@@ -82,19 +82,19 @@ NOT_SERVED: Mapping[str, tuple[Any, ...]] = {
     "web_search_options": (),
     "xtc_probability": (0,),
 }
-"""Fields that change an answer elsewhere and are not served, with the values that ask for nothing."""
+"""Fields that change an answer elsewhere and are not supported, with the values that ask for nothing."""
 
 
 class StreamOptions(Body):
-    """What a stream tells beside the text."""
+    """What a stream contains besides the text."""
 
     include_usage: NullFalse = False
 
 
 class Sampling(Body):
-    """What all of OpenAI's routes that generate have in common."""
+    """Fields common to all of OpenAI's generating routes."""
 
-    # Kept, so that those of NOT_SERVED can be told from what nobody knows.
+    # Kept, so that those of NOT_SERVED can be distinguished from unknown ones.
     model_config = ConfigDict(extra="allow", allow_inf_nan=False)
 
     model: Name | None = None
@@ -122,12 +122,12 @@ class Sampling(Body):
     cache_salt: Name | None = None
     priority: Annotated[int, Field(ge=-1000, le=1000)] | None = None
     truncate_prompt_tokens: Annotated[int, Field(ge=-1)] | None = None
-    """So many of the prompt's last tokens are used; -1: as many as there is room for."""
+    """Use only this many of the prompt's last tokens; -1: as many as fit."""
     add_special_tokens: bool | None = None
     """Default: true for a prompt, false for messages, whose template writes them."""
     prompt_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    """So many of the likeliest tokens at each place of the prompt, and its own."""
-    # What the answer has to be; see `server/constraints.py`.
+    """How many of the likeliest tokens to return at each position of the prompt, besides its own."""
+    # Constraints on the answer; see `server/constraints.py`.
     response_format: dict[str, Any] | None = None
     structured_outputs: dict[str, Any] | None = None
     guided_json: dict[str, Any] | str | None = None
@@ -150,7 +150,7 @@ class CompletionRequest(Sampling):
 
     prompt: Prompt
     best_of: Annotated[int, Field(ge=1)] | None = None
-    # @huggingface/inference sends TGI's name of it.
+    # @huggingface/inference sends TGI's name for it.
     echo: NullFalse = Field(False, validation_alias=AliasChoices("echo", "return_full_text"))
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     max_tokens: Annotated[int, Field(ge=0)] | None = None
@@ -205,13 +205,13 @@ PASSED_ON = frozenset(
         "user",
     )
 )
-"""Fields of a chat request that other protocols have no word of their own for."""
+"""Fields of a chat request for which other protocols have no name."""
 
 
 def passed_on(extra: Mapping[str, Any], path: str) -> dict[str, Any]:
-    """Return what a body of another protocol says in the words of a chat request.
+    """Return the chat-request fields in the body of another protocol.
 
-    Raises ServerError for what is a chat request's alone, or would be refused there.
+    Raises ServerError for fields that only a chat request has, or that would be refused there.
     """
     for name, value in extra.items():
         if name in ChatRequest.model_fields and name not in PASSED_ON and value is not None:

@@ -8,7 +8,7 @@ from hanok.server.openai_models import NOT_SERVED, ChatRequest, Sampling
 from hanok.server.options import ServerOptions
 
 DRAWING = ("top_k", "top_p", "min_p", "typical_p")
-"""What says how to draw, and means nothing at temperature 0."""
+"""Options of sampling, without effect at temperature 0."""
 
 MOST_STOPS = 64
 """Stop texts on OpenAI's routes, where editors send a dozen; OpenAI itself takes 4."""
@@ -20,7 +20,7 @@ PENALTIES: tuple[Literal["repetition_penalty", "presence_penalty", "frequency_pe
 
 
 def check(asked: Sampling, options: ServerOptions) -> None:
-    """Raise ServerError for what goes beyond the server's limits, and for what it does not serve."""
+    """Raise ServerError for values beyond the server's limits, and for unsupported fields."""
     for name, value in (asked.model_extra or {}).items():
         if name in NOT_SERVED and value is not None and value not in NOT_SERVED[name]:
             raise invalid(f"`{name}` is not supported: leave it out", name)
@@ -43,10 +43,10 @@ def check(asked: Sampling, options: ServerOptions) -> None:
 
 
 def check_model(name: str | None, options: ServerOptions) -> None:
-    """Raise ServerError for a model that is not served: never another one in its place.
+    """Raise ServerError for a model that is not served; no other one replaces it.
 
     Clients written for TGI call the model "tgi", huggingface_hub's "dummy", and @huggingface/inference
-    puts the address that it asks there.
+    sends the server's address as its name.
     """
     if name in (None, "", "tgi", "dummy") or str(name).startswith(("http://", "https://")):
         return
@@ -71,8 +71,8 @@ def sampling_options(
 ) -> SamplingOptions:
     """Return a request's parameters as the engine's.
 
-    What is not given comes from the checkpoint where it recommends to sample, else from OpenAI's
-    defaults, which draw at temperature 1. Log-probabilities are the model's own.
+    Defaults come from the checkpoint if it recommends sampling, else from OpenAI's protocol, which
+    samples at temperature 1. Log-probabilities are the model's own.
     """
     temperature = asked.temperature
     if temperature is None:
@@ -95,7 +95,7 @@ def sampling_options(
         found["stop_token_ids"] = asked.stop_token_ids
     if temperature:
         given: dict[str, Any] = {name: getattr(asked, name) for name in DRAWING}
-        if defaults.temperature == 0:  # what the checkpoint says about drawing is not for greedy
+        if defaults.temperature == 0:  # the checkpoint's sampling options do not apply
             given = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "typical_p": 1.0} | {
                 name: value for name, value in given.items() if value is not None
             }

@@ -17,7 +17,7 @@ MEANINGS = {
     400: "The body is not JSON",
     401: "The API key is missing or wrong",
     404: "There is no such model or adapter",
-    408: "Not finished in the time it had",
+    408: "Not finished before its deadline",
     413: "The body is too large",
     415: "The body is not declared as JSON",
     422: "The request is not valid",
@@ -25,7 +25,7 @@ MEANINGS = {
     429: "There is no room now; Retry-After says when there may be",
     500: "The server failed",
     503: "Not ready",
-    504: "Not finished in the time it had",
+    504: "Not finished before its deadline",
     529: "There is no room now; Retry-After says when there may be",
 }
 PARAMETER = re.compile(r"\{(\w+)")

@@ -1,6 +1,6 @@
-"""The input of a Response as a chat request: items become the messages that templates know.
+"""Converts the input of a Response to a chat request: items become the messages that templates know.
 
-What the assistant did in one turn is several items, and one message: its reasoning, words and calls.
+One turn of the assistant is several items (reasoning, message, calls) but one message.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,11 +18,11 @@ from hanok.server.responses_models import (
 from hanok.server.web import validated
 
 ROLES = {"user": "user", "assistant": "assistant", "system": "system", "developer": "system"}
-"""Roles of messages, and those that templates have for them."""
+"""Roles of messages, and the roles that templates use for them."""
 
 
 def chat_request(body: ResponsesRequest) -> ChatRequest:
-    """Return what is asked, as a chat request. Raises ServerError for what is not served."""
+    """Return the body as a chat request. Raises ServerError for what is not supported."""
     extra = body.model_extra or {}
     for name, reason in NOT_SERVED.items():
         if extra.get(name):
@@ -64,7 +64,7 @@ def _response_format(given: TextFormat | None) -> dict[str, Any] | None:
 
 
 def _variables(body: ResponsesRequest) -> dict[str, Any]:
-    """Return what templates are told beside the messages."""
+    """Return the template's variables besides the messages."""
     given = (body.model_extra or {}).get("chat_template_kwargs") or {}
     if not isinstance(given, Mapping):
         raise invalid("`chat_template_kwargs` must be an object", "chat_template_kwargs")
@@ -91,7 +91,7 @@ def _tool(number: int, tool: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class _History:
-    """Messages, put together of items."""
+    """Builds messages from items."""
 
     def __init__(self) -> None:
         self.messages: list[dict[str, Any]] = []
@@ -124,12 +124,12 @@ class _History:
         if role == "assistant":
             self._turn("content", "tool_calls")["content"] = text
         elif role == "system" and last is not None and last["role"] == "system":
-            last["content"] += f"\n\n{text}"  # many templates know one, at the beginning
+            last["content"] += f"\n\n{text}"  # many templates support only one, at the beginning
         else:
             self.messages.append({"role": role, "content": text})
 
     def reasoning(self, item: Mapping[str, Any], place: str) -> None:
-        """Of reasoning that is there only for who has its key, nothing can be read."""
+        """Encrypted reasoning cannot be read here; it is skipped."""
         parts = item.get("content") or item.get("summary") or []
         texts = [part.get("text") for part in parts if isinstance(part, Mapping)]
         if not isinstance(parts, list) or not all(isinstance(text, str) for text in texts):
@@ -153,7 +153,7 @@ class _History:
         self.messages.append({"role": "tool", "tool_call_id": item["call_id"], "content": text})
 
     def _turn(self, *ended_by: str) -> dict[str, Any]:
-        """Return the assistant's message that goes on; a new one where it has one of these already."""
+        """Return the assistant's current message; a new one if it already has one of these."""
         last = self.messages[-1] if self.messages else None
         if last is None or last["role"] != "assistant" or any(last.get(name) for name in ended_by):
             last = {"role": "assistant", "content": ""}
@@ -171,7 +171,9 @@ _ITEMS: Mapping[str, Callable[[_History, Mapping[str, Any], str], None]] = {
 
 def _unknown(kind: Any, place: str) -> ServerError:
     if kind == "item_reference":
-        return invalid(f"{place} refers to an item, and nothing is stored here: send it", place)
+        return invalid(
+            f"{place} refers to a stored item; nothing is stored here, send the item", place
+        )
     return invalid(
         f"{place} is of type {kind!r}, which is not supported; there is {', '.join(_ITEMS)}", place
     )

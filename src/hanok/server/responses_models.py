@@ -1,7 +1,7 @@
-"""The bodies of OpenAI's Responses, of which nothing is stored here.
+"""The bodies of OpenAI's Responses API, without stored responses.
 
-Explicit nulls mean the same as absent fields. What chat requests take beyond OpenAI's (PASSED_ON) is
-taken here too; unknown fields are ignored, and known ones that are not served (NOT_SERVED) are refused.
+Explicit nulls mean the same as absent fields. The extensions of chat requests (PASSED_ON) are accepted
+here too; unknown fields are ignored, and known ones that are not supported (NOT_SERVED) are refused.
 """
 
 from collections.abc import Mapping
@@ -20,22 +20,22 @@ NOT_SERVED: Mapping[str, str] = {
     "previous_response_id": _STORED,
     "prompt": "no prompts are stored here. Send `instructions` and `input`",
 }
-"""Fields that are refused, unless they ask for nothing, and why."""
+"""Fields that are refused unless they have a value that asks for nothing, and why."""
 
 INCLUDED = ("message.output_text.logprobs", "reasoning.encrypted_content")
-"""What `include` may ask for; reasoning is there as it is, and so needs no encrypted copy."""
+"""Values that `include` may have; reasoning is returned in plain text and needs no encrypted copy."""
 
 
 class Reasoning(Body):
-    """How a model thinks. What it thinks is given whole, so `summary` asks for less than there is."""
+    """Options of reasoning. It is returned whole, so `summary` asks for less than there is."""
 
     effort: Annotated[str, Field(max_length=64)] | None = None
-    """For templates that know it; "none": without reasoning, where the template can do without."""
+    """For templates that support it; "none": without reasoning, if the template can switch it off."""
     summary: Literal["auto", "concise", "detailed"] | None = None
 
 
 class TextFormat(Body):
-    """What the answer has to be."""
+    """The format of the answer."""
 
     type: Literal["text", "json_object", "json_schema"]
     name: str | None = None
@@ -45,7 +45,7 @@ class TextFormat(Body):
 
 
 class TextOptions(Body):
-    """What is asked of an answer's text."""
+    """Requirements on the answer's text."""
 
     format: TextFormat | None = None
     verbosity: Literal["medium"] | None = None
@@ -64,7 +64,7 @@ class ResponsesRequest(Body):
     parallel_tool_calls: bool | None = None
     max_output_tokens: Annotated[int, Field(ge=1)] | None = None
     max_tool_calls: Annotated[int, Field(ge=1)] | None = None
-    """Of tools that run on the server; there are none."""
+    """Limits tools that run on the server; there are none."""
     temperature: Annotated[float, Field(ge=0, le=100)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
@@ -74,9 +74,9 @@ class ResponsesRequest(Body):
     truncation: Literal["disabled"] | None = None
     stream: NullFalse = False
     stream_options: dict[str, Any] | None = None
-    """Of how deltas are padded against listeners; they are not."""
+    """Options of padding against eavesdroppers; deltas are not padded."""
     store: bool | None = None
-    """Taken, for clients send it without being asked; nothing is stored, and the answer says so."""
+    """Accepted, since clients send it by default; nothing is stored, and the answer says so."""
     metadata: Annotated[dict[str, str], Field(max_length=16)] | None = None
     user: Name | None = None
     safety_identifier: Name | None = None

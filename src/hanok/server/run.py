@@ -1,4 +1,4 @@
-"""A server's life: it listens at once, loads, serves, and stops without cutting answers off."""
+"""A server's life cycle: listen at once, load, serve, and stop without cutting off answers."""
 
 import asyncio
 import gc
@@ -28,25 +28,25 @@ if TYPE_CHECKING:
     from hanok.engine.model import Model
 
 LOG = logging.getLogger("hanok.server")
-LAST_WORDS_S = 5  # for answers that are written when the engine is done
+LAST_WORDS_S = 5  # for answers still being written when the engine is done
 OWN_FILES = 256
-"""Files that a process needs beside its connections."""
+"""File descriptors that a process needs besides its connections."""
 Opener = Callable[[Service], "tuple[Model, Engine]"]
 
 
 def listen(options: ServerOptions) -> socket.socket:
-    """Return a socket that listens; port 0 takes a free one. OSError where it cannot be had."""
+    """Return a listening socket; port 0 chooses a free one. OSError if it is not available."""
     family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
     found = socket.create_server((options.host, options.port), family=family, backlog=2048)
     # Closing a connection waits until its client has read what was written: one that never reads would
-    # keep it for ever. Connections have the option of their listener.
+    # keep it open forever. Connections inherit the option of their listener.
     timeout_ms = int(1000 * options.write_timeout_s)
     found.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, timeout_ms)
     return found
 
 
 def configured(service: Service) -> uvicorn.Config:
-    """Return what uvicorn is told: how to answer, and what to take from connections."""
+    """Return uvicorn's configuration: the application, and the limits of connections."""
     options = service.options
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = options.max_connections
@@ -120,8 +120,8 @@ class _Life:
         except Exception as error:
             loop.call_soon_threadsafe(self._fail, error)
         else:
-            # What is there now stays: collecting garbage need not look through it, which takes as long
-            # as serving dozens of requests.
+            # The objects made so far stay: garbage collection need not traverse them, which would take
+            # as long as serving dozens of requests.
             gc.collect()
             gc.freeze()
             loop.call_soon_threadsafe(self._service.open, model, engine)
@@ -137,7 +137,7 @@ class _Life:
         self._server.should_exit = True
 
     def _stop(self) -> None:
-        """Begin to stop; told a second time, stop at once."""
+        """Begin to stop; called a second time, stop at once."""
         if self._stopping is not None:
             self._server.should_exit = self._server.force_exit = True
             return

@@ -1,4 +1,4 @@
-"""What the routes share: the model behind them, who is let in, and how a request becomes tickets."""
+"""Shared by all routes: the model, admission control, and how a request becomes tickets."""
 
 import asyncio
 import logging
@@ -56,7 +56,7 @@ OUTCOMES: dict[str, "Outcome"] = {
     "timeout": "incomplete",
     "internal": "generation",
 }
-"""TGI's reasons of failure by our kinds; any other is a failed validation."""
+"""TGI's failure reasons by our kinds; any other is a failed validation."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,24 +78,24 @@ class Prepared:
 
 @dataclass(slots=True, kw_only=True)
 class Service:
-    """A server's state. Only the event loop's thread changes it, but for `progress`."""
+    """A server's state. Only the event loop's thread changes it, except for `progress`."""
 
     options: ServerOptions
     state: State = "loading"
     progress: float = 0.0
-    """Of loading, 0 to 1."""
+    """Share of the weights loaded, 0 to 1."""
     failure: str = ""
     model: Model | None = None
     engine: Engine | None = None
     metrics: Metrics | None = None
     grammars: GrammarCompiler | None = None
     facts: dict[str, Any] = field(default_factory=dict)
-    """What /info says beside the options: the plan, the weights."""
+    """Contents of /info besides the options: the plan, the weights."""
     created: int = field(default_factory=lambda: int(time.time()))
     num_open: int = 0
-    """Sequences whose answer is not sent."""
+    """Sequences whose answers are not sent yet."""
     pooling: Pooling | UnsupportedError | CheckpointError = "last"
-    """How a text becomes a vector, or why it does not."""
+    """How a text becomes a vector, or why there are no embeddings."""
     _workers: ThreadPoolExecutor = field(init=False)
 
     def __post_init__(self) -> None:
@@ -132,21 +132,21 @@ class Service:
 
     @property
     def needed_model(self) -> Model:
-        """The model; ServerError before it is there."""
+        """The model; ServerError before it is loaded."""
         if self.model is None:
             raise self._unready()
         return self.model
 
     @property
     def needed_engine(self) -> Engine:
-        """The engine; ServerError before it is there, and while it takes nothing."""
+        """The engine; ServerError before it is loaded, and while it accepts no requests."""
         if self.engine is None or self.state != "ready":
             raise self._unready()
         return self.engine
 
     @property
     def needed_tokenizer(self) -> Tokenizer:
-        """The tokenizer; ServerError where the checkpoint has none."""
+        """The tokenizer; ServerError if the checkpoint has none."""
         found = self.needed_model.tokenizer
         if found is None:
             raise invalid("this checkpoint has no tokenizer: send token ids")
@@ -154,7 +154,7 @@ class Service:
 
     @property
     def needed_infill(self) -> Infill:
-        """The markers of texts with a gap; ServerError where the tokenizer has none."""
+        """The markers for filling in the middle; ServerError if the tokenizer has none."""
         found = find_infill(self.needed_tokenizer)
         if found is None:
             raise ServerError(
@@ -187,7 +187,7 @@ class Service:
         return ServerError(message, kind="overloaded", status=503, headers={"Retry-After": "5"})
 
     async def aside(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
-        """Run what takes long, such as tokenizing, in a thread, so that streams go on."""
+        """Run slow work, such as tokenizing, in a thread, so that streams continue."""
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._workers, lambda: function(*args, **kwargs))
 
@@ -200,8 +200,8 @@ class Service:
     ) -> list[int]:
         """Return a text's tokens, in a thread.
 
-        A text that cannot be served is not worth the seconds that tokenizing it may take: `check` is
-        given the fewest tokens that it can have, and raises ServerError where those are too many.
+        A text that is too long should not cost the seconds of tokenizing it: `check` is given a lower
+        bound on its tokens, and raises ServerError if that is too many.
         """
         tokenizer = self.needed_tokenizer
 
@@ -217,7 +217,7 @@ class Service:
     ) -> Response:
         """Answer with the JSON value that `build` makes of so many scores of tokens.
 
-        Many are written in a thread, so that streams go on; few, where that would only take longer.
+        Many are written in a thread, so that streams continue; a few directly, which is faster.
         """
         if num_scores <= AT_ONCE:
             return Json(build(), headers=headers)
@@ -227,7 +227,7 @@ class Service:
     async def submit(self, request: Request, prompts: Sequence[Prepared]) -> list[Ticket]:
         """Queue prompts, each as often as it says, and return their tickets in that order.
 
-        Raises ServerError, with nothing queued, where one is not valid or there is no room.
+        Raises ServerError, with nothing queued, if one is invalid or there is no room.
         """
         self._admit(exchange_of(request), sum(prompt.count for prompt in prompts))
         return await self._queued(request, prompts)
@@ -237,7 +237,7 @@ class Service:
     ) -> list[Ticket]:
         """Queue prompts as `submit` does, but only some at once, and return when all are finished.
 
-        So many, or fewer where they have more tokens together: whoever comes in between waits for these.
+        At most so many, or fewer if they have more tokens together: other requests wait for these.
         """
         self._admit(exchange_of(request), min(at_once, len(prompts)))
         found: list[Ticket] = []
@@ -280,7 +280,7 @@ class Service:
         return tickets
 
     async def results(self, request: Request, tickets: Sequence[Ticket]) -> list[list[TokenEvent]]:
-        """Wait for all tickets. When the client goes, or one fails, all are given up."""
+        """Wait for all tickets. If the client disconnects, or one fails, all are aborted."""
         leaving = asyncio.ensure_future(until_gone(request.receive))
         collecting = asyncio.ensure_future(_all_collected(tickets))
         try:
@@ -305,9 +305,9 @@ class Service:
         headers: Mapping[str, str],
         keep_alive: str = COMMENT,
     ) -> EventStream:
-        """Answer with server-sent events; should they fail, with those that `failed` makes of it.
+        """Answer with server-sent events; after a failure, with those that `failed` makes of it.
 
-        When the client goes, or reads nothing for long, all tickets are given up.
+        If the client disconnects, or stops reading for too long, all tickets are aborted.
         """
         exchange = exchange_of(request)
 
@@ -316,7 +316,7 @@ class Service:
                 async with aclosing(events) as texts:
                     async for text in texts:
                         yield text
-            except Exception as error:  # the status is sent: the client hears of it in the stream
+            except Exception as error:  # too late for a status
                 for text in failed(exchange.failed(error)):
                     yield text
 
@@ -330,7 +330,7 @@ class Service:
         )
 
     def ended(self, exchange: Exchange, route: Route | None) -> None:
-        """Count and log a request whose answer is sent, or cannot be any more."""
+        """Count and log a request whose answer was sent, or cannot be sent any more."""
         give_up(exchange.tickets)
         self.num_open -= exchange.num_open
         if route is not None and route.needs_key and self.metrics is not None:
@@ -338,7 +338,7 @@ class Service:
         log_request(exchange, as_json=self.options.logs_json)
 
     def _admit(self, exchange: Exchange, count: int) -> None:
-        """Let a request in with so many sequences at a time, until its answer is sent."""
+        """Admit a request with so many sequences at a time, until its answer is sent."""
         engine = self.needed_engine
         stats = engine.stats()
         rate = engine.drain_rate
@@ -347,11 +347,11 @@ class Service:
             raise overloaded(wait_s)
         if wait_s > self.options.max_queue_s:
             raise overloaded(wait_s - self.options.max_queue_s)
-        self.num_open += count  # at once, so that nobody else is let in for it meanwhile
+        self.num_open += count  # at once, before others are admitted
         exchange.num_open += count
 
     def _sequences(self, prompts: Sequence[Prepared]) -> list[list[GenerationSequence]]:
-        """Make the sequences of some prompts, their grammars compiled."""
+        """Make the sequences of some prompts, with their grammars compiled."""
         model, found = self.needed_model, []
         for prompt in prompts:
             grammar = None
@@ -381,7 +381,7 @@ class Service:
         if error is None and failed:
             error = as_server_error(failed[0])
         if error is None and exchange.status >= 400:
-            return  # an error of the protocol: nothing was asked of the model
+            return  # a protocol error: the model was not used
         outcome: Outcome = "success"
         if error is not None:
             outcome = OUTCOMES.get(error.kind, "validation")

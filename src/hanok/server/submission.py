@@ -1,4 +1,4 @@
-"""From a conversation to its place in the queue, whatever protocol it came by."""
+"""Queues a conversation's answers, for every chat protocol."""
 
 from collections.abc import Callable, Sequence
 
@@ -21,11 +21,11 @@ async def submitted(
     place: str = "messages",
     is_shortened: bool = False,
 ) -> tuple[Conversation, list[Ticket]]:
-    """Queue the answers that a conversation asks for. `place` is where the body has it.
+    """Queue the answers that a conversation asks for. `place` is its field in the body.
 
-    With `is_shortened` an answer may be asked for that is longer than what there is room for.
+    With `is_shortened`, a requested length beyond the available room is reduced instead of refused.
 
-    Raises ServerError, with nothing queued, for a request that is not valid or does not fit.
+    Raises ServerError, with nothing queued, for a request that is invalid or does not fit.
     """
     options = service.options
     check(body, options)
@@ -69,7 +69,7 @@ def truncated(service: Service, ids: list[int], kept: int | None, most: int) -> 
 def check_prompt(service: Service, ids: Sequence[int], most: int | None, parameter: str) -> int:
     """Return how many tokens to generate at the most: `most`, or what there is room for.
 
-    Raises ServerError for a prompt that is empty or too long. `parameter` is where it came from.
+    Raises ServerError for a prompt that is empty or too long. `parameter` is its field in the body.
     """
     if not ids:
         raise invalid(f"`{parameter}` cannot be empty", parameter)
@@ -77,7 +77,7 @@ def check_prompt(service: Service, ids: Sequence[int], most: int | None, paramet
 
 
 def fitting(service: Service, most: int | None, parameter: str) -> Callable[[int], None]:
-    """Return what raises ServerError for a prompt of at least so many tokens, if that is too long."""
+    """Return a function that raises ServerError if a prompt of at least so many tokens is too long."""
 
     def check_length(fewest: int) -> None:
         if fewest > service.max_input_tokens:

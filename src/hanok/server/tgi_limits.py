@@ -111,7 +111,7 @@ def _range_rules(asked: Parameters) -> list[tuple[str, bool, str]]:
             is_off(asked.presence_penalty, lambda x: -2 <= x <= 2),
             "`presence_penalty` must be >= -2.0 and <= 2.0",
         ),
-        (  # 1.0 is what nothing asked for means: TGI refuses it, and clients send it
+        (  # 1.0 means "no restriction": TGI refuses it, but clients send it
             "top_p",
             is_off(asked.top_p, lambda x: 0 < x <= 1),
             "`top_p` must be > 0.0 and < 1.0",
@@ -144,7 +144,7 @@ def check_lengths(
 ) -> int:
     """Return how many tokens to generate at the most. Raises ServerError for lengths beyond limits.
 
-    `num_inputs` that are not counted are the fewest that there can be.
+    If the tokens were not counted, `num_inputs` is a lower bound.
     """
     given = f"{num_inputs}" if are_counted else f"{num_inputs} or more"
     wanted = asked.max_new_tokens
@@ -162,7 +162,7 @@ def check_lengths(
 
 
 def samples(asked: Parameters) -> bool:
-    """Return whether tokens are drawn, and not the likeliest taken."""
+    """Return whether tokens are sampled instead of taking the likeliest."""
     given = (asked.temperature, asked.top_k, asked.top_p, asked.typical_p)
     return asked.do_sample or any(value is not None for value in given)
 
@@ -170,7 +170,7 @@ def samples(asked: Parameters) -> bool:
 def sampling_options(
     asked: Parameters, options: ServerOptions, max_new_tokens: int, *, includes_stop: bool
 ) -> SamplingOptions:
-    """Return a request's parameters as the engine's. Log-probabilities are those drawn from."""
+    """Return a request's parameters as the engine's. Log-probabilities are those sampled from."""
     found: SamplingOptions = {
         "max_new_tokens": max_new_tokens,
         "temperature": 0.0,
@@ -200,7 +200,7 @@ def sampling_options(
 
 
 def grammar_of(grammar: Grammar | None) -> GrammarSpec | None:
-    """Return what an answer has to be. ServerError for a value that does not go with its type."""
+    """Return the constraint on an answer. ServerError for a value that does not match its type."""
     if grammar is None:
         return None
     value: Any = grammar.value
@@ -216,18 +216,18 @@ def grammar_of(grammar: Grammar | None) -> GrammarSpec | None:
 
 
 def _schema_text(value: Any) -> str:
-    """Return a schema's JSON text. One with properties and no type is of an object, as in TGI.
+    """Return a schema's JSON text. One with properties and no type describes an object, as in TGI.
 
-    JSON Schema itself would let any text or number pass it.
+    JSON Schema itself would let any string or number pass.
     """
     schema = value
     if isinstance(value, str):
         if len(value) > MAX_BYTES:
-            return value  # too large to be looked at, as the compiler says
+            return value  # too large to inspect; the compiler reports it
         try:
             schema = json.loads(value)
         except (ValueError, RecursionError):
-            return value  # the compiler says what is wrong with it
+            return value  # the compiler reports what is wrong
     if isinstance(schema, dict) and "properties" in schema and "type" not in schema:
         return json.dumps({**schema, "type": "object"})
     return value if isinstance(value, str) else json.dumps(value)

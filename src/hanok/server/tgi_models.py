@@ -14,7 +14,7 @@ Stops = Annotated[
     Field(max_length=1000, fail_fast=True),
     BeforeValidator(lambda v: [v] if isinstance(v, str) else v or []),
 ]
-"""One stop text or some. How many a route takes is less, and said in its protocol's words."""
+"""One stop text or several. The limit of a route is lower, with an error in its protocol's words."""
 
 
 class Body(BaseModel):
@@ -31,7 +31,7 @@ NullFalse = Annotated[bool, _absent_is(False)]
 
 
 class Grammar(Body):
-    """What the answer has to be: "json" and "json_schema" take a schema, "regex" an expression."""
+    """The format of the answer: "json" and "json_schema" take a schema, "regex" an expression."""
 
     type: Literal["json", "regex", "json_schema", "json_object"]
     value: Any = None
@@ -125,7 +125,7 @@ class BestOfSequence(BaseModel):
 
 
 class Details(BaseModel):
-    """How an answer came about."""
+    """How an answer was generated."""
 
     finish_reason: str
     generated_tokens: int
@@ -144,7 +144,7 @@ class GenerateResponse(BaseModel):
 
 
 class TokenizedToken(BaseModel):
-    """A token of a text, and where in it, in bytes of UTF-8, it stands."""
+    """A token of a text, and its position in bytes of UTF-8."""
 
     id: int
     text: str

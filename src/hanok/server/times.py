@@ -1,4 +1,4 @@
-"""The headers in which TGI says how long things took: milliseconds, as text."""
+"""TGI's headers with times, in milliseconds, as text."""
 
 from collections.abc import Sequence
 from time import monotonic
@@ -17,7 +17,7 @@ def stream_headers(num_characters: int) -> dict[str, str]:
 def timing_headers(
     exchange: Exchange, tickets: Sequence[Ticket], num_characters: int
 ) -> dict[str, str]:
-    """Return the headers of a whole answer; several sequences count as one that took as long as all."""
+    """Return the headers of a whole answer; several sequences count as one with their total time."""
     total = monotonic() - exchange.began
     submitted = min(ticket.times.submitted for ticket in tickets)
     begun = min(ticket.times.begun or submitted for ticket in tickets)

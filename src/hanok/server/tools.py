@@ -1,7 +1,7 @@
-"""The tools of a request: which functions may be called, and what demands a call.
+"""The tools of a request: which functions may be called, and whether a call is required.
 
-Where a call is demanded, a grammar makes the model write `{"name": …, "arguments": …}` and nothing else.
-Where the model may choose, its template has taught it a spelling of its own (`server/calls.py`).
+If a call is required, a grammar makes the model write `{"name": …, "arguments": …}` and nothing else.
+If the model may choose, it writes calls in the format it was trained on (`server/calls.py`).
 """
 
 import json
@@ -20,24 +20,24 @@ class ToolUse:
     """The tools of one request."""
 
     tools: tuple[dict[str, Any], ...] = ()
-    """For the template; empty where none may be called."""
+    """For the template; empty if none may be called."""
     functions: Mapping[str, Function] = field(default_factory=dict)
-    """Those that may be called, by name."""
+    """The functions that may be called, by name."""
     grammar: GrammarSpec | None = None
-    """Of a call that is demanded."""
+    """The grammar of a required call."""
 
     @property
     def is_forced(self) -> bool:
-        """Whether the answer is a call whatever the model thinks."""
+        """Whether the answer must be a call."""
         return self.grammar is not None
 
 
 def tool_use(
     tools: Sequence[Mapping[str, Any]] | None, choice: str | Mapping[str, Any] | None
 ) -> ToolUse:
-    """Return what a request's tools ask for.
+    """Return the tools of a request.
 
-    Raises ServerError for a tool that is not one, and for a choice of what is not there.
+    Raises ServerError for an invalid or unknown tool.
     """
     if not tools or choice == "none":
         if isinstance(choice, Mapping) or (not tools and choice == "required"):
@@ -65,7 +65,7 @@ def tool_use(
 
 
 def _chosen(choice: str | Mapping[str, Any] | None, names: list[str]) -> tuple[list[str], bool]:
-    """Return the names that may be called, and whether one of them has to be."""
+    """Return the names that may be called, and whether one of them must be."""
     if choice is None or choice == "auto":
         return names, False
     if choice == "required":
@@ -114,7 +114,7 @@ def _grammar(functions: Mapping[str, Function]) -> GrammarSpec:
 
 
 def _parameters(name: str, function: Function) -> dict[str, Any]:
-    """Return the schema of a function's arguments: always of an object."""
+    """Return the schema of a function's arguments: always an object's."""
     found = function.get("parameters", function.get("arguments"))
     if found is None:
         return {"type": "object", "properties": {}}

@@ -1,5 +1,5 @@
-"""Between the wire and the routes: bodies read within limits, answers, streams, and what every request
-gets: an id, a check of its key, one line in the log.
+"""Between HTTP and the routes: bodies read within limits, answers, streams, and what every request gets:
+an id, a check of its key, one line in the log.
 """
 
 import asyncio
@@ -38,17 +38,17 @@ if TYPE_CHECKING:
 
 LOG = logging.getLogger("hanok.server")
 REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
-CLOSED_REQUEST = 499  # for the log: the client had gone
+CLOSED_REQUEST = 499  # for the log: the client disconnected
 COMMENT = ":\n\n"
-"""A server-sent event that clients pass over."""
+"""A server-sent event that clients ignore."""
 MOST_CONTAINERS = 50_000
-"""Lists and objects of one body."""
+"""Arrays and objects of one body."""
 TEXTS = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
-"""Strings of a JSON text; one that is not closed goes to its end, so that each byte is read once."""
+"""Strings of a JSON text; an unterminated one extends to its end, so that each byte is read once."""
 AT_ONCE = 2000
-"""Numbers or texts that are written to JSON at once."""
+"""Numbers or strings that are written to JSON at once."""
 BUGS = (424, 500)
-"""Statuses whose cause is here and not with the client: the log has their tracebacks."""
+"""Statuses caused by the server, not the client: the log has their tracebacks."""
 
 B = TypeVar("B", bound=BaseModel)
 Handler = Callable[["Service", Request, Any], Awaitable[Response]]
@@ -56,7 +56,7 @@ Handler = Callable[["Service", Request, Any], Awaitable[Response]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Route:
-    """One route: what it takes, what it gives, and who may ask."""
+    """One route: its body, its answer, and its access."""
 
     method: str
     path: str
@@ -70,23 +70,23 @@ class Route:
     """Whether it may answer with server-sent events."""
     needs_key: bool = False
     key_header: str = ""
-    """Another header that may bring the key as it is; "": `Authorization` alone."""
+    """Another header that may hold the bare key; "": only `Authorization`."""
     needs_model: bool = False
-    """Whether it waits for the model, and answers 503 before."""
+    """Whether it needs the model, and answers 503 until it is loaded."""
     needs_head: bool = False
-    """Whether it is about generated tokens, and answers 422 where the model makes embeddings alone."""
+    """Whether it generates tokens, and answers 422 if the model only makes embeddings."""
     statuses: tuple[int, ...] = ()
-    """Errors that it may answer with, beside those that every route with a body may."""
+    """Errors that it may answer with, besides those of every route with a body."""
 
     @property
     def shown_path(self) -> str:
-        """The path without what only the router reads: "{model}" for "{model:path}"."""
+        """The path without the router's converters: "{model}" for "{model:path}"."""
         return re.sub(r":\w+\}", "}", self.path)
 
 
 @dataclass(slots=True, kw_only=True)
 class Exchange:
-    """What is known of one request while it is answered, for its log line and the metrics."""
+    """What is known of one request, for its log line and the metrics."""
 
     id: str
     began: float
@@ -96,12 +96,12 @@ class Exchange:
     num_open: int = 0
     """Sequences that it counts as at a time."""
     parameters: dict[str, float] = field(default_factory=dict)
-    """The effective parameters; of lists and tables their length, so that no text is among them."""
+    """The effective parameters; lists and tables by their length, so that no text is logged."""
     error: ServerError | None = None
     status: int = 0
 
     def failed(self, error: Exception) -> ServerError:
-        """Take note of what went wrong, and return what the client is told of it."""
+        """Record an exception, and return the error for the client."""
         self.error = as_server_error(error)
         if self.error.status in BUGS and not isinstance(error, ServerError):
             LOG.error("request %s failed", self.id, exc_info=error)
@@ -109,13 +109,13 @@ class Exchange:
 
 
 def exchange_of(request: Request) -> Exchange:
-    """Return the exchange that a request belongs to."""
+    """Return the exchange of a request."""
     found: Exchange = request.state.exchange
     return found
 
 
 def note_parameters(request: Request, options: Mapping[str, Any]) -> None:
-    """Let the log tell what a request asked for, without its texts."""
+    """Record a request's parameters for the log, without its texts."""
     kept = {key: value for key, value in options.items() if value not in (None, [], {})}
     exchange_of(request).parameters = {
         key: value if isinstance(value, int | float) else len(value) for key, value in kept.items()
@@ -133,9 +133,9 @@ class Json(Response):
 
 
 def dumps(value: Any) -> str:
-    """Return JSON text that UTF-8 can hold.
+    """Return JSON text that UTF-8 can encode.
 
-    Numbers that JSON has no name for, such as -inf, become null; half a surrogate pair is spelled out.
+    Numbers that JSON cannot express, such as -inf, become null; lone surrogates are escaped.
     """
     try:
         text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
@@ -150,7 +150,7 @@ def dumps(value: Any) -> str:
 
 
 def dumps_in_parts(value: Any) -> Iterator[str]:
-    """Yield what `dumps` returns in parts of about a millisecond, between which other threads go on."""
+    """Yield what `dumps` returns in parts of about a millisecond, so that other threads can run."""
     if _weight(value) <= AT_ONCE:
         yield dumps(value)
     elif isinstance(value, dict):
@@ -173,7 +173,7 @@ def _weight(value: Any) -> int:
     """Return about how many numbers and words of text a JSON value is."""
     if isinstance(value, dict):
         return 1 + sum(map(_weight, value.values()))
-    if isinstance(value, list) and value:  # of the same kind, but that the first may be missing
+    if isinstance(value, list) and value:  # of the same kind, except that the first may be missing
         return 1 + len(value) * max(_weight(value[0]), _weight(value[-1]))
     return 1
 
@@ -189,10 +189,10 @@ def _finite(value: Any) -> Any:
 async def read_body(
     request: Request, model: type[BaseModel], options: "ServerOptions"
 ) -> BaseModel:
-    """Return the body of a request. Raises ServerError for one that is not as `model` says.
+    """Return the body of a request. Raises ServerError for one that does not match `model`.
 
-    What declares itself to be JSON cannot be sent by a page of another origin without asking first
-    (CORS), so bodies that say nothing, or something else, are refused.
+    A page of another origin cannot send a body declared as JSON without a preflight request (CORS), so
+    bodies with no or another content type are refused.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json" and not kind.endswith("+json"):
@@ -204,16 +204,16 @@ async def read_body(
             status=415,
         )
     value = parse_json(await request.body(), options)
-    await asyncio.sleep(0)  # a large one has kept the others waiting
+    await asyncio.sleep(0)  # a large body has kept other requests waiting
     return validated(value, model)
 
 
 def parse_json(data: bytes, options: "ServerOptions") -> Any:
-    """Return the value of a JSON text (RFC 8259). ServerError for one that is none, or too large.
+    """Return the value of a JSON text (RFC 8259). ServerError for an invalid or too large one.
 
-    Nobody else is served while a value is made and checked: how many lists and objects it has is
-    looked at before, for each of them costs as much as hundreds of bytes of text. Half a surrogate
-    pair is no text (as in Rust's serde, which TGI uses).
+    The event loop is blocked while a value is built and checked: arrays and objects are counted first,
+    since each of them costs as much as hundreds of bytes of text. Lone surrogates are refused (as by
+    Rust's serde, which TGI uses).
     """
     data = data.removeprefix(codecs.BOM_UTF8)
     if has_many_containers(data):
@@ -234,7 +234,7 @@ def parse_json(data: bytes, options: "ServerOptions") -> Any:
 
 
 def has_many_containers(data: bytes) -> bool:
-    """Return whether a JSON text begins too many lists and objects to be read, outside its strings."""
+    """Return whether a JSON text opens too many arrays and objects, outside its strings."""
     brackets = (b"[", b"{")
     if sum(map(data.count, brackets)) <= MOST_CONTAINERS:
         return False
@@ -251,7 +251,7 @@ def validated(value: Any, model: type[B]) -> B:
 
 
 def _is_deeper(value: Any, levels: int) -> bool:
-    """Return whether lists and objects are nested in more levels than so many."""
+    """Return whether arrays and objects are nested deeper than so many levels."""
     is_container = frozenset((dict, list)).__contains__
     found = [value] if is_container(type(value)) else []
     for _ in range(levels):
@@ -271,7 +271,7 @@ def _first_of(error: ValidationError) -> ServerError:
 
 
 class Pieces(Response):
-    """An answer in pieces, each sent as soon as the client has room for it."""
+    """An answer in pieces, each sent as soon as the client can receive it."""
 
     def __init__(
         self,
@@ -282,7 +282,7 @@ class Pieces(Response):
         headers: Mapping[str, str] | None = None,
         media_type: str = "application/json",
     ) -> None:
-        """When the client goes, or reads nothing for long, `give_up` is called."""
+        """If the client disconnects, or stops reading for too long, `give_up` is called."""
         super().__init__(None, headers=headers, media_type=media_type)
         del self.headers["content-length"]
         self._pieces = pieces
@@ -290,7 +290,7 @@ class Pieces(Response):
         self._write_timeout_s = write_timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the pieces as they come, until there are no more or the client is gone."""
+        """Send the pieces as they arrive, until there are no more or the client disconnects."""
         sending = asyncio.ensure_future(self._send(send))
         leaving = asyncio.ensure_future(until_gone(receive))
         try:
@@ -347,7 +347,7 @@ class EventStream(Pieces):
 async def with_keep_alive(
     events: AsyncGenerator[str, None], seconds: float, keep_alive: str
 ) -> AsyncGenerator[str, None]:
-    """Yield events as they come, and `keep_alive` whenever none came for some seconds.
+    """Yield events as they arrive, and `keep_alive` whenever none arrived for some seconds.
 
     `events` is closed when this is.
     """
@@ -374,7 +374,7 @@ async def with_keep_alive(
 
 
 async def until_gone(receive: Receive) -> None:
-    """Return when the client has closed the connection."""
+    """Wait until the client has closed the connection."""
     while (await receive())["type"] != "http.disconnect":
         pass
 
@@ -385,7 +385,7 @@ def error_response(error: ServerError, path: str) -> Json:
 
 
 class Gate:
-    """The outermost layer: ids, limits, keys, errors that nobody expected, and the log."""
+    """The outermost layer: ids, limits, keys, unexpected errors, and the log."""
 
     def __init__(
         self,
@@ -396,9 +396,9 @@ class Gate:
         methods: Mapping[str, Collection[str]],
         patterns: Mapping[str, re.Pattern[str]],
     ) -> None:
-        """`methods` are those that each path has, paths that are no `Route` among them.
+        """`methods` has the methods of each path, including paths without a `Route`.
 
-        `patterns` say of paths with a parameter, such as "/v1/models/{model:path}", what they match.
+        `patterns` has what paths with a parameter, such as "/v1/models/{model:path}", match.
         """
         self._app = app
         self._service = service
@@ -441,7 +441,7 @@ class Gate:
             exchange.error = ServerError("the client went away", kind="dropped", status=499)
         except Exception as error:
             told = exchange.failed(error)
-            if exchange.status:  # the answer had begun: cutting it off is all that is left
+            if exchange.status:  # the answer had begun: it can only be cut off
                 raise
             await error_response(told, exchange.path)(scope, receive, tracked)
         finally:
@@ -449,7 +449,7 @@ class Gate:
             self._service.ended(exchange, route)
 
     def _check(self, scope: Scope, headers: Mapping[str, bytes]) -> None:
-        """Raise ServerError for a request that may not be answered."""
+        """Raise ServerError for a request that is not allowed."""
         method, path = scope["method"], scope["path"]
         declared = self._declared(path)
         if declared not in self._methods:
@@ -469,7 +469,7 @@ class Gate:
         if route is not None and route.needs_key and key is not None:
             scheme, _, given = headers.get("authorization", b"").partition(b" ")
             is_right = hmac.compare_digest(given.strip(), key.encode())
-            is_right &= scheme.lower() == b"bearer"  # schemes have no case: RFC 9110, 11.1
+            is_right &= scheme.lower() == b"bearer"  # schemes are case-insensitive: RFC 9110, 11.1
             if route.key_header:
                 given = headers.get(route.key_header, b"")
                 is_right |= hmac.compare_digest(given, key.encode())
@@ -487,7 +487,7 @@ class Gate:
             raise self._too_large()
 
     def _declared(self, path: str) -> str:
-        """Return a path as its route declares it; itself where none matches."""
+        """Return a path as its route declares it; the path itself if none matches."""
         if path in self._methods:
             return path
         matching = (name for name, found in self._patterns.items() if found.match(path))
@@ -505,7 +505,7 @@ class Gate:
 
         async def limited() -> Message:
             nonlocal left, is_whole
-            if is_whole:  # what comes now is that the client has gone
+            if is_whole:  # the next message is the disconnect
                 return await receive()
             try:
                 message = await asyncio.wait_for(receive(), until - time.monotonic())

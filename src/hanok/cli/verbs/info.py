@@ -1,6 +1,8 @@
 """`hanok info`: what this machine has, which implementations fit and why, what a checkpoint is."""
 
 import json
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,15 +63,15 @@ def _attention(config: "ModelConfig | None") -> dict[str, str]:
     """Return each backend's summary or reason, for the layers of `config` or for ordinary ones."""
     import torch
 
-    from hanok.attention.base import AttentionSpec, backends, why_not_table
+    from hanok.attention.base import backends, why_not_table
+    from hanok.models.config import SoftmaxAttention
+    from hanok.models.mixers.base import attention_spec
 
-    spec = AttentionSpec(
-        num_heads=config.num_heads if config else 32,
-        num_kv_heads=config.num_kv_heads if config else 8,
-        head_dim=config.head_dim if config else 128,
-        scale=1.0,
-        softcap=config.attention_softcap if config else None,
-    )
+    ordinary = SoftmaxAttention(num_heads=32, num_kv_heads=8, head_dim=128, rope=None)
+    attentions = [ordinary] if config is None else config.attentions
+    if not attentions:
+        return {}
+    spec = replace(attention_spec(attentions[0]), window=None)
     device = torch.device("cpu")
     reasons = why_not_table(spec, device, torch.bfloat16)
     return {
@@ -106,13 +108,15 @@ def _checkpoint(path: Path) -> "tuple[dict[str, Any], ModelConfig]":
     from hanok.checkpoint.tokenizer_files import has_tokenizer
     from hanok.errors import CheckpointError
     from hanok.memory.planning import describe
+    from hanok.models.config import Experts
 
     found = describe(path)
     checkpoint, config = found.checkpoint, found.config
     sizes: dict[str, int] = {}
     for ref in checkpoint.tensors.values():
         sizes[ref.dtype] = sizes.get(ref.dtype, 0) + ref.size_bytes
-    windows = sorted({layer.window for layer in config.layers if layer.window is not None})
+    attentions = config.attentions
+    windows = sorted({item.window for item in attentions if item.window is not None})
     try:
         tokenizer = open_tokenizer(checkpoint.folder)
         vocabulary = f"{tokenizer.vocab_size:,} tokens"
@@ -120,7 +124,7 @@ def _checkpoint(path: Path) -> "tuple[dict[str, Any], ModelConfig]":
     except CheckpointError as error:
         templates = "none"
         vocabulary = f"cannot be read: {error}" if has_tokenizer(checkpoint.folder) else "none"
-    experts = config.experts
+    mlps = dict.fromkeys(layer.mlp for layer in config.layers)
     rows: dict[str, Any] = {
         "folder": str(checkpoint.folder),
         "files": ", ".join(file.name for file in checkpoint.files) or "none",
@@ -131,21 +135,33 @@ def _checkpoint(path: Path) -> "tuple[dict[str, Any], ModelConfig]":
         "dtype declared": config.dtype or "none",
         "layers": config.num_layers,
         "hidden size": config.hidden_size,
-        "heads": f"{config.num_heads} query, {config.num_kv_heads} KV, {config.head_dim} wide",
-        "mlp": f"{config.mlp.intermediate_size:,} {config.mlp.activation}",
-        "experts": f"{experts.num_experts}, {experts.num_experts_per_token} per token"
-        if experts
-        else "none",
+        "heads": _listed(
+            f"{item.num_heads} query, {item.num_kv_heads} KV, {item.head_dim} wide"
+            for item in attentions
+        ),
+        "mlp": _listed(f"{mlp.intermediate_size:,} {mlp.activation}" for mlp in mlps),
+        "experts": _listed(
+            f"{mlp.num_experts}, {mlp.num_experts_per_token} per token"
+            for mlp in mlps
+            if isinstance(mlp, Experts)
+        ),
         "windows": ", ".join(map(str, windows)) or "none",
         "vocabulary": config.vocab_size,
         "context": f"{config.max_context_tokens:,} tokens",
-        "kv cache": f"{config.kv_cache_bytes(1, 'bfloat16'):,} bytes per token in bfloat16",
+        "kv cache": _cache(config),
         "tied head": _tied_head(config),
         "tokenizer": vocabulary,
         "chat templates": templates,
         "notes": "; ".join(found.notes) or "none",
     }
     return rows, config
+
+
+def _cache(config: "ModelConfig") -> str:
+    per_sequence = config.kv_cache_bytes(0, "bfloat16")
+    per_token = config.kv_cache_bytes(1, "bfloat16") - per_sequence
+    fixed = f", and {per_sequence:,} per sequence" if per_sequence else ""
+    return f"{per_token:,} bytes per token in bfloat16{fixed}"
 
 
 def _tied_head(config: "ModelConfig") -> str:
@@ -155,3 +171,8 @@ def _tied_head(config: "ModelConfig") -> str:
 
 
 COMMAND = command
+
+
+def _listed(texts: Iterable[str]) -> str:
+    """Return different texts, "none" where there is none."""
+    return "; ".join(dict.fromkeys(texts)) or "none"

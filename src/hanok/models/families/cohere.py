@@ -1,7 +1,7 @@
 """Command R, Command A, Aya: attention and MLP read one LayerNorm, and logits are scaled.
 
-Heads are turned in neighbouring pairs. Of Cohere 2's layers every fourth sees everything and is not
-turned; the others have a window.
+Heads are rotated in neighbouring pairs. Of Cohere 2's layers every fourth sees everything and is not
+rotated; the others have a window.
 """
 
 from dataclasses import replace
@@ -24,15 +24,14 @@ def read_config(keys: Keys) -> ModelConfig:
     keys.demand("use_qk_norm", False)
     _demand_block(keys)
     has_bias = keys.flag("attention_bias", False)
+    if is_second:
+        config = replace(config, layers=_layers(keys, config.layers))
+    config = config.with_layers(norm_placement="shared")
     return replace(
-        config,
-        layers=_layers(keys, config.layers) if is_second else config.layers,
+        config.with_attention(has_qkv_bias=has_bias, has_output_bias=has_bias),
         # Command R was trained for more positions than its file wants tables for.
         max_positions=keys.whole("model_max_length", config.max_positions),
         norm=Norm(kind="layer", eps=keys.number("layer_norm_eps", 1e-5)),
-        norm_placement="shared",
-        has_qkv_bias=has_bias,
-        has_output_bias=has_bias,
         logit_scale=keys.number("logit_scale", 0.0625),
         tie_embeddings=keys.flag("tie_word_embeddings", True),
     )
@@ -58,7 +57,9 @@ def _layers(keys: Keys, layers: tuple[LayerConfig, ...]) -> tuple[LayerConfig, .
     ]
     window = keys.whole("sliding_window", 4096)
     return tuple(
-        replace(layer, window=window) if kind == "sliding_attention" else replace(layer, rope=None)
+        layer.with_attention(window=window)
+        if kind == "sliding_attention"
+        else layer.with_attention(rope=None)
         for layer, kind in zip(layers, keys.layer_kinds(len(layers), default), strict=True)
     )
 

@@ -1,4 +1,4 @@
-"""ERNIE 4.5 (dense): Llama turned in neighbouring pairs, with one key for all biases and a tied head."""
+"""ERNIE 4.5 (dense): Llama rotated in neighbouring pairs; one key for all biases, and a tied head."""
 
 from dataclasses import replace
 
@@ -14,11 +14,9 @@ def read_config(keys: Keys) -> ModelConfig:
     rope = keys.rope(head_dim, default_theta=5e5, is_interleaved=True)
     config = llama_config(keys, rope=rope, default_eps=1e-5)
     has_bias = keys.flag("use_bias", False)
+    config = config.with_attention(has_qkv_bias=has_bias, has_output_bias=has_bias)
     return replace(
-        config,
-        mlp=replace(config.mlp, has_bias=has_bias),
-        has_qkv_bias=has_bias,
-        has_output_bias=has_bias,
+        config.with_mlp(has_bias=has_bias),
         tie_embeddings=keys.flag("tie_word_embeddings", True),
     )
 

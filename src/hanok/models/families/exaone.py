@@ -1,6 +1,6 @@
 """EXAONE 3.0, 3.5 and Deep: Llama's computation under names of GPT-2's kind."""
 
-from hanok.models.config import LayerConfig, Mlp, ModelConfig, Norm
+from hanok.models.config import LayerConfig, Mlp, ModelConfig, Norm, SoftmaxAttention
 from hanok.models.family import Family
 from hanok.models.keys import Keys, declared_dtype
 
@@ -11,20 +11,23 @@ def read_config(keys: Keys) -> ModelConfig:
     head_dim = keys.whole("head_dim", hidden // heads)
     num_layers = keys.whole("num_layers", keys.get("num_hidden_layers"))
     keys.ignore("embed_dropout")
+    attention = SoftmaxAttention(
+        num_heads=heads,
+        num_kv_heads=keys.kv_heads(heads),
+        head_dim=head_dim,
+        rope=keys.rope(head_dim),
+    )
+    mlp = Mlp(
+        intermediate_size=keys.whole("intermediate_size", 4 * hidden),
+        activation=keys.activation("activation_function", default="silu"),
+    )
     return ModelConfig(
         model_type=keys.model_type,
         vocab_size=keys.whole("vocab_size"),
         hidden_size=hidden,
-        num_heads=heads,
-        num_kv_heads=keys.kv_heads(heads),
-        head_dim=head_dim,
         max_positions=keys.whole("max_position_embeddings"),
         norm=Norm(kind="rms", eps=keys.number("layer_norm_epsilon", 1e-5)),
-        mlp=Mlp(
-            intermediate_size=keys.whole("intermediate_size", 4 * hidden),
-            activation=keys.activation("activation_function", default="silu"),
-        ),
-        layers=(LayerConfig(rope=keys.rope(head_dim)),) * num_layers,
+        layers=(LayerConfig(mixer=attention, mlp=mlp),) * num_layers,
         tie_embeddings=keys.flag("tie_word_embeddings", True),
         dtype=declared_dtype(keys),
     )

@@ -25,12 +25,13 @@ def read_config(keys: Keys) -> ModelConfig:
         keys.ignore("sliding_window_pattern")
     kinds = keys.layer_kinds(config.num_layers, default)
     layers = tuple(
-        replace(layer, window=window)
-        if kind == "sliding_attention"
-        else replace(layer, rope=None if window else layer.rope)
+        layer.with_attention(window=window)
+        if kind == "sliding_attention" or not window
+        else layer.with_attention(rope=None)
         for layer, kind in zip(config.layers, kinds, strict=True)
     )
-    return replace(config, layers=layers, norm_placement="post", qk_norm="head")
+    config = replace(config, layers=layers).with_layers(norm_placement="post")
+    return config.with_attention(qk_norm="head")
 
 
 def _period(keys: Keys) -> int:

@@ -1,4 +1,4 @@
-"""EXAONE 4.5: the text part, which is EXAONE 4 with a layer behind it that guesses ahead."""
+"""EXAONE 4.5: the text part, which is EXAONE 4 with a layer after it that predicts further tokens."""
 
 from hanok.models.config import ModelConfig
 from hanok.models.family import LLAMA_NAMES, Family

@@ -1,6 +1,6 @@
 """Falcon 7B: attention and MLP read one LayerNorm, and all heads share one key and value."""
 
-from hanok.models.config import LayerConfig, Mlp, ModelConfig, Norm
+from hanok.models.config import LayerConfig, Mlp, ModelConfig, Norm, NormPlacement, SoftmaxAttention
 from hanok.models.family import Family
 from hanok.models.keys import Keys, declared_dtype
 
@@ -16,26 +16,29 @@ def read_config(keys: Keys) -> ModelConfig:
     keys.demand("apply_residual_connection_post_layernorm", False)
     has_bias = keys.flag("bias", False)
     rope = keys.rope(head_dim, default_positions=2048)
-    is_parallel = keys.flag("parallel_attn", True)
+    attention = SoftmaxAttention(
+        num_heads=heads,
+        num_kv_heads=1,
+        head_dim=head_dim,
+        rope=rope,
+        has_qkv_bias=has_bias,
+        has_output_bias=has_bias,
+    )
+    mlp = Mlp(
+        intermediate_size=keys.whole("ffn_hidden_size", 4 * hidden),
+        activation=keys.activation("activation", default="gelu"),
+        is_gated=False,
+        has_bias=has_bias,
+    )
+    placement: NormPlacement = "shared" if keys.flag("parallel_attn", True) else "pre"
+    layer = LayerConfig(mixer=attention, mlp=mlp, norm_placement=placement)
     return ModelConfig(
         model_type=keys.model_type,
         vocab_size=keys.whole("vocab_size"),
         hidden_size=hidden,
-        num_heads=heads,
-        num_kv_heads=1,
-        head_dim=head_dim,
         max_positions=keys.whole("max_position_embeddings", 2048),
         norm=Norm(kind="layer", eps=keys.number("layer_norm_epsilon", 1e-5), has_bias=True),
-        norm_placement="shared" if is_parallel else "pre",
-        mlp=Mlp(
-            intermediate_size=keys.whole("ffn_hidden_size", 4 * hidden),
-            activation=keys.activation("activation", default="gelu"),
-            is_gated=False,
-            has_bias=has_bias,
-        ),
-        layers=(LayerConfig(rope=rope),) * keys.whole("num_hidden_layers"),
-        has_qkv_bias=has_bias,
-        has_output_bias=has_bias,
+        layers=(layer,) * keys.whole("num_hidden_layers"),
         tie_embeddings=keys.flag("tie_word_embeddings", True),
         dtype=declared_dtype(keys),
     )

@@ -14,14 +14,12 @@ def read_config(keys: Keys) -> ModelConfig:
     has_bias = keys.flag("attention_bias", False)
     keys.demand("use_bidirectional_attention", False, None)
     activation = _activation(keys)
+    config = config.with_attention(has_qkv_bias=has_bias, has_output_bias=has_bias)
     return replace(
-        config,
+        config.with_mlp(activation=activation),
         norm=replace(config.norm, unit_offset=True),
-        mlp=replace(config.mlp, activation=activation),
         embedding_scale=config.hidden_size**0.5,
         tie_embeddings=keys.flag("tie_word_embeddings", True),
-        has_qkv_bias=has_bias,
-        has_output_bias=has_bias,
     )
 
 

@@ -1,6 +1,4 @@
-"""GLM-4-9B and GLM-Edge: Llama with half a head turned in neighbouring pairs, a fused gate and up."""
-
-from dataclasses import replace
+"""GLM-4-9B and GLM-Edge: Llama with half a head rotated in neighbouring pairs, a fused gate and up."""
 
 from hanok.models.config import ModelConfig
 from hanok.models.family import LLAMA_NAMES, Family
@@ -12,10 +10,8 @@ def read_config(keys: Keys) -> ModelConfig:
     whole_heads = keys.whole("hidden_size") // keys.whole("num_attention_heads")
     head_dim = keys.whole("head_dim", whole_heads)
     rope = keys.rope(head_dim, default_partial=0.5, is_interleaved=True)
-    return replace(
-        llama_config(keys, rope=rope, default_eps=1.5625e-07),
-        has_qkv_bias=keys.flag("attention_bias", True),
-    )
+    config = llama_config(keys, rope=rope, default_eps=1.5625e-07)
+    return config.with_attention(has_qkv_bias=keys.flag("attention_bias", True))
 
 
 FAMILY = Family(

@@ -1,7 +1,5 @@
 """GLM-4 (0414): norms on both sides, interleaved rotation of half a head, a fused gate and up."""
 
-from dataclasses import replace
-
 from hanok.models.config import ModelConfig
 from hanok.models.family import LLAMA_NAMES, Family
 from hanok.models.keys import Keys, llama_config
@@ -12,11 +10,9 @@ def read_config(keys: Keys) -> ModelConfig:
     whole_heads = keys.whole("hidden_size") // keys.whole("num_attention_heads")
     head_dim = keys.whole("head_dim", whole_heads)
     rope = keys.rope(head_dim, default_partial=0.5, is_interleaved=True)
-    return replace(
-        llama_config(keys, rope=rope, default_eps=1.5625e-07),
-        norm_placement="sandwich",
-        has_qkv_bias=keys.flag("attention_bias", True),
-    )
+    config = llama_config(keys, rope=rope, default_eps=1.5625e-07)
+    config = config.with_layers(norm_placement="sandwich")
+    return config.with_attention(has_qkv_bias=keys.flag("attention_bias", True))
 
 
 FAMILY = Family(

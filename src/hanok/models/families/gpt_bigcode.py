@@ -1,7 +1,5 @@
 """StarCoder and SantaCoder: GPT-2 whose heads share one key and value, with matrices as (out, in)."""
 
-from dataclasses import replace
-
 from hanok.models.config import ModelConfig
 from hanok.models.family import GPT2_NAMES, Family
 from hanok.models.keys import Keys, gpt2_config
@@ -14,7 +12,8 @@ def read_config(keys: Keys) -> ModelConfig:
     keys.demand("add_cross_attention", False)
     keys.demand("multi_query", True)
     keys.ignore("num_key_value_heads")  # what multi_query says
-    return replace(gpt2_config(keys, default_activation="gelu_pytorch_tanh"), num_kv_heads=1)
+    config = gpt2_config(keys, default_activation="gelu_pytorch_tanh")
+    return config.with_attention(num_kv_heads=1)
 
 
 # How the program that trained it ran it.

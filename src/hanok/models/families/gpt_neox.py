@@ -3,7 +3,15 @@
 The file's qkv matrix is ordered head by head, each head with its query, key and value.
 """
 
-from hanok.models.config import LayerConfig, Mlp, ModelConfig, Norm, Rope
+from hanok.models.config import (
+    LayerConfig,
+    Mlp,
+    ModelConfig,
+    Norm,
+    NormPlacement,
+    Rope,
+    SoftmaxAttention,
+)
 from hanok.models.family import Family
 from hanok.models.keys import Keys, declared_dtype
 
@@ -20,26 +28,29 @@ def read_config(keys: Keys) -> ModelConfig:
         default_theta=keys.agreed("rotary_emb_base", "rope_theta", default=10000.0),
         default_partial=keys.agreed("rotary_pct", "partial_rotary_factor", default=0.25),
     )
-    is_parallel = keys.flag("use_parallel_residual", True)
+    attention = SoftmaxAttention(
+        num_heads=heads,
+        num_kv_heads=heads,
+        head_dim=head_dim,
+        rope=rope,
+        has_qkv_bias=has_bias,
+        has_output_bias=has_bias,
+    )
+    mlp = Mlp(
+        intermediate_size=keys.whole("intermediate_size"),
+        activation=keys.activation("hidden_act", default="gelu"),
+        is_gated=False,
+        has_bias=True,
+    )
+    placement: NormPlacement = "parallel" if keys.flag("use_parallel_residual", True) else "pre"
+    layer = LayerConfig(mixer=attention, mlp=mlp, norm_placement=placement)
     return ModelConfig(
         model_type=keys.model_type,
         vocab_size=keys.whole("vocab_size"),
         hidden_size=hidden,
-        num_heads=heads,
-        num_kv_heads=heads,
-        head_dim=head_dim,
         max_positions=keys.whole("max_position_embeddings"),
         norm=Norm(kind="layer", eps=keys.number("layer_norm_eps", 1e-5), has_bias=True),
-        norm_placement="parallel" if is_parallel else "pre",
-        mlp=Mlp(
-            intermediate_size=keys.whole("intermediate_size"),
-            activation=keys.activation("hidden_act", default="gelu"),
-            is_gated=False,
-            has_bias=True,
-        ),
-        layers=(LayerConfig(rope=rope),) * keys.whole("num_hidden_layers"),
-        has_qkv_bias=has_bias,
-        has_output_bias=has_bias,
+        layers=(layer,) * keys.whole("num_hidden_layers"),
         tie_embeddings=keys.flag("tie_word_embeddings", False),
         dtype=declared_dtype(keys),
     )

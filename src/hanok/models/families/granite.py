@@ -11,14 +11,15 @@ def read_config(keys: Keys) -> ModelConfig:
     """Read a Granite config.json."""
     config = llama_config(keys)
     has_bias = keys.flag("attention_bias", False)
-    return replace(
-        config,
-        mlp=replace(config.mlp, has_bias=keys.flag("mlp_bias", False)),
+    config = config.with_layers(residual_scale=keys.number("residual_multiplier", 1.0))
+    config = config.with_attention(
+        scale=keys.number("attention_multiplier", 1.0),
         has_qkv_bias=has_bias,
         has_output_bias=has_bias,
+    )
+    return replace(
+        config.with_mlp(has_bias=keys.flag("mlp_bias", False)),
         embedding_scale=keys.number("embedding_multiplier", 1.0),
-        residual_scale=keys.number("residual_multiplier", 1.0),
-        attention_scale=keys.number("attention_multiplier", 1.0),
         logit_scale=1.0 / keys.above_zero("logits_scaling", 1.0),
     )
 

@@ -18,17 +18,18 @@ def read_config(keys: Keys) -> ModelConfig:
     keys.demand("normalization_function", "rmsnorm")
     # null means what "nope" says.
     keys.demand("position_embedding_type", None, "rope", "nope")
-    rope = config.layers[0].rope if keys.get("position_embedding_type") == "rope" else None
+    if keys.get("position_embedding_type") != "rope":
+        config = config.with_attention(rope=None)
     has_bias = keys.flag("attention_bias", False)
-    return replace(
-        config,
-        layers=tuple(replace(layer, rope=rope) for layer in config.layers),
-        mlp=replace(config.mlp, intermediate_size=keys.whole("shared_intermediate_size", 1024)),
+    config = config.with_layers(residual_scale=keys.number("residual_multiplier", 1.0))
+    config = config.with_attention(
+        scale=keys.number("attention_multiplier", 1.0),
         has_qkv_bias=has_bias,
         has_output_bias=has_bias,
+    )
+    return replace(
+        config.with_mlp(intermediate_size=keys.whole("shared_intermediate_size", 1024)),
         embedding_scale=keys.number("embedding_multiplier", 1.0),
-        residual_scale=keys.number("residual_multiplier", 1.0),
-        attention_scale=keys.number("attention_multiplier", 1.0),
         logit_scale=1.0 / keys.above_zero("logits_scaling", 1.0),
     )
 

@@ -1,6 +1,4 @@
-"""Helium: Llama turned in neighbouring pairs."""
-
-from dataclasses import replace
+"""Helium: Llama rotated in neighbouring pairs."""
 
 from hanok.models.config import ModelConfig
 from hanok.models.family import Family
@@ -10,13 +8,9 @@ from hanok.models.keys import Keys, llama_config
 def read_config(keys: Keys) -> ModelConfig:
     """Read a Helium config.json."""
     rope = keys.rope(keys.whole("head_dim", 128), default_theta=1e5, is_interleaved=True)
-    config = llama_config(keys, rope=rope, default_eps=1e-8)
-    return replace(
-        config,
-        head_dim=rope.rotary_dim,
-        mlp=replace(config.mlp, has_bias=keys.flag("mlp_bias", False)),
-        has_qkv_bias=keys.flag("attention_bias", False),
-    )
+    config = llama_config(keys, rope=rope, head_dim=rope.rotary_dim, default_eps=1e-8)
+    config = config.with_attention(has_qkv_bias=keys.flag("attention_bias", False))
+    return config.with_mlp(has_bias=keys.flag("mlp_bias", False))
 
 
 FAMILY = Family(

@@ -12,15 +12,14 @@ def read_config(keys: Keys) -> ModelConfig:
     config = llama_config(keys)
     keys.ignore("resid_pdrop", "embd_pdrop", "attn_pdrop", "summary_first_dropout")
     has_bias = keys.flag("attention_bias", False)
-    return replace(
-        config,
+    scale = keys.number("attention_multiplier", config.attentions[0].score_scale)
+    config = config.with_layers(
         norm_placement="sandwich" if keys.flag("use_post_norm", True) else "pre",
-        mlp=replace(config.mlp, has_bias=keys.flag("mlp_bias", False)),
-        has_qkv_bias=has_bias,
-        has_output_bias=has_bias,
-        embedding_scale=keys.number("embedding_multiplier", 1.0),
         residual_scale=keys.number("residual_multiplier", 1.0),
-        attention_scale=keys.number("attention_multiplier", config.attention_scale),
+    ).with_attention(scale=scale, has_qkv_bias=has_bias, has_output_bias=has_bias)
+    return replace(
+        config.with_mlp(has_bias=keys.flag("mlp_bias", False)),
+        embedding_scale=keys.number("embedding_multiplier", 1.0),
         logit_scale=keys.number("logits_scaling", 1.0),
     )
 

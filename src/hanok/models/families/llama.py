@@ -3,8 +3,6 @@
 Llama may have biases (`attention_bias`, `mlp_bias`); Mistral may see a sliding window.
 """
 
-from dataclasses import replace
-
 from hanok.models.config import ModelConfig
 from hanok.models.family import Family
 from hanok.models.keys import Keys, llama_config
@@ -14,18 +12,12 @@ def read_config(keys: Keys) -> ModelConfig:
     """Read a Llama or Mistral config.json."""
     config = llama_config(keys)
     if keys.model_type == "mistral":
-        window = keys.whole_or_none("sliding_window", 4096)
-        layers = tuple(replace(layer, window=window) for layer in config.layers)
-        return replace(config, layers=layers)
+        return config.with_attention(window=keys.whole_or_none("sliding_window", 4096))
     keys.ignore("is_llama_config", "transformers.js_config")
     keys.demand("rope_interleaved", False)
     has_bias = keys.flag("attention_bias", False)
-    return replace(
-        config,
-        has_qkv_bias=has_bias,
-        has_output_bias=has_bias,
-        mlp=replace(config.mlp, has_bias=keys.flag("mlp_bias", False)),
-    )
+    config = config.with_attention(has_qkv_bias=has_bias, has_output_bias=has_bias)
+    return config.with_mlp(has_bias=keys.flag("mlp_bias", False))
 
 
 FAMILY = Family(

@@ -1,4 +1,4 @@
-"""MiMo 7B: Qwen2 with a layer behind it that guesses tokens ahead, which is left out."""
+"""MiMo 7B: Qwen2 with a layer after it that predicts further tokens, which is left out."""
 
 from dataclasses import replace
 
@@ -12,7 +12,8 @@ def read_config(keys: Keys) -> ModelConfig:
     config = llama_config(keys)
     keys.ignore("use_mrope", "num_nextn_predict_layers")
     keys.demand("attention_bias", True)
-    return replace(config, layers=windows_above(keys, config.layers), has_qkv_bias=True)
+    config = replace(config, layers=windows_above(keys, config.layers))
+    return config.with_attention(has_qkv_bias=True)
 
 
 FAMILY = Family(

@@ -1,7 +1,5 @@
 """Ministral 3 and Devstral 2 (text): Mistral with YaRN and queries that grow with their position."""
 
-from dataclasses import replace
-
 from hanok.models.config import ModelConfig
 from hanok.models.family import Family
 from hanok.models.keys import Keys, llama_config
@@ -10,8 +8,7 @@ from hanok.models.keys import Keys, llama_config
 def read_config(keys: Keys) -> ModelConfig:
     """Read a Ministral 3 config.json."""
     config = llama_config(keys, default_eps=1e-5)
-    window = keys.whole_or_none("sliding_window")
-    return replace(config, layers=tuple(replace(layer, window=window) for layer in config.layers))
+    return config.with_attention(window=keys.whole_or_none("sliding_window"))
 
 
 FAMILY = Family(

@@ -1,7 +1,5 @@
 """Mixtral: Mistral with a softmax router over experts; the chosen weights sum to one."""
 
-from dataclasses import replace
-
 from hanok.models.config import Experts, ModelConfig
 from hanok.models.family import LLAMA_NAMES, Family
 from hanok.models.keys import Keys, llama_config
@@ -11,17 +9,15 @@ def read_config(keys: Keys) -> ModelConfig:
     """Read a Mixtral config.json."""
     config = llama_config(keys, default_eps=1e-5)
     keys.ignore("output_router_logits", "router_aux_loss_coef", "router_jitter_noise")
-    window = keys.whole_or_none("sliding_window")
-    return replace(
-        config,
-        layers=tuple(replace(layer, window=window, has_experts=True) for layer in config.layers),
-        experts=Experts(
-            num_experts=keys.whole("num_local_experts"),
-            num_experts_per_token=keys.whole("num_experts_per_tok"),
-            intermediate_size=config.mlp.intermediate_size,
-            is_renormalised=True,
-        ),
+    experts = Experts(
+        num_experts=keys.whole("num_local_experts"),
+        num_experts_per_token=keys.whole("num_experts_per_tok"),
+        intermediate_size=keys.whole("intermediate_size"),
+        activation=keys.activation("hidden_act"),
+        is_renormalised=True,
     )
+    config = config.with_attention(window=keys.whole_or_none("sliding_window"))
+    return config.with_layers(mlp=experts)
 
 
 FAMILY = Family(

@@ -1,7 +1,5 @@
 """OLMo 2: norms after attention and MLP only; query and key are normed whole, before the heads."""
 
-from dataclasses import replace
-
 from hanok.models.config import ModelConfig
 from hanok.models.family import LLAMA_NAMES, Family
 from hanok.models.keys import Keys, llama_config
@@ -10,13 +8,8 @@ from hanok.models.keys import Keys, llama_config
 def read_config(keys: Keys) -> ModelConfig:
     """Read an OLMo 2 config.json."""
     has_bias = keys.flag("attention_bias", False)
-    return replace(
-        llama_config(keys, default_eps=1e-5),
-        norm_placement="post",
-        qk_norm="full",
-        has_qkv_bias=has_bias,
-        has_output_bias=has_bias,
-    )
+    config = llama_config(keys, default_eps=1e-5).with_layers(norm_placement="post")
+    return config.with_attention(qk_norm="full", has_qkv_bias=has_bias, has_output_bias=has_bias)
 
 
 FAMILY = Family(

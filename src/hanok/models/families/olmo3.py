@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import replace
 
-from hanok.models.config import LayerConfig, ModelConfig
+from hanok.models.config import ModelConfig
 from hanok.models.family import LLAMA_NAMES, Family
 from hanok.models.keys import Keys, llama_config
 
@@ -23,19 +23,13 @@ def read_config(keys: Keys) -> ModelConfig:
         for index in range(config.num_layers)
     ]
     has_bias = keys.flag("attention_bias", False)
-    return replace(
-        config,
-        layers=tuple(
-            LayerConfig(rope=windowed, window=window)
-            if kind == "sliding_attention"
-            else LayerConfig(rope=full)
-            for kind in keys.layer_kinds(config.num_layers, default)
-        ),
-        norm_placement="post",
-        qk_norm="full",
-        has_qkv_bias=has_bias,
-        has_output_bias=has_bias,
+    kinds = keys.layer_kinds(config.num_layers, default)
+    layers = tuple(
+        layer.with_attention(rope=windowed, window=window) if kind == "sliding_attention" else layer
+        for layer, kind in zip(config.layers, kinds, strict=True)
     )
+    config = replace(config, layers=layers).with_layers(norm_placement="post")
+    return config.with_attention(qk_norm="full", has_qkv_bias=has_bias, has_output_bias=has_bias)
 
 
 FAMILY = Family(

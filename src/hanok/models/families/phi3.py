@@ -1,7 +1,5 @@
 """Phi-3, 3.5, 4 and 4-mini: fused projections in the file, longrope, perhaps a partial rotary."""
 
-from dataclasses import replace
-
 from hanok.models.config import ModelConfig
 from hanok.models.family import LLAMA_NAMES, Family
 from hanok.models.keys import Keys, llama_config
@@ -20,8 +18,7 @@ def read_config(keys: Keys) -> ModelConfig:
     keys.demand("lm_head_bias", False)
     keys.demand("full_attn_mod", 1)
     keys.ignore("interpolate_factor")
-    window = keys.whole_or_none("sliding_window")
-    return replace(config, layers=tuple(replace(layer, window=window) for layer in config.layers))
+    return config.with_attention(window=keys.whole_or_none("sliding_window"))
 
 
 FAMILY = Family(

@@ -12,10 +12,9 @@ def read_config(keys: Keys) -> ModelConfig:
     """Read a Qwen2 config.json."""
     config = llama_config(keys)
     keys.ignore("use_mrope")
+    config = replace(config, layers=windows_above(keys, config.layers))
     return replace(
-        config,
-        layers=windows_above(keys, config.layers),
-        has_qkv_bias=True,
+        config.with_attention(has_qkv_bias=True),
         max_positions=min(config.max_positions, _plain_positions(keys, config.max_positions)),
     )
 

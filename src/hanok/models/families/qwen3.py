@@ -11,7 +11,7 @@ def read_config(keys: Keys) -> ModelConfig:
     """Read a Qwen3 or Qwen3-MoE config.json."""
     config = llama_config(keys)
     has_bias = keys.flag("attention_bias", False)
-    config = replace(config, qk_norm="head", has_qkv_bias=has_bias, has_output_bias=has_bias)
+    config = config.with_attention(qk_norm="head", has_qkv_bias=has_bias, has_output_bias=has_bias)
     if keys.model_type == "qwen3":
         return replace(config, layers=windows_above(keys, config.layers))
 
@@ -25,23 +25,18 @@ def read_config(keys: Keys) -> ModelConfig:
     keys.demand("use_qk_norm", True)
     keys.demand("shared_expert_intermediate_size", 0)
     step, dense = keys.whole("decoder_sparse_step", 1), keys.listed("mlp_only_layers", [])
-    return replace(
-        config,
-        layers=tuple(
-            replace(
-                layer,
-                window=window,
-                has_experts=(index + 1) % step == 0 and index not in dense,
-            )
-            for index, layer in enumerate(config.layers)
-        ),
-        experts=Experts(
-            num_experts=keys.whole("num_experts", keys.get("num_local_experts", 128)),
-            num_experts_per_token=keys.whole("num_experts_per_tok"),
-            intermediate_size=keys.whole("moe_intermediate_size"),
-            is_renormalised=keys.flag("norm_topk_prob", False),
-        ),
+    experts = Experts(
+        num_experts=keys.whole("num_experts", keys.get("num_local_experts", 128)),
+        num_experts_per_token=keys.whole("num_experts_per_tok"),
+        intermediate_size=keys.whole("moe_intermediate_size"),
+        activation=keys.activation("hidden_act"),
+        is_renormalised=keys.flag("norm_topk_prob", False),
     )
+    layers = tuple(
+        replace(layer, mlp=experts) if (index + 1) % step == 0 and index not in dense else layer
+        for index, layer in enumerate(config.layers)
+    )
+    return replace(config, layers=layers).with_attention(window=window)
 
 
 FAMILY = Family(

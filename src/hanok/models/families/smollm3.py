@@ -15,31 +15,27 @@ def read_config(keys: Keys) -> ModelConfig:
     period = keys.whole("no_rope_layer_interval", 4)
     default = [int((index + 1) % period != 0) for index in range(config.num_layers)]
     # 1: this layer is rotated.
-    turned = keys.listed("no_rope_layers", default, length=config.num_layers)
+    rotated = keys.listed("no_rope_layers", default, length=config.num_layers)
     window = keys.whole_or_none("sliding_window")
     if not keys.flag("use_sliding_window", False):
         window = None
     default_kinds = [
-        "sliding_attention" if window is not None and not turns else "full_attention"
-        for turns in turned
+        "sliding_attention" if window is not None and not is_rotated else "full_attention"
+        for is_rotated in rotated
     ]
     kinds = keys.layer_kinds(config.num_layers, default_kinds)
     keys.ignore("max_window_layers")
     layers = tuple(
-        replace(
-            layer,
-            rope=layer.rope if turns else None,
+        layer.with_attention(
+            rope=layer.attention.rope if is_rotated else None,
             window=window if kind == "sliding_attention" else None,
         )
-        for layer, turns, kind in zip(config.layers, turned, kinds, strict=True)
+        for layer, is_rotated, kind in zip(config.layers, rotated, kinds, strict=True)
     )
     has_bias = keys.flag("attention_bias", False)
+    config = replace(config, layers=layers).with_mlp(has_bias=keys.flag("mlp_bias", False))
     return replace(
-        config,
-        layers=layers,
-        mlp=replace(config.mlp, has_bias=keys.flag("mlp_bias", False)),
-        has_qkv_bias=has_bias,
-        has_output_bias=has_bias,
+        config.with_attention(has_qkv_bias=has_bias, has_output_bias=has_bias),
         tie_embeddings=keys.flag("tie_word_embeddings", True),
     )
 

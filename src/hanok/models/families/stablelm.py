@@ -1,4 +1,4 @@
-"""StableLM 3B and StableLM 2 1.6B: Llama with LayerNorm and a quarter of a head turned."""
+"""StableLM 3B and StableLM 2 1.6B: Llama with LayerNorm and a quarter of a head rotated."""
 
 from dataclasses import replace
 
@@ -14,11 +14,10 @@ def read_config(keys: Keys) -> ModelConfig:
     keys.demand("qk_layernorm", False)
     keys.demand("rotary_scaling_factor", 1.0)
     is_parallel = keys.flag("use_parallel_residual", False)
+    config = config.with_layers(norm_placement="shared" if is_parallel else "pre")
     return replace(
-        config,
+        config.with_attention(has_qkv_bias=keys.flag("use_qkv_bias", False)),
         norm=Norm(kind="layer", eps=keys.number("layer_norm_eps", 1e-5), has_bias=True),
-        norm_placement="shared" if is_parallel else "pre",
-        has_qkv_bias=keys.flag("use_qkv_bias", False),
     )
 
 

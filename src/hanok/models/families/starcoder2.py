@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from hanok.models.config import Mlp, ModelConfig, Norm
+from hanok.models.config import ModelConfig, Norm
 from hanok.models.family import LLAMA_NAMES, Family
 from hanok.models.keys import Keys, llama_config
 
@@ -17,19 +17,18 @@ def read_config(keys: Keys) -> ModelConfig:
     keys.demand("norm_type", "layer_norm")
     keys.demand("mlp_type", "default")
     has_bias = keys.flag("use_bias", True)
-    window = keys.whole_or_none("sliding_window")
-    return replace(
-        config,
-        layers=tuple(replace(layer, window=window) for layer in config.layers),
-        norm=Norm(kind="layer", eps=keys.number("norm_epsilon", 1e-5), has_bias=True),
-        mlp=Mlp(
-            intermediate_size=config.mlp.intermediate_size,
-            activation=keys.activation("hidden_act", default="gelu_pytorch_tanh"),
-            is_gated=False,
-            has_bias=has_bias,
-        ),
+    config = config.with_attention(
+        window=keys.whole_or_none("sliding_window"),
         has_qkv_bias=has_bias,
         has_output_bias=has_bias,
+    ).with_mlp(
+        activation=keys.activation("hidden_act", default="gelu_pytorch_tanh"),
+        is_gated=False,
+        has_bias=has_bias,
+    )
+    return replace(
+        config,
+        norm=Norm(kind="layer", eps=keys.number("norm_epsilon", 1e-5), has_bias=True),
         tie_embeddings=keys.flag("tie_word_embeddings", True),
     )
 

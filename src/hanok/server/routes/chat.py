@@ -95,7 +95,7 @@ class ChatWriter:
         }
 
     async def stream(self, index: int) -> AsyncIterator[dict[str, Any]]:
-        """Yield the choice's chunks; the first says who speaks."""
+        """Yield the choice's chunks; the first has the role."""
         reader, has_calls = AnswerReader(self.talk.reads), False
         yield self._chunk(index, {"role": "assistant", "content": ""}, None, None)
         async for events in self.ticket.groups():
@@ -132,7 +132,7 @@ class ChatWriter:
 
 
 def _delta(event: Event) -> dict[str, Any] | None:
-    """Return what a chunk says of an event; None of the end of a call, of which it says nothing."""
+    """Return an event as a chunk; None for the end of a call, which has no chunk."""
     if isinstance(event, Content):
         return {"content": event.text}
     if isinstance(event, Reasoning):

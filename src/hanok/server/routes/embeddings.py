@@ -23,7 +23,7 @@ from hanok.server.web import Route, dumps, exchange_of
 
 AT_ONCE = 32
 AT_ONCE_TOKENS = 4096
-"""Texts of a request that wait or are computed at a time, and their tokens: others come in between."""
+"""Texts of a request, and their tokens, that are queued at a time: others may come in between."""
 
 
 class EmbeddingRequest(Body):
@@ -32,7 +32,7 @@ class EmbeddingRequest(Body):
     input: Prompt
     model: Name | None = None
     dimensions: Annotated[int, Field(ge=1)] | None = None
-    """So many of the first numbers, scaled to length 1 again."""
+    """Keep only this many of the first numbers, scaled to length 1 again."""
     encoding_format: Literal["float", "base64"] | None = None
     """base64: of little-endian float32."""
     user: Name | None = None
@@ -147,7 +147,7 @@ def _written(answer: dict[str, Any], tickets: Sequence[Ticket], body: EmbeddingR
     rows = torch.stack([ticket.pooled for ticket in tickets if ticket.pooled is not None])
     rows = unit_length(rows[:, : body.dimensions])
     data = []
-    for index, row in enumerate(rows):  # one by one: other threads have to get a word in
+    for index, row in enumerate(rows):  # one by one, so that other threads can run
         vector: Any = row.tolist()
         if body.encoding_format == "base64":
             vector = base64.b64encode(row.numpy().astype("<f4").tobytes()).decode()

@@ -1,7 +1,7 @@
-"""llama.cpp's /infill, which editors ask for the text at the cursor: what stands on both sides is given.
+"""llama.cpp's /infill, with which editors fill in text at the cursor, given the text on both sides.
 
-Its options have llama.cpp's names and defaults. `samplers` is not followed, for the processors have one
-order here, and times that it may take at the most are not either.
+Its options have llama.cpp's names and defaults. `samplers` is ignored, since the processors have a fixed
+order here, and so are its time limits.
 """
 
 from collections.abc import AsyncGenerator, Mapping, Sequence
@@ -43,7 +43,7 @@ NOT_HERE: Mapping[str, Any] = {
     "suffix": None,
     "truncate_prompt_tokens": None,
 }
-"""Options of /v1/completions that /infill has not, with the values that ask for nothing."""
+"""Options of /v1/completions that /infill lacks, with the values that ask for nothing."""
 
 
 class InfillFile(Body):
@@ -64,7 +64,7 @@ class InfillRequest(Body):
     prompt: str | None = None
     """How the text in the gap begins; it is not part of the answer."""
     n_predict: Annotated[int, Field(ge=-1)] | None = None
-    """-1: as many as there is room for; 0: only the prompt is computed, to be there for the next."""
+    """-1: as many as fit; 0: only the prompt is computed, and cached for the next request."""
     seed: Annotated[int, Field(ge=-1, lt=2**64)] | None = None
     """-1: another one each time."""
     repeat_penalty: Annotated[float, Field(gt=0)] | None = None
@@ -177,7 +177,7 @@ def _answer(
 
 
 def _stop_type(service: Service, events: Sequence[TokenEvent]) -> str:
-    """Return why a text ended: "eos" for a marker too, whatever it was noticed by."""
+    """Return why a text ended: "eos" also for a marker, however it was recognized."""
     if not events or events[-1].finish_reason == "length":
         return "limit"
     is_marker = events[-1].token_id in service.needed_infill.end_ids
@@ -185,7 +185,7 @@ def _stop_type(service: Service, events: Sequence[TokenEvent]) -> str:
 
 
 def _chosen(answer: Mapping[str, Any], fields: Sequence[str] | None) -> dict[str, Any]:
-    """Return those fields of an answer that are wanted, by the names that they were asked by."""
+    """Return the requested fields of an answer, under the names by which they were requested."""
     found: dict[str, Any] = {}
     for path in answer if fields is None else fields:
         value: Any = answer

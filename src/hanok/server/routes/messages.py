@@ -79,11 +79,11 @@ class MessageWriter:
     reads: Reads
     ticket: Ticket
     content: list[dict[str, Any]] = field(default_factory=list)
-    """The blocks so far; what a tool_use has for `input` is in `_arguments`."""
+    """The blocks so far; the `input` of a tool_use is in `_arguments`."""
     _arguments: str = ""
     """JSON text of the last call."""
     _is_open: bool = False
-    """Whether the last block goes on."""
+    """Whether the last block is open."""
     _has_whole_call: bool = False
     _num_reasoning_tokens: int = 0
 
@@ -96,9 +96,9 @@ class MessageWriter:
         return self._message() | self._stop(events[-1]) | {"usage": self._usage()}
 
     async def stream(self) -> AsyncGenerator[dict[str, Any], None]:
-        """Yield the events of an answer as it comes.
+        """Yield the events of an answer as it arrives.
 
-        The first waits for the first token: how much of the prompt was cached is known then.
+        The first waits for the first token: only then is it known how much of the prompt was cached.
         """
         reader, has_begun = AnswerReader(self.reads), False
         async for events in self.ticket.groups():
@@ -149,7 +149,7 @@ class MessageWriter:
     # Blocks
 
     def _block(self, kind: str) -> WireEvents:
-        """Go on with a block that has a text, or begin one."""
+        """Continue a block that has text, or begin one."""
         if self._is_open and self.content[-1]["type"] == kind:
             return []
         block = {"type": kind, kind: ""} | ({"signature": ""} if kind == "thinking" else {})
@@ -169,7 +169,7 @@ class MessageWriter:
         return {"type": "content_block_delta", "index": len(self.content) - 1, "delta": delta}
 
     def _close(self) -> WireEvents:
-        """End the block that is open. Of a call that was cut off, what is certain is its input."""
+        """End the open block. The input of a call that was cut off is what is certain of it."""
         if not self._is_open:
             return []
         self._is_open = False

@@ -136,8 +136,8 @@ async def completions(service: Service, request: Request, body: CompletionReques
 def infill_of(service: Service, body: CompletionRequest) -> Infill | None:
     """Return what writes a prompt with its `suffix`; None where there is none.
 
-    Raises ServerError where the tokenizer has no markers for it, and for options that a prompt in
-    another order than its text leaves no meaning.
+    Raises ServerError if the tokenizer has no markers for it, and for options without a meaning for a
+    prompt that is not in the order of its text.
     """
     if not body.suffix:
         return None
@@ -153,7 +153,7 @@ def infill_of(service: Service, body: CompletionRequest) -> Infill | None:
 
 
 def end_with(sampling: SamplingOptions, infill: Infill) -> None:
-    """Let a text in a gap end where its model writes a marker, which is no part of it."""
+    """End a text in a gap where the model writes a marker, which is not part of it."""
     sampling["stop_token_ids"] = [*sampling.get("stop_token_ids", ()), *infill.end_ids]
     sampling["stop"] = [*sampling.get("stop", ()), *infill.end_texts()]
 
@@ -204,7 +204,7 @@ async def gapped(
 
 
 def _scored(body: CompletionRequest) -> int | None:
-    """Return how many likeliest tokens the prompt is scored with; None: it is not."""
+    """Return how many likeliest tokens each prompt token is scored with; None: no scores."""
     wanted = (body.logprobs if body.echo else None, body.prompt_logprobs)
     return max((number for number in wanted if number is not None), default=None)
 
@@ -226,7 +226,7 @@ class CompletionWriter:
     ticket: Ticket
     prompt: str | list[int]
     most: int
-    """Tokens asked for; 0 where only the prompt is wanted back."""
+    """Tokens requested; 0 if only the prompt is to be returned."""
     offset: int = 0
     """Characters written."""
 

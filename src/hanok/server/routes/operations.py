@@ -1,4 +1,4 @@
-"""What those ask who run a server: is it well, what is it, what does it do, what would it do."""
+"""Routes for operators: health, what is served, metrics, and what a request would do."""
 
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -56,7 +56,7 @@ class Info(BaseModel):
 
 
 class Status(BaseModel):
-    """How a server is."""
+    """The health of a server."""
 
     status: str
     progress: float
@@ -83,7 +83,7 @@ class Anything(Body):
 
 
 async def page(service: Service, request: Request, body: None) -> Response:
-    """Answer a browser with a page, and anybody else as /health does."""
+    """Answer a browser with a page, and any other client like /health."""
     if "text/html" in request.headers.get("accept", ""):
         text = files("hanok.server").joinpath("page.html").read_text(encoding="utf-8")
         return HTMLResponse(text)
@@ -91,7 +91,7 @@ async def page(service: Service, request: Request, body: None) -> Response:
 
 
 async def health(service: Service, request: Request, body: None) -> Response:
-    """Answer 200 while the engine makes progress; 503 while loading, and where it is stuck."""
+    """Answer 200 while the engine makes progress; 503 while loading, and if it is stuck."""
     if service.state == "loading" or service.state == "failed" or service.engine is None:
         return Json(
             {
@@ -108,7 +108,7 @@ async def health(service: Service, request: Request, body: None) -> Response:
 
 
 async def ready(service: Service, request: Request, body: None) -> Response:
-    """Answer 200 while requests are taken; unlike /health 503 as soon as the server is to stop."""
+    """Answer 200 while requests are accepted; unlike /health, 503 as soon as the server is stopping."""
     is_well = service.engine is not None and not service.engine.is_stuck
     status = 200 if service.state == "ready" and is_well else 503
     return Json({"status": service.state, "progress": round(service.progress, 4)}, status)

@@ -66,7 +66,7 @@ class ResponseWriter:
     """Writes one answer, whole or in events; the whole one is what the events put together."""
 
     id: str
-    """Without the prefix that says of what."""
+    """Without the prefix for the kind."""
     model: str
     created_at: int
     body: ResponsesRequest
@@ -76,11 +76,11 @@ class ResponseWriter:
     output: list[dict[str, Any]] = field(default_factory=list)
     """The items so far."""
     _is_open: bool = False
-    """Whether the last of them goes on."""
+    """Whether the last of them is open."""
     _num_events: int = 0
     _num_reasoning_tokens: int = 0
     _unwritten: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
-    """Texts and log-probabilities of tokens that are perhaps of the message."""
+    """Texts and log-probabilities of tokens that may belong to the message."""
 
     def whole(self, events: Sequence[TokenEvent]) -> dict[str, Any]:
         """Return a finished answer."""
@@ -91,7 +91,7 @@ class ResponseWriter:
         return found
 
     async def stream(self) -> AsyncGenerator[dict[str, Any], None]:
-        """Yield the events of an answer as it comes."""
+        """Yield the events of an answer as it arrives."""
         reader = AnswerReader(self.reads)
         for name in ("created", "in_progress"):
             yield self._event(f"response.{name}", response=self._response("in_progress"))
@@ -104,7 +104,7 @@ class ResponseWriter:
                         yield found
 
     def failed(self, error: ServerError) -> WireEvents:
-        """Return what ends a stream that cannot go on."""
+        """Return the events that end a failed stream."""
         response = self._response("failed")
         response["error"] = {"code": "server_error", "message": str(error)}
         return [self._event("response.failed", response=response)]
@@ -139,10 +139,10 @@ class ResponseWriter:
         return self._close("completed" if event.is_whole else "incomplete")
 
     def _ended(self, last: TokenEvent) -> WireEvents:
-        """Return the events behind the last token."""
+        """Return the events after the last token."""
         is_cut = last.finish_reason == "length"
         status = "incomplete" if is_cut else "completed"
-        written = [] if self.output else self._item("message")  # who wrote nothing says ""
+        written = [] if self.output else self._item("message")  # an empty answer has the text ""
         written += self._close(status)
         response = self._response(status)
         response["incomplete_details"] = {"reason": "max_output_tokens"} if is_cut else None
@@ -151,7 +151,7 @@ class ResponseWriter:
     # Items
 
     def _item(self, kind: str) -> WireEvents:
-        """Go on with an item that has a text, or begin one."""
+        """Continue an item that has text, or begin one."""
         if self._is_open and self.output[-1]["type"] == kind:
             return []
         written = self._close("completed")
@@ -192,7 +192,7 @@ class ResponseWriter:
         return self._of_part(name, delta=text, logprobs=logprobs)
 
     def _logprobs(self, num_characters: int) -> list[dict[str, Any]]:
-        """Return those of the tokens that wrote the last characters; markers before them did not."""
+        """Return the tokens that wrote the last characters, without markers before them."""
         held = self._unwritten
         total = sum(len(text) for text, _ in held)
         while held and held[0][0] and total - len(held[0][0]) >= num_characters:
@@ -202,7 +202,7 @@ class ResponseWriter:
         return found
 
     def _close(self, status: str) -> WireEvents:
-        """End the item that is open."""
+        """End the open item."""
         if not self._is_open:
             return []
         self._is_open = False
@@ -239,7 +239,7 @@ class ResponseWriter:
     # The answer
 
     def _response(self, status: str) -> dict[str, Any]:
-        """Return the answer as it stands."""
+        """Return the current answer."""
         body, params = self.body, self.ticket.request.sequence.params
         is_ended = status in ("completed", "incomplete")
         return {
@@ -290,7 +290,7 @@ class ResponseWriter:
 
 
 def _copied(item: dict[str, Any]) -> dict[str, Any]:
-    """Return an item as it stands."""
+    """Return an item in its current state."""
     if "content" not in item:
         return {**item}
     return {**item, "content": [{**part} for part in item["content"]]}

@@ -1,4 +1,4 @@
-"""TGI's own routes: /generate and its kin, in its words and shapes."""
+"""TGI's own routes, /generate and others, with TGI's names and messages."""
 
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
@@ -37,7 +37,7 @@ from hanok.server.web import (
 )
 
 TOKENS_AT_ONCE = 1000
-"""Tokens that are written to JSON at once: a millisecond, in which nobody else is served."""
+"""Tokens that are written to JSON at once: a millisecond, during which the event loop is blocked."""
 UNFINISHED = ServerError(
     "Incomplete generation stream", kind="incomplete_generation_stream", status=500
 )
@@ -117,7 +117,7 @@ def origin_of(asked: Parameters, name: str) -> str:
 
 
 def check_adapter(name: str | None) -> None:
-    """Raise ServerError for an adapter that is not there: never the base model in its place."""
+    """Raise ServerError for an unknown adapter; the base model never replaces it."""
     if name is not None:
         raise ServerError(
             f"there is no adapter {name!r}", kind="adapter_not_found", status=404, code="not_found"
@@ -131,7 +131,7 @@ async def generate(service: Service, request: Request, body: GenerateRequest) ->
 
 
 async def generate_stream(service: Service, request: Request, body: GenerateRequest) -> Response:
-    """Answer with each token as it comes."""
+    """Answer with each token as it arrives."""
     asked = await asked_of(service, request, body, streams=True, full_text=False)
     return await streamed(service, request, asked)
 
@@ -201,7 +201,7 @@ def _prefill(tokenizer: Tokenizer, ticket: Ticket) -> list[dict[str, Any]]:
 
 
 def token_of(tokenizer: Tokenizer, event: TokenEvent) -> dict[str, Any]:
-    """Return a generated token; the texts of those that are not special join to the answer."""
+    """Return a generated token; the texts of tokens that are not special form the answer."""
     special = event.token_id in tokenizer.special_token_ids
     return {
         "id": event.token_id,
@@ -285,8 +285,8 @@ def tokens_of(
 ) -> list[dict[str, Any]]:
     """Return tokens of a text; `start` and `stop` are bytes of its UTF-8, 0 for special tokens.
 
-    Every token is given the bytes that it adds to the text; one that only begins a character gets
-    none, and the one that ends it all of its bytes.
+    Every token has the bytes that it adds to the text; one that only begins a character has none, and
+    the one that completes it has all of its bytes.
     """
     found = []
     for token, size, stop in zip(ids, sizes, stops, strict=True):

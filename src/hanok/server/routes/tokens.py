@@ -44,7 +44,7 @@ class TokenIds(Body):
 
 
 class Tokenized(RootModel[list[TokenizedToken] | TokenIds]):
-    """The answer of /tokenize, in the words of whose body it was."""
+    """The answer of /tokenize, in the format of the body's protocol."""
 
 
 class DetokenizeRequest(Body):
@@ -61,7 +61,7 @@ class Detokenized(Body):
 
 
 async def tokenize(service: Service, request: Request, body: TokenizeRequest) -> Response:
-    """Answer with the tokens of a text; TGI's clients hear too where in it they stand."""
+    """Answer with the tokens of a text; for TGI's clients with their positions."""
     given = [name for name in ONE_OF if getattr(body, name) is not None]
     if len(given) != 1:
         raise invalid(f"exactly one of {', '.join(ONE_OF)} must be given, not {len(given)}")
