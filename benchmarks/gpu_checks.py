@@ -280,7 +280,7 @@ def answer_of(case: Case, device: torch.device) -> float | Failure:
 def product_cases(grid: Grid) -> Iterator[Case]:
     """Yield products by quantization and kernel, and rows that are looked up."""
     for label, method in METHODS.items():
-        names = TritonWeight(method, (16, 64), torch.device("cpu"))
+        names = TritonWeight(method.format, (16, 64), torch.device("cpu"), method)
         for dtype, tolerance in TOLERANCES.items():
             is_main = dtype is torch.bfloat16
             shapes = grid.weights if is_main else grid.few_weights
@@ -560,7 +560,7 @@ def quantized(
     method: QuantMethod, shape: tuple[int, int], generator: torch.Generator
 ) -> TritonWeight:
     """Return a quantized weight of numbers from N(0, 1)."""
-    stored = TritonWeight(method, shape, generator.device)
+    stored = TritonWeight(method.format, shape, generator.device, method)
     for start in range(0, shape[0], ROWS_AT_ONCE):
         count = min(ROWS_AT_ONCE, shape[0] - start)
         stored.write_rows(start, normal((count, shape[1]), torch.float32, generator))

@@ -162,7 +162,9 @@ def make_decoder(
             decoder.get_submodule(path).register_parameter(leaf, placed)
             continue
         rows, columns = parameter.shape
-        stored = choose_layout(method.format, device).empty(method, (rows, columns), device)
+        stored = choose_layout(method.format, device).empty(
+            method.format, (rows, columns), device, method
+        )
         for start in range(0, rows, ROWS_AT_ONCE):
             count = min(ROWS_AT_ONCE, rows - start)
             stored.write_rows(start, drawn((count, columns), generator, dtype))

@@ -18,7 +18,7 @@ from hanok.engine.grammar_spec import GrammarSpec
 from hanok.engine.model import Model
 from hanok.engine.sequence import GenerationSequence, SpeculationCounts, TokenEvent
 from hanok.engine.speculate import Speculation, Speculator, most_exact_tokens
-from hanok.kernels.native import ROW_KIND_TOKENS, native
+from hanok.kernels.native import FLOAT_TOKENS, native
 from hanok.models.decoder import Execution
 
 VOCAB = 40
@@ -157,7 +157,7 @@ def test_quantized_or_not_the_numbers_are_the_same(quant: str | None) -> None:
         pytest.skip("needs our kernels")
     model = hanok.load(hanok.BUNDLED, quant=quant, weights="copied")
     exact = most_exact_tokens(model.decoder)
-    assert exact == {None: kernels.dense_tokens, "fp8": ROW_KIND_TOKENS}.get(quant), quant
+    assert exact == {None: kernels.dense_tokens, "fp8": FLOAT_TOKENS}.get(quant), quant
     for options in ({}, {"temperature": 0.8, "seed": 3}):
         plain = list(model.stream(STORY, max_new_tokens=100, ignore_eos=True, **options))  # type: ignore[arg-type]
         most = 7 if exact else 15

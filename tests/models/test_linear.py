@@ -258,10 +258,8 @@ def test_the_processor_the_build_and_the_tokens_choose_the_product(
     weight = random(4, 8, seed=1)
     assert choose_product(weight, tokens) == product
     assert choose_product(weight.float(), tokens) == ("native" if product == "native" else "torch")
-    for other in (weight.to("meta"), weight.clone().requires_grad_()):
-        assert choose_product(other, tokens) == "torch"
-    with torch.no_grad():
-        assert choose_product(weight.clone().requires_grad_(), tokens) == product
+    assert choose_product(weight.to("meta"), tokens) == "torch"
+    assert choose_product(weight.clone().requires_grad_(), tokens) == product
 
 
 @pytest.mark.parametrize("tokens", [1, 9, 512])

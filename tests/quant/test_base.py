@@ -35,7 +35,8 @@ def random(*shape: int, seed: int = 1, dtype: torch.dtype = torch.float32) -> Te
 
 def plain(text: str, weight: Tensor) -> base.StoredWeight:
     rows, columns = weight.shape
-    stored = layouts()["plain"].empty(read_recipe(text).linears, (rows, columns), CPU)
+    method = read_recipe(text).linears
+    stored = layouts()["plain"].empty(method.format, (rows, columns), CPU, method)
     for start in range(0, rows, 64):
         stored.write_rows(start, weight[start : start + 64])
     stored.finish()
@@ -126,7 +127,7 @@ def test_packing_is_undone(rows: int, columns: int, is_signed: bool) -> None:
 def test_x_gets_the_gradient_of_the_dequantized_weight(text: str) -> None:
     weight = random(6, 40)
     method = read_recipe(text).linears
-    stored = choose_layout(method.format, CPU).empty(method, (6, 40), CPU)
+    stored = choose_layout(method.format, CPU).empty(method.format, (6, 40), CPU, method)
     stored.write_rows(0, weight)
     stored.finish()
     x = random(3, 40, seed=2).requires_grad_()

@@ -89,6 +89,17 @@ def write_safetensors(
         raise CheckpointError(f"{folder}: cannot be written: {error}") from error
 
 
+def in_reading_order(
+    tensors: Sequence[TensorData], max_shard_bytes: int = MAX_SHARD_BYTES
+) -> list[TensorData]:
+    """Return the tensors in the order in which `write_safetensors` reads them."""
+    return [
+        tensor
+        for shard in _fill_shards(tensors, max_shard_bytes)
+        for tensor in _in_file_order(shard)
+    ]
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write `value` to `path` as indented JSON, all of it or nothing."""
     write_bytes(path, _json_bytes(value))
@@ -137,14 +148,18 @@ def _fill_shards(tensors: Sequence[TensorData], max_shard_bytes: int) -> list[li
     return shards
 
 
+def _in_file_order(tensors: Sequence[TensorData]) -> list[TensorData]:
+    """Widest elements first: then every tensor starts at a multiple of its element size."""
+    return sorted(tensors, key=lambda tensor: (-DTYPE_BITS[tensor.dtype], tensor.name))
+
+
 def _write_shard(
     file: BinaryIO,
     tensors: Sequence[TensorData],
     metadata: Mapping[str, str],
     progress: Callable[[int], None] | None,
 ) -> None:
-    # Widest elements first: then every tensor starts at a multiple of its element size.
-    ordered = sorted(tensors, key=lambda tensor: (-DTYPE_BITS[tensor.dtype], tensor.name))
+    ordered = _in_file_order(tensors)
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     begin = 0
     for tensor in ordered:

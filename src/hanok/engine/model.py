@@ -1,4 +1,4 @@
-"""A loaded model as its user sees it: text in, text out, and the numbers behind it.
+"""A loaded model as its user sees it: text in, text out, and the numbers underneath.
 
     model = hanok.load("path")
     model.generate("Once upon a time", max_new_tokens=64).text
@@ -49,7 +49,7 @@ from hanok.memory.load import Loaded, LoadReport, load_decoder
 from hanok.memory.options import LoadArguments, LoadOptions, refuse_beside_plan
 from hanok.memory.plan import LoadPlan
 from hanok.memory.planning import check_fits, plan_load
-from hanok.memory.save import save_weights
+from hanok.memory.save import is_sharded, save_weights, take_part
 from hanok.models.config import ModelConfig
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ class Generation:
     token_ids: list[int]
     """The generated tokens, the one that ended it included."""
     text: str
-    """Their text without special tokens and stop texts; empty where there is no tokenizer."""
+    """Their text without special tokens and stop texts; empty without a tokenizer."""
     logprobs: list[float]
     """The model's log-probability of each token, natural logarithm, before any processor."""
     top_logprobs: list[tuple[tuple[int, float], ...]]
@@ -335,7 +335,7 @@ class Model:
     def embed(self, texts: Prompt | Sequence[Prompt], *, pooling: Pooling | None = None) -> Tensor:
         """Return a text's vector of length 1, (hidden,), or those of several, (texts, hidden).
 
-        float32, on the CPU, from the hidden states behind the last norm. A text may be token ids or a
+        float32, on the CPU, from the hidden states after the last norm. A text may be token ids or a
         conversation, as a prompt; the tokenizer adds its special tokens, an end token only where it is
         told to. `pooling` is "last" (the last token's) or "mean" (of all); by default what the
         checkpoint's files of sentence-transformers say, else "last". Each vector is that of its text
@@ -381,8 +381,10 @@ class Model:
     def save(self, path: str | Path) -> Path:
         """Write the model to a new folder, in the Hugging Face layout, and return the folder.
 
-        Everything is written beside it first and renamed last. Raises CheckpointError when the folder
-        exists and is not empty, UnsupportedError when the model was quantized while loading.
+        Everything is written under a temporary name first and renamed last. If a model is sharded over
+        processes (FSDP), every process calls this; the first one writes, and all return when it has.
+        Raises CheckpointError when the folder exists and is not empty, UnsupportedError when the model
+        was quantized while loading.
         """
         if self.report.quantized_bytes:
             raise UnsupportedError(
@@ -394,6 +396,16 @@ class Model:
                 "max_memory, or copy its folder."
             )
         folder = Path(path)
+        if not is_sharded(self.decoder):
+            return self._save(folder)
+        if torch.distributed.get_rank() == 0:
+            self._save(folder)
+        else:
+            take_part(self.decoder, self._sources, self._left_out)
+        torch.distributed.barrier()
+        return folder
+
+    def _save(self, folder: Path) -> Path:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise CheckpointError(f"{folder} exists and is not empty; choose another folder.")
         with folder_aside(folder) as unfinished:
@@ -422,7 +434,7 @@ class Model:
             raise RequestError(
                 f"the prompt fills the model's context of {limit} tokens; no token can follow it."
             )
-        if options.get("stop"):  # a checkpoint's own stop nothing where there is no text
+        if options.get("stop"):  # a checkpoint's own stop texts have no effect without text
             self._needed_tokenizer()
         end_ids = frozenset(params.stop_token_ids)
         if not params.ignore_eos:

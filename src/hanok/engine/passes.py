@@ -42,13 +42,20 @@ class Passes:
         self._blocks_per_sequence = blocks_per_sequence
         self._computed_with: dict[int, int] = {}
         """By slot: the version of the weights that its keys and values were computed with."""
-        self.recorded = self._record()
-        """What replays passes; None where nothing can."""
+        self._recorded_at = -1
+        self._recorder: DecodeGraphs | NativeSteps | None = None
 
     def weights_changed(self) -> None:
         """Say that weights are others than before, however they were changed; drops recordings."""
         self.decoder.weights_changed()
-        self.recorded = self._record()
+
+    @property
+    def recorded(self) -> DecodeGraphs | NativeSteps | None:
+        """What replays passes over the weights there are; None where nothing can."""
+        if self._recorded_at != self.decoder.num_weight_changes:
+            self._recorded_at = self.decoder.num_weight_changes
+            self._recorder = self._record()
+        return self._recorder
 
     def missing(self, sequences: Mapping[int, Sequence[int]]) -> dict[int, Sequence[int]]:
         """Return which of each sequence's tokens the cache does not hold, by slot.
@@ -132,11 +139,12 @@ class Passes:
         They are valid until the next call. Counts the tokens in the cache; raises as it does.
         """
         if self.cache is None:
-            raise ValueError("a step continues what a cache holds, and there is none")
-        if isinstance(self.recorded, NativeSteps):
-            return self.recorded.logits(tokens, slots)
-        if isinstance(self.recorded, DecodeGraphs) and all(len(item) == 1 for item in tokens):
-            return self.recorded.logits([item[0] for item in tokens], slots)
+            raise ValueError("a step needs a cache to continue from")
+        recorded = self.recorded
+        if isinstance(recorded, NativeSteps):
+            return recorded.logits(tokens, slots)
+        if isinstance(recorded, DecodeGraphs) and all(len(item) == 1 for item in tokens):
+            return recorded.logits([item[0] for item in tokens], slots)
         batch = ForwardBatch.of(
             [list(item) for item in tokens],
             past=[self.cache.lengths[slot] for slot in slots],
@@ -147,8 +155,9 @@ class Passes:
 
     def run(self, batch: ForwardBatch, *, may_record: bool) -> Tensor:
         """Return the normed hidden states of a batch, (tokens, hidden); valid until the next call."""
-        if may_record and isinstance(self.recorded, NativeSteps):
-            return self.recorded.hidden_states(batch)
+        recorded = self.recorded
+        if may_record and isinstance(recorded, NativeSteps):
+            return recorded.hidden_states(batch)
         hidden: Tensor = self.decoder(batch, self.cache)
         return hidden
 
@@ -162,9 +171,10 @@ class Passes:
 
         The batch is on the CPU, and says itself where keys and values are.
         """
-        if not isinstance(self.recorded, DecodeGraphs):
+        recorded = self.recorded
+        if not isinstance(recorded, DecodeGraphs):
             raise ValueError("no graph replays passes; ask replays_logits first")
-        return self.recorded.logits_of(batch).clone()  # the next replay overwrites them
+        return recorded.logits_of(batch).clone()  # the next replay overwrites them
 
     def _record(self) -> DecodeGraphs | NativeSteps | None:
         decoder, cache = self.decoder, self.cache

@@ -23,7 +23,7 @@ LOGIT_ROWS = 256  # of a prompt, scored at once
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptScore:
-    """How likely a token of a prompt was behind those before it."""
+    """How likely a token of a prompt was after those before it."""
 
     token_id: int
     logprob: float
@@ -109,7 +109,7 @@ class Runner:
         return self._passes.run(batch, may_record=len(batch.token_ids) <= RECORDED_TOKENS)
 
     def _scores(self, chunk: Chunk, hidden: Tensor, number: int) -> tuple[PromptScore, ...]:
-        """Score the tokens behind a chunk's, those that are there."""
+        """Score the tokens after a chunk's, as far as there are any."""
         following = chunk.row.tokens[chunk.start + 1 : chunk.start + chunk.count + 1]
         found: list[PromptScore] = []
         for start in range(0, len(following), LOGIT_ROWS):

@@ -21,20 +21,28 @@ from torch import Tensor
 from hanok.kernels.processor import INSTRUCTION_SETS, instruction_set_cap
 
 LIBRARY = Path(__file__).parent / "libhanok_kernels.so"
-ROW_KIND_TOKENS = 8  # rows of x that `product` takes of weights without groups
+FLOAT_TOKENS = 8  # rows of x that `product` takes as they are, not rounded
 
 # The library's numbers for types, kinds of panels, activations and operations (cpp/kernels.h).
-ITEM_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+ITEM_TYPES = {
+    torch.float32: 0,
+    torch.bfloat16: 1,
+    torch.int8: 2,
+    torch.float16: 3,
+    torch.uint8: 4,
+}
 FLOATS = (torch.float32, torch.bfloat16)  # what x may be
-PanelKind = Literal["bytes", "nibbles", "zero nibbles", "table", "row bytes", "row float8"]
+PanelKind = Literal["bytes", "nibbles", "zero nibbles", "table", "zero bytes", "float8"]
 PANEL_KINDS: dict[PanelKind, int] = {
     "bytes": 0,
     "nibbles": 1,
     "zero nibbles": 2,
     "table": 3,
-    "row bytes": 4,
-    "row float8": 5,
+    "zero bytes": 4,
+    "float8": 5,
 }
+Quantizer = Literal["int8", "int4", "table", "float8"]
+QUANTIZERS: dict[Quantizer, int] = {"int8": 0, "int4": 1, "table": 2, "float8": 3}
 GATE_ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
 DENSE, PRODUCT, ATTEND, RMS_NORM, ROTATE, GATE, ADD, COPY, WIDEN = range(9)
 
@@ -51,6 +59,9 @@ class Panels(ctypes.Structure):
         ("columns", c_int64),
         ("group_columns", c_int64),
         ("kind", c_int32),
+        ("scale_type", c_int32),
+        ("zero_type", c_int32),
+        ("rounds_x", c_int32),
     )
 
 
@@ -132,7 +143,9 @@ class Native:
         """Rows of x that `dense` takes at most; without a limit, each is computed as if alone."""
         pointer, size, count = c_void_p, c_int64, c_int
         self._run = _function(library.hanok_run, [pointer, size, count])
-        self._pack = _function(library.hanok_pack, [pointer, size, size, pointer, count])
+        numbers = [count, pointer, size]
+        self._pack = _function(library.hanok_pack, [pointer, size, size, pointer, count, *numbers])
+        self._pack_codes = _function(library.hanok_pack_codes, [pointer, size, size, pointer])
         self._unpack = _function(library.hanok_unpack, [pointer, size, size, pointer, count])
         self._look_up = _function(library.hanok_look_up, [pointer, pointer, size, pointer, count])
         self._log_sum_exp = _function(
@@ -173,7 +186,7 @@ class Native:
         return y
 
     def product(self, x: Tensor, weight: Panels, bias: Tensor | None) -> Tensor:
-        """Return x @ weight.T + bias in x's dtype; the row kinds take at most ROW_KIND_TOKENS.
+        """Return x @ weight.T + bias in x's dtype; at most FLOAT_TOKENS where x is not rounded.
 
         x: (tokens, in) bfloat16 or float32 on the CPU   bias: (out,)   returns: (tokens, out)
         """
@@ -181,8 +194,8 @@ class Native:
         (tokens, columns), rows = x.shape, weight.rows
         if columns != weight.columns:
             raise ValueError(f"x is {tokens} x {columns}, the weight {rows} x {weight.columns}")
-        if weight.kind >= PANEL_KINDS["row bytes"] and tokens > ROW_KIND_TOKENS:
-            raise ValueError(f"x has {tokens} rows, at most {ROW_KIND_TOKENS} are taken")
+        if not weight.rounds_x and tokens > FLOAT_TOKENS:
+            raise ValueError(f"x has {tokens} rows, at most {FLOAT_TOKENS} are taken")
         item_type, bias_at, kept = _type(x), *_bias(bias, rows, x.dtype)
         y = x.new_empty(tokens, rows)
         if tokens and rows:
@@ -191,19 +204,39 @@ class Native:
             self._call(step, x, weight, kept, y)
         return y
 
-    def pack(self, weight: Panels, start: int, rows: Tensor) -> None:
-        """Quantize rows (count, in) into the panels that begin at row `start`, a multiple of 16."""
-        rows = rows.contiguous()
-        count, columns = rows.shape
-        if start % 16 or not 0 <= start <= weight.rows - count or columns != weight.columns:
-            raise ValueError(
-                f"rows {start} to {start + count} of {columns} do not fit into "
-                f"{weight.rows} x {weight.columns}"
-            )
-        item_type = _type(rows)
+    def pack(
+        self,
+        weight: Panels,
+        start: int,
+        rows: Tensor,
+        quantizer: Quantizer,
+        numbers: Sequence[float],
+    ) -> None:
+        """Quantize rows (count, in) into the panels that begin at row `start`, a multiple of 16.
+
+        `numbers` are those that a method states for its quantizer.
+        """
+        rows = _rows_of(weight, start, rows)
+        given = (c_float * len(numbers))(*numbers)
         _done(
-            self._pack(self._table, ctypes.byref(weight), start, count, rows.data_ptr(), item_type)
+            self._pack(
+                self._table,
+                ctypes.byref(weight),
+                start,
+                rows.shape[0],
+                rows.data_ptr(),
+                _type(rows),
+                QUANTIZERS[quantizer],
+                ctypes.addressof(given),
+                len(numbers),
+            )
         )
+
+    def pack_codes(self, weight: Panels, start: int, codes: Tensor) -> None:
+        """Put codes (count, in), a byte each, into the same panels; scales and zeros are not theirs."""
+        codes = _rows_of(weight, start, codes.view(torch.uint8))
+        where = ctypes.byref(weight)
+        _done(self._pack_codes(self._table, where, start, codes.shape[0], codes.data_ptr()))
 
     def unpack(self, weight: Panels, start: int, count: int) -> Tensor:
         """Return rows [start, start + count), `start` a multiple of 16: (count, in) float32."""
@@ -362,6 +395,17 @@ def _function(found: Any, argument_types: list[Any]) -> Any:
 def _done(status: int) -> None:
     if status:
         raise MemoryError("a kernel could not get the memory for its intermediate results")
+
+
+def _rows_of(weight: Panels, start: int, rows: Tensor) -> Tensor:
+    """Return rows to be written, dense; ValueError where they do not fit."""
+    count, columns = rows.shape
+    if start % 16 or not 0 <= start <= weight.rows - count or columns != weight.columns:
+        raise ValueError(
+            f"rows {start} to {start + count} of {columns} do not fit into "
+            f"{weight.rows} x {weight.columns}"
+        )
+    return rows.contiguous()
 
 
 def _type(tensor: Tensor) -> int:

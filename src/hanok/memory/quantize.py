@@ -1,7 +1,7 @@
 """Quantizes weights while they are read: rows go from the file through a small buffer into their place.
 
-No weight is ever there twice: beside the quantized model a thread holds one chunk of CHUNK_BYTES, or
-one tensor where a file keeps it in another order.
+No weight is ever in memory twice: besides the quantized model a thread holds one chunk of CHUNK_BYTES,
+or one tensor where a file keeps it in another order.
 """
 
 from collections.abc import Callable, Mapping
@@ -60,7 +60,9 @@ def swap(
     def put(path: str, method: QuantMethod, source: Source) -> StoredWeight:
         rows, columns = source.shape
         device = device_of(path)
-        stored = choose_layout(method.format, device).empty(method, (rows, columns), device)
+        stored = choose_layout(method.format, device).empty(
+            method.format, (rows, columns), device, method
+        )
         quantized.append(QuantizedSource(source=source, stored=stored))
         set_weight(decoder, path, stored, dtype)
         return stored
@@ -110,9 +112,10 @@ def _check_range(refs: list[TensorRef], stored: StoredWeight) -> None:
     scales = [part for part in stored.parts if part.dtype in (torch.float16, torch.float32)]
     if not all(bool(scale.isfinite().all()) for scale in scales):
         names = " and ".join(ref.name for ref in refs)
+        name = "the codes" if stored.method is None else stored.method.name
         raise CheckpointError(
             f"{refs[0].path}: {names} have values too large for the {DTYPE_NAMES[scales[0].dtype]} "
-            f"scales of {stored.method.name}, or that are no numbers. Load without quant, or with a "
+            f"scales of {name}, or that are no numbers. Load without quant, or with a "
             "method that has float32 scales (fp8, nf4, int8-outlier)."
         )
 

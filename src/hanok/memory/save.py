@@ -3,6 +3,9 @@
 Fused weights are written as the parts that the files have, all experts' as one where files have them so,
 tied ones once. What the decoder left out (a vision tower) is copied from the files it came from. One
 tensor is in memory beyond the model.
+
+Parameters that are shards of distributed ones (FSDP) are gathered one by one, which every process takes
+part in: the first one writes, the others call `take_part`.
 """
 
 import ctypes
@@ -13,7 +16,7 @@ from pathlib import Path
 from torch import Tensor
 
 from hanok.checkpoint.files import TensorRef
-from hanok.checkpoint.writer import TensorData, write_safetensors
+from hanok.checkpoint.writer import TensorData, in_reading_order, write_safetensors
 from hanok.memory.tensors import DTYPE_NAMES, MappedFiles, to_file_order
 from hanok.models.decoder import Decoder
 from hanok.models.family import Source
@@ -28,6 +31,26 @@ def save_weights(
     progress: Callable[[int], None] | None = None,
 ) -> tuple[Path, ...]:
     """Write the weights as safetensors (sharded when large) and return the files."""
+    tensors = _tensors(decoder, sources, left_out)
+    return write_safetensors(folder, tensors, progress=progress)
+
+
+def is_sharded(decoder: Decoder) -> bool:
+    """Return whether each process has only shards of some parameters."""
+    return any(hasattr(parameter, "full_tensor") for parameter in decoder.parameters())
+
+
+def take_part(
+    decoder: Decoder, sources: Mapping[str, Source], left_out: Sequence[TensorRef] = ()
+) -> None:
+    """Give this process's shards to the one that runs `save_weights` at the same time."""
+    for tensor in in_reading_order(_tensors(decoder, sources, left_out)):
+        tensor.read()
+
+
+def _tensors(
+    decoder: Decoder, sources: Mapping[str, Source], left_out: Sequence[TensorRef]
+) -> list[TensorData]:
     files = MappedFiles()
     tensors = [
         TensorData(
@@ -40,24 +63,25 @@ def save_weights(
     ]
     stacks: dict[str, list[TensorData]] = {}
     for name, parameter in decoder.named_parameters():
+        if ".lora." in name:
+            continue  # adapters are files of their own
         source = sources[name]
         start = 0
         target = stacks.setdefault(source.stack, []) if source.stack else tensors
         for file_name, rows, shape in zip(
             source.names, source.rows, source.file_shapes(), strict=True
         ):
-            part = parameter.detach()[start : start + rows]
+            chosen = slice(start, start + rows)
             start += rows
             target.append(
                 TensorData(
                     name=file_name,
                     dtype=DTYPE_NAMES[parameter.dtype],
                     shape=shape,
-                    read=_reader(part, source),
+                    read=_reader(parameter.detach(), chosen, source),
                 )
             )
-    tensors += [_stacked(name, parts) for name, parts in stacks.items()]
-    return write_safetensors(folder, tensors, progress=progress)
+    return [*tensors, *(_stacked(name, parts) for name, parts in stacks.items())]
 
 
 def _stacked(name: str, parts: Sequence[TensorData]) -> TensorData:
@@ -70,8 +94,10 @@ def _stacked(name: str, parts: Sequence[TensorData]) -> TensorData:
     )
 
 
-def _reader(part: Tensor, source: Source) -> Callable[[], memoryview]:
+def _reader(parameter: Tensor, rows: slice, source: Source) -> Callable[[], memoryview]:
     def read() -> memoryview:
+        gather: Callable[[], Tensor] | None = getattr(parameter, "full_tensor", None)  # a DTensor's
+        part = (parameter if gather is None else gather())[rows]
         return _bytes_of(part if source.layout == "rows" else to_file_order(part, source))
 
     return read

@@ -119,7 +119,7 @@ class Family:
         return {**self.names, **spelled}
 
     def ignores(self, name: str, prefix: str) -> bool:
-        """Return whether a tensor is no part of the decoder, in files with this prefix."""
+        """Return whether a tensor does not belong to the decoder, in files with this prefix."""
         usual = name
         if prefix.endswith(self.prefix):
             usual = name.removeprefix(prefix.removesuffix(self.prefix))
@@ -146,7 +146,7 @@ class Source:
     head_rows: int
     layout: Layout = "rows"
     stack: str = ""
-    """The tensor of the file that this is one matrix of; empty where it is a tensor of its own."""
+    """The tensor of the file that this is one matrix of; empty if it is a separate tensor."""
 
     def file_shapes(self) -> tuple[tuple[int, ...], ...]:
         """Return the shape that each of `names` must have in the file."""
@@ -242,7 +242,7 @@ def spelling_note(family: Family, present: Collection[str]) -> str | None:
 
 
 def _before(tail: str, present: Collection[str]) -> list[str]:
-    """Return what stands before `tail` in the names that end with it."""
+    """Return the part before `tail` of the names that end with it."""
     return [
         name.removesuffix(tail) for name in present if name == tail or name.endswith(f".{tail}")
     ]

@@ -18,15 +18,17 @@ never depends on a stopwatch:
 | not built                 | without        | more   | weights widened, a block of rows at a time   |
 """
 
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from hanok.attention.base import ForwardBatch
 from hanok.kernels.native import native
 from hanok.kernels.processor import is_x86, multiplies
+from hanok.models.lora import Lora
 
 # Rows widened at a time: few enough to stay in L2 when the product is short, enough to keep the
 # float32 product busy when it is long (measured: 256 and 1024 rows of 2048 columns).
@@ -37,8 +39,8 @@ Product = Literal["torch", "native", "torch without oneDNN", "vector", "widened"
 
 def choose_product(weight: Tensor, num_tokens: int) -> Product:
     """Return how `dense` multiplies `num_tokens` rows with this weight."""
-    needs_grad = torch.is_grad_enabled() and weight.requires_grad
-    if weight.device.type != "cpu" or needs_grad or torch.compiler.is_compiling():
+    is_plain = type(weight) in (Tensor, nn.Parameter)  # and no shard of a distributed one
+    if weight.device.type != "cpu" or not is_plain or torch.compiler.is_compiling():
         return "torch"
     kernels = native()
     is_known = weight.dtype in (torch.bfloat16, torch.float32) and weight.is_contiguous()
@@ -55,10 +57,53 @@ def dense(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     x: (tokens, in)   weight: (out, in)   bias: (out,)   returns: (tokens, out), in x's dtype.
     """
-    inputs_need_grad = x.requires_grad or (bias is not None and bias.requires_grad)
-    if torch.is_grad_enabled() and inputs_need_grad:
-        return F.linear(x, weight, bias)
-    match choose_product(weight, x.shape[0]):
+    kind = choose_product(weight, x.shape[0])
+    if kind != "torch" and torch.is_grad_enabled():
+        needs = (x, weight) if bias is None else (x, weight, bias)
+        if any(item.requires_grad for item in needs):
+            product: Tensor = _Dense.apply(x, weight, bias, kind)  # type: ignore[no-untyped-call]  # torch's
+            return product
+    return _multiply(x, weight, bias, kind)
+
+
+class _Dense(torch.autograd.Function):
+    """The product that serves, and its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, kind: Product) -> Tensor:
+        ctx.save_for_backward(x if weight.requires_grad else None, weight)
+        return _multiply(x, weight, bias, kind)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        of_x = _back(gradient, weight) if ctx.needs_input_grad[0] else None
+        of_weight = None
+        if ctx.needs_input_grad[1]:
+            of_weight = (_fast(gradient).t() @ _fast(x)).to(weight.dtype)
+        return of_x, of_weight, gradient.sum(0) if ctx.needs_input_grad[2] else None, None
+
+
+def _back(gradient: Tensor, weight: Tensor) -> Tensor:
+    """Return gradient @ weight, (tokens, in), widened a block of rows at a time where that is faster."""
+    if multiplies(weight.dtype, weight.device):
+        return gradient @ weight
+    found = torch.zeros(len(gradient), weight.shape[1])
+    wide = gradient.float()
+    for start in range(0, weight.shape[0], MANY_TOKENS_ROWS):
+        rows = slice(start, start + MANY_TOKENS_ROWS)
+        found.addmm_(wide[:, rows], weight[rows].float())
+    return found.to(gradient.dtype)
+
+
+def _fast(values: Tensor) -> Tensor:
+    """Return numbers in a dtype that this device multiplies fast."""
+    return values if multiplies(values.dtype, values.device) else values.float()
+
+
+def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None, kind: Product) -> Tensor:
+    match kind:
         case "native":
             return _native(x, weight, bias)
         case "vector":
@@ -158,18 +203,24 @@ class Linear(Weighted):
     """A weight (out, in) and perhaps a bias (out,)."""
 
     bias: nn.Parameter | None
+    lora: Lora | None
 
     def __init__(self, in_features: int, out_features: int, *, has_bias: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.bias = nn.Parameter(torch.empty(out_features)) if has_bias else None
+        self.lora = None
 
     def forward(self, x: Tensor, batch: ForwardBatch | None = None) -> Tensor:
         """(tokens, in) -> (tokens, out); `batch` is what the tokens are part of."""
         weight = self.weight
         if isinstance(weight, Tensor):
-            return dense(x, weight, self.bias)
-        return weight.matmul(x, self.bias)
+            product = dense(x, weight, self.bias)
+        else:
+            product = weight.matmul(x, self.bias)
+        if self.lora is not None:
+            product = self.lora(x, product, batch)
+        return product
 
     @property
     def exact_tokens(self) -> int | None:
@@ -181,6 +232,8 @@ class Linear(Weighted):
 
     def why_not_static(self) -> str | None:
         """Return why a CUDA graph cannot hold the product, or None when it can."""
+        if self.lora is not None:
+            return "an adapter is attached"
         return None if self.stored is None else self.stored.why_not_static()
 
 

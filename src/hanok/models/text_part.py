@@ -1,7 +1,7 @@
 """The text part of a checkpoint that sees or hears as well: hanok reads it and leaves the rest out.
 
 Such a `config.json` keeps the text model's keys in `text_config`, with a `model_type` of its own (old
-files of Qwen2-VL keep them beside the others), and its tensors carry another prefix in each generation
+files of Qwen2-VL keep them with the others), and its tensors carry another prefix in each generation
 of files.
 """
 
@@ -27,7 +27,7 @@ TOWER: Mapping[str, str] = {
         r"|image_newline)"
     )
 }
-"""What they hold beside the text model."""
+"""What they contain besides the text model."""
 
 # What speaks of the tower, its projector, or the tokens that stand for images.
 _VISION_KEYS = """

@@ -14,12 +14,14 @@ Activations are bfloat16 or float32 outside.
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cache
-from typing import ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from hanok.errors import OptionError, UnsupportedError
+from hanok.kernels.native import Quantizer
 from hanok.quant.nested import NestedScale
 from hanok.registry import discover, nearest_first
 
@@ -28,16 +30,30 @@ LAYOUT_ORDER = ("triton", "panels", "plain")
 Kind = Literal["signed", "zero", "codebook", "float8"]
 Activations = Literal["float", "int8", "outliers"]
 GROUP_SIZES = (32, 64, 128)
+BLOCK_ROWS = 1024  # dequantized at a time
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Packer:
+    """One of our compiled quantizers, which makes codes of floats in the order of panels at once.
+
+    It does what `quantize` of its method does, with the same numbers (cpp/kernels.h, `Quantizer`).
+    """
+
+    name: Quantizer
+    numbers: tuple[float, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Format:
-    """What the codes of a method are, without any weight.
+    """What the codes of a weight are, whoever made them.
 
     `kind`: "signed" codes are whole numbers around zero; "zero" ones are unsigned with a zero for each
     group; "codebook" ones are indices; "float8" ones are e4m3 numbers. `group_size`: columns that share
-    a scale, None for a whole row. `activations`: what kernels may make of x; "int8" allows it to be
-    rounded to int8 in groups of a row, "outliers" is LLM.int8()'s decomposition.
+    a scale, None for a whole row. `scale` and `zero`: their dtypes; zeros in floats are those of formats
+    that store a minimum (zero = minimum / scale). `activations`: what kernels may make of x; "float"
+    wants it as it is, "int8" allows it to be rounded to int8 in groups of a row, "outliers" is
+    LLM.int8()'s decomposition.
     """
 
     kind: Kind
@@ -47,6 +63,8 @@ class Format:
     codebook: tuple[float, ...] | None = None
     outlier_threshold: float | None = None
     has_nested_scale: bool = False
+    scale: torch.dtype = torch.float32
+    zero: torch.dtype = torch.uint8
 
     def num_groups(self, columns: int) -> int:
         """Return the groups of a row; the last one may be shorter."""
@@ -55,7 +73,7 @@ class Format:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuantizedWeight:
-    """The canonical record: what a quantized weight is, whoever made it and however it is stored.
+    """The canonical record of a quantized weight, however it was made and is stored.
 
     w[n, k] = value(code[n, k]) * scale[n, group(k)], where value(c) is c, c - zero[n, group(k)] or
     codebook[c], and group(k) is k // group_size or order[k].
@@ -116,31 +134,44 @@ class QuantMethod(Protocol):
         """
 
 
+def packer_of(method: QuantMethod) -> Packer | None:
+    """Return the compiled quantizer that a method asks for as its `packer`; most have none."""
+    found: Packer | None = getattr(method, "packer", None)
+    return found
+
+
 class StoredWeight(nn.Module):
     """A quantized weight in memory, laid out for the kernels that read it: a `models.linear.Weight`.
 
-    What a subclass holds are buffers, so that the weight goes wherever a module does.
+    What it holds are buffers, so that it is saved, moved and copied as any module is; a change of dtype
+    does not reach them. Columns whose groups are not in turn (`QuantizedWeight.order`) are permuted
+    once, when they are written, and x at every product.
     """
 
-    def __init__(self, method: QuantMethod, shape: tuple[int, int]) -> None:
+    permutation: Tensor | None
+
+    def __init__(self, format: Format, shape: tuple[int, int], method: QuantMethod | None) -> None:
         super().__init__()
-        self.method = method
+        self.format = format
         self.shape = shape
+        self.method = method
+        """What made it; None where codes were given."""
+        self.register_buffer("permutation", None)
 
     @property
     def nbytes(self) -> int:
         """Bytes held: codes, scales, zeros and padding."""
-        raise NotImplementedError
+        return sum(part.nbytes for part in self.buffers())
 
     @property
     def device(self) -> torch.device:
         """Where it is."""
-        raise NotImplementedError
+        return next(self.buffers()).device
 
     @property
     def parts(self) -> tuple[Tensor, ...]:
         """The tensors that hold it, so that they can be kept and filled again; () where they cannot."""
-        raise NotImplementedError
+        return () if self.format.has_nested_scale else tuple(self.buffers())
 
     @property
     def exact_tokens(self) -> int | None:
@@ -149,24 +180,67 @@ class StoredWeight(nn.Module):
 
     def why_not_static(self) -> str | None:
         """Return why a product needs the CPU to look at numbers, which a CUDA graph cannot; or None."""
-        if self.method.format.activations == "outliers":
-            return f"{self.method.name} looks for outliers on the CPU"
+        if self.format.activations == "outliers":
+            return "outliers are looked for on the CPU"
         return None
 
     def write_rows(self, start: int, rows: Tensor) -> None:
         """Quantize float rows (count, in) into place; different rows may be written by threads."""
-        raise NotImplementedError
+        if self.method is None:
+            raise ValueError("no method is known that makes these codes of floats; write a record")
+        self._write(start, self.method.quantize(rows.to(self.device)))
+
+    def write(self, start: int, record: QuantizedWeight) -> None:
+        """Put the rows of a record into place, from row `start` on.
+
+        Raises ValueError for a record of another format, or whose columns are in another order than
+        those written before: parts with orders of their own make a `quant.stacked.StackedWeight`.
+        """
+        rows, columns = record.shape
+        if record.format != self.format or columns != self.shape[1]:
+            raise ValueError(
+                f"{record.format} of {columns} columns for {self.format}, {self.shape}"
+            )
+        if not 0 <= start <= start + rows <= self.shape[0]:
+            raise ValueError(f"rows {start} to {start + rows} of {self.shape[0]}")
+        self._take_order(record)
+        if self.permutation is not None:
+            record = replace(record, codes=record.codes[:, self.permutation], order=None)
+        self._write(start, record)
+
+    def _take_order(self, record: QuantizedWeight) -> None:
+        if record.order is None:
+            if self.permutation is not None:
+                raise ValueError("rows before these have their columns in another order")
+            return
+        found = record.order.argsort(stable=True)
+        in_turn = torch.arange(self.shape[1], device=found.device) // (self.format.group_size or 1)
+        if self.format.group_size is None or not torch.equal(record.order[found], in_turn):
+            raise ValueError(
+                f"groups are not of {self.format.group_size} columns each, which kernels read"
+            )
+        found = found.to(self.device)
+        if self.permutation is None:
+            self.permutation = found
+        elif not torch.equal(self.permutation, found):
+            raise ValueError("rows before these have their columns in another order")
 
     def finish(self) -> None:
         """Quantize what needs all rows, nested scales; called once, after the last row is written."""
 
     def record(self) -> QuantizedWeight:
         """Return the canonical record, unpacked."""
-        raise NotImplementedError
+        found = self._record()
+        if self.permutation is None:
+            return found
+        back = self.permutation.argsort()
+        order = back // (self.format.group_size or 1)
+        return replace(found, codes=found.codes[:, back], order=order)
 
     def rows(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
         """Return some rows dequantized, (ids, in): an embedding's lookup."""
-        raise NotImplementedError
+        found = self._rows(ids, dtype)
+        return found if self.permutation is None else found[:, self.permutation.argsort()]
 
     def kernel(self, num_tokens: int, dtype: torch.dtype) -> str:
         """Return what multiplies so many tokens."""
@@ -175,22 +249,74 @@ class StoredWeight(nn.Module):
     def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Return x @ weight.T + bias in x's dtype: every product with a quantized weight.
 
-        x: (tokens, in) bfloat16 or float32   bias: (out,)   returns: (tokens, out)
+        x: (tokens, in) bfloat16 or float32   bias: (out,)   returns: (tokens, out). With a gradient it
+        is the same product; the weight is dequantized again, some rows at a time, on the way back.
         """
         if x.dim() != 2 or x.shape[1] != self.shape[1]:
             found, (rows, columns) = " x ".join(map(str, x.shape)), self.shape
             raise ValueError(f"x is {found}, the weight {rows} x {columns}")
-        if torch.is_grad_enabled() and x.requires_grad:
-            return torch.nn.functional.linear(
-                x,
-                self.record().dequantize().to(x.dtype),
-                None if bias is None else bias.to(x.dtype),
-            )
+        if self.permutation is not None:
+            x = x[:, self.permutation]
+        if torch.is_grad_enabled() and (
+            x.requires_grad or (bias is not None and bias.requires_grad)
+        ):
+            product: Tensor = _Product.apply(x, bias, self)  # type: ignore[no-untyped-call]  # torch's
+            return product
         return self._multiply(x, bias)
 
-    def _multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """Do what `matmul` says, with x of the right shape and without gradients."""
+    def _apply(self, fn: Any, recurse: bool = True) -> "StoredWeight":
+        """Move the buffers as torch asks for, but keep what they are made of."""
+        for name, part in self._buffers.items():
+            if part is not None:
+                moved = fn(part)
+                self._buffers[name] = moved if moved.dtype is part.dtype else part.to(moved.device)
+        return self
+
+    def _write(self, start: int, record: QuantizedWeight) -> None:
+        """Put a record's rows into place, its columns in their groups' order."""
         raise NotImplementedError
+
+    def _record(self) -> QuantizedWeight:
+        """Return the record with its columns in their groups' order."""
+        raise NotImplementedError
+
+    def _rows(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return some rows likewise."""
+        raise NotImplementedError
+
+    def _block(self, start: int, count: int) -> Tensor:
+        """Return rows [start, start + count) likewise, (count, in) float32.
+
+        `start` is a multiple of BLOCK_ROWS.
+        """
+        raise NotImplementedError
+
+    def _multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """Do what `matmul` says, with x of the right shape and order, and without gradients."""
+        raise NotImplementedError
+
+
+class _Product(torch.autograd.Function):
+    """The product that serves, and its gradient: nothing is kept but the weight itself."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, weight: StoredWeight) -> Tensor:
+        ctx.weight = weight
+        return weight._multiply(x, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        weight: StoredWeight = ctx.weight
+        of_x = None
+        if ctx.needs_input_grad[0]:
+            wide = gradient.float()
+            found = torch.zeros(len(gradient), weight.shape[1], device=gradient.device)
+            for start in range(0, weight.shape[0], BLOCK_ROWS):
+                count = min(BLOCK_ROWS, weight.shape[0] - start)
+                found.addmm_(wide[:, start : start + count], weight._block(start, count))
+            of_x = found.to(gradient.dtype)
+        return of_x, gradient.sum(0) if ctx.needs_input_grad[1] else None, None
 
 
 class Layout(Protocol):
@@ -203,9 +329,26 @@ class Layout(Protocol):
         """Return why it cannot hold weights of this format there, or None when it can."""
 
     def empty(
-        self, method: QuantMethod, shape: tuple[int, int], device: torch.device
+        self,
+        format: Format,
+        shape: tuple[int, int],
+        device: torch.device,
+        method: QuantMethod | None = None,
     ) -> StoredWeight:
-        """Claim the memory of a weight that `write_rows` will fill."""
+        """Claim the memory of a weight that `write_rows`, which needs a method, or `write` will fill."""
+
+
+def stored(record: QuantizedWeight) -> StoredWeight:
+    """Return a record's weight as the kernels of its device read it."""
+    if isinstance(record.scale, NestedScale):
+        raise ValueError(
+            "scales that are quantized themselves belong to whole weights: dequantize them"
+        )
+    device = record.codes.device
+    weight = choose_layout(record.format, device).empty(record.format, record.shape, device)
+    weight.write(0, record)
+    weight.finish()
+    return weight
 
 
 def quantize(method: QuantMethod, weight: Tensor) -> QuantizedWeight:

@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from hanok.quant.base import Format, QuantizedWeight
+from hanok.quant.base import Format, Packer, QuantizedWeight
 
 LARGEST = 448.0  # of e4m3
 
@@ -22,6 +22,11 @@ class Fp8:
     def format(self) -> Format:
         """See `QuantMethod`."""
         return Format(kind="float8", bits=8, group_size=None, activations="float")
+
+    @property
+    def packer(self) -> Packer:
+        """See `hanok.quant.base.packer_of`."""
+        return Packer(name="float8", numbers=(LARGEST,))
 
     def bits_per_weight(self, columns: int) -> float:
         """See `QuantMethod`."""

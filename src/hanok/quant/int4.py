@@ -1,4 +1,4 @@
-"""int4: 16 levels and a scale for each group, with a zero of its own when asymmetric.
+"""int4: 16 levels and a scale for each group, with a zero point when asymmetric.
 
 Nothing is calibrated. The symmetric scale is searched: of a few candidates, each refitted by least
 squares to the codes it gives, the one with the least squared error is taken. On normal weights in
@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from hanok.quant.base import Format, QuantizedWeight, checked_group_size, grouped, ungrouped
+from hanok.quant.base import Format, Packer, QuantizedWeight, checked_group_size, grouped, ungrouped
 
 # Levels that the largest value of a group is put on, one candidate each.
 CANDIDATES = (6.8, 7.4, 8.0, 8.6, 9.2)
@@ -41,7 +41,13 @@ class Int4:
             bits=4,
             group_size=self.group_size,
             activations="int8",
+            scale=torch.float16,
         )
+
+    @property
+    def packer(self) -> Packer:
+        """See `hanok.quant.base.packer_of`."""
+        return Packer(name="int4", numbers=CANDIDATES if self.symmetric else ())
 
     def bits_per_weight(self, columns: int) -> float:
         """See `QuantMethod`."""

@@ -7,9 +7,12 @@ stays as it is (weight-only).
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
-from hanok.quant.base import Format, QuantizedWeight, checked_group_size, grouped, ungrouped
+from hanok.quant.base import Format, Packer, QuantizedWeight, checked_group_size, grouped, ungrouped
+
+LARGEST = 127.0  # the code of a group's largest magnitude
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,7 +23,7 @@ class Int8:
     summary: ClassVar[str] = "8-bit whole numbers, a scale for each group or row"
 
     group_size: int = 32
-    """Columns that share a scale: 32, 64, 128, or 0 for whole rows with x left as it is."""
+    """Columns that share a scale: 32, 64, 128, or 0 for whole rows with x not rounded."""
 
     def __post_init__(self) -> None:
         if self.group_size:
@@ -34,7 +37,13 @@ class Int8:
             bits=8,
             group_size=self.group_size or None,
             activations="int8" if self.group_size else "float",
+            scale=torch.float16 if self.group_size else torch.float32,
         )
+
+    @property
+    def packer(self) -> Packer:
+        """See `hanok.quant.base.packer_of`."""
+        return Packer(name="int8", numbers=(LARGEST,))
 
     def bits_per_weight(self, columns: int) -> float:
         """See `QuantMethod`."""
@@ -56,14 +65,14 @@ def rounded(groups: Tensor, *, is_half: bool) -> tuple[Tensor, Tensor]:
     The codes are rounded with the scale as it is stored, float16 or float32.
     """
     largest = groups.abs().amax(-1)
-    scale = largest / 127
+    scale = largest / LARGEST
     if is_half:
         scale = scale.half()
         inverse = 1 / scale.float()
     else:
-        inverse = 127 / largest
+        inverse = LARGEST / largest
     inverse = inverse.nan_to_num(posinf=0.0)
-    codes = (groups * inverse[..., None]).round().clamp(-127, 127)
+    codes = (groups * inverse[..., None]).round().clamp(-LARGEST, LARGEST)
     return codes.char(), scale
 
 

@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from hanok.quant.base import Format, QuantizedWeight, grouped, ungrouped
+from hanok.quant.base import Format, Packer, QuantizedWeight, grouped, ungrouped
 from hanok.quant.nested import NESTED_BLOCK
 
 BLOCK = 64
@@ -45,6 +45,11 @@ class Nf4:
             codebook=CODEBOOK,
             has_nested_scale=self.double_quant,
         )
+
+    @property
+    def packer(self) -> Packer:
+        """See `hanok.quant.base.packer_of`."""
+        return Packer(name="table", numbers=())
 
     def bits_per_weight(self, columns: int) -> float:
         """See `QuantMethod`."""

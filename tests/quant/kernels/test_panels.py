@@ -44,7 +44,7 @@ def random(*shape: int, seed: int = 1, dtype: torch.dtype = torch.float32) -> Te
 
 def stored(kernels: Native, text: str, weight: Tensor) -> PanelWeight:
     rows, columns = weight.shape
-    made = PanelWeight(method(text), (rows, columns), kernels)
+    made = PanelWeight(method(text).format, (rows, columns), method(text), kernels)
     made.write_rows(0, weight)
     made.finish()
     return made
@@ -96,7 +96,7 @@ def test_products_of_whole_numbers_are_those_of_the_reference(
     x = random(tokens, columns, dtype=dtype) if x is None else x
     bias = random(rows, seed=3, dtype=dtype) if has_bias else None
     found = weight.matmul(x, bias)
-    size = weight.method.format.group_size
+    size = weight.format.group_size
     assert size is not None
     exact = reference(rounded(x, size), as_multiplied(weight.record()), bias)
     assert found.dtype is dtype
@@ -155,7 +155,7 @@ def test_packed_is_what_the_method_quantizes(
     if has_zeros:
         weight[:, : columns // 2] = 0
         weight[rows // 2] = 0
-    made = PanelWeight(method(text), (rows, columns), kernels)
+    made = PanelWeight(method(text).format, (rows, columns), method(text), kernels)
     for start in range(0, rows, 64):
         made.write_rows(start, weight[start : start + 64])
     found, wanted = made.record(), made.method.quantize(weight)
@@ -284,15 +284,15 @@ def test_what_would_be_read_out_of_bounds_is_refused(kernels: Native) -> None:
 
 def test_bytes_are_what_the_bits_say(kernels: Native) -> None:
     for text in (*WHOLE, *FLOAT):
-        made = PanelWeight(method(text), (64, 256), kernels)
+        made = PanelWeight(method(text).format, (64, 256), method(text), kernels)
         assert made.nbytes * 8 == 64 * 256 * made.method.bits_per_weight(256)
         assert made.device == CPU
 
 
 def test_the_kernel_is_named_by_method_and_tokens(kernels: Native) -> None:
     name = kernels.instruction_set
-    whole = PanelWeight(method("int4"), (16, 32), kernels)
-    rows = PanelWeight(method("fp8"), (16, 32), kernels)
+    whole = PanelWeight(method("int4").format, (16, 32), method("int4"), kernels)
+    rows = PanelWeight(method("fp8").format, (16, 32), method("fp8"), kernels)
     assert whole.kernel(1, torch.float32) == whole.kernel(512, torch.bfloat16)
     assert whole.kernel(1, torch.float32) == f"hanok {name}, x rounded to int8"
     assert rows.kernel(8, torch.float32) == f"hanok {name}, x as it is"
@@ -303,18 +303,18 @@ def test_what_panels_do_not_hold_they_say(monkeypatch: pytest.MonkeyPatch) -> No
     plain = method("int8").format
     assert "run on a CPU (found: cuda)" in str(LAYOUT.why_not(plain, torch.device("cuda")))
     odd = Format(kind="signed", bits=4, group_size=48, activations="int8")
-    whole = Format(kind="signed", bits=4, group_size=None, activations="float")
+    odd_bits = Format(kind="signed", bits=3, group_size=None, activations="float")
     if why_not() is None:
         assert LAYOUT.why_not(plain, CPU) is None
         nested = method_of("nf4", {"double_quant": "true"}).format
         assert "quantized themselves" in str(LAYOUT.why_not(nested, CPU))
         assert "outlying columns" in str(LAYOUT.why_not(method("int8-outlier").format, CPU))
         assert "groups of 48" in str(LAYOUT.why_not(odd, CPU))
-        assert "groups of whole rows" in str(LAYOUT.why_not(whole, CPU))
+        assert "codes of 3 bits in groups of whole rows" in str(LAYOUT.why_not(odd_bits, CPU))
     monkeypatch.setattr(module, "native", lambda: None)
     assert "the kernels are" in str(LAYOUT.why_not(plain, CPU))
     with pytest.raises(ValueError, match="panels were chosen where they do not fit"):
-        LAYOUT.empty(method("int8"), (16, 32), CPU)
+        LAYOUT.empty(method("int8").format, (16, 32), CPU, method("int8"))
 
 
 @pytest.mark.parametrize("text", WHOLE)

@@ -51,7 +51,7 @@ dtypes = st.sampled_from(list(ROUNDING))
 
 def stored_of(method: QuantMethod, weight: Tensor, device: torch.device) -> TritonWeight:
     rows, columns = weight.shape
-    stored = TritonWeight(method, (rows, columns), device)
+    stored = TritonWeight(method.format, (rows, columns), device, method)
     middle = rows // 2
     stored.write_rows(middle, weight[middle:])
     if middle:
@@ -183,7 +183,7 @@ def test_x_may_be_a_view(kernel_device: torch.device) -> None:
 
 
 def test_each_number_of_tokens_has_a_kernel() -> None:
-    stored = TritonWeight(Int4(), (16, 64), CPU)
+    stored = TritonWeight(Int4().format, (16, 64), CPU, Int4())
     names = [stored.kernel(tokens, torch.bfloat16) for tokens in (1, 2, 16, 17, 256, 257)]
     assert names[1] == names[2]
     assert names[3] == names[4]
@@ -193,7 +193,7 @@ def test_each_number_of_tokens_has_a_kernel() -> None:
 
 def test_other_dtypes_of_x_are_refused(kernel_device: torch.device) -> None:
     with pytest.raises(ValueError, match=r"x is torch\.float64"):
-        TritonWeight(Int4(), (16, 64), CPU).matmul(torch.ones(1, 64).double(), None)
+        TritonWeight(Int4().format, (16, 64), CPU, Int4()).matmul(torch.ones(1, 64).double(), None)
 
 
 def test_the_layout_is_for_gpus_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

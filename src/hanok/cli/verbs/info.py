@@ -91,7 +91,7 @@ def _quantization() -> dict[str, str]:
     for name, kind in methods().items():
         method = kind()
         layout = choose_layout(method.format, device)
-        stored = layout.empty(method, (16, 128), device)
+        stored = layout.empty(method.format, (16, 128), device, method)
         kernels = {tokens: stored.kernel(tokens, torch.bfloat16) for tokens in (1, 512)}
         used = kernels[1]
         if kernels[512] != kernels[1]:
@@ -174,5 +174,5 @@ COMMAND = command
 
 
 def _listed(texts: Iterable[str]) -> str:
-    """Return different texts, "none" where there is none."""
+    """Return the distinct texts, "none" if there are none."""
     return "; ".join(dict.fromkeys(texts)) or "none"

@@ -164,10 +164,10 @@ int tiles_product_of(const Panels& w, const void* x_, const void* bias_, void* y
 
 extern const Kernels hanok_avx512_kernels;
 
-// AVX-512's kernel where tokens are too few to fill tiles, and for the kinds that are no whole numbers.
+// AVX-512's kernel where tokens are too few to fill tiles, and where x is left as it is.
 int HANOK_PRODUCT(const Panels* weight, const void* x, const void* bias, void* y, std::int64_t tokens, int type,
                   int threads) {
-    if (tokens <= kFewTokens || weight->kind == kRowBytes || weight->kind == kRowFloat8)
+    if (tokens <= kFewTokens || !weight->rounds_x)
         return hanok_avx512_kernels.product(weight, x, bias, y, tokens, type, threads);
     if (type == kFloat32) return tiles_product_of<float>(*weight, x, bias, y, tokens, threads);
     return tiles_product_of<uint16_t>(*weight, x, bias, y, tokens, threads);

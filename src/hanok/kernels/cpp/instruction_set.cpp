@@ -11,6 +11,6 @@
 #include "gemm.h"
 #endif
 
-extern const Kernels HANOK_KERNELS = {HANOK_KEY, HANOK_NAME, kDenseTokens, dense,    product, pack, unpack,
+extern const Kernels HANOK_KERNELS = {HANOK_KEY, HANOK_NAME, kDenseTokens, dense,    product, pack, pack_codes, unpack,
                                look_up,   attend,     rms_norm,     rotate,   gate,    add,     copy,
                                widen_items, log_sum_exp};

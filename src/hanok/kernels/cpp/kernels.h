@@ -4,31 +4,41 @@
 
 #include <cstdint>
 
-enum ItemType { kFloat32 = 0, kBfloat16 = 1, kInt8 = 2 };
+enum ItemType { kFloat32 = 0, kBfloat16 = 1, kInt8 = 2, kFloat16 = 3, kUint8 = 4 };
 
-// How codes become numbers. The first four multiply rounded x as whole numbers; the last two leave x as
-// it is.
+// How codes become numbers, before the scale of their group.
 enum Kind {
-    kBytes = 0,       // int8, a float16 scale for each group
-    kNibbles = 1,     // -8 to 7, a float16 scale for each group
-    kZeroNibbles = 2, // 0 to 15 around a zero, a float16 scale and a zero for each group
-    kTable = 3,       // indices of the table, a float32 scale for each group
-    kRowBytes = 4,    // int8, a float32 scale for each row
-    kRowFloat8 = 5,   // e4m3, a float32 scale for each row
+    kBytes = 0,       // int8
+    kNibbles = 1,     // -8 to 7
+    kZeroNibbles = 2, // 0 to 15 around the group's zero
+    kTable = 3,       // indices of the table
+    kZeroBytes = 4,   // 0 to 255 around the group's zero
+    kFloat8 = 5,      // e4m3
+};
+
+// How floats become codes; what each takes from `numbers` is stated where the method is (quant/*.py).
+enum Quantizer {
+    kRoundInt8 = 0,  // numbers: the code of the largest magnitude; whole rows where scales are float32
+    kRoundInt4 = 1,  // numbers: the levels tried for the largest magnitude; none where groups have zeros
+    kRoundToTable = 2,  // the table's nearest entry
+    kRoundFloat8 = 3,      // numbers: what the largest magnitude of a row becomes
 };
 
 // A quantized weight in panels of 16 rows. A panel is a run of blocks of 32 columns; a block is vectors of
 // 64 bytes, in which the 32-bit word of lane r belongs to row r. In 8 bits, vector j holds columns 4j to
 // 4j + 3; in 4 bits, its low halves columns 4j to 4j + 3 and its high halves 16 more. Rows and columns
-// that are not there have the code of nought or the scale 0.
+// that are not there have the code of zero or the scale 0.
 struct Panels {
     std::uint8_t* codes;
-    void* scale;         // (panels, groups, 16) float16 or float32
-    std::uint8_t* zero;  // (panels, groups, 16), kZeroNibbles only
+    void* scale;         // (panels, groups, 16), float16, bfloat16 or float32
+    void* zero;          // (panels, groups, 16), uint8 or float32, kinds with a zero only
     const float* table;  // 16 values, kTable only
     std::int64_t rows, columns;
-    std::int64_t group_columns;  // that share a scale, a multiple of 32; all, filled up to 32, for row kinds
-    std::int32_t kind;
+    std::int64_t group_columns;  // that share a scale, a multiple of 32; all, filled up to 32, for whole rows
+    std::int32_t kind, scale_type, zero_type;
+    // Whether x is rounded to int8, group by group, and multiplied as whole numbers. Only the first four
+    // kinds, in groups of 32, 64 or 128 columns, with float16 scales (kTable: float32) and uint8 zeros.
+    std::int32_t rounds_x;
 };
 
 // One call of attention for some sequences. Strides are in items; the innermost one is 1 everywhere.
@@ -62,7 +72,9 @@ struct Kernels {
                  std::int64_t rows, std::int64_t columns, int type, int threads);
     int (*product)(const Panels* weight, const void* x, const void* bias, void* y, std::int64_t tokens,
                    int type, int threads);
-    int (*pack)(const Panels* weight, std::int64_t start, std::int64_t count, const void* rows, int type);
+    int (*pack)(const Panels* weight, std::int64_t start, std::int64_t count, const void* rows, int type,
+                int quantizer, const float* numbers, std::int64_t num_numbers);
+    int (*pack_codes)(const Panels* weight, std::int64_t start, std::int64_t count, const std::uint8_t* codes);
     int (*unpack)(const Panels* weight, std::int64_t start, std::int64_t count, float* rows, int threads);
     int (*look_up)(const Panels* weight, const std::int64_t* ids, std::int64_t count, void* rows, int type);
     int (*attend)(const Attention* call, int threads);

@@ -81,7 +81,7 @@ bool amx_agrees() {
     for (auto& item : x) item = static_cast<float>(next()) - 127.0f;
     const int kinds[] = {kBytes, kNibbles};
     for (const int kind : kinds) {
-        const Panels weight = {codes, scale, nullptr, nullptr, kRows, kColumns, 32, kind};
+        const Panels weight = {codes, scale, nullptr, nullptr, kRows, kColumns, 32, kind, kFloat16, kUint8, 1};
         if (amx_kernels.product(&weight, x, nullptr, ours, kTokens, kFloat32, 1) ||
             hanok_avx512_kernels.product(&weight, x, nullptr, theirs, kTokens, kFloat32, 1) ||
             std::memcmp(ours, theirs, sizeof(ours)))
@@ -205,7 +205,7 @@ std::int64_t hanok_dense_tokens(const Kernels* kernels) { return kernels->dense_
 //
 // dense: y = x @ weight.T + bias for up to hanok_dense_tokens tokens, sums in float32; x (tokens, columns), weight (rows,
 // columns), bias (rows), y (tokens, rows). product: the same with a quantized weight, for any number of
-// tokens, at most 8 for the row kinds. rms_norm: x (rows, columns), weight (columns). rotate: heads (tokens,
+// tokens, at most 8 where x is left as it is. rms_norm: x (rows, columns), weight (columns). rotate: heads (tokens,
 // heads, head_dim), cos and sin (tokens, rotary_dim). gate: (rows, 2 x columns) to (rows, columns) =
 // activation(first half) * second half.
 int hanok_run(const Kernels* kernels, const Step* steps, std::int64_t count, int threads) {
@@ -218,8 +218,14 @@ int hanok_run(const Kernels* kernels, const Step* steps, std::int64_t count, int
 
 // Quantizes rows [start, start + count), `start` a multiple of 16, into place.
 int hanok_pack(const Kernels* kernels, const Panels* weight, std::int64_t start, std::int64_t count,
-               const void* rows, int type) {
-    return kernels->pack(weight, start, count, rows, type);
+               const void* rows, int type, int quantizer, const float* numbers, std::int64_t num_numbers) {
+    return kernels->pack(weight, start, count, rows, type, quantizer, numbers, num_numbers);
+}
+
+// Puts codes, one in each byte, into the same place; scales and zeros are the caller's to write.
+int hanok_pack_codes(const Kernels* kernels, const Panels* weight, std::int64_t start, std::int64_t count,
+                     const std::uint8_t* codes) {
+    return kernels->pack_codes(weight, start, count, codes);
 }
 
 // Rows [start, start + count), `start` a multiple of 16, as float32.

@@ -1,7 +1,9 @@
-// Rows of floats to panels of codes, and back. Lanes are rows: every sum over a group is sixteen at once.
+// Rows of floats or of codes to panels of codes, and back. Lanes are rows: every sum over a group is sixteen
+// at once.
 //
-// The numbers are those of `quant/int8.py`, `int4.py`, `nf4.py` and `fp8.py`, which explain them; where
-// those add floats, the order of additions differs and a code may differ with it.
+// Each quantizer does what `quantize` of a method does (quant/int8.py, int4.py, nf4.py, fp8.py), with the
+// numbers that are stated there; where those add floats, the order of additions differs and a code may
+// differ with it.
 
 #pragma once
 
@@ -66,26 +68,25 @@ INLINE Floats largest_magnitude(const Floats* values, int64_t count) {
     return most;
 }
 
-// Each of these turns a group's values into codes, in place, and stores its scale.
-INLINE void round_bytes(Floats* values, int64_t count, uint16_t* scale) {
-    const Floats stored =
-        as_stored_float16(largest_magnitude(values, count) / Floats::all(127.0f), scale);
+// Each of these makes codes of a group's values, in place, and stores its scale.
+INLINE void round_bytes(Floats* values, int64_t count, uint16_t* scale, float limit) {
+    const Floats stored = as_stored_float16(largest_magnitude(values, count) / Floats::all(limit), scale);
     const Floats factor = inverse(stored);
     for (int64_t i = 0; i < count; ++i)
-        values[i] = between(nearest(values[i] * factor), -127.0f, 127.0f) + Floats::all(128.0f);
+        values[i] = between(nearest(values[i] * factor), -limit, limit) + Floats::all(128.0f);
 }
 
 INLINE Floats nibble(const Floats& value, const Floats& factor) {
     return between(nearest(value * factor), -8.0f, 7.0f);
 }
 
-INLINE void round_nibbles(Floats* values, int64_t count, uint16_t* scale) {
+INLINE void round_nibbles(Floats* values, int64_t count, uint16_t* scale, const float* levels,
+                          int64_t num_levels) {
     Floats peak = values[0];
     for (int64_t i = 1; i < count; ++i)
         peak = choose(is_larger(absolute(values[i]), absolute(peak)), values[i], peak);
     Floats best = Floats::all(0.0f), best_error = Floats::all(0.0f);
-    const float levels[] = {6.8f, 7.4f, 8.0f, 8.6f, 9.2f};
-    for (int candidate = 0; candidate < 5; ++candidate) {
+    for (int64_t candidate = 0; candidate < num_levels; ++candidate) {
         Floats factor = inverse(peak / Floats::all(-levels[candidate]));
         Floats squares = Floats::all(0.0f), products = Floats::all(0.0f);
         for (int64_t i = 0; i < count; ++i) {
@@ -134,16 +135,22 @@ INLINE void round_to_table(Floats* values, int64_t count, float* scale, const fl
     }
 }
 
-INLINE Floats float8(const Floats& value, const Floats& factor) {
-    const Floats kept = between(value * factor, -448.0f, 448.0f);
+INLINE Floats float8(const Floats& value, const Floats& factor, float limit) {
+    const Floats kept = between(value * factor, -limit, limit);
     const Words sign = (reinterpret<Words>(kept) >> 24) & Words::all(0x80u);
-    const Words words = reinterpret<Words>(absolute(kept) * Floats::all(1.0f / float_factor(kRowFloat8)));
+    const Words words = reinterpret<Words>(absolute(kept) * Floats::all(1.0f / float_factor(kFloat8)));
     const Words rounded = (words + Words::all(0x7ffffu) + ((words >> 20) & Words::all(1u))) >> 20;
     return to_floats(reinterpret<Ints>(rounded | sign));
 }
 
+struct Rule {
+    int quantizer;
+    const float* numbers;
+    int64_t num_numbers;
+};
+
 template <class Item>
-void pack_groups(const Panels& w, int64_t panel, const Item* rows, int64_t num_rows) {
+void pack_groups(const Panels& w, int64_t panel, const Item* rows, int64_t num_rows, const Rule& rule) {
     const int64_t groups = num_groups(w), count = w.group_columns;
     uint8_t* codes = w.codes + panel * panel_bytes(w);
     Floats values[kMostGroupColumns];
@@ -152,57 +159,85 @@ void pack_groups(const Panels& w, int64_t panel, const Item* rows, int64_t num_r
             load_columns(rows, num_rows, w.columns, group * count + i, values + i);
         const int64_t index = (panel * groups + group) * kLanes;
         uint16_t* half_scale = static_cast<uint16_t*>(w.scale) + index;
-        switch (w.kind) {
-            case kBytes: round_bytes(values, count, half_scale); break;
-            case kNibbles: round_nibbles(values, count, half_scale); break;
-            case kZeroNibbles: round_zero_nibbles(values, count, half_scale, w.zero + index); break;
-            default: round_to_table(values, count, static_cast<float*>(w.scale) + index, w.table);
-        }
+        if (rule.quantizer == kRoundToTable)
+            round_to_table(values, count, static_cast<float*>(w.scale) + index, w.table);
+        else if (rule.quantizer == kRoundInt8)
+            round_bytes(values, count, half_scale, rule.numbers[0]);
+        else if (w.kind == kZeroNibbles)
+            round_zero_nibbles(values, count, half_scale, static_cast<uint8_t*>(w.zero) + index);
+        else
+            round_nibbles(values, count, half_scale, rule.numbers, rule.num_numbers);
         for (int64_t i = 0; i < count; i += kBlock, codes += block_bytes(w.kind))
             store_block(w.kind, values + i, codes);
     }
 }
 
 template <class Item>
-void pack_rows(const Panels& w, int64_t panel, const Item* rows, int64_t num_rows) {
+void pack_rows(const Panels& w, int64_t panel, const Item* rows, int64_t num_rows, float limit) {
     uint8_t* codes = w.codes + panel * panel_bytes(w);
     Floats values[kBlock], most = Floats::all(0.0f);
     for (int64_t i = 0; i < w.columns; i += kLanes) {
         load_columns(rows, num_rows, w.columns, i, values);
         most = larger_magnitude(most, largest_magnitude(values, kLanes));
     }
-    const float limit = w.kind == kRowBytes ? 127.0f : 448.0f;
     store(static_cast<float*>(w.scale) + panel * kLanes, most / Floats::all(limit));
     const Floats factor = inverse(most) * Floats::all(limit);
     for (int64_t i = 0; i < w.group_columns; i += kBlock, codes += block_bytes(w.kind)) {
         load_columns(rows, num_rows, w.columns, i, values);
         load_columns(rows, num_rows, w.columns, i + kLanes, values + kLanes);
         for (int c = 0; c < kBlock; ++c)
-            values[c] = w.kind == kRowBytes
-                            ? between(nearest(values[c] * factor), -127.0f, 127.0f) + Floats::all(128.0f)
-                            : float8(values[c], factor);
+            values[c] = w.kind == kBytes
+                            ? between(nearest(values[c] * factor), -limit, limit) + Floats::all(128.0f)
+                            : float8(values[c], factor, limit);
         store_block(w.kind, values, codes);
     }
 }
 
 template <class Item>
-void pack_panels(const Panels& w, int64_t start, int64_t count, const Item* rows) {
+void pack_panels(const Panels& w, int64_t start, int64_t count, const Item* rows, const Rule& rule) {
+    const bool has_whole_rows =
+        rule.quantizer == kRoundFloat8 || (rule.quantizer == kRoundInt8 && w.scale_type == kFloat32);
     for (int64_t row = 0; row < count; row += kLanes) {
         const int64_t panel = (start + row) / kLanes;
         const int64_t there = count - row < kLanes ? count - row : kLanes;
         const Item* from = rows + row * w.columns;
-        if (w.kind == kRowBytes || w.kind == kRowFloat8)
-            pack_rows(w, panel, from, there);
+        if (has_whole_rows)
+            pack_rows(w, panel, from, there, rule.numbers[0]);
         else
-            pack_groups(w, panel, from, there);
+            pack_groups(w, panel, from, there, rule);
     }
 }
 
-int pack(const Panels* weight, int64_t start, int64_t count, const void* rows, int type) {
+int pack(const Panels* weight, int64_t start, int64_t count, const void* rows, int type, int quantizer,
+         const float* numbers, int64_t num_numbers) {
+    const Rule rule = {quantizer, numbers, num_numbers};
     if (type == kFloat32)
-        pack_panels(*weight, start, count, static_cast<const float*>(rows));
+        pack_panels(*weight, start, count, static_cast<const float*>(rows), rule);
     else
-        pack_panels(*weight, start, count, static_cast<const uint16_t*>(rows));
+        pack_panels(*weight, start, count, static_cast<const uint16_t*>(rows), rule);
+    return 0;
+}
+
+// Codes as a record has them, one in each byte, row after row.
+int pack_codes(const Panels* weight, int64_t start, int64_t count, const uint8_t* codes) {
+    const Panels& w = *weight;
+    const uint8_t flip = w.kind == kBytes ? 0x80 : w.kind == kNibbles ? 8 : 0;  // of signed to unsigned
+    uint8_t block[kBlock];
+    for (int64_t row = 0; row < ceil_div(count, kLanes) * kLanes; ++row) {
+        uint8_t* to = w.codes + (start + row) / kLanes * panel_bytes(w) + row % kLanes * 4;
+        for (int64_t first = 0; first < num_groups(w) * w.group_columns; first += kBlock) {
+            const int64_t there = row < count ? w.columns - first : 0;
+            for (int64_t c = 0; c < kBlock; ++c)
+                block[c] = static_cast<uint8_t>((c < there ? codes[row * w.columns + first + c] : 0) ^ flip);
+            for (int64_t j = 0; j < block_bytes(w.kind) / kVectorBytes; ++j)
+                for (int64_t c = 4 * j; c < 4 * j + 4; ++c) {
+                    const int high = is_4_bit(w.kind) ? block[c + 16] << 4 : 0;
+                    to[j * kVectorBytes + c % 4] =
+                        static_cast<uint8_t>(is_4_bit(w.kind) ? (block[c] & 15) | high : block[c]);
+                }
+            to += block_bytes(w.kind);
+        }
+    }
     return 0;
 }
 
@@ -210,28 +245,20 @@ int pack(const Panels* weight, int64_t start, int64_t count, const void* rows, i
 
 // The numbers of a stored code in byte `j` of each word, before the scale; nibbles are in the low half.
 INLINE Floats number(const Panels& w, const Words& words, int j, const Floats& zero) {
-    if (w.kind == kRowBytes) return byte_value<kRowBytes>(words, j) * Floats::all(float_factor(kRowBytes));
-    if (w.kind == kRowFloat8) return byte_value<kRowFloat8>(words, j) * Floats::all(float_factor(kRowFloat8));
-    const Ints code = reinterpret<Ints>((words >> (8 * j)) & Words::all(0xffu));
-    if (w.kind == kBytes) return to_floats(code - Ints::all(128));
-    if (w.kind == kNibbles) return to_floats(code - Ints::all(8));
-    if (w.kind == kZeroNibbles) return to_floats(code) - zero;
-    int32_t items[kLanes];
-    float values[kLanes];
-    code.store(items);
-    for (int lane = 0; lane < kLanes; ++lane) values[lane] = w.table[items[lane]];
-    return load(values);
-}
-
-INLINE Floats any_scale(const Panels& w, int64_t index) {
-    return has_half_scale(w.kind) ? load_scale<kBytes>(w, index) : load_scale<kRowBytes>(w, index);
+    switch (w.kind) {
+        case kBytes: return code_value<kBytes>(words, j, zero, w.table) * Floats::all(float_factor(kBytes));
+        case kFloat8: return code_value<kFloat8>(words, j, zero, w.table) * Floats::all(float_factor(kFloat8));
+        case kNibbles: return code_value<kNibbles>(words, j, zero, w.table);
+        case kTable: return code_value<kTable>(words, j, zero, w.table);
+        default: return code_value<kZeroBytes>(words, j, zero, w.table);
+    }
 }
 
 // Sixteen columns from `first`, a multiple of 16, of a panel: one lane for each row.
 INLINE void numbers_of(const Panels& w, int64_t panel, int64_t first, Floats* values) {
     const int64_t index = panel * num_groups(w) + first / w.group_columns;
-    const Floats scale = any_scale(w, index);
-    const Floats zero = w.kind == kZeroNibbles ? load_bytes(w.zero + index * kLanes) : Floats::all(0.0f);
+    const Floats scale = load_scale(w, index);
+    const Floats zero = has_zero(w.kind) ? load_zero(w, index) : Floats::all(0.0f);
     const uint8_t* codes =
         w.codes + panel * panel_bytes(w) + first / kBlock * block_bytes(w.kind);
     const bool is_second = first % kBlock != 0;

@@ -1,7 +1,6 @@
 // Products with a quantized weight in panels, for any number of tokens.
 //
-// Whole-number kinds: x is rounded to int8, group by group, and multiplied as whole numbers; a group's sum
-// is exact, and groups are added in order, so a token's result depends neither on the tokens beside it nor
+// Where x is rounded to int8, group by group, it is multiplied as whole numbers; a group's sum is exact, and groups are added in order, so a token's result depends neither on the tokens beside it nor
 // on threads. For many tokens the columns go in chunks whose weights stay in the first cache.
 
 #pragma once
@@ -37,7 +36,7 @@ constexpr int kTilePanels = 1, kTileTokens = 1;
 #endif
 
 constexpr bool is_4_bit(int kind) { return kind == kNibbles || kind == kZeroNibbles || kind == kTable; }
-constexpr bool has_half_scale(int kind) { return kind <= kZeroNibbles; }
+constexpr bool has_zero(int kind) { return kind == kZeroNibbles || kind == kZeroBytes; }
 constexpr int64_t block_bytes(int kind) { return is_4_bit(kind) ? 256 : 512; }
 
 // What the stored code exceeds the number by, as far as the product of bytes does not know.
@@ -52,17 +51,23 @@ INLINE int64_t panel_bytes(const Panels& w) {
     return num_groups(w) * (w.group_columns / kBlock) * block_bytes(w.kind);
 }
 
-template <int kKind>
 INLINE Floats load_scale(const Panels& w, int64_t index) {
-    if (has_half_scale(kKind)) return load_float16(static_cast<const uint16_t*>(w.scale) + index * kLanes);
-    return load(static_cast<const float*>(w.scale) + index * kLanes);
+    if (w.scale_type == kFloat32) return load(static_cast<const float*>(w.scale) + index * kLanes);
+    const uint16_t* from = static_cast<const uint16_t*>(w.scale) + index * kLanes;
+    return w.scale_type == kFloat16 ? load_float16(from) : load(from);
+}
+
+INLINE Floats load_zero(const Panels& w, int64_t index) {
+    if (w.zero_type == kFloat32) return load(static_cast<const float*>(w.zero) + index * kLanes);
+    return load_bytes(static_cast<const uint8_t*>(w.zero) + index * kLanes);
 }
 
 // What the whole numbers of a group are multiplied with; those of a table are its entries times 127.
 template <int kKind>
 INLINE Floats group_scale(const Panels& w, int64_t index) {
-    const Floats scale = load_scale<kKind>(w, index);
-    return kKind == kTable ? scale * Floats::all(1.0f / 127.0f) : scale;
+    if (kKind == kTable)
+        return load(static_cast<const float*>(w.scale) + index * kLanes) * Floats::all(1.0f / 127.0f);
+    return load_float16(static_cast<const uint16_t*>(w.scale) + index * kLanes);
 }
 
 // x as int8: codes (tokens, columns), and for each group its scale and the sum of its codes. The codes may
@@ -114,7 +119,7 @@ INLINE Floats add_whole(const Floats& total, const Ints& whole, const Panels& w,
                         const Floats& scale, const Rounded& x, int64_t at) {
     Floats value = to_floats(whole);
     if (kKind == kZeroNibbles)
-        value = value - load_bytes(w.zero + index * kLanes) * Floats::all(static_cast<float>(x.sums[at]));
+        value = value - load_bytes(static_cast<const uint8_t*>(w.zero) + index * kLanes) * Floats::all(static_cast<float>(x.sums[at]));
     return add_product(total, value, scale * Floats::all(x.scale[at]));
 }
 
@@ -187,7 +192,7 @@ INLINE void tile(const Panels& w, int64_t panel, int64_t first_group, int64_t la
             const int64_t index = (panel + p) * groups + group;
             if (kTokens <= 4)
                 __builtin_prefetch(static_cast<const uint8_t*>(w.scale) +
-                                   index * kLanes * (has_half_scale(kKind) ? 2 : 4) + 512);
+                                   index * kLanes * (kKind == kTable ? 4 : 2) + 512);
             const Floats scale = group_scale<kKind>(w, index);
             for (int t = 0; t < kTokens; ++t)
                 total[p][t] = add_whole<kKind>(total[p][t], whole[p][t], w, index, scale, x,
@@ -403,33 +408,62 @@ int ready_product(const Panels& w, const Item* x, const Item* bias, Item* y, int
 }
 #endif
 
-// --- kinds that leave x as it is, for few tokens ------------------------------------------------------
+// --- x as it is, for few tokens --------------------------------------------------------------------------
 
-// The number in byte `j` of each word, as a float, without the factor that is `float_factor`.
+// The number of the code in byte `j` of each word, as a float, without the factor that is `float_factor`.
+// Codes of 4 bits stand alone in their bytes.
 template <int kKind>
-INLINE Floats byte_value(const Words& words, int j) {
-    const Words top = top_byte(words, j);
-    if (kKind == kRowBytes) return to_floats(reinterpret<Ints>(top ^ Words::all(0x80000000u)));
-    return reinterpret<Floats>((top & Words::all(0x80000000u)) | ((top & Words::all(0x7f000000u)) >> 4));
+INLINE Floats code_value(const Words& words, int j, const Floats& zero, const float* table) {
+    if (kKind == kBytes) return to_floats(reinterpret<Ints>(top_byte(words, j) ^ Words::all(0x80000000u)));
+    if (kKind == kFloat8) {
+        const Words top = top_byte(words, j);
+        return reinterpret<Floats>((top & Words::all(0x80000000u)) | ((top & Words::all(0x7f000000u)) >> 4));
+    }
+    const Ints code = reinterpret<Ints>((words >> (8 * j)) & Words::all(0xffu));
+    if (kKind == kNibbles) return to_floats(code - Ints::all(8));
+    if (has_zero(kKind)) return to_floats(code) - zero;
+    int32_t items[kLanes];
+    float values[kLanes];
+    code.store(items);
+    for (int lane = 0; lane < kLanes; ++lane) values[lane] = table[items[lane]];
+    return load(values);
 }
-constexpr float float_factor(int kind) { return kind == kRowBytes ? 0x1p-24f : 0x1p120f; }
+constexpr float float_factor(int kind) { return kind == kBytes ? 0x1p-24f : kind == kFloat8 ? 0x1p120f : 1.0f; }
 
 // Four sums for each token, one for each byte of the words, so that additions do not wait for each other.
 template <int kKind, int kTokens>
-INLINE void float_tile(const uint8_t* codes, const float* x, int64_t columns, Floats (&total)[kTokens]) {
+INLINE void add_four(const Words& words, const Floats& zero, const float* table, const float* x,
+                     int64_t stride, Floats (&parts)[4][kTokens]) {
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+        const Floats value = code_value<kKind>(words, j, zero, table);
+#pragma GCC unroll 4
+        for (int t = 0; t < kTokens; ++t)
+            parts[j][t] = add_product(parts[j][t], value, Floats::all(x[t * stride + j]));
+    }
+}
+
+// A group of a panel times some tokens, which are `stride` numbers apart.
+template <int kKind, int kTokens>
+INLINE void float_tile(const uint8_t* codes, const Floats& zero, const float* table, const float* x,
+                       int64_t stride, int64_t columns, Floats (&total)[kTokens]) {
     Floats parts[4][kTokens];
     for (int j = 0; j < 4; ++j)
         for (int t = 0; t < kTokens; ++t) parts[j][t] = Floats::all(0.0f);
-    for (int64_t column = 0; column < columns; column += 4) {
-        const uint8_t* from = codes + column / 4 * kVectorBytes;
-        if (kTokens <= 2) __builtin_prefetch(from + 2048);
-        const Words words = Words::load(from);
-#pragma GCC unroll 4
-        for (int j = 0; j < 4; ++j) {
-            const Floats value = byte_value<kKind>(words, j);
-#pragma GCC unroll 4
-            for (int t = 0; t < kTokens; ++t)
-                parts[j][t] = add_product(parts[j][t], value, Floats::all(x[t * columns + column + j]));
+    if constexpr (is_4_bit(kKind)) {
+        for (int64_t column = 0; column < columns; column += kBlock)
+            for (int j = 0; j < 4; ++j, codes += kVectorBytes) {
+                if (kTokens <= 2) __builtin_prefetch(codes + 2048);
+                const Words words = Words::load(codes), mask = Words::all(0x0f0f0f0fu);
+                const float* from = x + column + 4 * j;
+                add_four<kKind>(words & mask, zero, table, from, stride, parts);
+                add_four<kKind>((words >> 4) & mask, zero, table, from + 16, stride, parts);
+            }
+    } else {
+        for (int64_t column = 0; column < columns; column += 4) {
+            const uint8_t* from = codes + column / 4 * kVectorBytes;
+            if (kTokens <= 2) __builtin_prefetch(from + 2048);
+            add_four<kKind>(Words::load(from), zero, table, x + column, stride, parts);
         }
     }
     for (int t = 0; t < kTokens; ++t)
@@ -437,14 +471,28 @@ INLINE void float_tile(const uint8_t* codes, const float* x, int64_t columns, Fl
 }
 
 template <int kKind, int kTokens, class Item>
-INLINE void float_panel(const Panels& w, int64_t panel, const float* x, int64_t columns, const Item* bias,
-                        Item* y) {
+INLINE void float_panel(const Panels& w, int64_t panel, const float* x, const Item* bias, Item* y) {
+    const int64_t groups = num_groups(w), stride = groups * w.group_columns;
+    const int64_t group_bytes = w.group_columns / kBlock * block_bytes(kKind);
+    const uint8_t* codes = w.codes + panel * groups * group_bytes;
+    const Floats factor = Floats::all(float_factor(kKind));
     Floats total[kTokens];
-    float_tile<kKind, kTokens>(w.codes + panel * columns * kLanes, x, columns, total);
-    const Floats scale = load_scale<kKind>(w, panel), factor = Floats::all(float_factor(kKind));
+    for (int t = 0; t < kTokens; ++t) total[t] = Floats::all(0.0f);
+    for (int64_t group = 0; group < groups; ++group) {
+        const int64_t index = panel * groups + group;
+        const Floats zero = has_zero(kKind) ? load_zero(w, index) : Floats::all(0.0f);
+        const Floats scale = load_scale(w, index);
+        Floats sums[kTokens];
+        float_tile<kKind, kTokens>(codes + group * group_bytes, zero, w.table, x + group * w.group_columns,
+                                   stride, w.group_columns, sums);
+        for (int t = 0; t < kTokens; ++t) {
+            const Floats value = sums[t] * factor * scale;  // a scale of 256 times 2^120 would be infinite
+            total[t] = group ? total[t] + value : value;
+        }
+    }
     const int64_t row = panel * kLanes, there = w.rows - row;
     for (int t = 0; t < kTokens; ++t) {
-        Floats value = total[t] * factor * scale;  // a scale of 256 times 2^120 would be infinite
+        Floats value = total[t];
         if (bias) value = value + load_first(bias + row, there);
         store_first(y + t * w.rows + row, value, there);
     }
@@ -452,7 +500,7 @@ INLINE void float_panel(const Panels& w, int64_t panel, const float* x, int64_t 
 
 template <int kKind, class Item>
 int float_product(const Panels& w, const Item* x, const Item* bias, Item* y, int64_t tokens, int threads) {
-    const int64_t columns = w.group_columns, panels = num_panels(w);
+    const int64_t columns = num_groups(w) * w.group_columns, panels = num_panels(w);
     float* wide = static_cast<float*>(hanok_scratch(tokens * columns * 4));
     if (!wide) return 1;
     for (int64_t t = 0; t < tokens; ++t)
@@ -461,14 +509,14 @@ int float_product(const Panels& w, const Item* x, const Item* bias, Item* y, int
                 i < w.columns ? load_first(x + t * w.columns + i, w.columns - i) : Floats::all(0.0f);
             store(wide + t * columns + i, value);
         }
-    share(is_small(panels * columns * kLanes, tokens) ? 1 : threads, panels, [&](int64_t panel, int) {
+    share(is_small(panels * panel_bytes(w), tokens) ? 1 : threads, panels, [&](int64_t panel, int) {
         int64_t t = 0;
         for (; t + 4 <= tokens; t += 4)
-            float_panel<kKind, 4>(w, panel, wide + t * columns, columns, bias, y + t * w.rows);
+            float_panel<kKind, 4>(w, panel, wide + t * columns, bias, y + t * w.rows);
         for (; t + 2 <= tokens; t += 2)
-            float_panel<kKind, 2>(w, panel, wide + t * columns, columns, bias, y + t * w.rows);
+            float_panel<kKind, 2>(w, panel, wide + t * columns, bias, y + t * w.rows);
         for (; t < tokens; ++t)
-            float_panel<kKind, 1>(w, panel, wide + t * columns, columns, bias, y + t * w.rows);
+            float_panel<kKind, 1>(w, panel, wide + t * columns, bias, y + t * w.rows);
     });
     return 0;
 }
@@ -487,13 +535,19 @@ int product_of(const Panels& w, const void* x_, const void* bias_, void* y_, int
     const Item* x = static_cast<const Item*>(x_);
     const Item* bias = static_cast<const Item*>(bias_);
     Item* y = static_cast<Item*>(y_);
+    if (w.rounds_x) switch (w.kind) {
+            case kBytes: return best_product<kBytes>(w, x, bias, y, tokens, threads);
+            case kNibbles: return best_product<kNibbles>(w, x, bias, y, tokens, threads);
+            case kZeroNibbles: return best_product<kZeroNibbles>(w, x, bias, y, tokens, threads);
+            default: return best_product<kTable>(w, x, bias, y, tokens, threads);
+        }
     switch (w.kind) {
-        case kBytes: return best_product<kBytes>(w, x, bias, y, tokens, threads);
-        case kNibbles: return best_product<kNibbles>(w, x, bias, y, tokens, threads);
-        case kZeroNibbles: return best_product<kZeroNibbles>(w, x, bias, y, tokens, threads);
-        case kTable: return best_product<kTable>(w, x, bias, y, tokens, threads);
-        case kRowBytes: return float_product<kRowBytes>(w, x, bias, y, tokens, threads);
-        default: return float_product<kRowFloat8>(w, x, bias, y, tokens, threads);
+        case kBytes: return float_product<kBytes>(w, x, bias, y, tokens, threads);
+        case kNibbles: return float_product<kNibbles>(w, x, bias, y, tokens, threads);
+        case kZeroNibbles: return float_product<kZeroNibbles>(w, x, bias, y, tokens, threads);
+        case kTable: return float_product<kTable>(w, x, bias, y, tokens, threads);
+        case kZeroBytes: return float_product<kZeroBytes>(w, x, bias, y, tokens, threads);
+        default: return float_product<kFloat8>(w, x, bias, y, tokens, threads);
     }
 }
 

@@ -4,74 +4,55 @@ A block of rows at a time is dequantized and multiplied, so a product needs BLOC
 beside the weight. Two 4-bit codes share a byte, the even column in its low half.
 """
 
-from dataclasses import replace
 from functools import cache
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hanok.quant.base import Format, QuantizedWeight, QuantMethod, StoredWeight
-from hanok.quant.groups import GroupConstants
-from hanok.quant.nested import NestedScale
+from hanok.quant.base import BLOCK_ROWS, Format, QuantMethod, StoredWeight
+from hanok.quant.row_major import RowMajorWeight
 
-BLOCK_ROWS = 1024
-CODE_TYPES = {"signed": torch.int8, "float8": torch.float8_e4m3fn}
+CODE_TYPES = {
+    "signed": torch.int8,
+    "zero": torch.uint8,
+    "codebook": torch.uint8,
+    "float8": torch.float8_e4m3fn,
+}
 
 
-class PlainWeight(StoredWeight):
+class PlainWeight(RowMajorWeight):
     """See `StoredWeight`."""
 
-    def __init__(self, method: QuantMethod, shape: tuple[int, int], device: torch.device) -> None:
-        super().__init__(method, shape)
-        form, (rows, columns) = method.format, shape
-        width = -(-columns // 2) if form.bits == 4 else columns
-        code_type = torch.uint8 if form.bits == 4 else CODE_TYPES[form.kind]
-        self._codes = torch.empty(rows, width, dtype=code_type, device=device)
-        self._groups = GroupConstants(form, shape, device)
+    def __init__(
+        self,
+        format: Format,
+        shape: tuple[int, int],
+        device: torch.device,
+        method: QuantMethod | None = None,
+    ) -> None:
+        rows, columns = shape
+        width = -(-columns // 2) if format.bits == 4 else columns
+        kind = torch.uint8 if format.bits == 4 else CODE_TYPES[format.kind]
+        codes = torch.empty(rows, width, dtype=kind, device=device)
+        super().__init__(format, shape, codes, method)
 
-    @property
-    def nbytes(self) -> int:
-        """See `StoredWeight`."""
-        return self._codes.nbytes + self._groups.nbytes
+    def _packed(self, codes: Tensor) -> Tensor:
+        return packed(codes) if self.format.bits == 4 else codes
 
-    @property
-    def device(self) -> torch.device:
-        """See `StoredWeight`."""
-        return self._codes.device
-
-    @property
-    def parts(self) -> tuple[Tensor, ...]:
-        """See `StoredWeight`."""
-        return self._groups.with_codes(self._codes)
-
-    def write_rows(self, start: int, rows: Tensor) -> None:
-        """See `StoredWeight`."""
-        record = self.method.quantize(rows.to(self.device))
-        chosen = slice(start, start + rows.shape[0])
-        self._codes[chosen] = packed(record.codes) if record.format.bits == 4 else record.codes
-        self._groups.write_rows(start, record)
-
-    def finish(self) -> None:
-        """See `StoredWeight`."""
-        self._groups.finish()
-
-    def record(self) -> QuantizedWeight:
-        """See `StoredWeight`."""
-        return replace(self._part(slice(None)), scale=self._groups.scale)
-
-    def rows(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
-        """See `StoredWeight`."""
-        return self._part(ids).dequantize().to(dtype)
+    def _unpacked(self, held: Tensor) -> Tensor:
+        if self.format.bits != 4:
+            return held
+        return unpacked(held, self.shape[1], is_signed=self.format.kind == "signed")
 
     def kernel(self, num_tokens: int, dtype: torch.dtype) -> str:
         """See `StoredWeight`."""
-        if self.method.format.activations == "outliers":
+        if self.format.activations == "outliers":
             return "torch, whole numbers and outliers apart"
         return "torch, dequantized block by block"
 
     def _multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        threshold = self.method.format.outlier_threshold
+        threshold = self.format.outlier_threshold
         if threshold is not None:
             product = self._with_outliers_apart(x, threshold)
             return (product if bias is None else product + bias).to(x.dtype)
@@ -86,17 +67,6 @@ class PlainWeight(StoredWeight):
             output[:, rows] = F.linear(wide, block, part)
         return output
 
-    def _part(self, rows: slice | Tensor) -> QuantizedWeight:
-        """Return the record of some rows, with plain scales."""
-        form, codes = self.method.format, self._codes[rows]
-        if form.bits == 4:
-            codes = unpacked(codes, self.shape[1], is_signed=form.kind == "signed")
-        scale, zero = self._groups.scale, self._groups.zero
-        if isinstance(scale, NestedScale):
-            scale = scale.dequantize()
-        chosen_zero = None if zero is None else zero[rows]
-        return QuantizedWeight(format=form, codes=codes, scale=scale[rows], zero=chosen_zero)
-
     def _with_outliers_apart(self, x: Tensor, threshold: float) -> Tensor:
         """LLM.int8() (arXiv 2208.07339): (tokens, in) -> (tokens, out) float32."""
         x = x.float()
@@ -104,11 +74,11 @@ class PlainWeight(StoredWeight):
         usual = x.masked_fill(is_outlier, 0.0)
         largest = usual.abs().amax(-1, keepdim=True)
         codes = (usual * (127 / largest).nan_to_num(0.0, 0.0, 0.0)).round().char()
-        whole = whole_product(codes, self._codes)
+        whole = whole_product(codes, self.codes)
         scale = self._part(slice(None)).float_scale()[:, 0]
         product = whole * (largest / 127) * scale
         if is_outlier.any():
-            columns = self._codes[:, is_outlier].float() * scale[:, None]
+            columns = self.codes[:, is_outlier].float() * scale[:, None]
             product += x[:, is_outlier] @ columns.t()
         return product
 
@@ -124,10 +94,14 @@ class PlainLayout:
         return None
 
     def empty(
-        self, method: QuantMethod, shape: tuple[int, int], device: torch.device
+        self,
+        format: Format,
+        shape: tuple[int, int],
+        device: torch.device,
+        method: QuantMethod | None = None,
     ) -> StoredWeight:
         """See `Layout`."""
-        return PlainWeight(method, shape, device)
+        return PlainWeight(format, shape, device, method)
 
 
 @cache

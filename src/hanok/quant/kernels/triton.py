@@ -7,15 +7,15 @@ are dequantized into one buffer and multiplied by torch. Nested scales stay nest
 """
 
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hanok.quant.base import Format, QuantizedWeight, QuantMethod, StoredWeight
-from hanok.quant.groups import GroupConstants
+from hanok.quant.base import Format, QuantMethod, StoredWeight
 from hanok.quant.nested import NestedScale
+from hanok.quant.row_major import RowMajorWeight
 
 if TYPE_CHECKING:
     from hanok.kernels.triton_linear import PackedWeight
@@ -27,61 +27,56 @@ UNIT_BYTES = 16
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
-class TritonWeight(StoredWeight):
+class TritonWeight(RowMajorWeight):
     """See `StoredWeight`."""
 
-    def __init__(self, method: QuantMethod, shape: tuple[int, int], device: torch.device) -> None:
-        super().__init__(method, shape)
-        form, (rows, columns) = method.format, shape
-        units = -(-columns // _unit_columns(form))
+    codebook: Tensor | None
+
+    def __init__(
+        self,
+        format: Format,
+        shape: tuple[int, int],
+        device: torch.device,
+        method: QuantMethod | None = None,
+    ) -> None:
+        rows, columns = shape
+        units = -(-columns // _unit_columns(format))
         # Zeros, for what pads a row is read.
-        self._codes = torch.zeros(rows, units * UNIT_BYTES, dtype=torch.uint8, device=device)
-        self._groups = GroupConstants(form, shape, device)
-        self._codebook: Tensor | None = None
-        if form.codebook is not None:
-            self._codebook = torch.tensor(form.codebook, device=device)
-        self._packed: PackedWeight | None = None
-
-    @property
-    def nbytes(self) -> int:
-        """See `StoredWeight`."""
-        codebook_bytes = 0 if self._codebook is None else self._codebook.nbytes
-        return self._codes.nbytes + self._groups.nbytes + codebook_bytes
-
-    @property
-    def device(self) -> torch.device:
-        """See `StoredWeight`."""
-        return self._codes.device
-
-    @property
-    def parts(self) -> tuple[Tensor, ...]:
-        """See `StoredWeight`."""
-        return self._groups.with_codes(self._codes)
-
-    def write_rows(self, start: int, rows: Tensor) -> None:
-        """See `StoredWeight`."""
-        record = self.method.quantize(rows.to(self.device))
-        chosen = slice(start, start + rows.shape[0])
-        self._codes[chosen] = packed(record.format, record.codes)
-        self._groups.write_rows(start, record)
+        codes = torch.zeros(rows, units * UNIT_BYTES, dtype=torch.uint8, device=device)
+        super().__init__(format, shape, codes, method)
+        codebook = None
+        if format.codebook is not None:
+            codebook = torch.tensor(format.codebook, device=device)
+        self.register_buffer("codebook", codebook, persistent=False)
+        self._made: PackedWeight | None = None
 
     def finish(self) -> None:
         """See `StoredWeight`."""
-        self._groups.finish()
-        self._packed = None
+        super().finish()
+        self._made = None
 
-    def record(self) -> QuantizedWeight:
-        """See `StoredWeight`."""
-        form = self.method.format
-        codes = unpacked(form, self._codes, self.shape[1])
-        groups = self._groups
-        return QuantizedWeight(format=form, codes=codes, scale=groups.scale, zero=groups.zero)
+    def _apply(self, fn: Any, recurse: bool = True) -> StoredWeight:
+        """See `StoredWeight._apply`."""
+        self._made = None
+        return super()._apply(fn, recurse)
 
-    def rows(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
-        """See `StoredWeight`."""
+    def _packed(self, codes: Tensor) -> Tensor:
+        return packed(self.format, codes)
+
+    def _unpacked(self, held: Tensor) -> Tensor:
+        return unpacked(self.format, held, self.shape[1])
+
+    def _rows(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
         from hanok.kernels.triton_linear import dequantize_rows
 
         return dequantize_rows(self._weight(), ids, dtype)
+
+    def _block(self, start: int, count: int) -> Tensor:
+        from hanok.kernels.triton_linear import dequantize
+
+        block = torch.empty(count, self.shape[1], device=self.device)
+        dequantize(self._weight(), start, block)
+        return block
 
     def kernel(self, num_tokens: int, dtype: torch.dtype) -> str:
         """See `StoredWeight`."""
@@ -121,27 +116,27 @@ class TritonWeight(StoredWeight):
 
     def _weight(self) -> "PackedWeight":
         """Return what the kernels take; made when first asked for."""
-        if self._packed is None:
+        if self._made is None:
             from hanok.kernels.triton_linear import Nested, PackedWeight
 
-            form, scale, nested = self.method.format, self._groups.scale, None
+            form, scale, nested = self.format, self.scales, None
             if isinstance(scale, NestedScale):
                 nested = Nested(codebook=scale.codebook, absmax=scale.absmax, offset=scale.offset)
                 scale = scale.codes
-            units = self._codes.shape[1] // UNIT_BYTES
-            self._packed = PackedWeight(
+            units = self.codes.shape[1] // UNIT_BYTES
+            self._made = PackedWeight(
                 kind="integer" if form.kind == "signed" or form.kind == "zero" else form.kind,
                 bits=form.bits,
                 columns=self.shape[1],
                 group_size=form.group_size or units * _unit_columns(form),
-                codes=self._codes,
+                codes=self.codes,
                 scale=scale,
                 middle=_middle(form),
-                zero=self._groups.zero,
-                codebook=self._codebook,
+                zero=self.zero,
+                codebook=self.codebook,
                 nested=nested,
             )
-        return self._packed
+        return self._made
 
 
 class TritonLayout:
@@ -163,10 +158,14 @@ class TritonLayout:
         return None
 
     def empty(
-        self, method: QuantMethod, shape: tuple[int, int], device: torch.device
+        self,
+        format: Format,
+        shape: tuple[int, int],
+        device: torch.device,
+        method: QuantMethod | None = None,
     ) -> StoredWeight:
         """See `Layout`."""
-        return TritonWeight(method, shape, device)
+        return TritonWeight(format, shape, device, method)
 
 
 def packed(form: Format, codes: Tensor) -> Tensor:

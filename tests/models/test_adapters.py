@@ -1,0 +1,113 @@
+"""Adapters on fused and quantized products: each token's own, and everybody else's text untouched."""
+
+import re
+from collections.abc import Mapping
+
+import pytest
+import torch
+from torch import Tensor
+
+import hanok
+from hanok.attention.base import ForwardBatch
+from hanok.checkpoint.files import open_checkpoint
+from hanok.engine.model import Model
+from hanok.errors import CheckpointError
+from hanok.memory.account import understand
+from hanok.models.adapters import PREFIX, activate, attach, detach
+from hanok.models.family import Source
+
+RANK, SCALE = 3, 2.0
+
+
+@pytest.fixture(scope="module")
+def sources() -> Mapping[str, Source]:
+    return understand(open_checkpoint(hanok.BUNDLED)).table
+
+
+def drawn(sources: Mapping[str, Source], targets: str, seed: int = 0) -> dict[str, Tensor]:
+    """An adapter of PEFT's names on the parts that a pattern names."""
+    generator = torch.Generator().manual_seed(seed)
+    found = {}
+    for source in sources.values():
+        for name, rows in zip(source.names, source.rows, strict=True):
+            if re.search(targets, name):
+                base = PREFIX + name.removesuffix(".weight")
+                a = torch.randn(RANK, source.shape[1], generator=generator)
+                found[f"{base}.lora_A.weight"] = a / source.shape[1] ** 0.5
+                found[f"{base}.lora_B.weight"] = 0.3 * torch.randn(rows, RANK, generator=generator)
+    return found
+
+
+def merged(model: Model, sources: Mapping[str, Source], tensors: Mapping[str, Tensor]) -> None:
+    """Add scale x B A to the floats of each part: the definition."""
+    for name, source in sources.items():
+        start = 0
+        for part, rows in zip(source.names, source.rows, strict=True):
+            base = PREFIX + part.removesuffix(".weight")
+            if f"{base}.lora_A.weight" in tensors:
+                delta = tensors[f"{base}.lora_B.weight"] @ tensors[f"{base}.lora_A.weight"]
+                with torch.no_grad():
+                    model.decoder.get_parameter(name)[start : start + rows] += SCALE * delta
+            start += rows
+
+
+@pytest.mark.parametrize("targets", ["_proj", "q_proj|v_proj", "up_proj"])
+def test_an_adapter_is_the_merged_weight(sources: Mapping[str, Source], targets: str) -> None:
+    tensors = drawn(sources, targets)
+    model, other = (hanok.load(hanok.BUNDLED, dtype="float32", weights="copied") for _ in range(2))
+    base = model.logits([5, 9, 200])
+    merged(other, sources, tensors)
+    attach(model.decoder, sources, tensors, index=0, scale=SCALE)
+    assert torch.equal(model.logits([5, 9, 200]), base)  # attached, and nobody's
+    activate(model.decoder, 0)
+    torch.testing.assert_close(
+        model.logits([5, 9, 200]), other.logits([5, 9, 200]), atol=1e-3, rtol=0
+    )
+    assert model.generate([5, 9], max_new_tokens=12).token_ids == (
+        other.generate([5, 9], max_new_tokens=12).token_ids
+    )
+    detach(model.decoder, 0)
+    assert torch.equal(model.logits([5, 9, 200]), base)
+
+
+def test_half_of_a_batch_over_an_int4_base_uses_an_adapter(sources: Mapping[str, Source]) -> None:
+    """Tokens with one are as if all had it; the others are the base's, bit for bit."""
+    model = hanok.load(hanok.BUNDLED, quant="int4", dtype="float32")
+    decoder, prompts = model.decoder, [[5, 9, 200], [7, 8], [11, 12, 13, 14]]
+    attach(decoder, sources, drawn(sources, "_proj"), index=0, scale=SCALE)
+    attach(decoder, sources, drawn(sources, "q_proj|down_proj", seed=1), index=4, scale=SCALE)
+    with torch.inference_mode():
+        alone = {}
+        for index in (None, 0, 4):
+            activate(decoder, index)
+            alone[index] = [decoder(ForwardBatch.of([prompt])) for prompt in prompts]
+        activate(decoder, None)
+        batch = ForwardBatch.of(prompts, adapters=[0, -1, 4])
+        found = decoder(batch).split([3, 2, 4])
+    assert torch.equal(found[1], alone[None][1])
+    for row, index in ((0, 0), (2, 4)):
+        torch.testing.assert_close(found[row], alone[index][row], atol=1e-4, rtol=1e-4)
+        assert not torch.allclose(found[row], alone[None][row], atol=1e-2)
+
+
+def test_only_the_adapter_gets_gradients(sources: Mapping[str, Source]) -> None:
+    model = hanok.load(hanok.BUNDLED, quant="nf4", dtype="float32")
+    attach(model.decoder, sources, drawn(sources, "_proj"), index=0, scale=SCALE)
+    activate(model.decoder, 0)
+    hidden = model.decoder(ForwardBatch.of([[5, 9, 200]]))
+    model.decoder.logits(hidden).log_softmax(-1)[:, 7].sum().backward()
+    for name, parameter in model.decoder.named_parameters():
+        assert (parameter.grad is not None) == (".lora." in name), name
+
+
+def test_tensors_that_belong_nowhere_or_to_another_base_are_named(
+    sources: Mapping[str, Source],
+) -> None:
+    decoder = hanok.load(hanok.BUNDLED, dtype="float32").decoder
+    tensors = drawn(sources, "layers.0.self_attn.q_proj")
+    name = next(name for name in tensors if "lora_B" in name)
+    with pytest.raises(CheckpointError, match=rf"{re.escape(name)} \[9, 3\]; .* they should be"):
+        attach(decoder, sources, {**tensors, name: torch.ones(9, RANK)}, index=0, scale=1.0)
+    strange = {f"{PREFIX}model.layers.99.mlp.up_proj.lora_A.weight": torch.ones(1, 1)}
+    with pytest.raises(CheckpointError, match="1 tensors of the adapter belong to no projection"):
+        attach(decoder, sources, strange, index=1, scale=1.0)
