@@ -6,7 +6,7 @@ HanokError
 ├── UnsupportedError   no implementation fits: the message lists each one with its reason
 ├── BudgetError        not enough memory: by how much, where, and what would help
 ├── RequestError       one prompt, conversation or token list cannot be served
-├── GenerationError    computing one request failed; the others go on
+├── GenerationError    computing one request failed; the others continue
 ├── RequestAbortedError  a request was aborted before it was finished
 ├── DeadlineError      a request was not finished before its deadline
 └── ClosedError        an engine was stopped, or is about to be, and takes no requests
@@ -57,7 +57,7 @@ class RequestError(HanokError):
 
 
 class GenerationError(HanokError):
-    """Computing one request failed; the others go on."""
+    """Computing one request failed; the others continue."""
 
     exit_code = 7
     http_status = 424

@@ -131,10 +131,10 @@ def test_azures_newer_traces_name_a_zone(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("", "has no request"),
-        ("TIMESTAMP,ContextTokens,GeneratedTokens", "line 1 is no request"),
-        ("a,b\n1,2", "line 2 is no request"),
-        ('{"timestamp": 1}', "line 1 is no request .*input_length"),
-        ('{"timestamp": 1, "input_length": 1, "output_length": 1}\nx', "line 2 is no request"),
+        ("TIMESTAMP,ContextTokens,GeneratedTokens", "line 1 is not a request"),
+        ("a,b\n1,2", "line 2 is not a request"),
+        ('{"timestamp": 1}', "line 1 is not a request .*input_length"),
+        ('{"timestamp": 1, "input_length": 1, "output_length": 1}\nx', "line 2 is not a request"),
         ('{"timestamp": 1, "input_length": -1, "output_length": 1}', "line 1: a time or a length"),
     ],
 )

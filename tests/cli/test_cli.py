@@ -459,7 +459,7 @@ def test_quality_is_a_table_a_file_and_an_object(
     [
         ("--markdown", "nowhere/table.md", "there is no folder"),
         ("--plot", "nowhere/plot.png", "there is no folder"),
-        ("--plot", "plot.xyz", "its ending is none of"),
+        ("--plot", "plot.xyz", "the file name must end in one of"),
     ],
 )
 def test_what_quality_cannot_write_is_said_before_it_measures(

@@ -116,7 +116,7 @@ def test_no_pipeline_over_one_device_and_no_depth_of_zero(resident: Model) -> No
 def test_a_core_that_is_not_there() -> None:
     with pytest.raises(OptionError, match=r"core:4095 is not a core that this process may use"):
         hanok.plan_load(hanok.BUNDLED, max_memory={"core:4095": "1GiB"}, may_measure=False)
-    with pytest.raises(OptionError, match="devices of their own only alone"):
+    with pytest.raises(OptionError, match="devices only without other devices"):
         hanok.plan_load(
             Path(hanok.BUNDLED), max_memory={"core:0": "1GiB", "cpu": "1GiB"}, may_measure=False
         )

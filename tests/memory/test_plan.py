@@ -234,7 +234,7 @@ def test_one_device_for_all(device: str | int | dict[str, str | int]) -> None:
         ({"": 7}, r"gives 'the model' to 7, which is not there\. Places: 0, 1, cpu"),
         ("cuda:7", "gives 'the model' to 'cuda:7', which is not there"),
         ({"model.layers": 0}, r"no place to model\.embed_tokens"),
-        ({"": 0, "model.head": 1}, r"'model\.head', which is no module"),
+        ({"": 0, "model.head": 1}, r"'model\.head', which is not a module"),
         ({"": 0, "model.layers.1": 1}, r"both '' and 'model\.layers\.1'"),
         ({"model.layers.1.mlp": 1, "": 0}, r"a part of model\.layers\.1, which is never split"),
     ],

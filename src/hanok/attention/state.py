@@ -51,7 +51,7 @@ class KeysAndValues(StateSpec):
     head_dim: int
 
     def bytes_per_token(self, dtype: str) -> int:
-        """See `StateSpec`; in int8 each head has a float32 scale beside its key, and its value."""
+        """See `StateSpec`; in int8 each head's key and value have a float32 scale each."""
         is_int8 = dtype == "int8"
         head = self.head_dim + FLOAT_BYTES["float32"] if is_int8 else self._float_bytes(dtype)
         return 2 * self.num_kv_heads * head

@@ -63,7 +63,7 @@ def read_trace(
 
     `time_scale` multiplies times (0.5: twice as fast), `length_scale` prompts and answers, which keep at
     least one token. What comes at `duration_s` or later, scaled, is left out.
-    Raises OptionError for scales that are not positive, RequestError for a file that is no trace.
+    Raises OptionError for scales that are not positive, RequestError for a file that is not a trace.
     """
     for name, value in (("time scale", time_scale), ("length scale", length_scale)):
         if not (value > 0 and math.isfinite(value)):
@@ -99,7 +99,7 @@ def _checked(file: Path, read: Callable[[Lines], Iterable[Row]], lines: Lines) -
             arrival = parse()
         except (KeyError, ValueError, TypeError, IndexError) as error:
             raise RequestError(
-                f"{file}, line {number} is no request ({type(error).__name__}: {error}). A trace is "
+                f"{file}, line {number} is not a request ({type(error).__name__}: {error}). A trace is "
                 f"CSV with the columns {', '.join(AZURE)}, or JSON lines with {', '.join(MOONCAKE)}."
             ) from None
         if arrival.prompt_tokens < 0 or arrival.new_tokens < 0 or not math.isfinite(arrival.at_s):

@@ -201,7 +201,7 @@ class Conditions:
     min_sample_s: float = MIN_SAMPLE_S
     run_round: RunRound = run_plainly
     others: Mapping[str, Backend] = field(default_factory=lambda: MappingProxyType({}))
-    """Contestants beside the registered backends; they come first."""
+    """Contestants besides the registered backends; they come first."""
     gb_per_s: float | None = None
     """The memory's speed, for shares; None: measured."""
     gflop_per_s: float | None = None

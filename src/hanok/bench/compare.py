@@ -30,7 +30,7 @@ class Change:
     """How many times as fast it became."""
     verdict: Verdict
     differences: tuple[str, ...]
-    """What changed beside its speed, in words."""
+    """Changes besides its speed, in words."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,7 +16,7 @@ QUALITY_SHARE = 0.2  # of the time, for scoring text
 MIN_QUALITY_TOKENS = 64
 NO_TIME = "no time for it within --budget"
 PILOT_SHARE = 0.05  # of the time, for one answer that shows what the others take
-# What workloads are made smaller to: fewer tokens say nothing about prompts, or passes behind them.
+# What workloads are made smaller to: fewer tokens say nothing about prompts, or passes after them.
 LEAST_PROMPT_TOKENS, LEAST_NEW_TOKENS = 16, 8
 # A copy of a process that has imported torch, made and ended, over starting one (measured: 0.05 to 0.1).
 COPY_SHARE = 0.1
@@ -77,7 +77,7 @@ class Timing:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Costs:
-    """What a run takes beside answers, in seconds."""
+    """Seconds of a run besides its answers."""
 
     process_s: float
     """To start a process and import torch."""
@@ -130,7 +130,7 @@ def why_not(row: GridRow, facts: Facts) -> str | None:
     if workload.context > facts.max_context:
         return f"longer than the model's context ({workload.context:,} of {facts.max_context:,} tokens)"
     if not setting.cache and setting.cache_dtype != AUTO:
-        return "without a cache there is none to keep in " + setting.cache_dtype
+        return f"needs a cache to keep in {setting.cache_dtype}"
     if not setting.cache and setting.speculation != "off":
         return "speculation needs a cache"
     if not setting.cache and not setting.graphs:
@@ -272,7 +272,7 @@ def divisor_that_fits(
 ) -> tuple[int, bool]:
     """Return by what workloads are divided so that all rows fit the time, and whether they then do.
 
-    `taken_s` returns how long rows take, and how long their peaks take beside that. Peaks depend little
+    `taken_s` returns how long rows take, and how long their peaks take in addition. Peaks depend little
     on the workloads: where they do not fit either way, they do not make them smaller.
     """
     possible = divisors(rows)

@@ -76,7 +76,7 @@ class Target:
     model: str = "tgi"
     api_key: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
-    """Fields of every body, beside those of the request."""
+    """Fields of every body besides those of the request."""
 
     def body(self, ask: Ask) -> tuple[str, dict[str, Any]]:
         """Return the path and the body of a request: greedy, streamed, to its full length."""
@@ -98,7 +98,7 @@ class Target:
 
 
 async def send(target: Target, ask: Ask, due: float | None = None) -> Answer:
-    """Send a request and read its answer, whatever becomes of it."""
+    """Send a request and read its answer, whatever its outcome."""
     now = time.perf_counter()
     answer = Answer(due=now if due is None else due, sent=now)
     address = urlsplit(target.url)

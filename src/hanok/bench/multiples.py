@@ -78,8 +78,8 @@ def measure_multiples(
 ) -> MultiplesReport:
     """Measure products of square weights around `size`, and attention around the shape's head_dim.
 
-    `tokens` are rows of the product and queries of attention, each a group of its own.
-    Raises OptionError when `size` is no multiple of 64.
+    `tokens` are rows of the product and queries of attention, each a separate group.
+    Raises OptionError when `size` is not a multiple of 64.
     """
     if size < 64 or size % 64:
         raise OptionError(f"the size is {size}; it must be a multiple of 64, such as 2048.")

@@ -75,7 +75,7 @@ def write_profile(profile: Profile, path: Path) -> None:
 
 
 def read_profile(path: Path) -> Profile:
-    """Read a profile; OptionError when it is none."""
+    """Read a profile; OptionError for any other file."""
     kind = FileKind(key="profile", number=FORMAT, what="a profile", writer="`hanok tune`")
     return read_file(Profile, path, kind)
 

@@ -22,7 +22,7 @@ from hanok.errors import OptionError, RequestError
 
 SETUP_TIMEOUT_S = 60.0
 TOKENS_PER_WORD = 1.3  # of English where nothing is known
-SAMPLE_WORDS = (64, 192)  # two lengths tell what a word costs and what every prompt has beside
+SAMPLE_WORDS = (64, 192)  # two lengths: tokens per word, and the constant part
 PROBE_WORDS = 8
 FULL_LENGTH = {"ignore_eos": True}
 """Lets answers have the length that was asked for, where a server knows the field."""
@@ -35,7 +35,7 @@ class Site:
         address = urlsplit(url)
         if address.scheme != "http" or not address.hostname:
             raise OptionError(
-                f"{url!r} is no address to measure: give http://HOST:PORT. Encryption is not measured."
+                f"{url!r} is not an address to measure: give http://HOST:PORT (without encryption)."
             )
         self.url = url.rstrip("/")
         self._api_key = api_key

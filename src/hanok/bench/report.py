@@ -43,7 +43,7 @@ class Quality:
     """How a setting scores a text, and how far that is from the reference."""
 
     perplexity: float | None
-    """None where the model computes what is no number."""
+    """None if the model computes NaN."""
     kl_mean: float | None
     """KL divergence from the reference, in nats for each token."""
     kl_p99: float | None
@@ -79,7 +79,7 @@ class Row:
     peak_bytes: int | None
     """Of a process that loads and answers once and nothing else, libraries included; None: no time."""
     peak_device_bytes: int | None
-    """Of a GPU's memory; None where there is none."""
+    """Of a GPU's memory; None without a GPU."""
     bandwidth_share: float | None
     """What decoding reads, weights, keys and values, over what the memory can; None: not known."""
     flop_share: float | None
@@ -158,7 +158,7 @@ def write_report(report: Report, path: Path) -> None:
 
 
 def read_report(path: Path) -> Report:
-    """Read a report; OptionError when it is none, or one of another format."""
+    """Read a report; OptionError for another file, or one of another format."""
     kind = FileKind(
         key="format", number=FORMAT, what="a report of `hanok bench`", writer="its --json"
     )

@@ -89,7 +89,7 @@ def finished_rows(
 
 
 def _tokens_per_s(row: GridRow, samples: Sequence[Sample]) -> float | None:
-    """Return the median rate after the first token; None where there is none."""
+    """Return the median rate after the first token; None for single tokens."""
     count = (row.workload.new_tokens - 1) * row.workload.batch
     if count == 0:
         return None

@@ -151,7 +151,7 @@ class Axes:
 
 
 def default_axes() -> tuple[Axes, ...]:
-    """Return the short grid: each choice by itself, then lengths, then several sequences at once."""
+    """Return the short grid: each choice separately, then lengths, then several sequences at once."""
     return (
         Axes(attention=("eager", "sdpa", AUTO), cache=(False, True)),
         Axes(attention=("sdpa_math", "sdpa_flash", "sdpa_efficient", "triton")),

@@ -85,9 +85,9 @@ class SubjectModel:
         found = []
         for index in range(workload.batch):
             start = index * len(tokens) // workload.batch
-            turned = tokens[start:] + tokens[:start]
-            repeats = -(-workload.prompt_tokens // len(turned))
-            found.append((turned * repeats)[: workload.prompt_tokens])
+            shifted = tokens[start:] + tokens[:start]
+            repeats = -(-workload.prompt_tokens // len(shifted))
+            found.append((shifted * repeats)[: workload.prompt_tokens])
         return found
 
     def facts(self) -> Facts:

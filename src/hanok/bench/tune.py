@@ -56,12 +56,12 @@ def tune_axes() -> tuple[Axes, ...]:
 
 
 def reference_setting() -> Setting:
-    """Return what quality is compared with: the checkpoint as it is."""
+    """Return the reference for quality: the unmodified checkpoint."""
     return Setting()
 
 
 def choose(report: Report, bounds: Bounds) -> Choice:
-    """Return the fastest setting that keeps the bounds; OptionError when there is none."""
+    """Return the fastest setting within the bounds; OptionError if there is none."""
     if not report.quality_tokens:
         raise OptionError(
             "quality was not measured, so no bound on it can be kept. Score some tokens "
@@ -110,7 +110,7 @@ def why_not(setting: Setting, rows: Sequence[Row], bounds: Bounds) -> str | None
     if quality is None:
         return "its quality was not measured"
     if quality.kl_mean is None:
-        return "its quality is no number"
+        return "its quality is NaN"
     if quality.kl_mean > bounds.max_kl:
         return f"KL divergence {quality.kl_mean:.2g} is above {bounds.max_kl:g}"
     if quality.same_top1 < bounds.min_same_top1:

@@ -1,4 +1,4 @@
-"""One loaded model in a process of its own: `python -m hanok.bench.worker`, a JSON object a line.
+"""One loaded model in a separate process: `python -m hanok.bench.worker`, one JSON object per line.
 
 A process for each load, so that a model that is killed takes none but its own rows with it, and so that
 a peak of memory can be that of one row alone. Requests come on standard input, answers leave on
@@ -53,7 +53,7 @@ class Worker:
         return self._model
 
     def load(self, *, path: str, draft: str | None, options: dict[str, Any]) -> Answer:
-        """Load the model, and a draft model beside it; `options` are the fields of `LoadOptions`."""
+        """Load the model, and a draft model if asked; `options` are the fields of `LoadOptions`."""
         start = time.perf_counter()
         asked = LoadOptions.of(options)
         draft_plan = None
@@ -150,7 +150,7 @@ class Worker:
         return log_prob_file(Path(file), count_scored(windows), self.model.config.vocab_size)
 
     def gap(self, *, tokens: list[int], own: int, other: int) -> Answer:
-        """Return by how much `own` scores above `other` behind some tokens."""
+        """Return by how much `own` scores above `other` after some tokens."""
         scores = self.model.logits(tokens)[-1]
         return {"gap": float(scores[own] - scores[other])}
 

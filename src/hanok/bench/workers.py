@@ -104,7 +104,7 @@ class Process:
 
 
 class LoadedProcess(Process):
-    """A process with a model, and what it told of loading it."""
+    """A process with a model, and what it reported about loading it."""
 
     def __init__(self, request: Request, limit_s: float | None = None) -> None:
         start = time.perf_counter()
@@ -126,7 +126,7 @@ class LoadedProcess(Process):
 
 
 def chosen_settings(setting: Setting) -> dict[str, Any]:
-    """Return what of a setting a loaded model can be told."""
+    """Return the parts of a setting that a loaded model can switch."""
     names = ("attention", "cache_dtype", "graphs")
     return {name: getattr(setting, name) for name in names}
 
@@ -167,7 +167,7 @@ class Workers:
         return worker
 
     def load_request(self, load: Load) -> Request:
-        """Return what a process is told to load."""
+        """Return the load request for a process."""
         options = self._options
         return {
             "path": str(options.path),
@@ -187,7 +187,7 @@ class Workers:
             self.close(load)
 
     def _fits(self, load: Load) -> bool:
-        """Return whether there is memory for one more beside those that are alive."""
+        """Return whether there is memory for one more process besides the running ones."""
         room = self._rooms[load]
         try:
             plan = planned(self._options, load, room)
@@ -214,7 +214,7 @@ def options_of(
 
 
 def planned(shared: Shared, load: Load, room: Room, cache_dtype: CacheDtype = "auto") -> LoadPlan:
-    """Return the plan of a load in a process of its own, beside its draft model where it has one."""
+    """Return the plan of a load in a separate process, with its draft model if it has one."""
     options = options_of(shared, load, room, cache_dtype)
     draft = None
     if load.has_draft and shared.draft is not None:

@@ -1,4 +1,4 @@
-"""A benchmark's report as people read it: one table, what it stands on, and what was left out."""
+"""Prints a benchmark's report: one table, the conditions, and what was left out."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -104,7 +104,7 @@ def title(report: Report) -> str:
 
 
 def notes(report: Report, *, is_verbose: bool) -> list[str]:
-    """Return what stands under the table; `is_verbose`: with each row that was left out."""
+    """Return the lines under the table; `is_verbose`: with each row that was left out."""
     loads = "; ".join(
         f"{item.label}: {seconds(item.load_s)} s, {size(item.weight_bytes)}"
         for item in report.loads
@@ -143,7 +143,7 @@ def counted(report: Report) -> list[str]:
 
 
 def short_reason(reason: str) -> str:
-    """Return a reason without what differs from row to row, in brackets or behind a colon."""
+    """Return a reason without the part that differs from row to row, in brackets or after a colon."""
     found = reason.splitlines()[0]
     for mark in (" (", ": "):
         found = found.partition(mark)[0]
@@ -193,7 +193,7 @@ def table_of(header: Line, groups: Iterable[Iterable[Line]], caption: str) -> "T
 
 
 def print_table(header: Line, groups: Iterable[Iterable[Line]], caption: str) -> None:
-    """Print a table in the terminal, or as wide as it is where there is none."""
+    """Print a table in the terminal, at full width if there is none."""
     from rich.console import Console
 
     console = Console()
@@ -203,7 +203,7 @@ def print_table(header: Line, groups: Iterable[Iterable[Line]], caption: str) ->
 
 
 def print_report(report: Report, *, is_verbose: bool = False) -> None:
-    """Print the table, in two where the terminal is narrow, and what stands under it.
+    """Print the table, in two parts on a narrow terminal, and the lines under it.
 
     `is_verbose`: each row that was left out too.
     """

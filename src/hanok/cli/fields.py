@@ -24,7 +24,7 @@ NONE = re.compile(
 
 
 def field_texts(owner: type) -> dict[str, str]:
-    """Return the text that stands under each field of a dataclass."""
+    """Return the docstring under each field of a dataclass."""
     definition = ast.parse(inspect.getsource(owner)).body[0]
     body = definition.body if isinstance(definition, ast.ClassDef) else []
     texts = {}

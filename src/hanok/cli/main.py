@@ -30,7 +30,7 @@ class Verbs(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Name the nearest verbs when there is none of that name."""
+        """Name the nearest verbs for an unknown one."""
         known = self.list_commands(ctx)
         if args and args[0] not in known and not args[0].startswith("-"):
             ctx.fail(
@@ -46,7 +46,7 @@ def cli() -> None:
 
 
 def main(args: list[str] | None = None) -> Any:
-    """Run the command line; errors that hanok raises on purpose become one message and an exit code."""
+    """Run the command line; hanok's own errors become one message and an exit code."""
     try:
         return cli.main(args=args, prog_name="hanok")
     except HanokError as error:

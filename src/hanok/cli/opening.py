@@ -32,7 +32,7 @@ class Subjects:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plans:
-    """Of the model, and of one that drafts beside it."""
+    """Of the model, and of its draft model."""
 
     model: "LoadPlan"
     draft: "LoadPlan | None"

@@ -47,7 +47,7 @@ def model_options(*, without: Sequence[str] = ()) -> Callable[[Command], Command
             type=click.Path(path_type=Path, dir_okay=False),
             is_eager=True,
             callback=use_profile,
-            help="Options that `hanok tune` found; those given beside it go first.",
+            help="Options that `hanok tune` found; options given explicitly take precedence.",
         ),
         *field_options(LoadOptions, names | {"device_map": {"callback": read_device_map}}),
         click.option(

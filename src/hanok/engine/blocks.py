@@ -3,7 +3,7 @@
 A block is a row of the cache with `block_size` tokens. Full blocks are known by their place in a tree:
 the block before them and their own tokens, compared exactly, so two sequences that begin with the same
 tokens read the same blocks. A tree's root is whatever must not be shared across, such as an adapter or
-a salt. Blocks that nobody uses stay in the tree until their memory is needed. Imports no torch.
+a salt. Unused blocks stay in the tree until their memory is needed. Imports no torch.
 """
 
 from collections import OrderedDict
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import count
 
 Node = tuple[Hashable, tuple[int, ...]]
-"""A full block: what stands before it (a root, or a block's number in the tree), and its tokens."""
+"""A full block: its predecessor (a root, or a block's number in the tree), and its tokens."""
 
 
 @dataclass(slots=True)
@@ -21,7 +21,7 @@ class _Block:
     node: Node | None = None
     """Its place in the tree, once it is full."""
     number: int = 0
-    """What blocks behind it call it: never given twice, so that an evicted block has no heirs."""
+    """Its number as predecessor: never given twice, so that an evicted block has no successors."""
 
 
 class BlockPool:
@@ -33,13 +33,13 @@ class BlockPool:
         self._blocks = [_Block() for _ in range(num_blocks)]
         self._empty = list(range(num_blocks))[::-1]
         self._idle: OrderedDict[int, None] = OrderedDict()
-        """In the tree and used by nobody; the next to go first."""
+        """In the tree and unused; the next to be evicted first."""
         self._tree: dict[Node, int] = {}
         self._numbers = count(1)
 
     @property
     def num_available(self) -> int:
-        """Blocks that can be had: empty ones and those that nobody uses."""
+        """Blocks that can be allocated: empty and unused ones."""
         return len(self._empty) + len(self._idle)
 
     @property
@@ -49,7 +49,7 @@ class BlockPool:
 
     @property
     def num_cached(self) -> int:
-        """Blocks that nobody uses and that hold tokens for whoever begins alike."""
+        """Unused blocks whose tokens later sequences with the same prefix can share."""
         return len(self._idle)
 
     def needed(self, num_tokens: int) -> int:
@@ -101,11 +101,11 @@ class BlockPool:
         return last
 
     def release(self, blocks: Sequence[int]) -> None:
-        """Stop using blocks; the last ones of a sequence are evicted before those they stand behind."""
+        """Stop using blocks; the last ones of a sequence are evicted before their predecessors."""
         for block in reversed(blocks):
             entry = self._blocks[block]
             if entry.users <= 0:
-                raise ValueError(f"block {block} is used by nobody")
+                raise ValueError(f"block {block} is not in use")
             entry.users -= 1
             if entry.users == 0 and entry.node is None:
                 self._empty.append(block)
@@ -113,7 +113,7 @@ class BlockPool:
                 self._idle[block] = None
 
     def forget(self) -> None:
-        """Empty the blocks that nobody uses."""
+        """Empty the unused blocks."""
         for block in list(self._idle):
             self._evict(block)
             self._empty.append(block)

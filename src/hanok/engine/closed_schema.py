@@ -31,10 +31,10 @@ _SPARE = 2_000
 """How many schemas and names may be added to a schema, beyond twice its own."""
 
 _MOST_COMPARED = 20_000
-"""Pairs of schemas that are told apart."""
+"""Pairs of schemas whose values are distinguished."""
 
 _MOST_STEPS = 8
-"""References, and properties in properties, that are looked through one behind the other."""
+"""References, and properties in properties, that are followed one after the other."""
 
 _KINDS = ("array", "boolean", "integer", "null", "number", "object", "string")
 _OF_THE_PLACE = frozenset(["$defs", "definitions", "$anchor"])  # which a copy does not have
@@ -56,7 +56,7 @@ def closed(schema: Schema) -> Schema:
 
 
 class _CannotClose(Exception):
-    """Something is better left as it is."""
+    """The schema is better left unchanged."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,7 +126,7 @@ class _Closing:
             result["anyOf"] = result.pop("oneOf")
         target = self._target(pointer)
         if target is not None and beside[target]:
-            # Elsewhere the same schema stands alone.
+            # Elsewhere the same schema is used alone.
             del result["$ref"]
             both = result.get("allOf", [])
             result["allOf"] = [*both, self._copy(target, beside[target])]

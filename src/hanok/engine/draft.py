@@ -77,7 +77,7 @@ class _Slot:
 
 
 class DraftModel:
-    """A decoder that drafts, with a cache of its own for up to `num_slots` sequences.
+    """A decoder that drafts, with its own cache for up to `num_slots` sequences.
 
     `vocab_size` is that of the model it drafts for.
     """
@@ -194,7 +194,7 @@ class DraftModel:
         return drafts
 
     def _last_rows(self, logits: Tensor, tokens: list[list[int]]) -> Tensor:
-        """Return the scores behind each sequence's last token, of the other model's tokens."""
+        """Return the scores after each sequence's last token, of the other model's tokens."""
         if any(len(item) > 1 for item in tokens):
             ends = torch.tensor([len(item) for item in tokens]).cumsum(0) - 1
             logits = logits[ends.to(logits.device)]

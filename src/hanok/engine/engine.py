@@ -1,11 +1,11 @@
-"""Many requests, one model: a step plans, computes and commits, again and again, in a thread of its own.
+"""Many requests, one model: a thread repeats steps that plan, compute and commit.
 
     with hanok.Engine(model) as engine:
         ticket = engine.submit("Once upon a time", max_new_tokens=64)
         text = "".join(event.text for event in ticket)
 
 A request's tokens depend on its own prompt, options and seed, not on what else runs. A request that
-fails fails alone: when a pass over several raises, each is computed again by itself.
+fails fails alone: when a pass over several raises, each is computed again separately.
 """
 
 import atexit
@@ -60,7 +60,7 @@ class EngineStats:
     """Prompt tokens of those that wait."""
     used_blocks: int
     cached_blocks: int
-    """Used by nobody, kept for those who begin alike."""
+    """Unused, kept for requests with the same prefix."""
     total_blocks: int
     block_size: int
     steps: int
@@ -104,7 +104,7 @@ class _Entry:
     ticket: Ticket
     row: Row
     pooled: Tensor | None = None
-    """Of a request that is pooled, what came of its tokens so far."""
+    """The sum so far, of a request that is pooled."""
 
     @property
     def sequence(self) -> GenerationSequence:
@@ -339,7 +339,7 @@ class Engine:
                     return
             try:
                 self.step()
-            except Exception as error:  # a fault of ours: nobody may wait for ever
+            except Exception as error:  # a bug of ours: no request may wait forever
                 self._fail_all(GenerationError(f"the engine failed: {error!r}"))
             self.model.promote()
 
@@ -377,7 +377,7 @@ class Engine:
     def _compute(
         self, chunks: Sequence[Chunk]
     ) -> tuple[list[Chunk], StepResult | None, list[tuple[Chunk, GenerationError]]]:
-        """Return the chunks that could be computed, what came of them, and what failed."""
+        """Return the chunks that could be computed, their results, and what failed."""
         try:
             requests = [self._entries[chunk.row.id].ticket.request for chunk in chunks]
             return list(chunks), self._runner.run(chunks, requests), []
@@ -447,7 +447,7 @@ class Engine:
         return accepted
 
     def _pool(self, entry: _Entry, chunk: Chunk, pooled: Tensor) -> None:
-        """Add what came of a chunk to what its request is pooled to; end it with its last."""
+        """Add a chunk's result to its request's pooled sum; finish the request with its last chunk."""
         ticket, pooling = entry.ticket, entry.ticket.request.pooling or "last"
         # From the first token on, also where it was begun again.
         begun = entry.pooled if pooling == "mean" and chunk.start else None

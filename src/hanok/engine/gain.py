@@ -71,7 +71,7 @@ class PassTimes:
         return known is not None and self._is_settled(known)
 
     def of(self, size: int) -> float:
-        """Return the seconds of a pass; in a unit of its own while nothing was timed.
+        """Return the seconds of a pass; in an arbitrary unit while nothing was timed.
 
         What was not timed enough is taken for the better of that time and what its neighbours say, so
         that it is tried.
@@ -220,7 +220,7 @@ class Gain:
         self._pauses.pop(key, None)
 
     def _may_draft(self, size: int) -> bool:
-        """Without knowing what a pass takes without drafts, nobody knows what they save."""
+        """Without the time of a pass without drafts, their gain is unknown."""
         return self._room(size) > 0 and self.times.is_known(size)
 
     def _room(self, size: int) -> int:

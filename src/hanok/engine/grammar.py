@@ -64,17 +64,17 @@ _stack_size = threading.Lock()  # the size for new threads belongs to the whole 
 
 
 class Matcher:
-    """Where one sequence stands in its grammar. For one thread at a time."""
+    """The position of one sequence in its grammar. For one thread at a time."""
 
     def __init__(self, matcher: "LLMatcher") -> None:
         self._matcher = matcher
         self._num_behind = 0
-        """End tokens behind a text that was over without them, which llguidance does not count."""
+        """End tokens after a text that was complete without them, which llguidance does not count."""
 
     def mask(self, scores: Tensor) -> Tensor:
         """Return the scores, (vocab,), with -inf for every token that may not come next.
 
-        An end token may come where the text fits as it is. GrammarError where following the grammar
+        An end token is allowed where the text is complete. GrammarError where following the grammar
         exceeds its limits or nothing may come next.
         """
         # One byte for each token: 0 where it may not come.
@@ -185,7 +185,7 @@ class GrammarCompiler:
             except Exception as error:
                 result.set_exception(error)
             except BaseException as error:
-                # A panic of llguidance is none of Exception, which a server would not outlive.
+                # A llguidance panic is not an `Exception` subclass; uncaught it would kill the server.
                 result.set_exception(GrammarError(f"llguidance gave the grammar up: {error}"))
             finally:
                 self._slots.release()
@@ -236,7 +236,7 @@ class _VocabularyBytes:
     def __call__(self, text: str) -> list[int]:
         """Ids that spell `text` in the middle of a text: how what a grammar leaves open but once is cut.
 
-        A SentencePiece vocabulary begins a text with a space; behind a character that joins no other
+        A SentencePiece vocabulary begins a text with a space; after a character that joins no other
         it does not. The spelling of a special token is text like any other: that token would not write
         it, but end the text or begin a turn.
         """
@@ -368,6 +368,6 @@ def _reason(matcher: "LLMatcher") -> str:
     text = " ".join(matcher.get_error().replace("<non-verbose/>", "").split())
     if "NoExtension" in text:
         return "no text can fit it"
-    # Around it a regex is quoted twice, in a grammar that nobody wrote.
+    # Around it a regex is quoted twice, in a generated grammar.
     text = text.rpartition("(in regex): ")[2].partition(" 1 | start: ")[0]
     return text if len(text) <= 300 else f"{text[:150]} … {text[-150:]}"

@@ -1,7 +1,7 @@
 """What a request asks its text to fit: JSON schema, regex or grammar, and what is wrong with one.
 
 Reads and bounds a JSON schema before anything compiles it, and finds the JSON pointer (RFC 6901) of
-the keyword that stands in the way. Imports neither torch nor llguidance.
+the keyword that is not supported. Imports neither torch nor llguidance.
 """
 
 import copy
@@ -314,5 +314,5 @@ def _common_multiple(a: Fraction, b: Fraction) -> Fraction:
 def _finite(text: str) -> float:
     number = float(text)
     if not math.isfinite(number):
-        raise ValueError(f"{text} is no number that a schema may have")
+        raise ValueError(f"{text} is not a number that a schema may have")
     return number

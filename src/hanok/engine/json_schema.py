@@ -19,7 +19,7 @@ _HOLDS_LIST = frozenset("anyOf oneOf allOf prefixItems items".split())
 _HOLDS_NAMED = frozenset(
     "properties patternProperties $defs definitions dependentSchemas dependencies".split()
 )
-_IN_FRAGMENTS = "/?!$&'()*+,;=:@~"  # beside letters, digits and -._ (RFC 3986, section 3.5)
+_IN_FRAGMENTS = "/?!$&'()*+,;=:@~"  # besides letters, digits and -._ (RFC 3986, section 3.5)
 
 
 def keywords(schema: Schema, pointer: str = "") -> Iterator[tuple[str, str, Schema]]:
@@ -80,7 +80,7 @@ class Document:
     def __init__(self, root: Schema) -> None:
         self._root = root
         self.schemas: dict[str, Schema] = {}
-        """By their pointers. What stands where no schema is expected is none until it is referred to."""
+        """By their pointers. Objects where no schema is expected count only if they are referred to."""
         self._bases: dict[str, str] = {}
         """Of each schema: the URI that references in it are relative to."""
         self._roots = {"": ""}
@@ -109,7 +109,7 @@ class Document:
     def target(self, pointer: str, reference: str) -> str | None:
         """The pointer that a reference in the schema at `pointer` means; None: another document.
 
-        LookupError where there is no schema.
+        LookupError if there is no schema.
         """
         address, _, fragment = reference.partition("#")
         base = _joined(self._bases[pointer], address)

@@ -1,4 +1,4 @@
-"""A loaded model as its user sees it: text in, text out, and the numbers behind it.
+"""A loaded model as its user sees it: text in, text out, and the numbers underneath.
 
     model = hanok.load("path")
     model.generate("Once upon a time", max_new_tokens=64).text
@@ -68,7 +68,7 @@ class Generation:
     token_ids: list[int]
     """The generated tokens, the one that ended it included."""
     text: str
-    """Their text without special tokens and stop texts; empty where there is no tokenizer."""
+    """Their text without special tokens and stop texts; empty without a tokenizer."""
     logprobs: list[float]
     """The model's log-probability of each token, natural logarithm, before any processor."""
     top_logprobs: list[tuple[tuple[int, float], ...]]
@@ -335,7 +335,7 @@ class Model:
     def embed(self, texts: Prompt | Sequence[Prompt], *, pooling: Pooling | None = None) -> Tensor:
         """Return a text's vector of length 1, (hidden,), or those of several, (texts, hidden).
 
-        float32, on the CPU, from the hidden states behind the last norm. A text may be token ids or a
+        float32, on the CPU, from the hidden states after the last norm. A text may be token ids or a
         conversation, as a prompt; the tokenizer adds its special tokens, an end token only where it is
         told to. `pooling` is "last" (the last token's) or "mean" (of all); by default what the
         checkpoint's files of sentence-transformers say, else "last". Each vector is that of its text
@@ -381,10 +381,10 @@ class Model:
     def save(self, path: str | Path) -> Path:
         """Write the model to a new folder, in the Hugging Face layout, and return the folder.
 
-        Everything is written beside it first and renamed last. Of a model that is sharded over processes
-        (FSDP) every process calls this; the first one writes, and all return when it has. Raises
-        CheckpointError when the folder exists and is not empty, UnsupportedError when the model was
-        quantized while loading.
+        Everything is written under a temporary name first and renamed last. If a model is sharded over
+        processes (FSDP), every process calls this; the first one writes, and all return when it has.
+        Raises CheckpointError when the folder exists and is not empty, UnsupportedError when the model
+        was quantized while loading.
         """
         if self.report.quantized_bytes:
             raise UnsupportedError(
@@ -434,7 +434,7 @@ class Model:
             raise RequestError(
                 f"the prompt fills the model's context of {limit} tokens; no token can follow it."
             )
-        if options.get("stop"):  # a checkpoint's own stop nothing where there is no text
+        if options.get("stop"):  # a checkpoint's own stop texts have no effect without text
             self._needed_tokenizer()
         end_ids = frozenset(params.stop_token_ids)
         if not params.ignore_eos:

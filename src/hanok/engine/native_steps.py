@@ -10,8 +10,8 @@ many tokens and keys it has and in which blocks.
 
 While a pass is recorded every function of torch is watched. Views and new buffers need nothing, sums
 and copies become calls of our kernels, and any other function would be missing from the recording: then
-passes over so many tokens go on being computed plainly. A pass with adapters always is: which products
-they change depends on the batch. A recording keeps its buffers, so the least recently used is dropped.
+passes over so many tokens are not recorded again. A pass with adapters never is: which products they
+change depends on the batch. A recording keeps its buffers, so the least recently used is dropped.
 """
 
 from collections import OrderedDict
@@ -214,7 +214,7 @@ def _stands_apart(tensor: Tensor) -> bool:
 
 
 def _is_view(result: Any, args: Sequence[Any]) -> bool:
-    """Return whether what came back lies where the input does: nothing was copied or converted."""
+    """Return whether the result shares the input's memory: nothing was copied or converted."""
     results = result if isinstance(result, list | tuple) else (result,)
     place = args[0].untyped_storage().data_ptr()
     return all(item.untyped_storage().data_ptr() == place for item in results)

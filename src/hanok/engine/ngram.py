@@ -27,8 +27,8 @@ class NgramIndex:
     def propose(self, tokens: Sequence[int], count: int) -> tuple[list[int], int]:
         """Return `count` tokens that may follow, or none, and how many before them agree.
 
-        They are those behind the latest earlier place where the last 4 tokens stand, else the last 3,
-        else 2. Where that place's text runs into the end, it goes on with what was just proposed. The
+        They are those after the latest earlier occurrence of the last 4 tokens, else the last 3, else 2.
+        If that text runs into the end, it continues with what was just proposed. The
         tokens must begin with those of the last call.
         """
         self._read(tokens)
@@ -65,7 +65,7 @@ class NgramIndex:
 
 
 def kind_of(agreeing: int) -> int:
-    """Return the kind of a guess behind so many tokens that agree."""
+    """Return the kind of a guess after so many tokens that agree."""
     return next((kind for kind, most in enumerate(MATCHES) if agreeing < most), len(MATCHES))
 
 

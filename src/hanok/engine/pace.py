@@ -25,7 +25,7 @@ class Pace:
         self._drained_tokens = self._drained_s = 0.0
 
     def prompt_tokens(self, num_decoding: int) -> int:
-        """Return how many prompt tokens fit beside so many sequences' next tokens."""
+        """Return how many prompt tokens fit in addition to so many sequences' next tokens."""
         if self._token_s is None:
             return min(self.most_tokens, FIRST_GUESS_TOKENS)
         target = self.mixed_s if num_decoding else self.alone_s

@@ -107,7 +107,7 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     """Texts that end the generation; they are not part of the answer."""
     stop_token_ids: tuple[int, ...] = ()
-    """Token ids that end the generation, beside the model's own."""
+    """Token ids that end the generation, besides the model's own."""
     ignore_eos: bool = False
     """Go on after the model's end tokens."""
     top_logprobs: int = 0

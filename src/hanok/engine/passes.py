@@ -139,7 +139,7 @@ class Passes:
         They are valid until the next call. Counts the tokens in the cache; raises as it does.
         """
         if self.cache is None:
-            raise ValueError("a step continues what a cache holds, and there is none")
+            raise ValueError("a step needs a cache to continue from")
         recorded = self.recorded
         if isinstance(recorded, NativeSteps):
             return recorded.logits(tokens, slots)

@@ -99,7 +99,7 @@ class Pipeline:
         missing = passes.missing({index: sequences[index].token_ids for index in group})
         size, is_prompt = PREFILL_TOKENS, any(len(new) > 1 for new in missing.values())
         if is_prompt:
-            # Each prompt in chunks of its own, so that the first stage can take the next one early.
+            # Each prompt in separate chunks, so that the first stage can take the next one early.
             total = sum(len(item.token_ids) for item in sequences)
             share = -(-total // (CHUNKS_PER_STAGE * len(self._stages)))
             size = min(PREFILL_TOKENS, max(SMALLEST_CHUNK, share))

@@ -98,7 +98,7 @@ class Runner:
         return self._passes.run(batch, may_record=len(batch.token_ids) <= RECORDED_TOKENS)
 
     def _scores(self, chunk: Chunk, hidden: Tensor, number: int) -> tuple[PromptScore, ...]:
-        """Score the tokens behind a chunk's, those that are there."""
+        """Score the tokens after a chunk's, as far as there are any."""
         following = chunk.row.tokens[chunk.start + 1 : chunk.start + chunk.count + 1]
         found: list[PromptScore] = []
         for start in range(0, len(following), LOGIT_ROWS):

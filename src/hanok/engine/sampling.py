@@ -4,7 +4,7 @@ Processors are pure functions of one row of logits, (vocab,) float32, in the ord
 agree with transformers' where it has the same (temperature, top-k, top-p, min-p, typical-p,
 repetition penalty) and with OpenAI's definition for presence and frequency penalties.
 
-A sequence draws with a generator of its own, one number for each token, so its text depends on its
+A sequence draws with its own generator, one number for each token, so its text depends on its
 seed and nothing else that runs.
 """
 

@@ -1,7 +1,7 @@
 """Who computes how many tokens in the next step. Pure: no torch, no clock, no input or output.
 
 Every sequence has tokens that are computed and tokens that are not; a step computes some of the latter.
-Sequences that wait for their next token come first, one each and what is drafted behind it. What is
+Sequences that wait for their next token come first, one each and what is drafted after it. What is
 left of the budget goes to prompts in the order of arrival within their priority, cut where the budget
 ends. A sequence gets the blocks of all it has when it begins, and one more whenever it outgrows them;
 when none is left, the youngest of the lowest priority gives its blocks up and is computed again later,
@@ -23,7 +23,7 @@ class Row:
 
     id: int
     tokens: list[int]
-    """The prompt and what was generated; whoever generates appends to it."""
+    """The prompt and the generated tokens; the generating sequence appends to it."""
     priority: int = 0
     """Smaller ones come first."""
     root: Hashable = None
@@ -83,7 +83,7 @@ class StepPlan:
 
     @property
     def num_drafted_tokens(self) -> int:
-        """Tokens to be checked beside all others."""
+        """Drafted tokens to be checked in addition."""
         return sum(len(chunk.draft) for chunk in self.chunks)
 
 
@@ -116,10 +116,10 @@ class Scheduler:
     def plan(
         self, prompt_tokens: int, drafts: Mapping[int, Sequence[int]] = MappingProxyType({})
     ) -> StepPlan:
-        """Return what to compute, with at most `prompt_tokens` beside the next tokens.
+        """Return what to compute, with at most `prompt_tokens` besides the next tokens.
 
         `drafts` are tokens that may follow, by the id of their row. They count among these tokens, and
-        are cut where blocks are short: nobody gives way to a guess.
+        are cut where blocks are short: no sequence is evicted for a guess.
         """
         chunks: dict[Row, Chunk] = {}
         for row in list(self.running):
@@ -176,7 +176,7 @@ class Scheduler:
             if row.leader is not None and self._is_worth_waiting(row.leader):
                 continue
             if not self._begin(row):
-                return  # those behind it wait too: nobody overtakes
+                return  # those after it wait too: none overtakes
             yield row
 
     def _is_worth_waiting(self, leader: Row) -> bool:

@@ -47,7 +47,7 @@ class Mask(Protocol):
         """Return the scores, (vocab,), with tokens that may not follow at -inf."""
 
     def accept(self, token_id: int) -> None:
-        """Go on behind a token."""
+        """Continue after a token."""
 
     def allowed_prefix(self, token_ids: Sequence[int]) -> int:
         """Return how many of these tokens may follow, one after another; nothing changes."""
@@ -192,7 +192,7 @@ class GenerationSequence:
         )
 
     def take(self, index: int, choice: Choice | GenerationError) -> TokenEvent:
-        """Append a token and say what came of it; raise what choosing it failed with."""
+        """Append a token and return its event; raise what choosing it failed with."""
         if isinstance(choice, GenerationError):
             raise choice
         self.generated_ids.append(choice.token_id)
@@ -261,7 +261,7 @@ class LookAhead:
         return token
 
     def close(self) -> None:
-        """Take back what the grammar was told."""
+        """Roll the grammar back."""
         if self._sequence.grammar is None or not self._num_accepted:
             return
         try:
@@ -330,7 +330,7 @@ def choose(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Taken:
-    """What a pass gave a sequence: its next tokens, and what went wrong behind them, if anything."""
+    """What a pass gave a sequence: its next tokens, and what went wrong after them, if anything."""
 
     events: list[TokenEvent]
     error: GenerationError | None = None
@@ -339,11 +339,11 @@ class Taken:
 def take_next(
     sequence: GenerationSequence, index: int, draft: Sequence[int], scores: Scores, row: int
 ) -> Taken:
-    """Append the next token, and as many behind it as were drafted right.
+    """Append the next token, and as many after it as were drafted right.
 
-    The rows of the sequence begin at `row`, one behind its last token and one behind each drafted one.
+    The rows of the sequence begin at `row`, one after its last token and one after each drafted one.
     Each token is chosen as if none had been drafted; the first that is another one ends it, for the
-    rows behind follow a token that never came.
+    later rows follow a token that was not chosen.
     """
     events: list[TokenEvent] = []
     error: GenerationError | None = None

@@ -7,14 +7,14 @@ what was measured (`engine/gain.py`), none where none pays.
 What is generated is what would be without it, token for token, drawn ones included. At each position the
 model's own token is chosen exactly as ever: from the same logits, through the same processors, with the
 next number of the sequence's generator (`sequence.take_next`). Guesses only decide how many positions
-one pass can settle: the first that is not the chosen token ends it, and the chosen token stands. This
+one pass can settle: the first that is not the chosen token ends it, and the chosen token is kept. This
 accepts a guess x with the model's probability p(x), and what comes otherwise is drawn from p without x:
 for guesses that do not depend on the draw, the same as rejection sampling (arXiv 2211.17192), which
 keeps the distribution; here the text of a seed stays as well. A draft model may look ahead at the number
 that will be drawn (`DraftModel.propose`): the token is still chosen from p with that number alone, so
 nothing is changed but how often the guess is right.
 
-The same logits are the same bit for bit where our CPU kernels compute them, whatever is computed beside.
+Our CPU kernels compute the same logits bit for bit, whatever else is in the batch.
 They do for quantized weights; for others in passes of up to 8 tokens, so drafts end there. On other
 devices rounding may decide between two tokens that are almost equally likely, as it does for batches.
 """
@@ -191,7 +191,7 @@ def _forced(sequence: GenerationSequence) -> list[int]:
 
 
 def _possible(sequence: GenerationSequence, tokens: list[int]) -> list[int]:
-    """Cut guesses behind the end of the text, and before what the grammar refuses."""
+    """Cut guesses after the end of the text, and before what the grammar refuses."""
     tokens = _to_end(sequence, tokens)
     if sequence.grammar is None or not tokens:
         return tokens

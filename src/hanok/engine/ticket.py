@@ -1,7 +1,7 @@
 """What a request is, and what its sender holds while the engine works on it.
 
 A ticket is read from any thread, or from an event loop: iterate over it for the tokens as they come.
-The engine only ever appends to it; a reader that is slow, or gone, holds nobody up.
+The engine only ever appends to it; a slow or absent reader blocks nothing.
 """
 
 import asyncio
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptScore:
-    """How likely a token of a prompt was behind those before it."""
+    """How likely a token of a prompt was after those before it."""
 
     token_id: int
     logprob: float
@@ -168,7 +168,7 @@ class Ticket:
             self._notify()
 
     def finish(self, error: HanokError | None = None) -> None:
-        """End it; for the engine. What it ended with first stands."""
+        """End it; for the engine. Only the first end counts."""
         with self._changed:
             if self.times.finished is None:
                 self.error = error

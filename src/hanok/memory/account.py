@@ -106,7 +106,7 @@ def understand(checkpoint: Checkpoint) -> Understood:
 
 
 def tied_head_error(checkpoint: Checkpoint, name: str) -> CheckpointError:
-    """Return the error of a head that is stored beside the embedding it is tied to, and differs."""
+    """Return the error of a stored head that differs from the embedding it is tied to."""
     return CheckpointError(
         f"{checkpoint.folder}: config.json ties the head to the embedding, but {name} differs "
         "from it. Set tie_word_embeddings to false to use both, or delete the tensor."

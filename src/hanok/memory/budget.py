@@ -22,7 +22,7 @@ UNITS: Mapping[str, int] = {
     **{f"{prefix}iB": 2**power for prefix, power in zip("KMGT", (10, 20, 30, 40), strict=True)},
 }
 SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)")
-NO_LIMIT = 2**60  # cgroup v1 writes a huge number where there is none
+NO_LIMIT = 2**60  # cgroup v1 writes a huge number for "no limit"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,7 +35,7 @@ class Limit:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Budget:
-    """What one place may use: the least of its limits, which stand beside it."""
+    """What one place may use: the least of its limits, which are listed with it."""
 
     device: str
     limits: tuple[Limit, ...]

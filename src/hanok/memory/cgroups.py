@@ -81,6 +81,6 @@ def read_fields(file: Path) -> dict[str, int]:
 
 
 def read_number(file: Path) -> int | None:
-    """Return the number in a file; None where there is no such file, or it says "max" or "-1"."""
+    """Return the number in a file; None if there is no such file, or it says "max" or "-1"."""
     lines = read_lines(file)
     return int(lines[0]) if lines and lines[0].strip().isdecimal() else None

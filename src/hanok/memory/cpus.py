@@ -80,7 +80,7 @@ def cpu_budget(root: Path = Path("/")) -> CpuBudget:
 
 
 def num_physical_cores(cores: tuple[int, ...], root: Path = Path("/")) -> int:
-    """Return how many of `cores` are cores of their own, not hardware threads of the same one."""
+    """Return how many of `cores` are distinct cores, not hardware threads of the same one."""
     topology = "sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
     siblings = [read_lines(root / topology.format(core)) for core in cores]
     return len({tuple(lines) or core for core, lines in zip(cores, siblings, strict=True)})
@@ -95,7 +95,7 @@ def _quotas(root: Path) -> Iterator[CpuQuota]:
 
 
 def _quota_and_period(group: Cgroup) -> tuple[str, list[str]]:
-    """Return the file that a group's quota stands in, and both in microseconds, if there is one."""
+    """Return the file with a group's quota, and quota and period in microseconds, if there is one."""
     if group.version == 2:
         return "cpu.max", " ".join(read_lines(group.folder / "cpu.max")).split()
     files = ("cpu.cfs_quota_us", "cpu.cfs_period_us")

@@ -169,7 +169,7 @@ def load_decoder(
 
 
 def _planned_bytes(plan: LoadPlan) -> int:
-    """Return what a plan lets loading claim of the host's memory beside mapped files."""
+    """Return the host memory that a plan allows loading to use besides mapped files."""
     libraries = GPU_LIBRARY_BYTES if plan.runner.kind == "gpu" else 0
     return libraries + sum(
         tier.weight_bytes - tier.mapped_bytes + tier.load_bytes + tier.stream_bytes
@@ -239,7 +239,7 @@ def _check_device(place: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Work:
-    """Who loads, who watches, and who is told."""
+    """The loader, its watchdog, and its progress callback."""
 
     pool: ThreadPoolExecutor
     watchdog: Watchdog
@@ -262,7 +262,7 @@ class _Work:
                 future.cancel()
 
     def done(self, num_bytes: int) -> None:
-        """Tell whoever wants to know that so many bytes are in place."""
+        """Report that so many bytes are in place."""
         if self.progress is not None:
             self.progress(num_bytes)
 

@@ -168,7 +168,7 @@ def choose_dtype(
 
 
 def activation_bytes(config: ModelConfig, use: Use) -> int:
-    """Return what one pass holds beside weights and cache, with the holes it leaves in the heap.
+    """Return what one pass holds besides weights and cache, with the holes it leaves in the heap.
 
     The most is held inside a mixer or an MLP, beside four rows of hidden states: a block's input, what
     the mixer made of it, their sum, its norm.
@@ -209,7 +209,7 @@ class _Size:
     """In a buffer, as floats."""
     mapped_bytes: int
     load_bytes: int
-    """Held by a reader while the parameter is made, beside itself."""
+    """Held by a reader while the parameter is made, besides the parameter."""
 
     @classmethod
     def of(
@@ -244,7 +244,7 @@ class _Size:
 def _bytes_while_made(
     source: Source, refs: list[TensorRef], dtype: str, *, is_quantized: bool
 ) -> int:
-    """Return what a reader holds beside the parameter itself."""
+    """Return what a reader holds besides the parameter itself."""
     is_moved = source.layout != "rows" or any(ref.strides is not None for ref in refs)
     if is_quantized:
         return 4 * prod(source.shape) if is_moved else CHUNK_BYTES

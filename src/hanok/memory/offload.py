@@ -115,7 +115,7 @@ class Streamer:
         staged, target = buffer.staged[number][name], buffer.views[number][name]
         read_parameter(self._tensors, source, staged)
         if target is not staged:
-            # A stream of its own: what is computed meanwhile does not wait for the copy.
+            # A separate stream: computation does not wait for the copy.
             stream = torch.cuda.Stream(target.device)  # type: ignore[no-untyped-call]
             with torch.cuda.stream(stream):
                 if buffer.last_use is not None:

@@ -29,7 +29,7 @@ MEMORY_PROBE_S = 0.5  # then no further one begins
 DISK_BLOCK_BYTES = 2**24
 DISK_PROBE_S = 0.5
 DISK_READERS = 2
-ASSUMED_DISK = 1e9  # bytes per second, where there is no file to try
+ASSUMED_DISK = 1e9  # bytes per second, if there is no file to measure with
 ASSUMED_MEMORY = 30e9
 GPU_CONTEXT_BYTES = 500 * 2**20  # what a process takes of a GPU before the first tensor
 # Floating-point operations of one core and clock cycle, half of what its units could do at the best.
@@ -199,7 +199,7 @@ def described_place(text: str, index: int, allowed: int | None) -> Place:
 
 
 def with_work(place: Place, activation_bytes: int, runtime_bytes: int = 0) -> Place:
-    """Return the place with what a use of the model holds there beside weights and cache."""
+    """Return the place with what a use of the model holds there besides weights and cache."""
     if place.kind == "disk":
         return place
     runtime = place.runtime_bytes + (runtime_bytes if place.is_host else 0)

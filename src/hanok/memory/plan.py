@@ -35,7 +35,7 @@ class Unit:
     name: str
     """As in `Decoder`: "layers.3"."""
     modules: tuple[str, ...]
-    """As in the checkpoint: "model.layers.3"; a tied head beside the embedding."""
+    """As in the checkpoint: "model.layers.3"; a tied head with the embedding."""
     parameters: tuple[str, ...]
     weight_bytes: int
     """In their final form, scales included."""
@@ -84,11 +84,11 @@ class Place:
     cpus: CpuBudget | None = None
     """Of the host's memory: who computes with what lies there."""
     is_host: bool = False
-    """Whether what loading claims beside the weights is claimed here."""
+    """Whether loading's own memory, besides the weights, is here."""
 
     @property
     def computes_first(self) -> bool:
-        """Whether it comes before the CPU as a whole: a GPU, or a core as a device of its own."""
+        """Whether it comes before the CPU as a whole: a GPU, or a core as a separate device."""
         return self.kind in ("gpu", "core")
 
     @property
@@ -113,7 +113,7 @@ class Needs:
     prompt_flops: float
     """Of computing prompts that fill the context."""
     load_bytes: int
-    """Claimed on the host beside the weights while they are read."""
+    """Allocated on the host besides the weights while they are read."""
     file_bytes_per_s: float
     """At which the checkpoint's files are read."""
     has_head: bool = True  # whether tokens are generated
@@ -181,7 +181,7 @@ class Prediction:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Remedy:
-    """One change that would make everything fit into memory, and what then becomes of it."""
+    """One change that would make everything fit into memory, and its effect."""
 
     change: str
     places: tuple[str, ...]
@@ -504,7 +504,7 @@ def _check_prefix(prefix: str, given: Mapping[str, str | int], units: Sequence[U
         )
     if not any(_is_below(module, prefix) for module in modules):
         raise OptionError(
-            f"device_map names {prefix!r}, which is no module of this checkpoint. Modules: "
+            f"device_map names {prefix!r}, which is not a module of this checkpoint. Modules: "
             f"{_listed(modules)}."
         )
     outer = next((other for other in given if other != prefix and _is_below(prefix, other)), None)

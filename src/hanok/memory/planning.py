@@ -128,7 +128,7 @@ def _places(
     cores = {name: size for name, size in allowed.items() if CORE.fullmatch(name)}
     if cores and (gpus or "cpu" in allowed):
         raise OptionError(
-            f"max_memory names {', '.join(cores)}: cores are used as devices of their own only alone."
+            f"max_memory names {', '.join(cores)}: cores are used as devices only without other devices."
         )
     host = core_places(cores, rates) if cores else [host_place(allowed.get("cpu"), rates)]
     places = [*gpus, *host, disk_place(largest, rates)]

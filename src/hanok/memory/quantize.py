@@ -1,7 +1,7 @@
 """Quantizes weights while they are read: rows go from the file through a small buffer into their place.
 
-No weight is ever there twice: beside the quantized model a thread holds one chunk of CHUNK_BYTES, or
-one tensor where a file keeps it in another order.
+No weight is ever in memory twice: besides the quantized model a thread holds one chunk of CHUNK_BYTES,
+or one tensor where a file keeps it in another order.
 """
 
 from collections.abc import Callable, Mapping

@@ -47,5 +47,5 @@ def set_threads(asked: int | None = None) -> Threads:
 
 
 def _own_numbers(budget: CpuBudget) -> tuple[int, int]:
-    """Return what torch takes by itself: a thread for each core, or with MKL each physical one."""
+    """Return torch's default: a thread for each core, or with MKL for each physical one."""
     return len(budget.cores), num_physical_cores(budget.cores)

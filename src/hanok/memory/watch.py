@@ -16,7 +16,7 @@ from hanok.memory.budget import Budget
 STATUS = Path("/proc/self/status")
 SAMPLE_S = 0.005
 TOLERANCE = 1.08  # of a plan, what its predictions are allowed to be wrong by
-SLACK_BYTES = 64 * 2**20  # what interpreter and allocators claim beside a plan
+SLACK_BYTES = 64 * 2**20  # what interpreter and allocators use beyond a plan
 JITTER_BYTES = 16 * 2**20  # by which what is available changes from moment to moment
 
 

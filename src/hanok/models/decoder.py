@@ -71,7 +71,7 @@ class Stage:
     device: torch.device
     blocks: range
     core: int | None = None
-    """The core of a CPU that computes them, where it is used as a device of its own."""
+    """The core of a CPU that computes them, if cores are used as separate devices."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

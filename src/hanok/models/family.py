@@ -57,6 +57,9 @@ _WHOLE_PATHS = ("embed_tokens", "embed_positions", "layers", "norm", "lm_head")
 class Family:
     """One file of `models/families`: `FAMILY = Family(...)` is all the registration there is.
 
+    `read_config` may put mixers and layers of the family's own into the `ModelConfig`: data classes of
+    its file, whose modules one file of `models/mixers` registers.
+
     `model_types` are those that its config.json may have, and which published models they are of.
     `names` maps our module paths to the files' (paths inside a block are relative to it, and an
     expert's number is written `{}`); a tuple lists the parts that a fused weight is made of.
@@ -116,7 +119,7 @@ class Family:
         return {**self.names, **spelled}
 
     def ignores(self, name: str, prefix: str) -> bool:
-        """Return whether a tensor is no part of the decoder, in files with this prefix."""
+        """Return whether a tensor does not belong to the decoder, in files with this prefix."""
         usual = name
         if prefix.endswith(self.prefix):
             usual = name.removeprefix(prefix.removesuffix(self.prefix))
@@ -143,7 +146,7 @@ class Source:
     head_rows: int
     layout: Layout = "rows"
     stack: str = ""
-    """The tensor of the file that this is one matrix of; empty where it is a tensor of its own."""
+    """The tensor of the file that this is one matrix of; empty if it is a separate tensor."""
 
     def file_shapes(self) -> tuple[tuple[int, ...], ...]:
         """Return the shape that each of `names` must have in the file."""
@@ -239,7 +242,7 @@ def spelling_note(family: Family, present: Collection[str]) -> str | None:
 
 
 def _before(tail: str, present: Collection[str]) -> list[str]:
-    """Return what stands before `tail` in the names that end with it."""
+    """Return the part before `tail` of the names that end with it."""
     return [
         name.removesuffix(tail) for name in present if name == tail or name.endswith(f".{tail}")
     ]

@@ -1,4 +1,4 @@
-"""Reads a `config.json` and keeps account of it: a key that nobody read is an error, not a silence.
+"""Reads a `config.json` and keeps account of it: an unread key is an error, never ignored silently.
 
 An unread key may be the one that makes the model another model (a new rope, a new norm). A family
 therefore reads each key, demands a value it assumes, or ignores it by name.
@@ -251,7 +251,7 @@ class Keys:
         self, kind: str, values: dict[str, Any], rotary_dim: int, max_positions: int
     ) -> RopeScaling | None:
         inner_original = values.pop("original_max_position_embeddings", None)
-        # Phi-3 keeps the original length beside the rope, and that one counts.
+        # Phi-3 keeps the original length outside the rope, and that one counts.
         original = self.get("original_max_position_embeddings") or inner_original or max_positions
         self._above_zero("original_max_position_embeddings", original)
         for name in _ROPE_NUMBERS & values.keys():

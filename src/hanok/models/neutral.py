@@ -83,7 +83,7 @@ NEUTRAL_VALUES: Mapping[str, tuple[Any, ...]] = {
 
 
 def says_nothing(name: str, value: Any) -> bool:
-    """Return whether a key that no family reads leaves the forward pass as it is."""
+    """Return whether a key that no family reads does not affect the forward pass."""
     if value is None or value in ("", [], {}):
         return True
     if name in _ANY_VALUE or name.startswith(FREE_PREFIXES) or DROPOUT.fullmatch(name):

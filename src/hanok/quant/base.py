@@ -73,7 +73,7 @@ class Format:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuantizedWeight:
-    """The canonical record: what a quantized weight is, whoever made it and however it is stored.
+    """The canonical record of a quantized weight, however it was made and is stored.
 
     w[n, k] = value(code[n, k]) * scale[n, group(k)], where value(c) is c, c - zero[n, group(k)] or
     codebook[c], and group(k) is k // group_size or order[k].

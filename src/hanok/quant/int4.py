@@ -1,4 +1,4 @@
-"""int4: 16 levels and a scale for each group, with a zero of its own when asymmetric.
+"""int4: 16 levels and a scale for each group, with a zero point when asymmetric.
 
 Nothing is calibrated. The symmetric scale is searched: of a few candidates, each refitted by least
 squares to the codes it gives, the one with the least squared error is taken. On normal weights in

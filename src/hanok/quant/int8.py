@@ -23,7 +23,7 @@ class Int8:
     summary: ClassVar[str] = "8-bit whole numbers, a scale for each group or row"
 
     group_size: int = 32
-    """Columns that share a scale: 32, 64, 128, or 0 for whole rows with x left as it is."""
+    """Columns that share a scale: 32, 64, 128, or 0 for whole rows with x not rounded."""
 
     def __post_init__(self) -> None:
         if self.group_size:

@@ -2,7 +2,7 @@
 
     int4                                    the linear layers; the head gets int8
     int4:group_size=64,symmetric=false      with options of the method
-    int4:head=none,embedding=none           head and embedding are choices of their own
+    int4:head=none,embedding=none           head and embedding are chosen separately
 
 The head is a third of a small model's bytes and every token reads it whole; the embedding is only
 looked up. Where the model ties them they stay one weight unless `embedding` says otherwise.
@@ -20,7 +20,7 @@ NONE = "none"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """The method of each kind of weight; None leaves it as it is."""
+    """The method of each kind of weight; None: not quantized."""
 
     linears: QuantMethod
     head: QuantMethod | None
@@ -32,7 +32,7 @@ class Recipe:
     """Whether the text has a choice for the head, which a base model does not have."""
 
     def method_for(self, parameter: str, *, is_tied: bool) -> QuantMethod | None:
-        """Return what quantizes a parameter of `Decoder`; None: it stays as it is.
+        """Return the method that quantizes a parameter of `Decoder`; None: it is not quantized.
 
         A tied head is the parameter "embed_tokens.weight".
         """

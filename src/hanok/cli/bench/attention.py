@@ -49,7 +49,7 @@ class Counts(click.ParamType[tuple[int, ...]]):
         try:
             found = tuple(int(part) for part in value.split(","))
         except ValueError:
-            self.fail(f"{value!r} is no list of whole numbers such as 1,512", param, ctx)
+            self.fail(f"{value!r} is not a list of integers such as 1,512", param, ctx)
         if min(found) < 1:
             self.fail(f"{value!r}: each number must be at least 1", param, ctx)
         return tuple(dict.fromkeys(found))

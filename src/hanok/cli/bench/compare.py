@@ -10,7 +10,7 @@ from hanok.cli.bench_table import print_table, ratio, seconds
 if TYPE_CHECKING:
     from hanok.bench.compare import Change, Comparison
 
-HEADER = ("", "prompt + new", "before, s", "after, s", "times as fast", "", "beside speed")
+HEADER = ("", "prompt + new", "before, s", "after, s", "times as fast", "", "besides speed")
 
 
 @click.command("compare", short_help="Say what changed between two reports, and what is noise.")

@@ -71,7 +71,7 @@ def command(path: Path | None, system: str | None, **options: Any) -> None:
             try:
                 answer = _answer(model, messages, cache, speculation, given(options))
             except RequestError as error:
-                # The turn cannot be served (too long, refused by the template); the talk goes on.
+                # The turn cannot be served (too long, refused by the template); the chat continues.
                 click.echo(f"hanok: {error}", err=True)
                 messages.pop()
                 continue

@@ -18,7 +18,7 @@ from hanok.cli.progress import bytes_bar
     help="Largest file, in bytes; one tensor may be larger.",
 )
 def command(source: Path, destination: Path | None, max_shard_bytes: int) -> None:
-    """Turn the .bin or .pt weights of SOURCE into safetensors, in DESTINATION or beside them.
+    """Turn the .bin or .pt weights of SOURCE into safetensors, in DESTINATION or next to them.
 
     No code of the files is run. Tensors that share memory are written once and ties are kept; what
     was written is read back and compared. A second run finds the work done.

@@ -174,5 +174,5 @@ COMMAND = command
 
 
 def _listed(texts: Iterable[str]) -> str:
-    """Return different texts, "none" where there is none."""
+    """Return the distinct texts, "none" if there are none."""
     return "; ".join(dict.fromkeys(texts)) or "none"

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 @click.option(
     "--draft",
     type=click.Path(path_type=Path),
-    help="A model that drafts beside it, with the same --quant, --dtype and --context.",
+    help="A draft model, with the same --quant, --dtype and --context.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object (docs/plan.md).")
 def command(

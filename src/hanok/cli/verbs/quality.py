@@ -42,7 +42,7 @@ HEADER = (
     default=("int8,int4,nf4",),
     show_default=True,
     metavar="METHOD[:OPTION=VALUE,…],…",
-    help="What to compare with the checkpoint as it is; a dtype is one too. Repeatable.",
+    help="What to compare with the unmodified checkpoint: quantizations or dtypes. Repeatable.",
 )
 @click.option(
     "--text",
@@ -207,7 +207,7 @@ def _check_plot(file: Path) -> None:
 
     known = sorted(Figure().canvas.get_supported_filetypes())
     if file.suffix.removeprefix(".").lower() not in known:
-        raise OptionError(f"--plot {file}: its ending is none of {', '.join(known)}.")
+        raise OptionError(f"--plot {file}: the file name must end in one of {', '.join(known)}.")
 
 
 def _draw(report: "QualityReport", file: Path) -> None:

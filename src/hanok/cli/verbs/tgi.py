@@ -20,7 +20,7 @@ PORTS = 65535
 
 
 def serve(launch: LaunchOptions) -> int:
-    """Fetch the model and serve it until the process is told to end; return the exit code."""
+    """Fetch the model and serve it until SIGTERM or SIGINT; return the exit code."""
     from hanok.checkpoint.download import fetch
     from hanok.cli.serving import Asked, start
 
@@ -91,9 +91,9 @@ def command(context: click.Context, /, **options: Any) -> None:
     given = {name: value for name, value in options.items() if _was_given(value)}
     notes = []
     if _is_name_of_machine(context, given.get("hostname")):
-        # Shells and containers put the name of the machine there, which is nobody's wish.
+        # Shells and containers set it to the name of the machine, never on purpose.
         notes.append(
-            f"HOSTNAME={given.pop('hostname')} in the environment is no address: listening on 0.0.0.0."
+            f"HOSTNAME={given.pop('hostname')} in the environment is not an address: using 0.0.0.0."
         )
     launch = launch_options(given)
     for note in (*notes, *launch.notes):
@@ -151,7 +151,7 @@ class Numbers(click.ParamType["tuple[int, ...]"]):
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> tuple[int, ...]:
-        """Return the numbers; a usage error if one is none."""
+        """Return the numbers; a usage error for anything else."""
         try:
             return tuple(int(part) for part in str(value).split(","))
         except ValueError:

@@ -22,7 +22,7 @@ HEADER = ("", "times as fast", "tokens/s", "peak", "KL", "same top", "")
     type=click.FloatRange(0),
     default=0.01,
     show_default=True,
-    help="Mean KL divergence from the checkpoint as it is, in nats a token.",
+    help="Mean KL divergence from the unmodified checkpoint, in nats per token.",
 )
 @click.option(
     "--min-same-top1",
@@ -52,7 +52,7 @@ def command(
 ) -> None:
     """Measure settings of PATH, and take the fastest whose quality and memory keep the bounds.
 
-    Everything is compared with the checkpoint as it is. The profile has its evidence in it: machine,
+    Everything is compared with the unmodified checkpoint. The profile contains its evidence: machine,
     versions, the checkpoint's fingerprint, what was measured and what was left out.
     """
     from hanok.bench.profile import profile_of, write_profile

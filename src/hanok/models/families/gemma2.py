@@ -1,4 +1,4 @@
-"""Gemma 2 and 3: Gemma with norms on both sides, windows on most layers, a scale of its own.
+"""Gemma 2 and 3: Gemma with norms on both sides, windows on most layers, its own attention scale.
 
 Gemma 2 soft-caps scores and logits and alternates window and full; Gemma 3 norms query and key heads,
 has five windowed layers to one full, and rotates them with another base.
