@@ -174,7 +174,7 @@ def test_what_cannot_go_back_is_not_speculated_on(model: Model) -> None:
 
 def test_an_engine_refuses_what_does_not_lie_in_blocks(model: Model) -> None:
     with pytest.raises(
-        UnsupportedError, match="a state of fixed size, which does not lie in blocks"
+        UnsupportedError, match="a state of fixed size, which is not kept in blocks"
     ):
         Engine(model, cache_tokens=256)
 
@@ -204,8 +204,8 @@ def test_blocks_are_for_states_that_sequences_share() -> None:
     shared, private = (kind(num_kv_heads=1, head_dim=2) for kind in (KeysAndValues, Private))
     assert why_not_paged([shared, None]) is None
     for specs, reason in (
-        ([shared, private], "keys and values, which sequences cannot share"),
-        ([shared, FixedState(shape=(3,))], "fixed size, which does not lie in blocks of tokens"),
+        ([private, shared], "keys and values, which sequences cannot share"),
+        ([shared, FixedState(shape=(3,))], "fixed size, which is not kept in blocks"),
     ):
         assert reason in str(why_not_paged(specs))
 

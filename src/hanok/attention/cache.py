@@ -220,12 +220,9 @@ class KVCache:
 
 def why_not_paged(specs: Sequence[StateSpec | None]) -> str | None:
     """Return why states cannot lie in blocks that sequences share, as an engine's; None: they can."""
-    kept = dict.fromkeys(spec for spec in specs if spec is not None)
-    reasons = {
-        f"{spec.name}, which does not lie in blocks of tokens": not spec.can_page for spec in kept
-    }
-    reasons |= {f"{spec.name}, which sequences cannot share": not spec.can_share for spec in kept}
-    found = [reason for reason, holds in reasons.items() if holds]
+    kept = [spec for spec in specs if spec is not None]
+    found = [f"{spec.name}, which is not kept in blocks" for spec in kept if not spec.can_page]
+    found += [f"{spec.name}, which sequences cannot share" for spec in kept if not spec.can_share]
     if not found:
         return None
     return (

@@ -10,8 +10,8 @@ from hanok.attention.base import ForwardBatch
 from hanok.engine.embed import pooled
 from hanok.engine.passes import LONG_PASS_TOKENS, Passes
 from hanok.engine.schedule import Chunk
-from hanok.engine.sequence import Ranked, ranked
-from hanok.engine.ticket import Request
+from hanok.engine.sequence import ranked
+from hanok.engine.ticket import PromptScore, Request
 from hanok.memory.heap import trim_heap
 from hanok.models.decoder import Decoder
 
@@ -19,17 +19,6 @@ BLOCK_TOKENS = 64  # what our attention kernel reads at a time
 # Each number of tokens keeps its buffers; with more, Python between kernels is negligible.
 RECORDED_TOKENS = 16
 LOGIT_ROWS = 256  # of a prompt, scored at once
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PromptScore:
-    """How likely a token of a prompt was after those before it."""
-
-    token_id: int
-    logprob: float
-    rank: int
-    """1 for the likeliest."""
-    top_logprobs: Ranked
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -29,16 +29,12 @@ from hanok.server.openai_sampling import (
     sampling_options,
     unknown_model,
 )
+from hanok.server.route import Route
 from hanok.server.routes.tgi import batch_too_large
 from hanok.server.service import Prepared, Service
 from hanok.server.submission import check_prompt, fitting, truncated
 from hanok.server.times import timing_headers
-from hanok.server.web import (
-    Json,
-    Route,
-    exchange_of,
-    note_parameters,
-)
+from hanok.server.web import Json, exchange_of, note_parameters
 
 DEFAULT_COMPLETION_TOKENS = 16
 
