@@ -129,7 +129,7 @@ def test_lists_only_the_first_of_many_names(tmp_path: Path) -> None:
 
 def test_refuses_a_file_of_another_kind(folder: Path) -> None:
     (folder / "model.npz").touch()
-    with pytest.raises(CheckpointError, match=r"model\.npz: is no weights file; known endings"):
+    with pytest.raises(CheckpointError, match=r"model\.npz: is not a weights file; known endings"):
         open_checkpoint(folder / "model.npz")
 
 

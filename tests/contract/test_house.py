@@ -6,7 +6,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import hypothesis
@@ -218,3 +218,24 @@ def test_the_readme_names_every_family() -> None:
     section = text[text.index("**Model families**") :].split("\n\n")[0]
     names = set(re.findall(r"[a-z][a-z0-9_]+", section))
     assert set(families()) <= names
+
+
+def imports_of(path: Path, modules: Collection[str]) -> set[str]:
+    """Every module of the package that a file names, in functions and under TYPE_CHECKING too."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {item.name for item in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = {f"{node.module}.{item.name}" for item in node.names}
+            found |= (names & set(modules)) or {node.module}
+    return found & set(modules)
+
+
+def test_no_files_import_each_other_in_a_circle() -> None:
+    files = {".".join(path.relative_to(ROOT / "src").with_suffix("").parts): path for path in FILES}
+    left = {name: imports_of(path, files) - {name} for name, path in files.items()}
+    while leaves := {name for name, needed in left.items() if not needed}:
+        left = {name: needed - leaves for name, needed in left.items() if name not in leaves}
+    used = set().union(*left.values()) if left else set()
+    assert not {name: sorted(needed & used) for name, needed in left.items() if name in used}

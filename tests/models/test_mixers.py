@@ -18,7 +18,7 @@ from tests.models.golden import weight
 
 import hanok
 from hanok.attention.base import ForwardBatch
-from hanok.attention.cache import KVCache
+from hanok.attention.cache import KVCache, why_not_paged
 from hanok.attention.state import FixedState, KeysAndValues
 from hanok.cli.main import cli
 from hanok.engine.engine import Engine
@@ -174,7 +174,7 @@ def test_what_cannot_go_back_is_not_speculated_on(model: Model) -> None:
 
 def test_an_engine_refuses_what_does_not_lie_in_blocks(model: Model) -> None:
     with pytest.raises(
-        UnsupportedError, match="a state of fixed size, which does not lie in blocks"
+        UnsupportedError, match="a state of fixed size, which is not kept in blocks"
     ):
         Engine(model, cache_tokens=256)
 
@@ -195,6 +195,19 @@ def test_a_state_of_fixed_size_goes_back_to_nothing_only() -> None:
     cache.keep(0, 4)
     assert cache.lengths == [0, 4]
     assert fixed.tolist() == [[0.0] * 3, [1.0] * 3]
+
+
+def test_blocks_are_for_states_that_sequences_share() -> None:
+    class Private(KeysAndValues):
+        can_share = False
+
+    shared, private = (kind(num_kv_heads=1, head_dim=2) for kind in (KeysAndValues, Private))
+    assert why_not_paged([shared, None]) is None
+    for specs, reason in (
+        ([private, shared], "keys and values, which sequences cannot share"),
+        ([shared, FixedState(shape=(3,))], "fixed size, which is not kept in blocks"),
+    ):
+        assert reason in str(why_not_paged(specs))
 
 
 def test_passes_are_not_recorded(model: Model) -> None:

@@ -219,11 +219,13 @@ class KVCache:
 
 
 def why_not_paged(specs: Sequence[StateSpec | None]) -> str | None:
-    """Return why states cannot lie in the blocks of an engine; None where they can."""
-    names = {spec.name for spec in specs if spec is not None and not spec.can_page}
-    if not names:
+    """Return why states cannot lie in blocks that sequences share, as an engine's; None: they can."""
+    kept = [spec for spec in specs if spec is not None]
+    found = [f"{spec.name}, which is not kept in blocks" for spec in kept if not spec.can_page]
+    found += [f"{spec.name}, which sequences cannot share" for spec in kept if not spec.can_share]
+    if not found:
         return None
     return (
-        f"layers keep {' and '.join(sorted(names))}, which does not lie in blocks of tokens, so the "
-        "engine cannot schedule it. Use generate, which computes prompts together from first to last."
+        f"layers keep {found[0]}, so the engine cannot schedule it. Use generate, which computes "
+        "prompts together from first to last."
     )

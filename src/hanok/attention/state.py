@@ -3,7 +3,6 @@
 One formula counts bytes for plans, `ModelConfig` and the cache that claims them (attention/cache.py).
 """
 
-from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
@@ -12,7 +11,7 @@ from typing import ClassVar
 FLOAT_BYTES: Mapping[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
-class StateSpec(ABC):
+class StateSpec:
     """One layer's state of a sequence. Dtypes are torch's names; "int8" keeps keys and values in a byte.
 
     `can_truncate`: the first tokens can be kept and the others forgotten. `can_page`: it lies in blocks
@@ -25,13 +24,13 @@ class StateSpec(ABC):
     can_page: ClassVar[bool]
     can_share: ClassVar[bool]
 
-    @abstractmethod
     def bytes_per_token(self, dtype: str) -> int:
         """Return the bytes that each token of a sequence adds."""
+        return 0
 
-    @abstractmethod
     def bytes_per_sequence(self, dtype: str) -> int:
         """Return the bytes that a sequence takes whatever its length."""
+        return 0
 
     def nbytes(self, num_tokens: int, dtype: str) -> int:
         """Return the bytes of one sequence of `num_tokens`."""
@@ -52,16 +51,9 @@ class KeysAndValues(StateSpec):
 
     def bytes_per_token(self, dtype: str) -> int:
         """See `StateSpec`; in int8 each head's key and value have a float32 scale each."""
-        is_int8 = dtype == "int8"
-        head = self.head_dim + FLOAT_BYTES["float32"] if is_int8 else self._float_bytes(dtype)
-        return 2 * self.num_kv_heads * head
-
-    def _float_bytes(self, dtype: str) -> int:
-        return self.head_dim * FLOAT_BYTES[dtype]
-
-    def bytes_per_sequence(self, dtype: str) -> int:
-        """See `StateSpec`."""
-        return 0
+        if dtype == "int8":
+            return 2 * self.num_kv_heads * (self.head_dim + FLOAT_BYTES["float32"])
+        return 2 * self.num_kv_heads * self.head_dim * FLOAT_BYTES[dtype]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,10 +66,6 @@ class FixedState(StateSpec):
     can_share: ClassVar[bool] = False
 
     shape: tuple[int, ...]
-
-    def bytes_per_token(self, dtype: str) -> int:
-        """See `StateSpec`."""
-        return 0
 
     def bytes_per_sequence(self, dtype: str) -> int:
         """See `StateSpec`."""

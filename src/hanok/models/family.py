@@ -57,6 +57,9 @@ _WHOLE_PATHS = ("embed_tokens", "embed_positions", "layers", "norm", "lm_head")
 class Family:
     """One file of `models/families`: `FAMILY = Family(...)` is all the registration there is.
 
+    `read_config` may put mixers and layers of the family's own into the `ModelConfig`: data classes of
+    its file, whose modules one file of `models/mixers` registers.
+
     `model_types` are those that its config.json may have, and which published models they are of.
     `names` maps our module paths to the files' (paths inside a block are relative to it, and an
     expert's number is written `{}`); a tuple lists the parts that a fused weight is made of.

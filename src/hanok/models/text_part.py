@@ -29,14 +29,15 @@ TOWER: Mapping[str, str] = {
 }
 """What they contain besides the text model."""
 
-_VISION_KEYS = (
-    "vision_config image_token_id image_token_index video_token_id vision_start_token_id"
-    " vision_end_token_id vision_token_id projector_hidden_act multimodal_projector_bias"
-    " vision_feature_layer vision_feature_select_strategy spatial_merge_size image_seq_length"
-    " ignore_index mm_tokens_per_image boi_token_index eoi_token_index boi_token_id eoi_token_id"
-    " image_grid_pinpoints video_token_index vision_aspect_ratio downsample_ratio"
-    " img_start_id video_start_id use_image_newline_parameter"
-).split()
+# What speaks of the tower, its projector, or the tokens that stand for images.
+_VISION_KEYS = """
+    vision_config vision_feature_layer vision_feature_select_strategy vision_aspect_ratio
+    projector_hidden_act multimodal_projector_bias spatial_merge_size downsample_ratio
+    image_seq_length mm_tokens_per_image image_grid_pinpoints use_image_newline_parameter
+    image_token_id image_token_index video_token_id video_token_index vision_token_id
+    vision_start_token_id vision_end_token_id boi_token_id boi_token_index eoi_token_id eoi_token_index
+    img_start_id video_start_id ignore_index
+""".split()
 
 
 def read_text_part(
