@@ -6,9 +6,10 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 import hanok
@@ -148,6 +149,21 @@ def test_a_file_is_short_and_says_what_it_is(path: Path) -> None:
     assert path.name == "__init__.py" or ast.get_docstring(ast.parse(text))
 
 
+def test_examples_are_the_same_in_every_run() -> None:
+    """One profile decides it for all tests, so no test file repeats or overrules it."""
+    current = hypothesis.settings()
+    assert (current.derandomize, current.deadline) == (True, None)
+    found = [
+        f"{path.relative_to(ROOT)}:{node.value.lineno} {node.arg}"
+        for path in sorted((ROOT / "tests").rglob("test_*.py"))
+        for call in ast.walk(ast.parse(path.read_text()))
+        if isinstance(call, ast.Call) and getattr(call.func, "id", "") == "settings"
+        for node in call.keywords
+        if node.arg in {"derandomize", "deadline", "database"}
+    ]
+    assert found == []
+
+
 def test_public_names_are_sorted_and_exist() -> None:
     assert hanok.__all__ == sorted(hanok.__all__)
     assert len(set(hanok.__all__)) == len(hanok.__all__)
@@ -202,3 +218,24 @@ def test_the_readme_names_every_family() -> None:
     section = text[text.index("**Model families**") :].split("\n\n")[0]
     names = set(re.findall(r"[a-z][a-z0-9_]+", section))
     assert set(families()) <= names
+
+
+def imports_of(path: Path, modules: Collection[str]) -> set[str]:
+    """Every module of the package that a file names, in functions and under TYPE_CHECKING too."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {item.name for item in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = {f"{node.module}.{item.name}" for item in node.names}
+            found |= (names & set(modules)) or {node.module}
+    return found & set(modules)
+
+
+def test_no_files_import_each_other_in_a_circle() -> None:
+    files = {".".join(path.relative_to(ROOT / "src").with_suffix("").parts): path for path in FILES}
+    left = {name: imports_of(path, files) - {name} for name, path in files.items()}
+    while leaves := {name for name, needed in left.items() if not needed}:
+        left = {name: needed - leaves for name, needed in left.items() if name not in leaves}
+    used = set().union(*left.values()) if left else set()
+    assert not {name: sorted(needed & used) for name, needed in left.items() if name in used}

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -14,10 +14,22 @@ from hanok.errors import OptionError
 from hanok.models.decoder import Decoder
 
 if TYPE_CHECKING:
-    from hanok.engine.model import Model
+    from hanok.checkpoint.files import Checkpoint
+    from hanok.checkpoint.tokenizer import Tokenizer
 
 # Chances of a guess, by how many were made before it, all of them right.
 PRIORS = (0.7, 0.7, 0.7, 0.7)
+
+
+class DraftSource(Protocol):
+    """What speculation asks of a model, the one that drafts or the other: a `hanok.Model` has it."""
+
+    decoder: Decoder
+    checkpoint: "Checkpoint"
+    tokenizer: "Tokenizer | None"
+
+    def check_head(self) -> None:
+        """Raise OptionError for a model that generates no tokens."""
 
 
 def kinds_of(count: int) -> list[int]:
@@ -25,7 +37,7 @@ def kinds_of(count: int) -> list[int]:
     return [min(place, len(PRIORS) - 1) for place in range(count)]
 
 
-def check_vocabularies(model: "Model", draft: "Model") -> None:
+def check_vocabularies(model: DraftSource, draft: DraftSource) -> None:
     """Raise OptionError unless every token id means the same text to both models."""
     names = f"{draft.checkpoint.folder} cannot draft for {model.checkpoint.folder}"
     help_text = "Choose a draft model of the same family, or speculate with n-grams."
@@ -37,10 +49,10 @@ def check_vocabularies(model: "Model", draft: "Model") -> None:
                 f"{names}: {lacking.checkpoint.folder} has no tokenizer, so nothing says that token "
                 "ids mean the same to both. Add the tokenizer's files to the folder."
             )
-        if model.config.vocab_size != draft.config.vocab_size:
+        sizes = [item.decoder.config.vocab_size for item in (draft, model)]
+        if sizes[0] != sizes[1]:
             raise OptionError(
-                f"{names}: the vocabularies have {draft.config.vocab_size} and "
-                f"{model.config.vocab_size} tokens. {help_text}"
+                f"{names}: the vocabularies have {sizes[0]} and {sizes[1]} tokens. {help_text}"
             )
         return
     wrong = mine.first_difference(other)

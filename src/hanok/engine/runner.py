@@ -10,8 +10,8 @@ from hanok.attention.base import ForwardBatch
 from hanok.engine.embed import pooled
 from hanok.engine.passes import LONG_PASS_TOKENS, Passes
 from hanok.engine.schedule import Chunk
-from hanok.engine.sequence import Ranked, ranked
-from hanok.engine.ticket import Request
+from hanok.engine.sequence import ranked
+from hanok.engine.ticket import PromptScore, Request
 from hanok.memory.heap import trim_heap
 from hanok.models.decoder import Decoder
 
@@ -22,23 +22,12 @@ LOGIT_ROWS = 256  # of a prompt, scored at once
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PromptScore:
-    """How likely a token of a prompt was after those before it."""
-
-    token_id: int
-    logprob: float
-    rank: int
-    """1 for the likeliest."""
-    top_logprobs: Ranked
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class StepResult:
     """What came of some chunks.
 
-    `logits`: (rows, vocab) float32: for each chunk that is the last of its sequence a row behind its
-    last token and one behind each drafted one, in the chunks' order; `scores`: for each chunk those of
-    the prompt tokens behind its own; `pooled`: for each chunk that is pooled, (hidden,) float64 on the
+    `logits`: (rows, vocab) float32: for each chunk that is the last of its sequence a row after its
+    last token and one after each drafted one, in the chunks' order; `scores`: for each chunk those of
+    the prompt tokens after its own; `pooled`: for each chunk that is pooled, (hidden,) float64 on the
     CPU, the sum of its hidden states or the last of them.
     """
 

@@ -22,10 +22,10 @@ devices rounding may decide between two tokens that are almost equally likely, a
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol, get_args
+from typing import Literal, Protocol, get_args
 
 from hanok.engine import draft, ngram
-from hanok.engine.draft import DraftModel, check_vocabularies
+from hanok.engine.draft import DraftModel, DraftSource, check_vocabularies
 from hanok.engine.gain import Gain, PassTimes
 from hanok.engine.ngram import FORCED, NgramIndex, kind_of
 from hanok.engine.sequence import GenerationSequence
@@ -33,9 +33,6 @@ from hanok.errors import HanokError, OptionError
 from hanok.kernels.native import native
 from hanok.models.decoder import Decoder
 from hanok.models.linear import Linear
-
-if TYPE_CHECKING:
-    from hanok.engine.model import Model
 
 Method = Literal["ngram", "draft"]
 MOST_TOKENS = 255
@@ -51,7 +48,7 @@ class Speculation:
 
     method: Method = "ngram"
     """"ngram": from the text so far; "draft": by a smaller model."""
-    draft: "Model | None" = None
+    draft: DraftSource | None = None
     """The smaller model, with the same vocabulary."""
     max_tokens: int | None = None
     """Tokens guessed for one pass at the most; None: 15 from the text, 7 by a model."""
@@ -66,11 +63,11 @@ class Speculation:
         if self.max_tokens is not None and not 1 <= self.max_tokens <= MOST_TOKENS:
             raise OptionError(f"max_tokens is {self.max_tokens}; it must be 1 to {MOST_TOKENS}.")
 
-    def check(self, model: "Model") -> None:
+    def check(self, model: DraftSource) -> None:
         """Raise OptionError where a model's tokens cannot be guessed so."""
         model.check_head()
-        for config in (model.config, *([self.draft.config] if self.draft is not None else [])):
-            if reason := config.why_not_truncated():
+        for item in (model, *([self.draft] if self.draft is not None else [])):
+            if reason := item.decoder.config.why_not_truncated():
                 raise OptionError(
                     f"tokens cannot be guessed ahead: {reason}. Wrong guesses would stay in it. "
                     "Leave speculation out."

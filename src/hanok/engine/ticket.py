@@ -13,13 +13,22 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from hanok.checkpoint.pooling import Pooling
-from hanok.engine.sequence import GenerationSequence, TokenEvent
+from hanok.engine.sequence import GenerationSequence, Ranked, TokenEvent
 from hanok.errors import HanokError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from hanok.engine.runner import PromptScore
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptScore:
+    """How likely a token of a prompt was after those before it."""
+
+    token_id: int
+    logprob: float
+    rank: int
+    """1 for the likeliest."""
+    top_logprobs: Ranked
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,7 +74,7 @@ class Ticket:
     request: Request
     _give_up: Callable[[], None]
     times: Times = field(default_factory=lambda: Times(submitted=time.monotonic()))
-    prompt_scores: list["PromptScore"] = field(default_factory=list)
+    prompt_scores: list[PromptScore] = field(default_factory=list)
     """Of the prompt's tokens but the first; there before the first token is."""
     num_cached_tokens: int = 0
     """Tokens of the prompt that did not have to be computed; known before the first token."""

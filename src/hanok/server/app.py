@@ -12,9 +12,11 @@ from starlette.routing import Router
 from starlette.types import ASGIApp
 
 from hanok.registry import discover
+from hanok.server.gate import Gate
 from hanok.server.openapi import document
+from hanok.server.route import Route
 from hanok.server.service import Service
-from hanok.server.web import Gate, Json, Route, read_body
+from hanok.server.web import Json, read_body
 
 
 def all_routes() -> tuple[Route, ...]:

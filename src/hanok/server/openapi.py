@@ -9,8 +9,8 @@ from pydantic.json_schema import models_json_schema
 
 from hanok import __version__
 from hanok.server.errors import is_anthropic, status_on
+from hanok.server.route import Route
 from hanok.server.tgi_models import ErrorResponse
-from hanok.server.web import Route
 
 REFERENCE = "#/components/schemas/{model}"
 MEANINGS = {

@@ -35,7 +35,6 @@ from hanok.server.web import (
     EventStream,
     Exchange,
     Json,
-    Route,
     dumps_in_parts,
     exchange_of,
     until_gone,
@@ -311,7 +310,7 @@ class Service:
         """
         exchange = exchange_of(request)
 
-        async def told() -> AsyncGenerator[str, None]:
+        async def with_errors() -> AsyncGenerator[str, None]:
             try:
                 async with aclosing(events) as texts:
                     async for text in texts:
@@ -321,7 +320,7 @@ class Service:
                     yield text
 
         return EventStream(
-            told(),
+            with_errors(),
             lambda: give_up(tickets),
             keep_alive_s=self.options.keep_alive_s,
             write_timeout_s=self.options.write_timeout_s,
@@ -329,11 +328,11 @@ class Service:
             headers=headers,
         )
 
-    def ended(self, exchange: Exchange, route: Route | None) -> None:
+    def ended(self, exchange: Exchange, *, is_counted: bool) -> None:
         """Count and log a request whose answer was sent, or cannot be sent any more."""
         give_up(exchange.tickets)
         self.num_open -= exchange.num_open
-        if route is not None and route.needs_key and self.metrics is not None:
+        if is_counted and self.metrics is not None:
             self._count(exchange, self.metrics)
         log_request(exchange, as_json=self.options.logs_json)
 

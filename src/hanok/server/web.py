@@ -4,13 +4,10 @@ an id, a check of its key, one line in the log.
 
 import asyncio
 import codecs
-import hmac
 import json
 import logging
 import re
-import time
-import uuid
-from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Iterator, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from itertools import compress
@@ -20,25 +17,21 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import from_json
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from hanok.server.errors import (
     ServerError,
     as_server_error,
     body_on,
     invalid,
-    is_anthropic,
     status_on,
 )
 
 if TYPE_CHECKING:
     from hanok.engine.ticket import Ticket
     from hanok.server.options import ServerOptions
-    from hanok.server.service import Service
 
 LOG = logging.getLogger("hanok.server")
-REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
-CLOSED_REQUEST = 499  # for the log: the client disconnected
 COMMENT = ":\n\n"
 """A server-sent event that clients ignore."""
 MOST_CONTAINERS = 50_000
@@ -51,37 +44,6 @@ BUGS = (424, 500)
 """Statuses caused by the server, not the client: the log has their tracebacks."""
 
 B = TypeVar("B", bound=BaseModel)
-Handler = Callable[["Service", Request, Any], Awaitable[Response]]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Route:
-    """One route: its body, its answer, and its access."""
-
-    method: str
-    path: str
-    handler: Handler
-    summary: str
-    body: type[BaseModel] | None = None
-    answer: type[BaseModel] | None = None
-    """Of a JSON answer with status 200; None: described by `content_type` alone."""
-    content_type: str = "application/json"
-    streams: bool = False
-    """Whether it may answer with server-sent events."""
-    needs_key: bool = False
-    key_header: str = ""
-    """Another header that may hold the bare key; "": only `Authorization`."""
-    needs_model: bool = False
-    """Whether it needs the model, and answers 503 until it is loaded."""
-    needs_head: bool = False
-    """Whether it generates tokens, and answers 422 if the model only makes embeddings."""
-    statuses: tuple[int, ...] = ()
-    """Errors that it may answer with, besides those of every route with a body."""
-
-    @property
-    def shown_path(self) -> str:
-        """The path without the router's converters: "{model}" for "{model:path}"."""
-        return re.sub(r":\w+\}", "}", self.path)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -382,147 +344,3 @@ async def until_gone(receive: Receive) -> None:
 def error_response(error: ServerError, path: str) -> Json:
     """Return an error in the shape of a path's protocol."""
     return Json(body_on(error, path), status_on(error.status, path), error.headers)
-
-
-class Gate:
-    """The outermost layer: ids, limits, keys, unexpected errors, and the log."""
-
-    def __init__(
-        self,
-        app: ASGIApp,
-        *,
-        service: "Service",
-        routes: Mapping[tuple[str, str], Route],
-        methods: Mapping[str, Collection[str]],
-        patterns: Mapping[str, re.Pattern[str]],
-    ) -> None:
-        """`methods` has the methods of each path, including paths without a `Route`.
-
-        `patterns` has what paths with a parameter, such as "/v1/models/{model:path}", match.
-        """
-        self._app = app
-        self._service = service
-        self._routes = routes
-        self._methods = methods
-        self._patterns = patterns
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request."""
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        headers = {key.decode("latin-1"): value for key, value in scope["headers"]}
-        given = headers.get("x-request-id", b"").decode("latin-1")
-        exchange = Exchange(
-            id=given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex,
-            began=time.monotonic(),
-            path=scope["path"],
-        )
-        scope.setdefault("state", {})["exchange"] = exchange
-
-        names = [b"x-request-id"]
-        if is_anthropic(exchange.path):
-            names.append(b"request-id")
-
-        async def tracked(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                exchange.status = message["status"]
-                message["headers"] = [
-                    *message.get("headers", []),
-                    *((name, exchange.id.encode()) for name in names),
-                ]
-            await send(message)
-
-        try:
-            self._check(scope, headers)
-            await self._app(scope, self._limited(receive), tracked)
-        except ClientDisconnect:
-            exchange.status = exchange.status or CLOSED_REQUEST
-            exchange.error = ServerError("the client went away", kind="dropped", status=499)
-        except Exception as error:
-            told = exchange.failed(error)
-            if exchange.status:  # the answer had begun: it can only be cut off
-                raise
-            await error_response(told, exchange.path)(scope, receive, tracked)
-        finally:
-            route = self._routes.get((scope["method"], self._declared(exchange.path)))
-            self._service.ended(exchange, route)
-
-    def _check(self, scope: Scope, headers: Mapping[str, bytes]) -> None:
-        """Raise ServerError for a request that is not allowed."""
-        method, path = scope["method"], scope["path"]
-        declared = self._declared(path)
-        if declared not in self._methods:
-            raise ServerError(
-                f"there is no {path}; GET /docs lists what there is", kind="not_found", status=404
-            )
-        if method not in self._methods[declared]:
-            allowed = ", ".join(sorted(self._methods[declared]))
-            raise ServerError(
-                f"{path} takes {allowed}, not {method}",
-                kind="not_found",
-                status=405,
-                headers={"Allow": allowed},
-            )
-        route = self._routes.get((method, declared))
-        key = self._service.options.api_key
-        if route is not None and route.needs_key and key is not None:
-            scheme, _, given = headers.get("authorization", b"").partition(b" ")
-            is_right = hmac.compare_digest(given.strip(), key.encode())
-            is_right &= scheme.lower() == b"bearer"  # schemes are case-insensitive: RFC 9110, 11.1
-            if route.key_header:
-                given = headers.get(route.key_header, b"")
-                is_right |= hmac.compare_digest(given, key.encode())
-            if not is_right:
-                other = f" or `{route.key_header}: KEY`" if route.key_header else ""
-                raise ServerError(
-                    f"the API key is missing or wrong; send it as `Authorization: Bearer KEY`{other}",
-                    kind="authentication",
-                    status=401,
-                    code="invalid_api_key",
-                    headers={"WWW-Authenticate": "Bearer"},
-                )
-        length = headers.get("content-length", b"0")
-        if length.isdigit() and int(length) > self._service.options.payload_limit:
-            raise self._too_large()
-
-    def _declared(self, path: str) -> str:
-        """Return a path as its route declares it; the path itself if none matches."""
-        if path in self._methods:
-            return path
-        matching = (name for name, found in self._patterns.items() if found.match(path))
-        return next(matching, path)
-
-    def _too_large(self) -> ServerError:
-        limit = self._service.options.payload_limit
-        return ServerError(f"the body is larger than {limit:,} bytes", status=413)
-
-    def _limited(self, receive: Receive) -> Receive:
-        """Return `receive` for a body of limited length, however it is sent, in limited time."""
-        options = self._service.options
-        left, until = options.payload_limit, time.monotonic() + options.arrival_s
-        is_whole = False
-
-        async def limited() -> Message:
-            nonlocal left, is_whole
-            if is_whole:  # the next message is the disconnect
-                return await receive()
-            try:
-                message = await asyncio.wait_for(receive(), until - time.monotonic())
-            except TimeoutError:
-                raise self._too_slow() from None
-            is_whole = not message.get("more_body", False)
-            left -= len(message.get("body", b""))
-            if left < 0:
-                raise self._too_large()
-            return message
-
-        return limited
-
-    def _too_slow(self) -> ServerError:
-        return ServerError(
-            f"the body was not sent within {self._service.options.arrival_s:g} s",
-            kind="timeout",
-            status=408,
-            headers={"Connection": "close"},
-        )

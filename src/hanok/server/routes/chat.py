@@ -19,13 +19,11 @@ from hanok.server.openai_models import (
     ChatCompletion,
     ChatRequest,
 )
+from hanok.server.route import Route
 from hanok.server.service import Service
 from hanok.server.submission import submitted
 from hanok.server.times import timing_headers
-from hanok.server.web import (
-    Route,
-    exchange_of,
-)
+from hanok.server.web import exchange_of
 
 
 async def chat_completions(service: Service, request: Request, body: ChatRequest) -> Response:

@@ -15,11 +15,12 @@ from hanok.errors import HanokError
 from hanok.server.errors import ServerError, invalid
 from hanok.server.openai_models import Prompt
 from hanok.server.openai_sampling import check_model
+from hanok.server.route import Route
 from hanok.server.service import Prepared, Service
 from hanok.server.submission import check_prompt, fitting
 from hanok.server.tgi_models import Body, Name
 from hanok.server.times import timing_headers
-from hanok.server.web import Route, dumps, exchange_of
+from hanok.server.web import dumps, exchange_of
 
 AT_ONCE = 32
 AT_ONCE_TOKENS = 4096

@@ -17,20 +17,13 @@ from hanok.server.constraints import constraint_of
 from hanok.server.errors import flat_body, invalid
 from hanok.server.openai_models import CompletionRequest
 from hanok.server.openai_sampling import check, check_model, sampling_options
+from hanok.server.route import Route
 from hanok.server.routes.openai import end_with, gapped
 from hanok.server.service import Prepared, Service
 from hanok.server.submission import check_prompt
 from hanok.server.tgi_models import Body, NullFalse
 from hanok.server.times import stream_headers, timing_headers
-from hanok.server.web import (
-    Json,
-    Route,
-    as_event,
-    dumps,
-    exchange_of,
-    note_parameters,
-    validated,
-)
+from hanok.server.web import Json, as_event, dumps, exchange_of, note_parameters, validated
 
 DEFAULTS: Mapping[str, Any] = {"temperature": 0.8, "top_k": 40, "top_p": 0.95, "min_p": 0.05}
 NOT_HERE: Mapping[str, Any] = {

@@ -29,16 +29,12 @@ from hanok.server.openai_sampling import (
     sampling_options,
     unknown_model,
 )
+from hanok.server.route import Route
 from hanok.server.routes.tgi import batch_too_large
 from hanok.server.service import Prepared, Service
 from hanok.server.submission import check_prompt, fitting, truncated
 from hanok.server.times import timing_headers
-from hanok.server.web import (
-    Json,
-    Route,
-    exchange_of,
-    note_parameters,
-)
+from hanok.server.web import Json, exchange_of, note_parameters
 
 DEFAULT_COMPLETION_TOKENS = 16
 
@@ -134,7 +130,7 @@ async def completions(service: Service, request: Request, body: CompletionReques
 
 
 def infill_of(service: Service, body: CompletionRequest) -> Infill | None:
-    """Return what writes a prompt with its `suffix`; None where there is none.
+    """Return what writes a prompt with its `suffix`; None without one.
 
     Raises ServerError if the tokenizer has no markers for it, and for options without a meaning for a
     prompt that is not in the order of its text.
@@ -148,7 +144,7 @@ def infill_of(service: Service, body: CompletionRequest) -> Infill | None:
     }
     for name, value in given.items():
         if value is not None:
-            raise invalid(f"`{name}` cannot be given beside `suffix`", name)
+            raise invalid(f"`{name}` cannot be given together with `suffix`", name)
     return service.needed_infill
 
 

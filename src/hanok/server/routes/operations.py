@@ -18,13 +18,14 @@ from hanok.server.messages_models import MessagesRequest
 from hanok.server.openai_models import ChatRequest, CompletionRequest
 from hanok.server.openai_sampling import check, origins, sampling_options
 from hanok.server.responses_models import ResponsesRequest
+from hanok.server.route import Route
 from hanok.server.routes import openai, tgi
 from hanok.server.routes.chat import chat_completions
 from hanok.server.routes.openai import prompts_of
 from hanok.server.service import Service
 from hanok.server.submission import check_prompt, fitting, truncated
 from hanok.server.tgi_models import Body, CompatGenerateRequest, GenerateRequest, Name
-from hanok.server.web import Json, Pieces, Route, dumps, validated
+from hanok.server.web import Json, Pieces, dumps, validated
 
 
 class Info(BaseModel):

@@ -19,10 +19,11 @@ from hanok.server.logprobs import logprob_of
 from hanok.server.openai_sampling import check_model
 from hanok.server.responses_input import chat_request, tells_logprobs
 from hanok.server.responses_models import InputTokens, ResponseBody, ResponsesRequest, TextOptions
+from hanok.server.route import Route
 from hanok.server.service import Service
 from hanok.server.submission import submitted
 from hanok.server.times import stream_headers, timing_headers
-from hanok.server.web import Json, Route, as_event, dumps, exchange_of
+from hanok.server.web import Json, as_event, dumps, exchange_of
 
 WireEvents = list[dict[str, Any]]
 

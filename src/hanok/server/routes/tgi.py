@@ -17,6 +17,7 @@ from hanok.server.chat import conversation_of
 from hanok.server.errors import ServerError, flat_body, invalid
 from hanok.server.logprobs import num_scores, text_of
 from hanok.server.openai_models import ChatRequest
+from hanok.server.route import Route
 from hanok.server.service import Prepared, Service
 from hanok.server.tgi_models import (
     CompatGenerateRequest,
@@ -26,15 +27,7 @@ from hanok.server.tgi_models import (
     VertexRequest,
 )
 from hanok.server.times import stream_headers, timing_headers
-from hanok.server.web import (
-    Json,
-    Route,
-    as_event,
-    dumps,
-    exchange_of,
-    note_parameters,
-    validated,
-)
+from hanok.server.web import Json, as_event, dumps, exchange_of, note_parameters, validated
 
 TOKENS_AT_ONCE = 1000
 """Tokens that are written to JSON at once: a millisecond, during which the event loop is blocked."""
