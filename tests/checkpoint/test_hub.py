@@ -232,7 +232,7 @@ def test_damaged_headers_are_refused(tmp_path: Path, fake: FakeHub) -> None:
 def test_without_a_network(fake: FakeHub) -> None:
     url = fake.url
     fake.close()
-    with pytest.raises(CheckpointError, match=f"is no folder here, and {url} cannot be reached"):
+    with pytest.raises(CheckpointError, match=f"is not a folder here, and {url} cannot be reached"):
         hanok.plan_load("org/small", may_measure=False)
 
 

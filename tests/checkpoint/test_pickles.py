@@ -377,8 +377,8 @@ def test_refuses_a_storage_that_is_none(path: Path, program: Program, message: s
         ([torch.ones(1)], "holds a list, not a state_dict"),
         (torch.ones(1), "holds a View, not a state_dict"),
         ({"a": 1, "b": {"c": torch.ones(1)}}, r"holds no tensors .* its keys are \['a', 'b'\]"),
-        ({"a": torch.ones(1), "b": {"c": torch.ones(1)}}, "a dict of tensors, 'b', lies beside"),
-        ({"a": torch.ones(1), "b": [torch.ones(1)]}, "a list of tensors, 'b', lies beside"),
+        ({"a": torch.ones(1), "b": {"c": torch.ones(1)}}, "a dict of tensors, 'b', is next to"),
+        ({"a": torch.ones(1), "b": [torch.ones(1)]}, "a list of tensors, 'b', is next to"),
         ({0: torch.ones(1)}, "a tensor is named by a int"),
         ({"a": torch.ones(1, dtype=torch.complex64).conj()}, "'a' .* conjugate"),
     ],
@@ -498,9 +498,7 @@ def check_refs(refs: dict[str, TensorRef], file_bytes: int) -> None:
         assert len(read_tensor_bytes(ref)) == ref.dense_bytes
 
 
-@settings(
-    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     form=st.sampled_from(FORMATS),
     seed=st.integers(0, 2**32),

@@ -294,7 +294,7 @@ def test_an_adapter_beside_weights_is_told(tmp_path: Path, file: str) -> None:
     (tmp_path / "model.safetensors").rename(tmp_path / file)
     save_file({"a.lora_A.weight": torch.zeros(2, 2)}, tmp_path / "adapter_model.safetensors")
     (tmp_path / "adapter_config.json").write_text("{}")
-    assert [note for note in notes_of(load(tmp_path)) if "PEFT adapter beside the weights" in note]
+    assert [note for note in notes_of(load(tmp_path)) if "PEFT adapter next to the weights" in note]
     assert [note for note in describe(tmp_path).notes if "is left out" in note]
 
 

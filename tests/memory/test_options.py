@@ -90,7 +90,7 @@ def test_axes_of_a_benchmark_are_options_of_a_load_or_of_a_question() -> None:
 @pytest.mark.parametrize(("name", "value"), [("quant", "int4"), ("dtype", "auto"), ("batch", 1)])
 def test_an_option_that_a_plan_has_decided_is_refused_beside_it(name: str, value: Any) -> None:
     plan = hanok.plan_load(hanok.BUNDLED, may_measure=False)
-    with pytest.raises(OptionError, match=f"{name} given beside a plan"):
+    with pytest.raises(OptionError, match=f"{name} given with a plan"):
         hanok.load(plan=plan, **{name: value})
 
 

@@ -143,7 +143,7 @@ def test_infill_takes_the_room_that_there_is(coder: Model, coding: httpx.Client)
 @pytest.mark.parametrize(
     ("path", "body", "status", "words"),
     [
-        ("v1/completions", {"echo": True}, 422, "`echo` cannot be given beside `suffix`"),
+        ("v1/completions", {"echo": True}, 422, "`echo` cannot be given together with `suffix`"),
         ("v1/completions", {"truncate_prompt_tokens": 5}, 422, "`truncate_prompt_tokens` cannot"),
         ("v1/completions", {"add_special_tokens": False}, 422, "`add_special_tokens` cannot"),
         ("infill", {"n": 2}, 422, "`n` is not supported by /infill"),

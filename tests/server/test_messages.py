@@ -171,7 +171,7 @@ def assistant(*blocks: Any) -> dict[str, Any]:
         ({"tools": [WEATHER], "tool_choice": {"type": "tool"}}, "`tool_choice.name` is missing"),
         ({"mcp_servers": [{"url": "x"}]}, "`mcp_servers` is not supported"),
         ({"context_management": {"edits": [{"type": "clear_tool_uses_20250919"}]}}, "made shorter"),
-        ({"n": 2}, "`n` is no field of /v1/messages"),
+        ({"n": 2}, "`n` is not a field of /v1/messages"),
     ],
 )
 def test_what_is_not_there_is_refused(body: dict[str, Any], words: str) -> None:

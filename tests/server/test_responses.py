@@ -132,7 +132,7 @@ def test_fields_become_those_of_a_chat_request() -> None:
             {"text": {"format": {"type": "json_schema", "name": "a"}}},
             "text.format.schema` is missing",
         ),
-        ({"n": 2}, "`n` is no field of /v1/responses"),
+        ({"n": 2}, "`n` is not a field of /v1/responses"),
         ({"input": []}, "`input` cannot be empty"),
         ({"input": [{"type": "item_reference", "id": "x"}]}, "input.0 refers to a stored item"),
         ({"input": [{"type": "computer_call"}]}, "input.0 is of type 'computer_call'"),

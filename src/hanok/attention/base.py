@@ -391,7 +391,7 @@ def packed_keys(
     seen = (own[:, None] == sequence) & (key <= position[:, None])
     if spec.window is not None:
         seen = seen & (key > position[:, None] - spec.window)
-    if state is not None:  # what nobody has written may be no number
+    if state is not None:  # memory that was never written may hold NaN
         k, v = (torch.where(seen.any(0)[:, None, None], item, 0.0) for item in (k, v))
     return k.transpose(0, 1), v.transpose(0, 1), seen
 

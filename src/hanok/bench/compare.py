@@ -4,7 +4,7 @@ A change must be larger than four things: what the rounds of both runs allow to 
 sure as a whole table asks for); `MIN_EFFECT`, by which one program differs from start to start; what the
 machine changed by, as its probes say, which run no code of ours; and what all rows changed by together.
 Probes do not see all that a machine does: once everything was 1.25 times as fast in the second of two
-runs, and the probes 0.8 to 1.08 times. What all rows share is told of all, and of none alone.
+runs, and the probes 0.8 to 1.08 times. A change common to all rows is reported once, not per row.
 """
 
 import statistics

@@ -1,4 +1,4 @@
-"""What a figure depends on beside the model: this machine, what it could do, and who else uses it."""
+"""What a figure depends on besides the model: this machine, its speed, and who else uses it."""
 
 import os
 import platform

@@ -1,6 +1,6 @@
 """Times that may be compared: contestants take turns, and a figure comes with its spread.
 
-What a machine does beside a measurement changes slowly, so contestants that are measured one after
+The load of a machine besides a measurement changes slowly, so contestants that are measured one after
 another share it within a round. Each round begins one contestant further on; a ratio is that of the
 medians, and its spread that of the rounds.
 """

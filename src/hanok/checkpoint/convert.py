@@ -152,7 +152,7 @@ def _says_tied(config: Mapping[str, Any]) -> bool | None:
 def _companions(
     checkpoint: Checkpoint, folder: Path, shared: Mapping[str, str]
 ) -> dict[Path, bytes | dict[str, Any]]:
-    """Return the files to write beside the weights: bytes, or an object to be written as JSON.
+    """Return the files to write next to the weights: bytes, or an object to be written as JSON.
 
     A different file of that name in `folder` is a CheckpointError, before anything is written.
     """

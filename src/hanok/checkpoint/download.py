@@ -77,7 +77,7 @@ def fetch(
 def wanted(files: Iterable[str]) -> list[str]:
     """Return which files of a repository to download: weights in one format, and what describes them.
 
-    Files below the top are another form of the model, and so are safetensors of other names beside a
+    Files below the top are another form of the model, and so are safetensors of other names next to a
     `model.safetensors`.
     """
     top = [file for file in files if "/" not in file]
@@ -135,7 +135,7 @@ def _download(name: str, revision: str | None, cache_folder: Path | None) -> Pat
         )
     except Exception as error:  # Whatever the hub, its client or the network raise.
         raise CheckpointError(
-            f"{name} is no folder here, and cannot be downloaded from the hub: {error}. Check the name "
-            "and the network; for a gated or private model accept its terms and log in (`hf auth "
+            f"{name} is not a folder here, and cannot be downloaded from the hub: {error}. Check the "
+            "name and the network; for a gated or private model accept its terms and log in (`hf auth "
             "login`, or HF_TOKEN)."
         ) from error

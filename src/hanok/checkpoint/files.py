@@ -1,6 +1,6 @@
 """Opens a checkpoint on disk: its config and, for every tensor, the place of its bytes.
 
-A checkpoint is a folder in the Hugging Face layout, or one weights file with its config beside it.
+A checkpoint is a folder in the Hugging Face layout, or one weights file with its config next to it.
 Safetensors are preferred to pickles, a whole file to an index, a known name to an unknown one.
 
 Invariant: a `Checkpoint` names each tensor once, and every index agrees with its shards about the
@@ -102,7 +102,7 @@ def open_checkpoint(path: str | Path, *, needs_config: bool = True) -> Checkpoin
     config_path = folder / "config.json"
     if needs_config and not config_path.is_file():
         raise CheckpointError(
-            f"{config_path}: is absent, and without it the model behind the weights is not known; "
+            f"{config_path}: is absent, and without it the architecture is not known; "
             "copy it from where the checkpoint comes from"
         )
     generation_path = folder / "generation_config.json"
@@ -235,7 +235,7 @@ def _read_weights(file: Path) -> tuple[dict[str, TensorRef], dict[str, str]]:
     if file.suffix in PICKLES.suffixes:
         return read_pickle_header(file), {}
     raise CheckpointError(
-        f"{file}: is no weights file; known endings are .safetensors, .bin, .pt and .pth"
+        f"{file}: is not a weights file; known endings are .safetensors, .bin, .pt and .pth"
     )
 
 
@@ -244,7 +244,7 @@ def _read_index(index: Path) -> dict[Path, set[str] | None]:
     weight_map = parse_json_object(_read_file(index), str(index), is_strict=True).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(
-            f"{index}: has no weight_map from tensor names to files, so it is no weights index; "
+            f"{index}: has no weight_map from tensor names to files, so it is not a weights index; "
             "get it again"
         )
     shards: dict[str, set[str]] = {}

@@ -14,7 +14,7 @@ from hanok.errors import CheckpointError, UnsupportedError
 CONFIG = "config.json"
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = {"adapter_model.safetensors", "adapter_model.bin"}
-PARAMS = "params.json"  # beside Mistral's and Meta's own weights, in place of config.json
+PARAMS = "params.json"  # with Mistral's and Meta's own weights, in place of config.json
 FOREIGN: Mapping[str, str] = {
     "*.gguf": "GGUF",
     "*.ggml": "GGML",
@@ -135,7 +135,7 @@ def adapter_note(folder: Path) -> str | None:
     if not (folder / ADAPTER_CONFIG).is_file():
         return None
     return (
-        f"adapter: the PEFT adapter beside the weights ({ADAPTER_CONFIG}) is left out; merge it into "
+        f"adapter: the PEFT adapter next to the weights ({ADAPTER_CONFIG}) is left out; merge it into "
         "them to use it"
     )
 

@@ -131,8 +131,8 @@ class _Repository:
             raise CheckpointError(self._refusal(error)) from error
         except (URLError, OSError) as error:
             raise CheckpointError(
-                f"{self.name} is no folder here, and {self.endpoint} cannot be reached: {error}. Check "
-                "the path or the network."
+                f"{self.name} is not a folder here, and {self.endpoint} cannot be reached: {error}. "
+                "Check the path or the network."
             ) from error
 
     def _refusal(self, error: HTTPError) -> str:

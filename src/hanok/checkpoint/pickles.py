@@ -243,7 +243,7 @@ class _Unpickler(pickle.Unpickler):
         known = _KNOWN.get((module_name, global_name))
         if known is None:
             raise _RefusedError(
-                f"names {module_name}.{global_name}, which is no part of a plain dict of tensors"
+                f"names {module_name}.{global_name}, which does not belong to a plain dict of tensors"
             )
         return known
 
@@ -474,7 +474,7 @@ def _named_views(path: Path, root: object) -> Iterator[tuple[str, _View]]:
         elif _has_view(value):
             # Dropping them silently would lose weights.
             raise CheckpointError(
-                f"{path}: a {type(value).__name__.strip('_')} of tensors, {_shown(name)}, lies beside "
+                f"{path}: a {type(value).__name__.strip('_')} of tensors, {_shown(name)}, is next to "
                 "other tensors, so it is not clear which are the weights; save a flat dict of them"
             )
 

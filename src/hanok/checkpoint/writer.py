@@ -125,13 +125,13 @@ def _check_tensors(folder: Path, tensors: Sequence[TensorData]) -> None:
         names.add(tensor.name)
         if tensor.dtype not in DTYPE_BITS:
             raise CheckpointError(
-                f"{where} dtype {tensor.dtype!r} is none of {', '.join(DTYPE_BITS)}"
+                f"{where} dtype {tensor.dtype!r} is not one of {', '.join(DTYPE_BITS)}"
             )
         if any(extent < 0 for extent in tensor.shape):
             raise CheckpointError(f"{where} the shape {tensor.shape} has a negative extent")
         if count_elements(tensor.shape, where) * DTYPE_BITS[tensor.dtype] % 8:
             raise CheckpointError(
-                f"{where} {tensor.dtype} of shape {tensor.shape} is no whole number of bytes"
+                f"{where} {tensor.dtype} of shape {tensor.shape} is not a whole number of bytes"
             )
 
 

@@ -64,7 +64,7 @@ class RateProbe:
             rest = rest[index + 1 :]
 
     def _prepare(self, work: Work) -> None:
-        """Make what a larger call needs, and see how long it takes beside the one before it."""
+        """Make what a larger call needs, and see how long it takes compared with the previous one."""
         before, before_s = self._amount, self._seconds
         start = time.perf_counter()
         self._call, self._amount = work.prepare(), work.amount

@@ -5,7 +5,7 @@ writes a schema rarely means that, and a model that may write more goes on writi
 come to the closing brace. So where nothing is said, nothing more may be written.
 
 What the closed schema takes the original takes too. Schemas that hold for the same object (those of an
-`allOf`, the target of a `$ref` with others beside it, an `anyOf` beside `properties`) are closed
+`allOf`, the target of a `$ref` with siblings, an `anyOf` next to `properties`) are closed
 together: each allows the names of all. Where a schema that takes less would make another take more
 (`not`, a `oneOf` whose parts may fit one value), or what is named cannot be known, the whole schema
 stays as it is.
@@ -106,7 +106,7 @@ class _Closing:
         self._num_compared = 0
 
     def closed(self, pointer: str, others: _Named) -> Schema:
-        """The schema at `pointer`, where schemas beside it name `others` for the same object."""
+        """The schema at `pointer`, where its siblings name `others` for the same object."""
         schema = self._document.schemas[pointer]
         itself, groups = _named_itself(schema), self._groups(pointer)
         named = [_all(map(self._named, group)) for group in groups]

@@ -480,7 +480,7 @@ def load(
     The options are the fields of `hanok.LoadOptions`. Every load follows a plan: GPUs first, then the
     CPU; what fits nowhere is read from the checkpoint's files in every pass. A `plan` made before
     (`hanok.plan_load`) has decided `dtype`, `quant`, `weights`, `cache_dtype`, `device_map`,
-    `max_memory`, `context` and `batch`; the other options may be given beside it. `progress` is called
+    `max_memory`, `context` and `batch`; the other options may be given with it. `progress` is called
     with the bytes of each weight placed. Raises CheckpointError, OptionError, UnsupportedError or
     BudgetError, each saying what to do.
     """

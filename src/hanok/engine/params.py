@@ -194,7 +194,7 @@ class SamplingParams:
 def seed_of_answer(seed: int | None, index: int) -> int | None:
     """Return the seed of one of several answers to a prompt; the first has the seed itself.
 
-    The others' depend on nothing else, and are not those of the seeds beside it.
+    The others' depend on nothing else, and are not those of neighbouring seeds.
     """
     if seed is None or index == 0:
         return seed

@@ -1,4 +1,4 @@
-"""What fewer bits cost: variants of a checkpoint against the checkpoint itself, quality beside speed.
+"""What fewer bits cost: variants of a checkpoint against the checkpoint itself, quality and speed.
 
 The reference is the model as it is, in the dtype asked for. Variants are quantization
 recipes or dtypes, loaded one after another, so that one model is in memory at a time; what has to be
@@ -362,7 +362,7 @@ def _layer_errors(decoder: Decoder, tokens: Sequence[int], probe: _Probe) -> lis
 
 
 def decode_per_s(model: Model) -> float:
-    """Return the tokens that one user gets per second behind a short prompt."""
+    """Return the tokens that one user gets per second after a short prompt."""
     prompt = [min(5, model.config.vocab_size - 1)] * 8
     rates = []
     for _ in range(REPEATS):

@@ -25,9 +25,9 @@ LOGIT_ROWS = 256  # of a prompt, scored at once
 class StepResult:
     """What came of some chunks.
 
-    `logits`: (rows, vocab) float32: for each chunk that is the last of its sequence a row behind its
-    last token and one behind each drafted one, in the chunks' order; `scores`: for each chunk those of
-    the prompt tokens behind its own; `pooled`: for each chunk that is pooled, (hidden,) float64 on the
+    `logits`: (rows, vocab) float32: for each chunk that is the last of its sequence a row after its
+    last token and one after each drafted one, in the chunks' order; `scores`: for each chunk those of
+    the prompt tokens after its own; `pooled`: for each chunk that is pooled, (hidden,) float64 on the
     CPU, the sum of its hidden states or the last of them.
     """
 

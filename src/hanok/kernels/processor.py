@@ -17,7 +17,7 @@ FEW_ROWS = 8
 def instruction_set_cap() -> str | None:
     """Return the best instruction set that the user allows (HANOK_ISA); None: any.
 
-    Raises OptionError for one that is none of INSTRUCTION_SETS.
+    Raises OptionError for one that is not in INSTRUCTION_SETS.
     """
     # A property of the machine, not of a call: it shall hold for every process started here, and for
     # programs that use hanok as a library.

@@ -170,7 +170,7 @@ def choose_dtype(
 def activation_bytes(config: ModelConfig, use: Use) -> int:
     """Return what one pass holds besides weights and cache, with the holes it leaves in the heap.
 
-    The most is held inside a mixer or an MLP, beside four rows of hidden states: a block's input, what
+    The most is held inside a mixer or an MLP, besides four rows of hidden states: a block's input, what
     the mixer made of it, their sum, its norm.
     """
     tokens = min(PREFILL_TOKENS, use.context * use.batch)

@@ -144,6 +144,6 @@ def refuse_beside_plan(given: Mapping[str, Any]) -> None:
     decided = [name for name in PLANNED if name in given]
     if decided:
         raise OptionError(
-            f"{' and '.join(decided)} given beside a plan, which was made with its own: nothing is "
+            f"{' and '.join(decided)} given with a plan, which was made with its own: nothing is "
             "planned any more. Give them to hanok.plan_load, or give hanok.load a path."
         )

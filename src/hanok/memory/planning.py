@@ -48,7 +48,7 @@ DEFAULT_CONTEXT = 4096
 SMALLEST_CONTEXT = 512
 NUM_READERS = 2  # threads; two fault in and fill pages nearly twice as fast as one
 RUNTIME_BYTES = 148 * 2**20  # Python with torch and hanok loaded, before a weight is
-# What CUDA's libraries claim of the host when a GPU quantizes and computes, beside its context (H200).
+# What CUDA's libraries claim of the host when a GPU quantizes and computes, besides its context (H200).
 GPU_LIBRARY_BYTES = 448 * 2**20
 FIRST_USE_BYTES = 28 * 2**20  # what threads and libraries claim the first time they compute
 

@@ -46,7 +46,7 @@ class Packer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Format:
-    """What the codes of a weight are, whoever made them.
+    """What the codes of a weight are, however they were made.
 
     `kind`: "signed" codes are whole numbers around zero; "zero" ones are unsigned with a zero for each
     group; "codebook" ones are indices; "float8" ones are e4m3 numbers. `group_size`: columns that share

@@ -215,7 +215,7 @@ def passed_on(extra: Mapping[str, Any], path: str) -> dict[str, Any]:
     """
     for name, value in extra.items():
         if name in ChatRequest.model_fields and name not in PASSED_ON and value is not None:
-            raise invalid(f"`{name}` is no field of {path}", name)
+            raise invalid(f"`{name}` is not a field of {path}", name)
     return {name: value for name, value in extra.items() if name in PASSED_ON | NOT_SERVED.keys()}
 
 

@@ -310,7 +310,7 @@ class Service:
         """
         exchange = exchange_of(request)
 
-        async def told() -> AsyncGenerator[str, None]:
+        async def with_errors() -> AsyncGenerator[str, None]:
             try:
                 async with aclosing(events) as texts:
                     async for text in texts:
@@ -320,7 +320,7 @@ class Service:
                     yield text
 
         return EventStream(
-            told(),
+            with_errors(),
             lambda: give_up(tickets),
             keep_alive_s=self.options.keep_alive_s,
             write_timeout_s=self.options.write_timeout_s,

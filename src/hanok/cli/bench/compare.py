@@ -46,7 +46,7 @@ def print_comparison(found: "Comparison") -> None:
     if found.shared is not None:
         click.echo(
             f"All rows together became {found.shared:.3g} times as fast. Whether that is the machine or "
-            "what they share cannot be told apart here, so no row is called changed by it."
+            "what they share cannot be separated here, so no row is called changed by it."
         )
     for title, rows in (("before", found.only_before), ("after", found.only_after)):
         for row in rows:

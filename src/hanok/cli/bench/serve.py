@@ -92,7 +92,7 @@ def command(  # noqa: PLR0913 (click passes each option as an argument)
     )
     _check_one_loop(clients, rate, trace)
     if trace is None and (time_scale is not None or length_scale is not None):
-        raise OptionError("--time-scale and --length-scale belong to --trace; there is none.")
+        raise OptionError("--time-scale and --length-scale belong to --trace, which is missing.")
     if trace is not None and (input_tokens is not None or output_tokens is not None):
         raise OptionError(
             "--trace brings the lengths: leave out --input-tokens and --output-tokens, or use "

@@ -1,8 +1,8 @@
 """Panels of 16 rows for our own CPU kernels (`hanok.kernels`), which read them at the speed of memory.
 
-The order of bytes stands in `kernels/cpp/kernels.h`. Where the format allows it, x is rounded to int8
+`kernels/cpp/kernels.h` has the order of bytes. Where the format allows it, x is rounded to int8
 group by group and multiplied as whole numbers; else it stays as it is, and many tokens are multiplied
-with a block of rows turned back into float32.
+with a block of rows converted back to float32.
 """
 
 from functools import cached_property
@@ -170,7 +170,7 @@ class PanelWeight(StoredWeight):
             return f"hanok {self._kernels.instruction_set}, x rounded to int8"
         if num_tokens <= FLOAT_TOKENS:
             return f"hanok {self._kernels.instruction_set}, x as it is"
-        return "torch, a block of rows turned into float32 at a time"
+        return "torch, a block of rows converted to float32 at a time"
 
     def _write(self, start: int, record: QuantizedWeight) -> None:
         count = record.shape[0]

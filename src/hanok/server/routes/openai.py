@@ -130,7 +130,7 @@ async def completions(service: Service, request: Request, body: CompletionReques
 
 
 def infill_of(service: Service, body: CompletionRequest) -> Infill | None:
-    """Return what writes a prompt with its `suffix`; None where there is none.
+    """Return what writes a prompt with its `suffix`; None without one.
 
     Raises ServerError if the tokenizer has no markers for it, and for options without a meaning for a
     prompt that is not in the order of its text.
@@ -144,7 +144,7 @@ def infill_of(service: Service, body: CompletionRequest) -> Infill | None:
     }
     for name, value in given.items():
         if value is not None:
-            raise invalid(f"`{name}` cannot be given beside `suffix`", name)
+            raise invalid(f"`{name}` cannot be given together with `suffix`", name)
     return service.needed_infill
 
 
