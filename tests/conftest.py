@@ -1,4 +1,4 @@
-"""What tests of kernels share: which build, each instruction set, threads, and Triton's interpreter."""
+"""What tests share: the profile of hypothesis; kernels, threads, and the interpreter of Triton."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -7,8 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
 
 from hanok.kernels import native
+
+# The same examples in every run, and no failure because the machine was busy.
+settings.register_profile("hanok", derandomize=True, deadline=None)
+settings.load_profile("hanok")
 
 # Without a GPU Triton's kernels run in its interpreter, chosen before anything imports it.
 if not torch.cuda.is_available():

@@ -35,12 +35,7 @@ PLAIN = AttentionSpec(num_heads=4, num_kv_heads=2, head_dim=16, scale=0.25)
 FITTING = [name for name, reason in why_not_table(PLAIN, CPU, torch.float32).items() if not reason]
 CHUNKED: dict[str, ModuleType] = {"eager": eager, "sdpa": sdpa}
 
-grid = settings(
-    max_examples=12,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
+grid = settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @st.composite

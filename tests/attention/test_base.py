@@ -10,7 +10,7 @@ from hanok.attention.base import ForwardBatch
 META = torch.device("meta")  # a device that is not the CPU, wherever the tests run
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60)
 @given(
     shape=st.lists(
         st.tuples(st.integers(0, 9), st.integers(1, 5), st.integers(1, 4), st.integers(-1, 2)),

@@ -55,7 +55,7 @@ def attend_in_turn(
 
 
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=25)
 @given(
     lengths=st.lists(st.sampled_from([2, 63, 64, 65, 130, 200, 1100]), min_size=1, max_size=3),
     share=st.sampled_from([0.0, 0.5, 0.99]),

@@ -36,7 +36,7 @@ operations = st.lists(
 )
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60)
 @given(steps=operations)
 def test_any_order_of_operations_is_the_same_on_lists(
     steps: list[tuple[str, int, int]],

@@ -14,12 +14,7 @@ from hypothesis import strategies as st
 from hanok.bench.arrivals import Arrival, poisson, read_trace
 from hanok.errors import OptionError, RequestError
 
-quick = settings(
-    max_examples=30,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
+quick = settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 requests = st.lists(
     # Whole milliseconds, as both formats can write them.
     st.tuples(st.integers(0, 10**7), st.integers(1, 5000), st.integers(1, 900)),

@@ -49,7 +49,7 @@ def measure(items: Sequence[AttentionCase], **changes: Any) -> AttentionReport:
     return measure_attention(items, quick(**changes))
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=40)
 @given(keys=st.integers(1, 20), data=st.data(), window=st.one_of(st.none(), st.integers(1, 25)))
 def test_flop_and_bytes_count_what_is_visible(
     keys: int, data: st.DataObject, window: int | None

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -56,7 +56,6 @@ class Machine:
             return probe.best_per_s()
 
 
-@settings(deadline=None, derandomize=True)
 @given(rate=st.floats(1e7, 1e15), overhead_s=st.floats(0, 0.02), first_s=st.floats(0, 5))
 def test_a_probe_ends_in_time_on_any_machine(
     rate: float, overhead_s: float, first_s: float

@@ -88,7 +88,7 @@ def one(parts: Sequence[bytes], ask: Ask, protocol: Protocol = "openai") -> tupl
 
 
 @given(cuts=st.lists(st.integers(0, 700), max_size=12), crlf=st.booleans())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_events_are_the_same_wherever_the_wire_cuts_them(cuts: list[int], crlf: bool) -> None:
     data = b": a comment\n\n" + sse(OPENAI_EVENTS, "\r\n\r\n" if crlf else "\n\n")
     data += b"data: [DONE]\n\n"

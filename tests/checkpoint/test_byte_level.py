@@ -120,7 +120,7 @@ def test_as_transformers_reads_the_folder(request, tmp_path, case):
     folder = said(request.getfixturevalue(source), tmp_path, config, model)
     ours, theirs = open_tokenizer(folder), AutoTokenizer.from_pretrained(folder)
 
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=60)
     @given(text=ANY_TEXT)
     def compare(text: str) -> None:
         assert ours.encode(text, add_special_tokens=False) == theirs.encode(

@@ -240,9 +240,7 @@ def test_reading_a_file_that_was_cut_off_since(folder: Path) -> None:
 DTYPES = {"U8": torch.uint8, "BF16": torch.bfloat16, "I32": torch.int32, "F64": torch.float64}
 
 
-@settings(
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     dims=st.lists(st.tuples(st.integers(0, 5), st.integers(0, 7)), max_size=4),
     offset=st.integers(0, 3),

@@ -498,9 +498,7 @@ def check_refs(refs: dict[str, TensorRef], file_bytes: int) -> None:
         assert len(read_tensor_bytes(ref)) == ref.dense_bytes
 
 
-@settings(
-    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     form=st.sampled_from(FORMATS),
     seed=st.integers(0, 2**32),

@@ -117,7 +117,7 @@ def glm4(tmp_path_factory) -> Tokenizer:
     return open_tokenizer(folder)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(text=TEXTS)
 def test_ids_of_tiktoken(qwen, glm4, text):
     composed = unicodedata.normalize("NFC", text)
@@ -227,7 +227,7 @@ def mistral(tmp_path_factory) -> Tokenizer:
     return open_tokenizer(folder)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(text=TEXTS)
 def test_ids_of_tekken(mistral, text):
     ids = [token + 30 for token in expected(text, TEKKEN, RANKS)]

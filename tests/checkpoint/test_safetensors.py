@@ -195,9 +195,7 @@ def test_refuses_a_hole_before_the_first_tensor(path: Path) -> None:
         read_header(write_raw(path, header, b"\0" * 16))
 
 
-@settings(
-    max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(changes=st.lists(st.tuples(st.integers(0, 2**16), st.binary(min_size=1, max_size=4))))
 def test_a_damaged_header_is_an_error_or_consistent(
     path: Path, changes: list[tuple[int, bytes]]

@@ -117,7 +117,7 @@ def pieces(tokenizer: Tokenizer, ids: Sequence[int], *, skip: bool = True) -> li
 
 
 @pytest.mark.parametrize("kind", ["byte_level", "sentencepiece"])
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(text=TEXTS)
 def test_text_survives(cases, kind, text):
     case = cases[kind]
@@ -131,7 +131,7 @@ def test_text_survives(cases, kind, text):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(data=st.data())
 def test_behind_other_ids_a_stream_is_what_follows_them(cases, kind, data):
     """Whether the ids before were pushed or the stream began behind them, the pieces are the same."""
@@ -151,7 +151,7 @@ def test_behind_other_ids_a_stream_is_what_follows_them(cases, kind, data):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(data=st.data())
 def test_prompt_and_pieces_are_the_text_of_both(cases, kind, data):
     """As the library that owns the vocabulary writes it, wherever a text is cut in two."""
@@ -209,7 +209,7 @@ def test_a_space_that_a_byte_spells_is_kept(cases):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(data=st.data())
 def test_any_ids_join_to_decode(cases, kind, data):
     case = cases[kind]
@@ -224,7 +224,7 @@ def test_any_ids_join_to_decode(cases, kind, data):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(before=TEXTS, data=st.data())
 def test_bytes_of_a_text_come_as_characters(cases, kind, before, data):
     # Whatever follows, each character is there as soon as its last byte is.

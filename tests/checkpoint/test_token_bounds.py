@@ -126,7 +126,7 @@ def bounded(tmp_path_factory) -> dict[str, Tokenizer]:
 
 
 @pytest.mark.parametrize("name", BOUNDED)
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(text=TEXTS)
 def test_no_encoding_falls_below(bounded, name, text):
     tokenizer = bounded[name]
@@ -232,7 +232,7 @@ def pieces(tmp_path_factory) -> Tokenizer:
     return open_tokenizer(model(tmp_path_factory.mktemp("model")))
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(text=TEXTS)
 def test_no_encoding_of_sentencepiece_falls_below(pieces, text):
     fewest = pieces.fewest_tokens(text)

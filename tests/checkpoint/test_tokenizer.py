@@ -356,7 +356,7 @@ def test_vocab_and_merges(tmp_path):
 
 
 @pytest.mark.parametrize("legacy", [None, True, False])
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     text=st.sampled_from(TEXTS)
     | st.lists(

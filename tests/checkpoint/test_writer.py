@@ -169,9 +169,7 @@ def test_json_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     assert names(tmp_path) == ["config.json"]
 
 
-@settings(
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     content=st.dictionaries(
         st.text(st.characters(exclude_categories=["Cs"])).filter("__metadata__".__ne__),

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 import hanok
@@ -146,6 +147,21 @@ def test_a_file_is_short_and_says_what_it_is(path: Path) -> None:
     text = path.read_text()
     assert len(text.splitlines()) <= MAX_LINES
     assert path.name == "__init__.py" or ast.get_docstring(ast.parse(text))
+
+
+def test_examples_are_the_same_in_every_run() -> None:
+    """One profile decides it for all tests, so no test file repeats or overrules it."""
+    current = hypothesis.settings()
+    assert (current.derandomize, current.deadline) == (True, None)
+    found = [
+        f"{path.relative_to(ROOT)}:{node.value.lineno} {node.arg}"
+        for path in sorted((ROOT / "tests").rglob("test_*.py"))
+        for call in ast.walk(ast.parse(path.read_text()))
+        if isinstance(call, ast.Call) and getattr(call.func, "id", "") == "settings"
+        for node in call.keywords
+        if node.arg in {"derandomize", "deadline", "database"}
+    ]
+    assert found == []
 
 
 def test_public_names_are_sorted_and_exist() -> None:

@@ -57,7 +57,7 @@ steps = st.lists(
 )
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=300)
 @given(steps=steps, num_blocks=st.integers(1, 14))
 def test_blocks_hold_what_they_are_found_by_and_none_is_lost(
     steps: list[tuple[str, list[int]] | int], num_blocks: int

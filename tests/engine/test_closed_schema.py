@@ -219,7 +219,7 @@ VALUES = st.recursive(
 )
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=150)
 @given(schema=DOCUMENTS, values=st.lists(VALUES, min_size=4, max_size=8))
 def test_what_the_closed_schema_takes_the_original_takes(schema: Any, values: list[Any]) -> None:
     found = closed(schema)

@@ -200,7 +200,7 @@ def test_an_end_token_is_no_stop_text(model: Model) -> None:
 TEXTS = st.text(alphabet="abAB \n", max_size=40)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     text=TEXTS,
     stops=st.lists(st.text(alphabet="abAB \n", min_size=1, max_size=4), max_size=3),
@@ -234,7 +234,7 @@ def test_what_is_shown_is_the_text_before_the_first_stop(
     assert is_stopped == bool(ends)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     parts=st.lists(st.tuples(st.text("abc", max_size=3), st.text("abc", max_size=3)), max_size=6),
     stops=st.lists(st.text("abc", min_size=1, max_size=4), min_size=1, max_size=3),

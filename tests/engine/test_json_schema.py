@@ -128,7 +128,7 @@ def is_valid(schema: Any, value: Any) -> bool:
 
 
 @pytest.mark.parametrize("schema", [item[1] for item in SCHEMAS], ids=[x[0] for x in SCHEMAS])
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60)
 @given(value=VALUES)
 def test_a_moved_schema_takes_the_same_values(schema: Any, value: Any) -> None:
     before = json.dumps(schema)

@@ -167,6 +167,49 @@ def test_a_save_that_fails_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_saved_folder_gets_its_name_in_one_rename(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Until then nothing has the name, and what was written is what gets it."""
+    target, renamed = tmp_path / "copy", []
+    original = Path.rename
+
+    def rename(source: Path, new: Path) -> Path:
+        if new == target:
+            assert not target.exists()
+            written = {item.name: item.stat().st_ino for item in source.iterdir()}
+            renamed.append((source.stat().st_ino, written))
+        return original(source, new)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    model.save(target)
+    ((folder, written),) = renamed
+    assert "model.safetensors" in written
+    assert target.stat().st_ino == folder
+    assert {item.name: item.stat().st_ino for item in target.iterdir()} == written
+
+
+def test_a_save_that_fails_while_it_renames_leaves_the_old_folder(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    (kept / "notes").touch()
+    with pytest.raises(hanok.CheckpointError, match="exists and is not empty"):
+        model.save(kept)
+
+    def fail(*_: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(OSError, match="disk full"):
+        model.save(tmp_path / "copy")
+    assert [str(item.relative_to(tmp_path)) for item in sorted(tmp_path.rglob("*"))] == [
+        "kept",
+        "kept/notes",
+    ]
+
+
 def test_facts_of_the_model(model: Model) -> None:
     assert model.num_parameters() == sum(p.numel() for p in model.decoder.parameters())
     assert model.dtype is torch.float32

@@ -24,7 +24,7 @@ def searched(tokens: list[int], count: int) -> tuple[list[int], int]:
     return [], 0
 
 
-@settings(max_examples=400, deadline=None, derandomize=True)
+@settings(max_examples=400)
 @given(
     text=st.lists(st.integers(0, 3), max_size=60),
     leaps=st.lists(st.integers(1, 9), max_size=30),

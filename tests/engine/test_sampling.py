@@ -1,6 +1,8 @@
 """Processors against transformers', penalties against their formulas, draws against the distribution."""
 
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -25,13 +27,14 @@ from hanok.engine.sampling import (
     keep_top_k,
     keep_top_p,
     keep_typical_p,
+    mark,
     penalise_counts,
     penalise_repetition,
     processed,
 )
 
 VOCAB = 12
-quick = settings(max_examples=60, deadline=None)
+quick = settings(max_examples=60)
 # Distinct scores: which of two equal tokens is kept is nobody's rule.
 LOGITS = st.lists(st.integers(-80, 80), min_size=VOCAB, max_size=VOCAB, unique=True).map(
     lambda values: torch.tensor(values, dtype=torch.float32) / 8
@@ -123,6 +126,63 @@ def test_all_together_are_transformers_in_its_order(
     ):
         expected = theirs(processor, expected)
     torch.testing.assert_close(processed(logits, params, prompt, generated), expected)
+
+
+SPREAD = torch.tensor([2.0, 1.9, 1.5, 1.0, 0.9, 0.3, 0.1, -0.4, -1.0, -1.3, -2.0, -6.0])
+ALONE: dict[str, tuple[dict[str, Any], Callable[[Tensor], Tensor]]] = {
+    "temperature": ({"temperature": 0.5}, lambda scores: scores / 0.5),
+    "top_k": ({"top_k": 4}, partial(keep_top_k, top_k=4)),
+    "top_p": ({"top_p": 0.6}, partial(keep_top_p, top_p=0.6)),
+    "min_p": ({"min_p": 0.3}, partial(keep_min_p, min_p=0.3)),
+    "typical_p": ({"typical_p": 0.4}, partial(keep_typical_p, typical_p=0.4)),
+    "repetition_penalty": (
+        {"repetition_penalty": 1.7},
+        partial(penalise_repetition, penalty=1.7, seen=[3, 5, 5]),
+    ),
+    "presence_penalty": (
+        {"presence_penalty": 0.5},
+        partial(penalise_counts, presence=0.5, frequency=0.0, generated=[5, 5]),
+    ),
+    "frequency_penalty": (
+        {"frequency_penalty": 0.5},
+        partial(penalise_counts, presence=0.0, frequency=0.5, generated=[5, 5]),
+    ),
+    "logit_bias": ({"logit_bias": {7: 2.5}}, partial(add_bias, bias={7: 2.5})),
+    "watermark": (
+        {"watermark_gamma": 0.25, "watermark_delta": 3.0},
+        partial(mark, last_token=5, gamma=0.25, delta=3.0),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_each_option_alone_applies_its_function(name: str) -> None:
+    """Of a prompt [3] and an answer [5, 5]; the scores are such that each option changes them."""
+    options, function = ALONE[name]
+    found = processed(SPREAD, drawing(**options), [3], [5, 5])
+    assert torch.equal(found, function(SPREAD))
+    assert not torch.equal(found, SPREAD)
+
+
+def test_typical_p_comes_last_as_in_transformers() -> None:
+    params = drawing(temperature=0.7, top_k=8, top_p=0.9, min_p=0.05, typical_p=0.5)
+    expected = SPREAD
+    for processor in (
+        TemperatureLogitsWarper(0.7),
+        TopKLogitsWarper(8),
+        TopPLogitsWarper(0.9),
+        MinPLogitsWarper(0.05),
+        TypicalLogitsWarper(0.5),
+    ):
+        expected = theirs(processor, expected)
+    torch.testing.assert_close(processed(SPREAD, params, [], []), expected)
+
+
+def test_a_watermark_follows_the_prompt_until_something_is_generated() -> None:
+    params = drawing(watermark_gamma=0.25, watermark_delta=3.0)
+    expected = mark(SPREAD, last_token=4, gamma=0.25, delta=3.0)
+    assert torch.equal(processed(SPREAD, params, [3, 4], []), expected)
+    assert int((expected != SPREAD).sum()) == VOCAB // 4
 
 
 @quick

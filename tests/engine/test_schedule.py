@@ -101,7 +101,7 @@ class Simulation:
                         assert row.tokens[:end] == other.tokens[:end]
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=150)
 @given(
     seed=st.integers(0, 10**6),
     num_blocks=st.integers(1, 12),
@@ -129,7 +129,7 @@ def test_everyone_who_stays_is_served_within_the_budget_and_no_block_is_lost(
     assert run.pool.num_used == 0
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60)
 @given(seed=st.integers(0, 10**6), num_blocks=st.integers(2, 12))
 def test_nobody_overtakes_within_a_priority(seed: int, num_blocks: int) -> None:
     run = Simulation(seed, num_blocks=num_blocks, max_running=3)

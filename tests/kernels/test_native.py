@@ -30,7 +30,7 @@ def whole_numbers(*shape: int, seed: int) -> Tensor:
 both_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60)
 @given(
     tokens=st.integers(1, 40),
     rows=st.integers(1, 70),

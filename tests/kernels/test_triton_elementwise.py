@@ -17,12 +17,7 @@ from hanok.models.rotary import Rotary
 
 ROUNDING = {torch.float32: 1e-5, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
 
-grid = settings(
-    max_examples=40,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
+grid = settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 dtypes = st.sampled_from(list(ROUNDING))
 
 

@@ -11,7 +11,7 @@ from hanok.errors import OptionError
 from hanok.memory.budget import Budget, Limit
 from hanok.memory.plan import LoadPlan, Needs, Place, PlaceKind, Unit, make_plan
 
-quick = settings(max_examples=150, deadline=None, derandomize=True)
+quick = settings(max_examples=150)
 policies = st.sampled_from(["auto", "balanced", "balanced_low_0", "sequential"])
 
 

@@ -18,9 +18,7 @@ from hanok.checkpoint.safetensors import read_header
 from hanok.errors import CheckpointError, UnsupportedError
 from hanok.memory.tensors import DTYPES, Arena, MappedFiles, dtype_of, read_into, read_run
 
-quick = settings(
-    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+quick = settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 SHAPES = st.lists(st.integers(0, 5), max_size=3).map(tuple)
 FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 

@@ -30,12 +30,7 @@ FLOAT32_TOLERANCE = {"rtol": 1e-5, "atol": 1e-4}
 PRODUCTS: tuple[Product, ...] = get_args(Product)
 NATIVE_TOKENS = 8
 
-quick = settings(
-    max_examples=25,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
+quick = settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def random(*shape: int, seed: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:

@@ -115,7 +115,7 @@ def test_only_dynamic_and_longrope_frequencies_depend_on_the_length(name: str) -
 
 
 @pytest.mark.parametrize("name", SCALINGS)
-@settings(max_examples=50, deadline=None, derandomize=True)
+@settings(max_examples=50)
 @given(first=st.integers(1, 300), second=st.integers(1, 300))
 def test_lengths_with_the_same_answer_share_their_angles(
     name: str, first: int, second: int
@@ -165,7 +165,7 @@ def random(*shape: int, seed: int) -> Tensor:
 
 @pytest.mark.parametrize("is_interleaved", [False, True])
 @pytest.mark.parametrize("rotary_dim", [16, 8])
-@settings(max_examples=30, deadline=None, derandomize=True)
+@settings(max_examples=30)
 @given(first=st.integers(0, 200), second=st.integers(0, 200), shift=st.integers(0, 300))
 def test_a_score_depends_on_the_distance_alone(
     rotary_dim: int, is_interleaved: bool, first: int, second: int, shift: int

@@ -26,7 +26,7 @@ RECIPES = (
     *("int8", "int8:group_size=0", "int4", "int4:symmetric=false,group_size=64"),
     *("nf4", "nf4:double_quant=true", "fp8", "int8-outlier"),
 )
-SETTINGS = settings(max_examples=40, deadline=None, derandomize=True)
+SETTINGS = settings(max_examples=40)
 
 
 def random(*shape: int, seed: int = 1, dtype: torch.dtype = torch.float32) -> Tensor:

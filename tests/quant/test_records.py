@@ -29,7 +29,7 @@ from hanok.quant.stacked import StackedWeight
 
 CPU = torch.device("cpu")
 LAYOUTS = [name for name in ("panels", "plain") if name == "plain" or why_not() is None]
-SETTINGS = settings(max_examples=30, deadline=None, derandomize=True)
+SETTINGS = settings(max_examples=30)
 AWQ = Format(kind="zero", bits=4, group_size=128, activations="float", scale=torch.float16)
 FORMATS = {
     "awq": AWQ,

@@ -51,7 +51,7 @@ def fields_of(line: str) -> dict[str, str]:
     return found
 
 
-@settings(deadline=None, derandomize=True, max_examples=300)
+@settings(max_examples=300)
 @given(
     path=st.text(), kind=st.text(st.characters(), min_size=1), message=st.text(), value=st.floats()
 )

@@ -236,12 +236,7 @@ def test_the_served_contract_holds_for_whatever_is_sent(server: Server) -> None:
         if operation.method == "get":
             continue
 
-        @settings(
-            max_examples=12,
-            deadline=None,
-            derandomize=True,
-            suppress_health_check=list(HealthCheck),
-        )
+        @settings(max_examples=12, suppress_health_check=list(HealthCheck))
         @schemathesis_given(operation)
         def check(case: schemathesis.Case) -> None:
             bounded(case)

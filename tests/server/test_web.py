@@ -34,7 +34,6 @@ JSON_VALUES = json_values(st.text(st.characters(), max_size=9))
 """With halves of surrogate pairs."""
 
 
-@settings(deadline=None, derandomize=True)
 @given(UNICODE_VALUES)
 def test_a_body_is_read_as_the_standard_library_reads_it(value: Any) -> None:
     for is_ascii in (True, False):
@@ -77,7 +76,7 @@ def test_lists_and_objects_are_counted_before_they_are_made(
     assert caught.value.status == 413
 
 
-@settings(deadline=None, derandomize=True, max_examples=50)
+@settings(max_examples=50)
 @given(JSON_VALUES, st.integers(0, 12), st.integers(1, 8))
 def test_depth_is_counted_in_levels(value: Any, extra: int, levels: int) -> None:
     def depth(item: Any) -> int:
@@ -90,7 +89,6 @@ def test_depth_is_counted_in_levels(value: Any, extra: int, levels: int) -> None
     assert web._is_deeper(value, levels) is (depth(value) > levels)
 
 
-@settings(deadline=None, derandomize=True)
 @given(JSON_VALUES)
 @example(["\ud800", math.inf, {"a": math.nan, "\udfff": "é"}])
 def test_every_value_is_written_as_json_in_utf_8(value: Any) -> None:
@@ -107,7 +105,7 @@ def test_every_value_is_written_as_json_in_utf_8(value: Any) -> None:
     assert json.loads("".join(dumps_in_parts(value))) == finite(value)
 
 
-@settings(deadline=None, derandomize=True, max_examples=30)
+@settings(max_examples=30)
 @given(JSON_VALUES, st.integers(0, 3 * AT_ONCE))
 def test_parts_join_to_the_whole_and_are_small(value: Any, count: int) -> None:
     words = ["abc"] * count
@@ -284,12 +282,7 @@ def bodies(draw: st.DrawFn, path: str) -> Any:
 def test_whatever_is_posted_the_answer_is_json_and_no_fault(fuzzed: LocalServer, path: str) -> None:
     with fuzzed.client() as client:
 
-        @settings(
-            max_examples=40,
-            deadline=None,
-            derandomize=True,
-            suppress_health_check=list(HealthCheck),
-        )
+        @settings(max_examples=40, suppress_health_check=list(HealthCheck))
         @given(bodies(path))
         def check(body: Any) -> None:
             check_answer(client, path, body)

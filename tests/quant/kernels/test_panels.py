@@ -30,7 +30,7 @@ WHOLE = (
     "int4:symmetric=false,group_size=128",
 )
 FLOAT = ("int8:group_size=0", "fp8")
-SETTINGS = settings(max_examples=30, deadline=None, derandomize=True)
+SETTINGS = settings(max_examples=30)
 CPU = torch.device("cpu")
 
 

@@ -39,12 +39,7 @@ METHODS: list[QuantMethod] = [
 ROUNDING = {torch.float32: 2.0**-20, torch.float16: 2.1 * 2.0**-11, torch.bfloat16: 2.1 * 2.0**-8}
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
-grid = settings(
-    max_examples=14,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
+grid = settings(max_examples=14, suppress_health_check=[HealthCheck.function_scoped_fixture])
 shapes = st.tuples(st.sampled_from([1, 3, 16, 70]), st.sampled_from([1, 5, 32, 33, 96, 200]))
 dtypes = st.sampled_from(list(ROUNDING))
 
