@@ -56,6 +56,24 @@ def test_the_version_has_its_notes() -> None:
         assert re.search(rf"^## \[{re.escape(version)}\] - \d{{4}}-\d\d-\d\d$", changelog, re.M)
 
 
+def test_the_api_page_is_current() -> None:
+    script = ROOT / "scripts" / "update_api.py"
+    result = subprocess.run(
+        [sys.executable, script, "--check"], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_the_api_page_has_every_public_name() -> None:
+    text = (DOCS / "api.md").read_text()
+    missing = [
+        name
+        for name in hanok.__all__
+        if not re.search(rf"^### {name}$|── {name} |^{name}$|hanok\.{name}", text, re.M)
+    ]
+    assert missing == ["__version__"]
+
+
 def commands(text: str) -> Iterator[str]:
     """Yield what follows `$ ` in console blocks, and indented or fenced lines that call hanok."""
     for block in re.findall(r"^```(?:console|text|)\n(.*?)^```", text, re.S | re.M):

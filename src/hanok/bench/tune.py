@@ -64,8 +64,8 @@ def choose(report: Report, bounds: Bounds) -> Choice:
     """Return the fastest setting within the bounds; OptionError if there is none."""
     if not report.quality_tokens:
         raise OptionError(
-            "quality was not measured, so no bound on it can be kept. Score some tokens "
-            "(--quality-tokens), of a checkpoint with a tokenizer."
+            "quality was not measured, so no bound on it can be kept. Give more time (--budget) or "
+            "tokens to score (--quality-tokens), and a checkpoint with a tokenizer."
         )
     candidates = sorted(_candidates(report, bounds), key=lambda item: -item.speed)
     chosen = next((item for item in candidates if item.excluded is None), None)

@@ -109,8 +109,8 @@ def open_model(path: Path | None, options: Mapping[str, Any]) -> "tuple[Model, S
     report = model.report
     planned = size(report.planned_bytes) if report.planned_bytes is not None else "nothing"
     click.echo(
-        f"Loaded in {report.seconds:.2f} s: {size(report.mapped_bytes)} stay in their files; beside "
-        f"them at most {size(report.peak_bytes)} of memory at once, planned {planned}.",
+        f"Loaded in {report.seconds:.2f} s: {size(report.mapped_bytes)} stay in their files; "
+        f"at most {size(report.peak_bytes)} of other memory at once, planned {planned}.",
         err=True,
     )
     for note in model.notes:
