@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: demo test test-isa check sanitize format bench clean
+.PHONY: demo test test-isa check wheel sanitize format bench clean
 
 demo: $(VENV)/.installed
 	$(BIN)/hanok generate "Once upon a time" --echo --temperature 0.5 --top-p 0.9 --seed 26
@@ -29,6 +29,12 @@ check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
+
+# The wheel, installed alone into a folder: it has its kernels and its model, and generates.
+wheel: $(VENV)/.installed-dev
+	rm -rf build/wheel
+	$(PIP) --upgrade --no-deps --target build/wheel --no-build-isolation .
+	cd build/wheel && ../../$(BIN)/python -I ../../scripts/try_wheel.py
 
 # The tests of the compiled kernels, with every access and every overflow checked; needs g++.
 sanitize: $(VENV)/.installed-dev
