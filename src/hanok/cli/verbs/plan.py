@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from hanok import BUNDLED
 from hanok.cli.options import cache_folder_option, plan_options
 from hanok.cli.plan_table import print_plan
 from hanok.errors import BudgetError
+from hanok.package import BUNDLED
 
 if TYPE_CHECKING:
     from hanok.memory.plan import LoadPlan
