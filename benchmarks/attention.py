@@ -123,9 +123,9 @@ def table_row(result: CaseResult) -> list[str]:
         for s in spreads.values()
     ]
     usual = found[USUAL].samples
-    ratios = {name: measure.ratio(usual, found[name].samples) for name in OURS}
+    ratios = {name: measure.Spread.of_ratio(usual, found[name].samples) for name in OURS}
     cells += [str(ratios[name]) for name in OURS]
-    own = measure.ratio(found["sdpa"].samples, found["native"].samples)
+    own = measure.Spread.of_ratio(found["sdpa"].samples, found["native"].samples)
     cells.append(str(own))
     is_asked = result.case.keys == ASKED_CONTEXT and result.case.dtype == "bfloat16"
     is_met = "yes" if ratios["sdpa"].median >= ASKED_RATIO else "no"

@@ -196,7 +196,7 @@ def rows_of(
     rows = []
     for what, before in found["before"].items():
         after = found["after"][what]
-        ratio = measure.ratio(after, before)
+        ratio = measure.Spread.of_ratio(after, before)
         bound = SPEED
         if "help" in what:
             bound = HELP

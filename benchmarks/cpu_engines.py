@@ -272,7 +272,7 @@ def demands_table(taking_part: Sequence[Contestant], rows: Rows) -> str:
             continue
         better = [row[demand.key] for row in rows[demand.better]]
         worse = [row[demand.worse_key or demand.key] for row in rows[demand.worse]]
-        found = measure.ratio(better, worse)
+        found = measure.Spread.of_ratio(better, worse)
         is_met = found.median >= demand.asked
         lines.append((demand.what, found, f"≥ {demand.asked:g}", "yes" if is_met else "no"))
     for item in taking_part:
@@ -286,7 +286,7 @@ def own_demands(
 ) -> list[tuple[object, ...]]:
     """Return the lines of what is asked of one precision alone."""
     speeds = [row["decode_per_s"] * row["bytes_per_token"] / 1e9 for row in found]
-    share = measure.ratio(speeds, [row["gb_per_s"] for row in probe])
+    share = measure.Spread.of_ratio(speeds, [row["gb_per_s"] for row in probe])
     lines: list[tuple[object, ...]] = [
         (
             f"{precision}: share of the memory's speed",

@@ -149,7 +149,11 @@ def comparison_table(rows: Rows, asked: Mapping[str, float]) -> str:
     lines = []
     for name, label, key, is_more_better in MEASURES:
         ours, theirs = ([row[key] for row in rows[engine]] for engine in ENGINES)
-        ratio = measure.ratio(ours, theirs) if is_more_better else measure.ratio(theirs, ours)
+        ratio = (
+            measure.Spread.of_ratio(ours, theirs)
+            if is_more_better
+            else measure.Spread.of_ratio(theirs, ours)
+        )
         demanded = asked.get(name)
         is_met = "–" if demanded is None else "yes" if ratio.median >= demanded else "no"
         lines.append(

@@ -260,7 +260,7 @@ def asked_table(
         if not pair[0]:
             lines.append([what, f"≥ {least:g}", NONE, "not measured"])
             continue
-        found = measure.ratio(*pair)
+        found = measure.Spread.of_ratio(*pair)
         lines.append([what, f"≥ {least:g}", found, "yes" if found.median >= least else "no"])
     return measure.table(("asked", "", "measured", "met"), lines)
 
@@ -274,13 +274,13 @@ def times_copies(rounds: Sequence[Round], turn: Turn, bytes_per_step: int) -> st
     """Return a turn's reading as a multiple of the copy bandwidth, a copied byte counted once."""
     tokens, copies = both(rounds, turn, COPY_TURN)
     read = [gb_per_s(turn, item, bytes_per_step) for item in tokens]
-    return str(measure.ratio(read, copies)) if read else NONE
+    return str(measure.Spread.of_ratio(read, copies)) if read else NONE
 
 
 def times(rounds: Sequence[Round], first: Turn, second: Turn) -> str:
     """Return how many times as fast the first is, with the spread of the rounds."""
     pair = both(rounds, first, second)
-    return str(measure.ratio(*pair)) if pair[0] and first != second else NONE
+    return str(measure.Spread.of_ratio(*pair)) if pair[0] and first != second else NONE
 
 
 def both(rounds: Sequence[Round], first: Turn, second: Turn) -> tuple[list[float], list[float]]:

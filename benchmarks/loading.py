@@ -169,7 +169,7 @@ def start(bench: Bench) -> Iterator[Line]:
     ready = {name: values_of(found, "ready_s") for name, found in rows.items()}
     yield line(
         "process start to model ready, 1.1B bf16, of transformers' time",
-        measure.ratio(ready["hanok"], ready["transformers"]),
+        measure.Spread.of_ratio(ready["hanok"], ready["transformers"]),
         0.35,
         at_most=True,
     )
@@ -197,7 +197,7 @@ def packed(bench: Bench) -> Iterator[Line]:
     first, again = (values_of(rows[name], "load_s") for name in ("first", "again"))
     yield line(
         "1.1B int4 from the packed copy, of the time of quantizing",
-        measure.ratio(again, first),
+        measure.Spread.of_ratio(again, first),
         0.25,
         at_most=True,
     )
@@ -240,7 +240,7 @@ def cold(bench: Bench) -> Iterator[Line]:
     speeds = {name: values_of(found, "bytes_per_s") for name, found in rows.items()}
     yield line(
         "1.1B from an empty page cache, bytes per second of a plain sequential read's",
-        measure.ratio(speeds["load"], speeds["read"]),
+        measure.Spread.of_ratio(speeds["load"], speeds["read"]),
         0.8,
         at_most=False,
     )
@@ -315,7 +315,7 @@ def limits(bench: Bench) -> Iterator[Line]:
     read = values_of(rows["read"], "bytes_per_s")
     yield line(
         "offloaded decode, bytes of weights per second of a plain sequential read's",
-        measure.ratio(streamed, read),
+        measure.Spread.of_ratio(streamed, read),
         0.7,
         at_most=False,
     )
@@ -379,7 +379,7 @@ def pipeline(bench: Bench) -> Iterator[Line]:
     for what, key in (("prompts, tokens/s", "prefill_s"), ("decoding, tokens/s", "decode_s")):
         speed = {name: [1 / row[key] for row in found] for name, found in rows.items()}
         for depth in ("2", "4"):
-            found_ratio = measure.ratio(speed[depth], speed["1"])
+            found_ratio = measure.Spread.of_ratio(speed[depth], speed["1"])
             yield f"— {what}, in groups: {depth} / 1", found_ratio, "–", "–"
     same = {json.dumps(row["tokens"]) for found in rows.values() for row in found}
     yield "— tokens of all", "the same" if len(same) == 1 else "DIFFER", "the same", "–"

@@ -402,7 +402,7 @@ def demands_table(
         first, second = values(rows, better, field), values(rows, worse, field)
         if first is None or second is None:
             return
-        ratio = measure.ratio(first, second)
+        ratio = measure.Spread.of_ratio(first, second)
         lines.append((what, ratio, f"≥ {asked:g}", "yes" if ratio.median >= asked else "no"))
 
     for name in sets:

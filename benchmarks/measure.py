@@ -14,7 +14,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import resource
 import shlex
 import statistics
 import subprocess
@@ -27,40 +26,16 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Generic, TypeVar
 
+from hanok.bench.foreign import ForeignLoad
+from hanok.memory.places import cpu_name
+
 REPOSITORY = Path(__file__).parents[1]
-TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
 DISTRIBUTIONS = ("torch", "transformers", "hanok")
 Result = TypeVar("Result")
 Row = dict[str, Any]
 
 
 # Undisturbed runs
-
-
-def machine_cpu_seconds() -> float:
-    """Return the CPU seconds that everything on the machine has used, stolen ones included."""
-    fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
-    user, nice, system, _idle, _waiting, irq, softirq, stolen = map(int, fields)
-    return (user + nice + system + irq + softirq + stolen) / TICKS_PER_SECOND
-
-
-def own_cpu_seconds() -> float:
-    """Return the CPU seconds of this process and of its children that have ended."""
-    usages = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
-
-
-class ForeignLoad:
-    """How much CPU other processes use from now on."""
-
-    def __init__(self) -> None:
-        self._start = (time.perf_counter(), machine_cpu_seconds(), own_cpu_seconds())
-
-    def share(self) -> float:
-        """Return it as a share of one core."""
-        wall, machine, own = self._start
-        foreign = (machine_cpu_seconds() - machine) - (own_cpu_seconds() - own)
-        return max(0.0, foreign / (time.perf_counter() - wall))
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +64,7 @@ class Guard:
         while time.monotonic() < end:
             load = ForeignLoad()
             time.sleep(self.sample_s)
-            if load.share() <= self.limit:
+            if (load.cores() or 0.0) <= self.limit:
                 return
 
     def run(self, action: Callable[[], Result]) -> Run[Result]:
@@ -99,7 +74,7 @@ class Guard:
             self.wait_until_idle()
             load = ForeignLoad()
             result = action()
-            foreign = load.share()
+            foreign = load.cores() or 0.0
             if best is None or foreign < best.foreign:
                 best = Run(result, foreign, foreign > self.limit)
             if not best.is_disturbed:
@@ -188,37 +163,6 @@ def json_lines(path: Path | None) -> Callable[[Row], None]:
 # Statistics and tables
 
 
-@dataclass(frozen=True, slots=True)
-class Spread:
-    """Median, smallest and largest of some values."""
-
-    median: float
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, values: Iterable[float]) -> "Spread":
-        """Return the spread of at least one value."""
-        found = list(values)
-        return cls(statistics.median(found), min(found), max(found))
-
-    def __str__(self) -> str:
-        if self.low == self.high:
-            return rounded(self.median)
-        return f"{rounded(self.median)} ({rounded(self.low)}–{rounded(self.high)})"
-
-
-def rounded(value: float) -> str:
-    """Return three significant digits, and no digit of a whole number less."""
-    return f"{value:.0f}" if abs(value) >= 99.95 else f"{value:#.3g}"
-
-
-def ratio(better: Sequence[float], worse: Sequence[float]) -> Spread:
-    """Return the ratio of the medians, with the smallest and largest ratio within one round."""
-    pairs = [first / second for first, second in zip(better, worse, strict=True)]
-    return Spread(statistics.median(better) / statistics.median(worse), min(pairs), max(pairs))
-
-
 def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """Return a Markdown table; all columns but the first are aligned to the right."""
     cells = [[str(cell).replace("|", "\\|") for cell in row] for row in (header, *rows)]
@@ -251,9 +195,8 @@ def machine_line() -> str:
     flags = info.get("flags", info.get("Features", "")).split()
     can = [f"{flag} {'yes' if flag in flags else 'no'}" for flag in ("avx512_bf16", "amx_bf16")]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    name = info.get("model name", platform.machine())
     return (
-        f"{name}, {num_cores()} cores, {', '.join(can)}, L3 {last_cache_bytes() / 2**20:.0f} MiB, "
+        f"{cpu_name()}, {num_cores()} cores, {', '.join(can)}, L3 {last_cache_bytes() / 2**20:.0f} MiB, "
         f"{memory:.0f} GiB of memory, Linux {platform.release()}"
     )
 

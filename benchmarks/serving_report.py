@@ -64,7 +64,7 @@ def against(
     if theirs is None:
         return None
     several = [row[key] for row in theirs] * (len(ours) if len(theirs) == 1 else 1)
-    return measure.ratio([row[key] for row in ours], several)
+    return measure.Spread.of_ratio([row[key] for row in ours], several)
 
 
 def turns_report(rows: list[measure.Row]) -> Part:
@@ -72,7 +72,7 @@ def turns_report(rows: list[measure.Row]) -> Part:
     for row in rows:
         first, second = (measure.Spread.of(row[key]) for key in ("first_s", "second_s"))
         table.append([row["shape"], first, second, row["is_disturbed"]])
-        spread = measure.ratio(row["second_s"], row["first_s"])
+        spread = measure.Spread.of_ratio(row["second_s"], row["first_s"])
         what = f"{row['shape']}: first token of a second turn, of the first's"
         demands.append(demand(what, spread, 0.15, at_least=False))
     return measure.table(("", "first turn, s", "second turn, s", "disturbed"), table), demands

@@ -418,7 +418,7 @@ def ratio_of(
     figure: Callable[[measure.Row], float],
 ) -> measure.Spread:
     """Return how many times as long `worse` takes."""
-    return measure.ratio([figure(row) for row in worse], [figure(row) for row in better])
+    return measure.Spread.of_ratio([figure(row) for row in worse], [figure(row) for row in better])
 
 
 def acceptance(result: measure.Row) -> float | None:
@@ -501,7 +501,9 @@ def demands(results: Results, scale: Scale) -> list[tuple[object, ...]]:
         if not better or not worse:
             lines.append((what, limit, "not measured", "–"))
             return
-        found = measure.ratio([figure(row) for row in worse], [figure(row) for row in better])
+        found = measure.Spread.of_ratio(
+            [figure(row) for row in worse], [figure(row) for row in better]
+        )
         said, good = str(found), is_met(found.median)
         if least_accepted is not None:
             share = measure.Spread.of(acceptance(row) or 0.0 for row in better)

@@ -9,7 +9,7 @@ import torch
 from hanok.bench import multiples
 from hanok.bench.attention import AttentionCase, Conditions
 from hanok.bench.multiples import around, group_of, measure_multiples
-from hanok.bench.turns import Spread
+from hanok.bench.spread import Spread
 from hanok.errors import OptionError
 
 SHAPE = AttentionCase(num_heads=4, num_kv_heads=2, head_dim=40, keys=12, dtype="float32")

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from hanok.bench import turns
-from hanok.bench.turns import Deadline, Spread, Timer, run_plainly, take_turns
+from hanok.bench.spread import Spread
+from hanok.bench.turns import Deadline, Timer, run_plainly, take_turns
 
 
 def test_each_round_begins_one_contestant_further_on() -> None:

@@ -111,7 +111,7 @@ def test_statistics(programs: SimpleNamespace) -> None:
         "2048",
     ]
     # Medians 4 and 2; within the rounds 6/2, 4/1 and 2/4.
-    found = measure.ratio([6.0, 4.0, 2.0], [2.0, 1.0, 4.0])
+    found = measure.Spread.of_ratio([6.0, 4.0, 2.0], [2.0, 1.0, 4.0])
     assert (found.median, found.low, found.high) == (2.0, 0.5, 4.0)
 
 
@@ -133,7 +133,7 @@ def test_guard_repeats_a_disturbed_run_and_keeps_the_least_disturbed(
 ) -> None:
     measure = programs.measure
     shares = iter([0.9, 0.3, 0.5])
-    monkeypatch.setattr(measure.ForeignLoad, "share", lambda self: next(shares))
+    monkeypatch.setattr(measure.ForeignLoad, "cores", lambda self: next(shares))
     results = iter(["first", "second", "third"])
     run = measure.Guard(limit=0.1, patience_s=0.0).run(lambda: next(results))
     assert (run.result, run.foreign, run.is_disturbed) == ("second", 0.3, True)

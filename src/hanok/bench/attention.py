@@ -22,11 +22,11 @@ from hanok.attention.state import KeysAndValues
 from hanok.bench.bandwidth import gflop_per_s, read_gb_per_s
 from hanok.bench.grid import NO_TIME
 from hanok.bench.growth import free_bytes, peak_growth_bytes
+from hanok.bench.spread import Spread
 from hanok.bench.turns import (
     MIN_SAMPLE_S,
     Deadline,
     RunRound,
-    Spread,
     Timer,
     run_plainly,
     take_turns,

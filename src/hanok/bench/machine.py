@@ -2,7 +2,6 @@
 
 import os
 import platform
-import time
 from importlib.metadata import version
 from pathlib import Path
 
@@ -12,9 +11,9 @@ from hanok.bench.bandwidth import gflop_per_s, product_probes, read_gb_per_s, re
 from hanok.bench.report import Probe
 from hanok.kernels.native import native, why_not
 from hanok.kernels.processor import has_bfloat16_instructions
+from hanok.memory.places import cpu_name
 from hanok.package import __version__
 
-STAT = Path("/proc/stat")
 STATUS = Path("/proc/self/status")
 # Of one round's probe, which a round must not wait for: a read larger than most caches, and the side of
 # a matrix, eight times as long on a GPU.
@@ -45,20 +44,10 @@ def versions() -> dict[str, str]:
     return {"hanok": __version__, "python": platform.python_version(), "torch": version("torch")}
 
 
-def cpu_name() -> str:
-    """Return what the processor calls itself."""
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or "unknown"
-
-
 class MachineProbe:
     """Measures what a device can do by torch alone: reading memory, and one product of matrices.
 
-    Each measurement is bounded in time (`engine.bandwidth`); all rounds make calls of the same size.
+    Each measurement is bounded in time (`bench/bandwidth.py`); all rounds make calls of the same size.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -80,32 +69,6 @@ class MachineProbe:
             gb_per_s=self._reading.best_per_s(TRIES) / 1e9,
             gflop_per_s=max(probe.best_per_s(TRIES) for probe in self._products) / 1e9,
         )
-
-
-class ForeignLoad:
-    """How many cores other programs use from now on."""
-
-    def __init__(self) -> None:
-        self._wall, self._own, self._all = time.perf_counter(), time.process_time(), _busy_s()
-
-    def cores(self) -> float | None:
-        """Return it; None where the system does not say."""
-        now = _busy_s()
-        if now is None or self._all is None:
-            return None
-        foreign = (now - self._all) - (time.process_time() - self._own)
-        # The system counts in ticks of some milliseconds.
-        return max(0.0, foreign / max(0.05, time.perf_counter() - self._wall))
-
-
-def _busy_s() -> float | None:
-    """Return the CPU seconds that everything has used, those stolen from a virtual machine included."""
-    try:
-        values = STAT.read_text().split("\n", 1)[0].split()[1:9]
-    except OSError:
-        return None
-    user, nice, system, _, _, irq, softirq, stolen = map(int, values)
-    return (user + nice + system + irq + softirq + stolen) / os.sysconf("SC_CLK_TCK")
 
 
 def peak_bytes() -> int:

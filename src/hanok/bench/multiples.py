@@ -23,7 +23,8 @@ from hanok.bench.attention import (
     around_the_ring,
 )
 from hanok.bench.grid import NO_TIME
-from hanok.bench.turns import Deadline, Spread, Timer, take_turns
+from hanok.bench.spread import Spread
+from hanok.bench.turns import Deadline, Timer, take_turns
 from hanok.errors import DeadlineError, OptionError
 from hanok.models.linear import dense
 

@@ -6,9 +6,8 @@ medians, and its spread that of the rounds.
 """
 
 import math
-import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,28 +17,6 @@ MIN_SAMPLE_S = 0.02
 
 RunRound = Callable[[Callable[[], dict[str, float]]], dict[str, float]]
 """Makes one round; a caller may wait before it, or repeat a round that was disturbed."""
-
-
-@dataclass(frozen=True, slots=True)
-class Spread:
-    """Median, smallest and largest of some values."""
-
-    median: float
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, values: Iterable[float]) -> "Spread":
-        """Return the spread of at least one value."""
-        found = list(values)
-        return cls(statistics.median(found), min(found), max(found))
-
-    @classmethod
-    def of_ratio(cls, numerators: Sequence[float], denominators: Sequence[float]) -> "Spread":
-        """Return the ratio of the medians, with the smallest and the largest within one round."""
-        pairs = [first / second for first, second in zip(numerators, denominators, strict=True)]
-        middle = statistics.median(numerators) / statistics.median(denominators)
-        return cls(middle, min(middle, *pairs), max(middle, *pairs))
 
 
 class Deadline:

@@ -19,7 +19,8 @@ from typing import Any, TextIO
 import torch
 
 from hanok.bench import speculation
-from hanok.bench.machine import ForeignLoad, peak_bytes
+from hanok.bench.foreign import ForeignLoad
+from hanok.bench.machine import peak_bytes
 from hanok.bench.quality import (
     bytes_per_token,
     compare_scores,

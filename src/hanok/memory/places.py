@@ -97,7 +97,7 @@ class Rates:
 def host_place(allowed: int | None, rates: Rates) -> Place:
     """Return this machine's memory."""
     cpus = cpu_budget()
-    key = f"memory of {_cpu_name()}, {cpus.threads} cores"
+    key = f"memory of {cpu_name()}, {cpus.threads} cores"
     rate, source = rates.get(key, memory_bytes_per_s, ASSUMED_MEMORY)
     # A quota of less than one CPU: its thread stands still for the rest of each period. What is
     # measured is its rate while it runs.
@@ -291,7 +291,8 @@ def _cpu_info() -> dict[str, str]:
     return {key.strip(): value.strip() for key, _, value in pairs}
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """Return what the processor calls itself."""
     return _cpu_info().get("model name") or platform.processor() or platform.machine()
 
 

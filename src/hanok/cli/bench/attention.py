@@ -17,7 +17,7 @@ from hanok.errors import OptionError
 if TYPE_CHECKING:
     from hanok.bench.attention import AttentionCase, AttentionReport, CaseResult
     from hanok.bench.multiples import Group, MultiplesReport
-    from hanok.bench.turns import Spread
+    from hanok.bench.spread import Spread
 
 PIPED_WIDTH = 160
 HEADER = (
