@@ -19,7 +19,7 @@ from tests.engine.test_embed import WORDS, save_base
 import hanok
 from hanok.cli.fields import field_texts
 from hanok.cli.main import cli, main
-from hanok.cli.verbs.quality import finite
+from hanok.cli.units import finite
 from hanok.engine.model import Model
 from hanok.engine.params import SamplingParams
 from hanok.engine.sequence import TokenEvent

@@ -251,3 +251,41 @@ def test_no_file_comes_in_by_the_package_itself() -> None:
             if is_root:
                 found.append(short(path))
     assert not found
+
+
+PLUGINS = {
+    "attention": "BACKENDS",
+    "cli.bench": "COMMAND",
+    "cli.verbs": "COMMAND",
+    "models.families": "FAMILY",
+    "models.mixers": "MODULES",
+    "quant": "METHOD",
+    "quant.kernels": "LAYOUT",
+    "server.routes": "ROUTES",
+}
+ALLOWED = {
+    # Answers as the routes that it stands for.
+    "server.routes.operations": {
+        "server.routes.chat",
+        "server.routes.openai",
+        "server.routes.tgi",
+    },
+}
+
+
+def test_nobody_imports_a_plugin_by_name() -> None:
+    files = {".".join(path.relative_to(SOURCE).with_suffix("").parts): path for path in FILES}
+    plugins = {
+        name
+        for name, path in files.items()
+        if (constant := PLUGINS.get(name.rpartition(".")[0]))
+        and re.search(rf"^{constant}\b", path.read_text(), flags=re.MULTILINE)
+    }
+    assert {name.rpartition(".")[0] for name in plugins} == set(PLUGINS)
+    modules = {f"hanok.{name}" for name in files}
+    found = {}
+    for name, path in files.items():
+        used = {item.removeprefix("hanok.") for item in imports_of(path, modules)}
+        if wrong := (used & plugins) - ALLOWED.get(name, set()) - {name}:
+            found[name] = sorted(wrong)
+    assert not found

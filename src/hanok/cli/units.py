@@ -1,5 +1,7 @@
 """Numbers as people read them."""
 
+import math
+
 
 def size(num_bytes: int) -> str:
     """Return bytes in the largest binary unit that they fill."""
@@ -12,3 +14,12 @@ def size(num_bytes: int) -> str:
 def rate(per_s: float) -> str:
     """Return a rate with as many digits as it deserves."""
     return f"{per_s:,.0f}" if per_s >= 100 else f"{per_s:.3g}"
+
+
+def finite(value: object) -> object:
+    """Return the same with null for numbers that JSON has no word for: infinite, or no number."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

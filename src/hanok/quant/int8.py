@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from hanok.quant.base import Format, Packer, QuantizedWeight, checked_group_size, grouped, ungrouped
-
-LARGEST = 127.0  # the code of a group's largest magnitude
+from hanok.quant.rounding import LARGEST, rounded
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,23 +56,6 @@ class Int8:
         return QuantizedWeight(
             format=self.format, codes=ungrouped(codes, weight.shape[1]), scale=scale
         )
-
-
-def rounded(groups: Tensor, *, is_half: bool) -> tuple[Tensor, Tensor]:
-    """Return int8 codes and scales of groups (out, groups, size).
-
-    The codes are rounded with the scale as it is stored, float16 or float32.
-    """
-    largest = groups.abs().amax(-1)
-    scale = largest / LARGEST
-    if is_half:
-        scale = scale.half()
-        inverse = 1 / scale.float()
-    else:
-        inverse = LARGEST / largest
-    inverse = inverse.nan_to_num(posinf=0.0)
-    codes = (groups * inverse[..., None]).round().clamp(-LARGEST, LARGEST)
-    return codes.char(), scale
 
 
 METHOD = Int8

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hanok.errors import OptionError
 from hanok.quant.base import Format, QuantizedWeight
-from hanok.quant.int8 import rounded
+from hanok.quant.rounding import rounded
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

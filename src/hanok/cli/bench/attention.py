@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from hanok.cli.bench_options import BUDGET_S
-from hanok.cli.units import size
-from hanok.cli.verbs.quality import finite
+from hanok.cli.units import finite, size
 from hanok.errors import OptionError
 
 if TYPE_CHECKING:

@@ -1,7 +1,6 @@
 """`hanok quality`: what fewer bits cost in quality, and what they gain in speed."""
 
 import json
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from hanok.cli.units import finite
 from hanok.errors import OptionError
 from hanok.package import BUNDLED
 from hanok.text_files import read_text
@@ -128,15 +128,6 @@ def split_variants(given: Sequence[str]) -> list[str]:
     return [
         item.strip() for text in given for item in re.split(r",(?![^,:]*=)", text) if item.strip()
     ]
-
-
-def finite(value: object) -> object:
-    """Return the same with null for numbers that JSON has no word for: infinite, or no number."""
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def cells(report: "QualityReport") -> list[tuple[str, ...]]:

@@ -17,8 +17,8 @@ from hanok.server.constraints import constraint_of
 from hanok.server.errors import flat_body, invalid
 from hanok.server.openai_models import CompletionRequest
 from hanok.server.openai_sampling import check, check_model, sampling_options
+from hanok.server.prompts import end_with, gapped
 from hanok.server.route import Route
-from hanok.server.routes.openai import end_with, gapped
 from hanok.server.service import Prepared, Service
 from hanok.server.submission import check_prompt
 from hanok.server.tgi_models import Body, NullFalse

@@ -10,7 +10,6 @@ from starlette.responses import Response
 
 from hanok.checkpoint.infill import Infill
 from hanok.checkpoint.tokenizer import Tokenizer
-from hanok.engine.params import SamplingOptions
 from hanok.engine.sequence import Ranked, TokenEvent
 from hanok.engine.ticket import Ticket
 from hanok.server.constraints import constraint_of
@@ -29,28 +28,14 @@ from hanok.server.openai_sampling import (
     sampling_options,
     unknown_model,
 )
+from hanok.server.prompts import end_with, gapped, prompts_of
 from hanok.server.route import Route
-from hanok.server.routes.tgi import batch_too_large
 from hanok.server.service import Prepared, Service
 from hanok.server.submission import check_prompt, fitting, truncated
 from hanok.server.times import timing_headers
 from hanok.server.web import Json, exchange_of, note_parameters
 
 DEFAULT_COMPLETION_TOKENS = 16
-
-
-def prompts_of(service: Service, body: CompletionRequest) -> list[str | list[int]]:
-    """Return the prompts of a body, each a text or token ids."""
-    given = body.prompt
-    if isinstance(given, str):
-        return [given]
-    if not given:
-        raise invalid("`prompt` cannot be empty", "prompt")
-    if isinstance(given[0], int):
-        return [list(given)]
-    if len(given) > service.options.max_client_batch_size:
-        raise batch_too_large(service)
-    return list(given)
 
 
 async def completions(service: Service, request: Request, body: CompletionRequest) -> Response:
@@ -148,12 +133,6 @@ def infill_of(service: Service, body: CompletionRequest) -> Infill | None:
     return service.needed_infill
 
 
-def end_with(sampling: SamplingOptions, infill: Infill) -> None:
-    """End a text in a gap where the model writes a marker, which is not part of it."""
-    sampling["stop_token_ids"] = [*sampling.get("stop_token_ids", ()), *infill.end_ids]
-    sampling["stop"] = [*sampling.get("stop", ()), *infill.end_texts()]
-
-
 async def encoded(
     service: Service,
     body: CompletionRequest,
@@ -173,30 +152,6 @@ async def encoded(
     check_length = None if is_cut else fitting(service, most, "prompt")
     adds = body.add_special_tokens is not False
     return await service.encoded(prompt, check_length, add_special_tokens=adds)
-
-
-async def gapped(
-    service: Service,
-    infill: Infill,
-    prefix: str | list[int],
-    suffix: str,
-    *,
-    most: int | None,
-    files: Sequence[tuple[str, str]] = (),
-    middle: str = "",
-) -> list[int]:
-    """Return the tokens of a text with a gap (see `Infill.encode`), in which `most` are to be generated.
-
-    A text that cannot be served is refused before it is tokenized, as by `Service.encoded`.
-    """
-
-    def encode() -> list[int]:
-        texts = [suffix, middle, *(part for file in files for part in file)]
-        texts += [prefix] if isinstance(prefix, str) else []
-        fitting(service, most, "prompt")(sum(map(service.needed_tokenizer.fewest_tokens, texts)))
-        return infill.encode(prefix, suffix, files=files, middle=middle)
-
-    return await service.aside(encode)
 
 
 def _scored(body: CompletionRequest) -> int | None:

@@ -17,14 +17,15 @@ from hanok.server.errors import ServerError, invalid
 from hanok.server.messages_models import MessagesRequest
 from hanok.server.openai_models import ChatRequest, CompletionRequest
 from hanok.server.openai_sampling import check, origins, sampling_options
+from hanok.server.prompts import end_with, prompts_of
 from hanok.server.responses_models import ResponsesRequest
 from hanok.server.route import Route
 from hanok.server.routes import openai, tgi
 from hanok.server.routes.chat import chat_completions
-from hanok.server.routes.openai import prompts_of
 from hanok.server.service import Service
 from hanok.server.submission import check_prompt, fitting, truncated
 from hanok.server.tgi_models import Body, CompatGenerateRequest, GenerateRequest, Name
+from hanok.server.token_list import token_list
 from hanok.server.web import Json, Pieces, dumps, validated
 
 
@@ -164,7 +165,7 @@ async def chat_tokenize(service: Service, request: Request, body: ChatRequest) -
 
     async def pieces() -> AsyncGenerator[str, None]:
         yield '{"tokenize_response":'
-        async with aclosing(tgi.token_list(service, talk.text, ids)) as tokens:
+        async with aclosing(token_list(service, talk.text, ids)) as tokens:
             async for piece in tokens:
                 yield piece
         yield f',"templated_text":{dumps(talk.text)}}}'
@@ -223,7 +224,7 @@ async def explain(service: Service, request: Request, body: ExplainRequest) -> R
             prompts.append({"text": prompt if isinstance(prompt, str) else None, "token_ids": ids})
         options = sampling_options(completion, model.defaults, most)
         if infill is not None:
-            openai.end_with(options, infill)
+            end_with(options, infill)
         params = model.defaults.updated(options)
         return Json({"prompts": prompts, "parameters": origins(completion, params, model.defaults)})
     if body.route in ("/", "/generate", "/generate_stream"):

@@ -3,7 +3,6 @@
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate
 from typing import Any
 
 from starlette.requests import Request
@@ -17,6 +16,7 @@ from hanok.server.chat import conversation_of
 from hanok.server.errors import ServerError, flat_body, invalid
 from hanok.server.logprobs import num_scores, text_of
 from hanok.server.openai_models import ChatRequest
+from hanok.server.prompts import batch_too_large
 from hanok.server.route import Route
 from hanok.server.service import Prepared, Service
 from hanok.server.tgi_models import (
@@ -29,8 +29,6 @@ from hanok.server.tgi_models import (
 from hanok.server.times import stream_headers, timing_headers
 from hanok.server.web import Json, as_event, dumps, exchange_of, note_parameters, validated
 
-TOKENS_AT_ONCE = 1000
-"""Tokens that are written to JSON at once: a millisecond, during which the event loop is blocked."""
 UNFINISHED = ServerError(
     "Incomplete generation stream", kind="incomplete_generation_stream", status=500
 )
@@ -250,53 +248,6 @@ async def _events(tokenizer: Tokenizer, asked: Asked, ticket: Ticket) -> AsyncGe
         raise UNFINISHED
 
 
-async def token_list(service: Service, text: str, ids: list[int]) -> AsyncGenerator[str, None]:
-    """Yield the JSON list of a text's tokens in parts: it is dozens of times as long as the text."""
-    tokenizer, total = service.needed_tokenizer, len(text.encode())
-    stream, stop = tokenizer.stream(skip_special_tokens=True), 0
-
-    def part(part_ids: list[int]) -> str:
-        nonlocal stop
-        sizes = [len(stream.push(token).encode()) for token in part_ids]
-        stops = list(accumulate(sizes, initial=stop))[1:]
-        stop = stops[-1]
-        return dumps(tokens_of(tokenizer, part_ids, sizes, stops, total))[1:-1]
-
-    yield "["
-    for start in range(0, len(ids), TOKENS_AT_ONCE):
-        text = await service.aside(part, ids[start : start + TOKENS_AT_ONCE])
-        yield f",{text}" if start else text
-    yield "]"
-
-
-def tokens_of(
-    tokenizer: Tokenizer,
-    ids: Sequence[int],
-    sizes: Sequence[int],
-    stops: Sequence[int],
-    total: int,
-) -> list[dict[str, Any]]:
-    """Return tokens of a text; `start` and `stop` are bytes of its UTF-8, 0 for special tokens.
-
-    Every token has the bytes that it adds to the text; one that only begins a character has none, and
-    the one that completes it has all of its bytes.
-    """
-    found = []
-    for token, size, stop in zip(ids, sizes, stops, strict=True):
-        is_special = token in tokenizer.special_token_ids
-        stop = min(stop, total)
-        start = max(0, stop - size)
-        found.append(
-            {
-                "id": token,
-                "text": text_of(tokenizer, token),
-                "start": 0 if is_special else start,
-                "stop": 0 if is_special else stop,
-            }
-        )
-    return found
-
-
 async def vertex(service: Service, request: Request, body: VertexRequest) -> Response:
     """Answer several prompts at once, as Vertex AI asks; only lengths and seeds are looked at."""
     prepared: list[Prepared] = []
@@ -319,15 +270,6 @@ async def vertex(service: Service, request: Request, body: VertexRequest) -> Res
     tickets = await service.submit(request, prepared)
     results = await service.results(request, tickets)
     return Json({"predictions": ["".join(e.text for e in events) for events in results]})
-
-
-def batch_too_large(service: Service) -> ServerError:
-    """Return the error of a request with too many prompts."""
-    most = service.options.max_client_batch_size
-    return ServerError(
-        f"Number of prompts exceeds the maximum allowed batch size of {most}",
-        kind="batch size exceeded",
-    )
 
 
 _COMMON: dict[str, Any] = {

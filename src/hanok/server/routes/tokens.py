@@ -13,9 +13,9 @@ from hanok.server.logprobs import text_of
 from hanok.server.openai_models import ChatRequest, TokenId
 from hanok.server.openai_sampling import check, check_model
 from hanok.server.route import Route
-from hanok.server.routes.tgi import token_list
 from hanok.server.service import Service
 from hanok.server.tgi_models import Body, Name, NullFalse, TokenizedToken
+from hanok.server.token_list import token_list
 from hanok.server.web import Json, Pieces, validated
 
 ONE_OF = ("inputs", "prompt", "messages")
