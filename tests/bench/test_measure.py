@@ -15,7 +15,7 @@ from hanok.bench.report import Probe, Report
 from hanok.bench.rows import bandwidth_share, prompt_flops
 from hanok.bench.settings import Axes, Setting, Workload
 from hanok.bench.subject import SubjectModel
-from hanok.bench.workers import Process, Room, Shared, Workers
+from hanok.bench.workers import Capacity, Process, Shared, Workers
 from hanok.errors import DeadlineError, GenerationError, OptionError, RequestError
 
 TEXT = (hanok.BUNDLED / "quality.txt").read_text(encoding="utf-8")
@@ -212,7 +212,7 @@ def test_a_process_that_ends_is_told_with_its_words() -> None:
 
 def test_a_process_that_takes_too_long_is_ended_and_another_takes_its_place() -> None:
     load = Setting(dtype="bfloat16").load
-    with Workers(LOAD, {load: Room(context=32, batch=1)}) as workers:
+    with Workers(LOAD, {load: Capacity(context=32, batch=1)}) as workers:
         with pytest.raises(DeadlineError, match="had not answered after 0 s"):
             workers.get(load, 0.0)  # not even Python has begun by then
         worker = workers.get(load)

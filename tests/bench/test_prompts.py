@@ -18,8 +18,8 @@ from hanok.bench.prompts import (
     Prompts,
     Site,
     Tokens,
+    find_protocol,
     make_prompts,
-    settle,
     target_of,
     tokenize,
 )
@@ -119,7 +119,7 @@ def settled(answers: dict[tuple[str, bool], int]) -> tuple[Target, Prompts]:
         kind = "text" if isinstance(prompt, str) else "ids"
         return answers.get((kind, bool(target.options)), 422), "no"
 
-    return settle(Target(url="http://x"), pairs_of_letters, send)
+    return find_protocol(Target(url="http://x"), pairs_of_letters, send)
 
 
 def test_what_a_server_takes_is_tried() -> None:

@@ -26,7 +26,7 @@ STORY = (
     "ball, and Tom laughed. Then the sun went down, and they all went home to eat with their mom."
 )
 PROMPTS = ["Once upon a time", "The dog", STORY, STORY + " The next day", "Lily"]
-PATIENCE_S = 60.0
+TIMEOUT_S = 60.0
 
 
 @pytest.fixture(scope="module")
@@ -301,7 +301,7 @@ def test_an_engine_that_closes_fails_what_is_left_and_takes_nothing(model: Model
 def test_draining_finishes_what_is_there(model: Model) -> None:
     with Engine(model, cache_tokens=2048) as engine:
         tickets = [engine.submit(p, max_new_tokens=30, ignore_eos=True) for p in PROMPTS]
-        assert engine.drain(PATIENCE_S)
+        assert engine.drain(TIMEOUT_S)
         assert all(len(ticket.result()) == 30 for ticket in tickets)
         with pytest.raises(hanok.ClosedError):
             engine.submit("Lily")
@@ -317,13 +317,13 @@ def test_a_step_that_hangs_is_noticed(model: Model, monkeypatch: pytest.MonkeyPa
     def hanging(chunks: Sequence[Chunk], scored: Sequence[int | None]) -> StepResult:
         if chunks[0].start:
             inside.set()
-            release.wait(PATIENCE_S)
+            release.wait(TIMEOUT_S)
         return run(chunks, scored)
 
     monkeypatch.setattr(engine._runner, "run", hanging)
     with engine:
         ticket = engine.submit("Lily", max_new_tokens=3)
-        assert inside.wait(PATIENCE_S)
+        assert inside.wait(TIMEOUT_S)
         assert engine.is_stuck
         release.set()
         ticket.result()

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hanok.engine.blocks import BlockPool
-from hanok.engine.pace import Pace
 from hanok.engine.schedule import Row, Scheduler, StepPlan
+from hanok.engine.step_budget import StepBudget
 
 SIZE = 4
 
@@ -233,23 +233,23 @@ def test_siblings_wait_for_the_first_and_share_its_blocks() -> None:
 
 
 def test_steps_are_made_as_long_as_asked() -> None:
-    pace = Pace(mixed_s=0.25, alone_s=1.0, most_tokens=2048)
+    budget = StepBudget(mixed_s=0.25, alone_s=1.0, most_tokens=2048)
     for _ in range(60):
-        tokens = pace.prompt_tokens(0)
-        pace.record(tokens, 0, 0.002 * tokens, is_waited=False)
-        pace.record(0, 4, 0.05, is_waited=False)
-    assert pace.prompt_tokens(0) == pytest.approx(500, rel=0.02)
-    assert pace.prompt_tokens(4) == pytest.approx(100, rel=0.02)
+        tokens = budget.prompt_tokens(0)
+        budget.record(tokens, 0, 0.002 * tokens, is_waited=False)
+        budget.record(0, 4, 0.05, is_waited=False)
+    assert budget.prompt_tokens(0) == pytest.approx(500, rel=0.02)
+    assert budget.prompt_tokens(4) == pytest.approx(100, rel=0.02)
 
 
 def test_how_fast_a_queue_shrinks_is_known_from_steps_that_others_waited_for() -> None:
-    pace = Pace(mixed_s=0.25, alone_s=1.0, most_tokens=2048)
+    budget = StepBudget(mixed_s=0.25, alone_s=1.0, most_tokens=2048)
     for _ in range(20):  # cold, and nobody waits
-        pace.record(10, 0, 1.0, is_waited=False)
-    assert pace.drain_rate == 0
-    pace.record(100, 4, 1.9, is_waited=True)
-    assert pace.drain_rate == 0
+        budget.record(10, 0, 1.0, is_waited=False)
+    assert budget.drain_rate == 0
+    budget.record(100, 4, 1.9, is_waited=True)
+    assert budget.drain_rate == 0
     for _ in range(40):
-        pace.record(100, 4, 0.25, is_waited=True)
-        pace.record(0, 8, 0.25, is_waited=True)  # no room for another one
-    assert pace.drain_rate == pytest.approx(200, rel=0.05)
+        budget.record(100, 4, 0.25, is_waited=True)
+        budget.record(0, 8, 0.25, is_waited=True)  # no room for another one
+    assert budget.drain_rate == pytest.approx(200, rel=0.05)

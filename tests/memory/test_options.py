@@ -8,7 +8,7 @@ import pytest
 
 import hanok
 from hanok.bench.settings import Axes, Load, Setting
-from hanok.bench.workers import Room, Shared, options_of
+from hanok.bench.workers import Capacity, Shared, options_of
 from hanok.checkpoint import files
 from hanok.cli.main import cli
 from hanok.cli.options import load_options
@@ -79,7 +79,7 @@ def test_axes_of_a_benchmark_are_options_of_a_load_or_of_a_question() -> None:
     assert axes - asked <= NAMES
     load = Load(dtype="float32", quant="int4", device_map="cpu", has_draft=False)
     shared = Shared(path=Path(), draft=None, threads=1, max_memory="cpu=1GiB")
-    found = options_of(shared, load, Room(context=8, batch=2), "int8")
+    found = options_of(shared, load, Capacity(context=8, batch=2), "int8")
     chosen = ("attn_implementation", "graphs", "pipeline_depth", "cache_packed")  # without a load
     assert found == replace(
         LoadOptions(**OTHERS), **{name: getattr(LoadOptions(), name) for name in chosen}

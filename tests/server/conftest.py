@@ -25,7 +25,7 @@ from hanok.server.options import ServerOptions
 from hanok.server.run import configured, listen
 from hanok.server.service import Service
 
-PATIENCE_S = 60.0
+TIMEOUT_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Server:
     process: subprocess.Popen[str]
 
     def client(self, **options: object) -> httpx.Client:
-        return httpx.Client(base_url=self.url, timeout=PATIENCE_S, **options)  # type: ignore[arg-type]
+        return httpx.Client(base_url=self.url, timeout=TIMEOUT_S, **options)  # type: ignore[arg-type]
 
 
 def start_server(*options: str) -> Server:
@@ -71,7 +71,7 @@ def wait_until_ready(server: Server) -> None:
 def stop(server: Server) -> int:
     server.process.send_signal(signal.SIGTERM)
     try:
-        status = server.process.wait(PATIENCE_S)
+        status = server.process.wait(TIMEOUT_S)
     finally:
         server.process.kill()
         server.process.wait()
@@ -112,7 +112,7 @@ class LocalServer:
     engine: Engine
 
     def client(self) -> httpx.Client:
-        return httpx.Client(base_url=self.url, timeout=PATIENCE_S)
+        return httpx.Client(base_url=self.url, timeout=TIMEOUT_S)
 
 
 @pytest.fixture(scope="session")
@@ -143,7 +143,7 @@ def local_server(
     finally:
         server.should_exit = True
         engine.close()
-        thread.join(PATIENCE_S)
+        thread.join(TIMEOUT_S)
         service.close()
         listener.close()
         torch.set_num_threads(num_threads)

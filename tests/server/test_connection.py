@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 
 import httpx
 import pytest
-from tests.server.conftest import PATIENCE_S, LocalServer, local_server
+from tests.server.conftest import TIMEOUT_S, LocalServer, local_server
 
 from hanok.engine.model import Model
 from hanok.server.connection import MOST_HEAD_BYTES, MOST_HEADERS, MOST_PIPELINED, MOST_URL_BYTES
@@ -23,7 +23,7 @@ LENGTH = b"content-length: %d\r\n\r\n" % len(BODY)
 @contextmanager
 def connected(server: LocalServer) -> Iterator[socket.socket]:
     host, port = server.url.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port)), timeout=PATIENCE_S) as connection:
+    with socket.create_connection((host, int(port)), timeout=TIMEOUT_S) as connection:
         yield connection
 
 
@@ -50,7 +50,7 @@ def is_well(server: LocalServer) -> bool:
 @pytest.fixture(scope="module")
 def patient(local_model: Model) -> Iterator[LocalServer]:
     """A server whose times are too long to matter."""
-    with local_server(local_model, arrival_s=PATIENCE_S, idle_s=PATIENCE_S) as found:
+    with local_server(local_model, arrival_s=TIMEOUT_S, idle_s=TIMEOUT_S) as found:
         yield found
 
 
@@ -189,7 +189,7 @@ def test_connections_that_ask_for_nothing_are_closed(
 
 def test_a_body_that_comes_slowly_is_cut_off_however_much_comes(local_model: Model) -> None:
     with (
-        local_server(local_model, arrival_s=0.2, idle_s=PATIENCE_S) as server,
+        local_server(local_model, arrival_s=0.2, idle_s=TIMEOUT_S) as server,
         connected(server) as connection,
     ):
         connection.sendall(POST + b"content-length: 1999999\r\n\r\n")
@@ -220,7 +220,7 @@ def test_the_connection_that_waited_longest_makes_room(local_model: Model) -> No
     most = 4
     with (
         local_server(
-            local_model, max_connections=most, arrival_s=PATIENCE_S, idle_s=PATIENCE_S
+            local_model, max_connections=most, arrival_s=TIMEOUT_S, idle_s=TIMEOUT_S
         ) as server,
         ExitStack() as stack,
     ):

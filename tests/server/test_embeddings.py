@@ -17,7 +17,7 @@ import torch
 import transformers
 from tests.engine.test_embed import WORDS, save_base
 from tests.server.conftest import (
-    PATIENCE_S,
+    TIMEOUT_S,
     LocalServer,
     Server,
     local_server,
@@ -191,7 +191,7 @@ def test_a_text_in_many_steps_is_pooled_as_in_one(
 ) -> None:
     with local_server(local_model, pooling=pooling) as local, local.client() as client:
         whole = vectors(client, TEXTS)
-        monkeypatch.setattr(local.engine._pace, "prompt_tokens", lambda num_decoding: 7)
+        monkeypatch.setattr(local.engine._step_budget, "prompt_tokens", lambda num_decoding: 7)
         salted = vectors(client, TEXTS, cache_salt="nothing is there yet")
         np.testing.assert_allclose(salted, whole, atol=2e-6)
 
@@ -246,7 +246,7 @@ def test_nothing_is_guessed_for_a_text_that_is_not_gone_on_with(
     with Engine(local_model, speculation=speculation) as engine:
         ids = local_model.encode(STORY * 3)
         request = Request(sequence=local_model.sequence(ids, {}), pooling="last")
-        engine._pace.prompt_tokens = lambda num_decoding: len(ids) - 1  # type: ignore[method-assign]
+        engine._step_budget.prompt_tokens = lambda num_decoding: len(ids) - 1  # type: ignore[method-assign]
         speculator, guessed_for = engine._speculator, set()
         assert speculator is not None
         drafts = speculator.drafts
@@ -290,7 +290,7 @@ def test_a_client_that_goes_is_not_computed_for(
 
     def held(batch: ForwardBatch) -> Tensor:
         inside.set()
-        assert go_on.wait(PATIENCE_S)
+        assert go_on.wait(TIMEOUT_S)
         return forward(batch)
 
     monkeypatch.setattr(local.engine._runner, "_hidden_states", held)

@@ -12,7 +12,7 @@ import httpx
 import psutil
 import pytest
 import torch
-from tests.server.conftest import PATIENCE_S, LocalServer, local_server
+from tests.server.conftest import TIMEOUT_S, LocalServer, local_server
 from tests.server.test_operations import metric, wait_for
 from torch import Tensor
 
@@ -170,7 +170,7 @@ def test_a_step_that_hangs_shows_in_health_until_it_goes_on(
 
     def hanging(batch: ForwardBatch) -> Tensor:
         inside.set()
-        assert go_on.wait(PATIENCE_S)
+        assert go_on.wait(TIMEOUT_S)
         return forward(batch)
 
     with local.client() as client, ThreadPoolExecutor(2) as pool:
@@ -178,7 +178,7 @@ def test_a_step_that_hangs_shows_in_health_until_it_goes_on(
         monkeypatch.setattr(local.engine._runner, "_hidden_states", hanging)
         asked = [pool.submit(ask, client, "/generate", BAD) for _ in range(2)]
         try:
-            assert inside.wait(PATIENCE_S)
+            assert inside.wait(TIMEOUT_S)
             health = client.get("/health")
             assert health.status_code == 503
             assert health.json() == {"error": "unhealthy", "error_type": "healthcheck"}
@@ -257,7 +257,7 @@ def test_a_schema_that_is_not_compiled_in_time_is_refused(
     compile_now = grammar._compile
 
     def slow(spec: Any, tokenizer: Any) -> Any:
-        assert go_on.wait(PATIENCE_S)
+        assert go_on.wait(TIMEOUT_S)
         return compile_now(spec, tokenizer)
 
     monkeypatch.setattr(grammar, "COMPILE_SECONDS", 0.05)
@@ -268,7 +268,7 @@ def test_a_schema_that_is_not_compiled_in_time_is_refused(
         assert (found.status_code, found.json()["error_type"]) == (422, "validation")
         assert "not compiled within 0.05 s" in found.json()["error"]
         assert ask(client, "/generate", BAD)[0] == 200
-        monkeypatch.setattr(grammar, "COMPILE_SECONDS", PATIENCE_S)
+        monkeypatch.setattr(grammar, "COMPILE_SECONDS", TIMEOUT_S)
         go_on.set()
         assert client.post("/generate", json=body).json()["generated_text"] == "late"
 
@@ -299,7 +299,7 @@ def test_who_never_reads_is_given_up_and_others_are_served(local_model: Model) -
         connection.connect((host, int(port)))
         connection.sendall(head.encode() + body)
         assert ask(client, "/generate", BAD) == expected
-        until = time.monotonic() + PATIENCE_S
+        until = time.monotonic() + TIMEOUT_S
         while server.service.num_open:
             assert time.monotonic() < until
             assert ask(client, "/generate", BAD) == expected

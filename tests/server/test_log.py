@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tests.server.conftest import PATIENCE_S, LocalServer, local_server
+from tests.server.conftest import TIMEOUT_S, LocalServer, local_server
 
 from hanok.engine.model import Model
 from hanok.server.errors import ServerError, invalid
@@ -177,7 +177,7 @@ def test_no_text_of_a_body_stands_in_the_log(
 def test_a_forged_path_is_one_line(logged: LocalServer, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "hanok.requests")
     host, port = logged.url.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port)), timeout=PATIENCE_S) as connection:
+    with socket.create_connection((host, int(port)), timeout=TIMEOUT_S) as connection:
         connection.sendall(
             b"GET /x%0a2026%20INFO%20request_id=forged%1b%5b2J HTTP/1.1\r\nhost: a\r\n"
             b"x-request-id: a=b\r\nconnection: close\r\n\r\n"

@@ -10,7 +10,7 @@ import httpx
 import pytest
 from pydantic_core import from_json
 from tests.server.conftest import (
-    PATIENCE_S,
+    TIMEOUT_S,
     LocalServer,
     Server,
     local_server,
@@ -487,7 +487,7 @@ def test_a_stream_that_waits_pings(local_model: Model, monkeypatch: pytest.Monke
         forward = local.engine._runner._hidden_states
 
         def waiting(batch: Any) -> Any:
-            assert pinged.wait(PATIENCE_S)
+            assert pinged.wait(TIMEOUT_S)
             return forward(batch)
 
         monkeypatch.setattr(local.engine._runner, "_hidden_states", waiting)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.server.conftest import PATIENCE_S
+from tests.server.conftest import TIMEOUT_S
 from tests.server.scripted import scripted_server
 
 CLIENTS = Path(__file__).parent / "node"
@@ -41,7 +41,7 @@ def results() -> dict[str, Any]:
             [node, CLIENTS / "clients.mjs", server.url],
             capture_output=True,
             text=True,
-            timeout=2 * PATIENCE_S,
+            timeout=2 * TIMEOUT_S,
             check=True,
         )
     return dict(json.loads(done.stdout))

@@ -12,7 +12,7 @@ import httpx
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, settings
-from tests.server.conftest import PATIENCE_S, Server, start_server, stop, wait_until_ready
+from tests.server.conftest import TIMEOUT_S, Server, start_server, stop, wait_until_ready
 
 LONG = {"prompt": "Once upon a time", "max_tokens": 900, "ignore_eos": True, "temperature": 0}
 
@@ -24,7 +24,7 @@ def metric(client: httpx.Client, name: str) -> float:
 
 
 def wait_for(client: httpx.Client, name: str, value: float) -> None:
-    until = time.monotonic() + PATIENCE_S
+    until = time.monotonic() + TIMEOUT_S
     while metric(client, name) != value:
         assert time.monotonic() < until, name
 
@@ -32,7 +32,7 @@ def wait_for(client: httpx.Client, name: str, value: float) -> None:
 def send_stop(server: Server, client: httpx.Client) -> None:
     """Tell a server to stop, and wait until it knows."""
     server.process.send_signal(signal.SIGTERM)
-    until = time.monotonic() + PATIENCE_S
+    until = time.monotonic() + TIMEOUT_S
     while client.get("/ready").status_code != 503:
         assert time.monotonic() < until
 
@@ -149,7 +149,7 @@ def test_stopping_lets_requests_finish_and_takes_no_more() -> None:
                 rest = [line for line in lines if line]
             assert rest[-1] == "data: [DONE]"
             assert json.loads(rest[-2].removeprefix("data: "))["choices"][0]["finish_reason"]
-        assert server.process.wait(PATIENCE_S) == 0
+        assert server.process.wait(TIMEOUT_S) == 0
     finally:
         stop(server)
 
@@ -187,8 +187,8 @@ def test_stopping_under_load_cuts_nobody_off() -> None:
         with server.client() as client, ThreadPoolExecutor(count) as pool:
             asked = [pool.submit(*ways[number % len(ways)]) for number in range(count)]
             for _ in range(2 * count // 3):
-                assert begun.acquire(timeout=PATIENCE_S)
-            until = time.monotonic() + PATIENCE_S
+                assert begun.acquire(timeout=TIMEOUT_S)
+            until = time.monotonic() + TIMEOUT_S
             while (
                 sum(metric(client, f"hanok_requests_{s}") for s in ("running", "waiting")) < count
             ):
@@ -202,7 +202,7 @@ def test_stopping_under_load_cuts_nobody_off() -> None:
                     break
             assert set(refused) <= {503}
             assert [request.result() for request in asked] == [(length, "length")] * count
-        assert server.process.wait(PATIENCE_S) == 0
+        assert server.process.wait(TIMEOUT_S) == 0
     finally:
         stop(server)
 
@@ -222,7 +222,7 @@ def test_what_is_not_finished_in_time_is_cut_off_with_an_error() -> None:
         assert rest[-1] == "[DONE]"
         assert "was stopped before the request was finished" in rest[-2]
         assert json.loads(rest[-2])["error"]["http_status_code"] == 503
-        assert server.process.wait(PATIENCE_S) == 0
+        assert server.process.wait(TIMEOUT_S) == 0
     finally:
         stop(server)
 
@@ -240,7 +240,7 @@ def test_the_served_contract_holds_for_whatever_is_sent(server: Server) -> None:
         @schemathesis_given(operation)
         def check(case: schemathesis.Case) -> None:
             bounded(case)
-            response = case.call(base_url=server.url, timeout=PATIENCE_S)
+            response = case.call(base_url=server.url, timeout=TIMEOUT_S)
             assert response.status_code < 500, (case.path, case.body, response.text)
             assert str(response.status_code) in case.operation.definition.raw["responses"]
             seen[case.path] = seen.get(case.path, 0) + 1

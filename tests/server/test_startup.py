@@ -9,7 +9,7 @@ import psutil
 import pytest
 from click.testing import CliRunner
 from tests.server.conftest import (
-    PATIENCE_S,
+    TIMEOUT_S,
     Server,
     start_python,
     start_server,
@@ -73,7 +73,7 @@ def tell(server: Server, word: str) -> None:
 
 
 def wait_for(condition: Callable[[], Any]) -> None:
-    until = time.monotonic() + PATIENCE_S
+    until = time.monotonic() + TIMEOUT_S
     while not condition():
         assert time.monotonic() < until
 
@@ -95,7 +95,7 @@ def test_the_bundled_model_is_served_within_seconds_and_nothing_is_left_behind()
         finally:
             status = stop(server)
         assert status == 0
-        assert psutil.wait_procs(started, timeout=PATIENCE_S)[1] == []
+        assert psutil.wait_procs(started, timeout=TIMEOUT_S)[1] == []
         host, port = server.url.removeprefix("http://").split(":")
         with pytest.raises(ConnectionRefusedError), socket.create_connection((host, int(port))):
             pass
@@ -139,7 +139,7 @@ def test_while_it_loads_health_tells_the_progress(loading: Server) -> None:
 
 def test_what_cannot_be_loaded_ends_the_process(loading: Server) -> None:
     tell(loading, "fail")
-    assert loading.process.wait(PATIENCE_S) == hanok.CheckpointError.exit_code
+    assert loading.process.wait(TIMEOUT_S) == hanok.CheckpointError.exit_code
 
 
 def test_stopping_while_it_loads(loading: Server) -> None:

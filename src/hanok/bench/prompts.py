@@ -213,7 +213,7 @@ Send = Callable[[Target, str | list[int]], tuple[int, str]]
 """Sends one short request and returns its status, and what is wrong."""
 
 
-def settle(
+def find_protocol(
     target: Target, count: Callable[[str], Tokens | None], send: Send
 ) -> tuple[Target, Prompts]:
     """Return how the server takes requests: with ids, and answers to their full length, where it can.

@@ -14,7 +14,7 @@ from typing import Literal
 
 from hanok.bench.arrivals import Arrival
 from hanok.bench.load import HAS_NO_ANSWER, Answer, Ask, Target, closed, opened, send
-from hanok.bench.prompts import Prompts, Site, settle, target_of, tokenize
+from hanok.bench.prompts import Prompts, Site, find_protocol, target_of, tokenize
 from hanok.errors import OptionError
 
 LATE_S = 0.01
@@ -157,7 +157,7 @@ def measure_serving(
     """
     site = Site(url, api_key)
     target = target_of(site, protocol, model=model, api_key=api_key)
-    target, prompts = settle(
+    target, prompts = find_protocol(
         target, lambda text: tokenize(site, target, text), lambda where, what: _try(where, what)
     )
     progress(f"{target.protocol}, {target.model}: {prompts.kind}; {schedule}")

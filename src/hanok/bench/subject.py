@@ -13,7 +13,7 @@ from hanok.bench.grid import Facts
 from hanok.bench.quality import text_windows
 from hanok.bench.report import Subject
 from hanok.bench.settings import Load, Setting, Workload
-from hanok.bench.workers import Room, Shared, planned
+from hanok.bench.workers import Capacity, Shared, planned
 from hanok.checkpoint.tokenizer import open_tokenizer
 from hanok.checkpoint.tokenizer_files import has_tokenizer
 from hanok.errors import BudgetError, OptionError
@@ -153,17 +153,17 @@ class SubjectModel:
         return planned(
             self.options,
             setting.load,
-            Room(context=workload.context, batch=workload.batch),
+            Capacity(context=workload.context, batch=workload.batch),
             "int8" if setting.cache_dtype == "int8" else "auto",
         )
 
 
-def rooms(rows: "list[tuple[Load, Workload]]") -> dict[Load, Room]:
+def rooms(rows: "list[tuple[Load, Workload]]") -> dict[Load, Capacity]:
     """Return what each load must have memory for: the largest of its rows."""
-    found: dict[Load, Room] = {}
+    found: dict[Load, Capacity] = {}
     for load, workload in rows:
-        room = found.get(load, Room(context=1, batch=1))
-        found[load] = Room(
+        room = found.get(load, Capacity(context=1, batch=1))
+        found[load] = Capacity(
             context=max(room.context, workload.context), batch=max(room.batch, workload.batch)
         )
     return found

@@ -20,7 +20,7 @@ from hanok.memory.planning import plan_draft, plan_load
 
 Request = dict[str, Any]
 LAST_LINES = 1500  # characters of what a process said before it ended
-GOODBYE_S = 10.0
+EXIT_WAIT_S = 10.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,7 +34,7 @@ class Shared:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Room:
+class Capacity:
     """What a load must have memory for."""
 
     context: int
@@ -96,7 +96,7 @@ class Process:
             if pipe is not None:
                 pipe.close()
         try:
-            self._process.wait(GOODBYE_S)
+            self._process.wait(EXIT_WAIT_S)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
@@ -134,7 +134,7 @@ def chosen_settings(setting: Setting) -> dict[str, Any]:
 class Workers:
     """The processes that are alive; those asked for least recently end when another needs memory."""
 
-    def __init__(self, options: Shared, rooms: Mapping[Load, Room]) -> None:
+    def __init__(self, options: Shared, rooms: Mapping[Load, Capacity]) -> None:
         self._options = options
         self._rooms = rooms
         self._alive: dict[Load, LoadedProcess] = {}
@@ -197,7 +197,7 @@ class Workers:
 
 
 def options_of(
-    shared: Shared, load: Load, room: Room, cache_dtype: CacheDtype = "auto"
+    shared: Shared, load: Load, room: Capacity, cache_dtype: CacheDtype = "auto"
 ) -> LoadOptions:
     """Return how a process loads: copied, or what moves after the first answer would be measured."""
     return LoadOptions(
@@ -213,7 +213,9 @@ def options_of(
     )
 
 
-def planned(shared: Shared, load: Load, room: Room, cache_dtype: CacheDtype = "auto") -> LoadPlan:
+def planned(
+    shared: Shared, load: Load, room: Capacity, cache_dtype: CacheDtype = "auto"
+) -> LoadPlan:
     """Return the plan of a load in a separate process, with its draft model if it has one."""
     options = options_of(shared, load, room, cache_dtype)
     draft = None

@@ -25,12 +25,12 @@ from hanok.engine.blocks import BlockPool
 from hanok.engine.embed import finished
 from hanok.engine.model import Model, Prompt
 from hanok.engine.options import MAX_RUNNING, MAX_STEP_S
-from hanok.engine.pace import Pace
 from hanok.engine.params import SamplingOptions
 from hanok.engine.runner import BLOCK_TOKENS, Runner, StepResult
 from hanok.engine.schedule import Chunk, Row, Scheduler, StepPlan
 from hanok.engine.sequence import GenerationSequence, Scores, Taken, num_right, take_next
 from hanok.engine.speculate import Speculation, Speculator
+from hanok.engine.step_budget import StepBudget
 from hanok.engine.ticket import Request, Ticket
 from hanok.errors import (
     ClosedError,
@@ -160,7 +160,9 @@ class Engine:
                 ),
                 max_tokens=drafted_tokens,
             )
-        self._pace = Pace(mixed_s=max_step_s, alone_s=ALONE_STEP_S, most_tokens=PREFILL_TOKENS)
+        self._step_budget = StepBudget(
+            mixed_s=max_step_s, alone_s=ALONE_STEP_S, most_tokens=PREFILL_TOKENS
+        )
         self.observer: StepObserver | None = None
         """Hears of each step; to be set before the work begins."""
         self._entries: dict[int, _Entry] = {}
@@ -286,7 +288,7 @@ class Engine:
     @property
     def drain_rate(self) -> float:
         """Prompt tokens per second at which those that wait begin; 0: not known yet."""
-        return self._pace.drain_rate
+        return self._step_budget.drain_rate
 
     @property
     def is_stuck(self) -> bool:
@@ -305,7 +307,7 @@ class Engine:
             self._scheduler.restart_all()
         began = self._step_began = time.monotonic()
         decoding = sum(row.is_decoding for row in self._scheduler.running)
-        plan = self._scheduler.plan(self._pace.prompt_tokens(decoding), self._drafts())
+        plan = self._scheduler.plan(self._step_budget.prompt_tokens(decoding), self._drafts())
         if plan.chunks:
             planned = time.monotonic()
             chunks, result, failures = self._compute(plan.chunks)
@@ -490,7 +492,9 @@ class Engine:
         took = time.monotonic() - began
         self._longest_step_s = max(self._longest_step_s, took)
         is_waited = bool(self._scheduler.waiting)
-        self._pace.record(plan.num_prompt_tokens, plan.num_decoding, took, is_waited=is_waited)
+        self._step_budget.record(
+            plan.num_prompt_tokens, plan.num_decoding, took, is_waited=is_waited
+        )
         if self.observer is not None:
             self.observer.step(
                 "prefill" if plan.num_prompt_tokens else "decode",

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from hanok.engine.model import Model
 
 LOG = logging.getLogger("hanok.server")
-LAST_WORDS_S = 5  # for answers still being written when the engine is done
+GRACE_S = 5  # for answers still being written when the engine is done
 OWN_FILES = 256
 """File descriptors that a process needs besides its connections."""
 Opener = Callable[[Service], "tuple[Model, Engine]"]
@@ -61,7 +61,7 @@ def configured(service: Service) -> uvicorn.Config:
         access_log=False,
         server_header=False,
         timeout_keep_alive=math.ceil(options.idle_s),
-        timeout_graceful_shutdown=LAST_WORDS_S,
+        timeout_graceful_shutdown=GRACE_S,
     )
 
 

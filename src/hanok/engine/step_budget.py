@@ -11,7 +11,7 @@ DRAIN_MEMORY_S = 10.0  # over about so many seconds of waiting the queue's speed
 DRAIN_SURE_S = 2.0  # the first steps, which read the weights from disk, say little about it
 
 
-class Pace:
+class StepBudget:
     """The measured speed of an engine's steps."""
 
     def __init__(self, *, mixed_s: float, alone_s: float, most_tokens: int) -> None:
