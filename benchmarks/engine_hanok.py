@@ -15,9 +15,9 @@ def load(asked: argparse.Namespace) -> tuple[engine_worker.Generate, engine_work
 
     import hanok
     from hanok.attention.base import ForwardBatch
+    from hanok.bench.quality import bytes_per_token
     from hanok.engine.generate import generate as stream
     from hanok.engine.params import SamplingParams
-    from hanok.engine.quality import bytes_per_token
     from hanok.engine.sequence import GenerationSequence
 
     quant = None if asked.precision == "bf16" else asked.precision

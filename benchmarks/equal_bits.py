@@ -21,10 +21,10 @@ from engine_contestants import LLAMA_CPP_HELP
 from torch import Tensor
 
 import hanok
+from hanok.bench.quality import measure_quality
 from hanok.checkpoint.files import Checkpoint, open_checkpoint
 from hanok.checkpoint.writer import TensorData, write_safetensors
 from hanok.cli.verbs.quality import BUNDLED_TEXT, HEADER, cells
-from hanok.engine.quality import measure_quality
 from hanok.memory.tensors import dtype_of, read_into
 from hanok.quant.base import quantize
 from hanok.quant.recipe import Recipe, read_recipe

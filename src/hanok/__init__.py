@@ -10,7 +10,6 @@ The names below are public and stable. They are loaded when first used, so that 
 """
 
 from importlib import import_module
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hanok.errors import (
@@ -25,24 +24,20 @@ from hanok.errors import (
     RequestError,
     UnsupportedError,
 )
+from hanok.package import BUNDLED, __version__
 
 if TYPE_CHECKING:
+    from hanok.bench.quality import QualityReport, measure_quality
     from hanok.engine.engine import Engine, EngineStats
     from hanok.engine.generate import PrefixCache
     from hanok.engine.model import Generation, Model, Score, load
     from hanok.engine.params import SamplingParams
-    from hanok.engine.quality import QualityReport, measure_quality
     from hanok.engine.sequence import SpeculationCounts, TokenEvent
     from hanok.engine.speculate import Speculation
     from hanok.engine.ticket import Ticket
     from hanok.memory.options import LoadOptions
     from hanok.memory.plan import LoadPlan
     from hanok.memory.planning import plan_draft, plan_load
-
-__version__ = "0.1.0"
-
-BUNDLED = Path(__file__).parent / "bundled"
-"""The folder of the small model that ships with hanok."""
 
 _LAZY = {
     "Engine": "hanok.engine.engine",
@@ -54,13 +49,13 @@ _LAZY = {
     "PrefixCache": "hanok.engine.generate",
     "SamplingParams": "hanok.engine.params",
     "Score": "hanok.engine.model",
-    "QualityReport": "hanok.engine.quality",
+    "QualityReport": "hanok.bench.quality",
     "Speculation": "hanok.engine.speculate",
     "SpeculationCounts": "hanok.engine.sequence",
     "Ticket": "hanok.engine.ticket",
     "TokenEvent": "hanok.engine.sequence",
     "load": "hanok.engine.model",
-    "measure_quality": "hanok.engine.quality",
+    "measure_quality": "hanok.bench.quality",
     "plan_draft": "hanok.memory.planning",
     "plan_load": "hanok.memory.planning",
 }

@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from hanok.bench import bandwidth
+from hanok.bench.bandwidth import GROWING, SLICE_S, RateProbe, Work, gflop_per_s, read_probe
 from hanok.bench.machine import MachineProbe
-from hanok.engine import bandwidth
-from hanok.engine.bandwidth import GROWING, SLICE_S, RateProbe, Work, gflop_per_s, read_probe
 
 CPU = torch.device("cpu")
 BOUND_S, CALL_S = 0.3, 0.01

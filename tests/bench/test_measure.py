@@ -10,12 +10,12 @@ from tests.models.plugins.families.decayed import Decay
 import hanok
 from hanok.bench.grid import GridRow
 from hanok.bench.measure import BenchOptions, first_difference, run_bench
+from hanok.bench.quality import measure_quality
 from hanok.bench.report import Probe, Report
 from hanok.bench.rows import bandwidth_share, prompt_flops
 from hanok.bench.settings import Axes, Setting, Workload
 from hanok.bench.subject import SubjectModel
 from hanok.bench.workers import Process, Room, Shared, Workers
-from hanok.engine.quality import measure_quality
 from hanok.errors import DeadlineError, GenerationError, OptionError, RequestError
 
 TEXT = (hanok.BUNDLED / "quality.txt").read_text(encoding="utf-8")

@@ -424,7 +424,7 @@ def test_generate_quantizes_while_it_loads(text: str) -> None:
 def test_quality_is_a_table_a_file_and_an_object(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from hanok.engine import quality
+    from hanok.bench import quality
 
     monkeypatch.setattr(quality, "read_gb_per_s", lambda device: 10.0)
     monkeypatch.setattr(quality, "decode_per_s", lambda model: 100.0)
@@ -465,7 +465,7 @@ def test_quality_is_a_table_a_file_and_an_object(
 def test_what_quality_cannot_write_is_said_before_it_measures(
     option: str, file: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from hanok.engine import quality
+    from hanok.bench import quality
 
     monkeypatch.setattr(quality, "measure_quality", lambda *a, **k: pytest.fail("measured"))
     assert message in str(run("quality", option, str(tmp_path / file)).exception)

@@ -239,3 +239,15 @@ def test_no_files_import_each_other_in_a_circle() -> None:
         left = {name: needed - leaves for name, needed in left.items() if name not in leaves}
     used = set().union(*left.values()) if left else set()
     assert not {name: sorted(needed & used) for name, needed in left.items() if name in used}
+
+
+def test_no_file_comes_in_by_the_package_itself() -> None:
+    """`from hanok import …` would hide from the layers' contract what a file really imports."""
+    found = []
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            is_root = isinstance(node, ast.ImportFrom) and node.module == "hanok" and not node.level
+            is_root |= isinstance(node, ast.Import) and any(i.name == "hanok" for i in node.names)
+            if is_root:
+                found.append(short(path))
+    assert not found

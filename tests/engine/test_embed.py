@@ -13,9 +13,9 @@ import transformers
 from torch import Tensor
 
 import hanok
+from hanok.bench.quality import measure_quality
 from hanok.engine.engine import Engine
 from hanok.engine.model import Model
-from hanok.engine.quality import measure_quality
 from hanok.engine.speculate import Speculation
 from hanok.engine.ticket import Request
 from hanok.errors import GenerationError, OptionError, RequestError, UnsupportedError

@@ -19,6 +19,7 @@ from torch import Tensor
 from hanok.attention.base import AttentionSpec, Backend, ForwardBatch, backends, reference
 from hanok.attention.cache import LayerState
 from hanok.attention.state import KeysAndValues
+from hanok.bench.bandwidth import gflop_per_s, read_gb_per_s
 from hanok.bench.grid import NO_TIME
 from hanok.bench.growth import free_bytes, peak_growth_bytes
 from hanok.bench.turns import (
@@ -30,7 +31,6 @@ from hanok.bench.turns import (
     run_plainly,
     take_turns,
 )
-from hanok.engine.bandwidth import gflop_per_s, read_gb_per_s
 from hanok.errors import OptionError
 
 RING_BYTES = 2**29

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 
-from hanok import __version__
+from hanok.bench.bandwidth import gflop_per_s, product_probes, read_gb_per_s, read_probe
 from hanok.bench.report import Probe
-from hanok.engine.bandwidth import gflop_per_s, product_probes, read_gb_per_s, read_probe
 from hanok.kernels.native import native, why_not
 from hanok.kernels.processor import has_bfloat16_instructions
+from hanok.package import __version__
 
 STAT = Path("/proc/stat")
 STATUS = Path("/proc/self/status")

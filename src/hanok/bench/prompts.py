@@ -15,10 +15,10 @@ from itertools import islice
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from hanok import BUNDLED
 from hanok.bench.arrivals import Arrival
 from hanok.bench.load import Protocol, Target
 from hanok.errors import OptionError, RequestError
+from hanok.package import BUNDLED
 
 SETUP_TIMEOUT_S = 60.0
 TOKENS_PER_WORD = 1.3  # of English where nothing is known

@@ -10,12 +10,12 @@ from hanok.attention.base import AttentionSpec, backends, choose, why_not_table
 from hanok.bench import speculation
 from hanok.bench.fingerprint import fingerprint
 from hanok.bench.grid import Facts
+from hanok.bench.quality import text_windows
 from hanok.bench.report import Subject
 from hanok.bench.settings import Load, Setting, Workload
 from hanok.bench.workers import Room, Shared, planned
 from hanok.checkpoint.tokenizer import open_tokenizer
 from hanok.checkpoint.tokenizer_files import has_tokenizer
-from hanok.engine.quality import text_windows
 from hanok.errors import BudgetError, OptionError
 from hanok.memory.account import check_head
 from hanok.memory.needs import STORED_NAMES, choose_dtype

@@ -20,10 +20,7 @@ import torch
 
 from hanok.bench import speculation
 from hanok.bench.machine import ForeignLoad, peak_bytes
-from hanok.engine.generate import TokenStream
-from hanok.engine.model import Model, load
-from hanok.engine.params import SamplingOptions
-from hanok.engine.quality import (
+from hanok.bench.quality import (
     bytes_per_token,
     compare_scores,
     count_scored,
@@ -31,6 +28,9 @@ from hanok.engine.quality import (
     log_prob_file,
     weight_bytes,
 )
+from hanok.engine.generate import TokenStream
+from hanok.engine.model import Model, load
+from hanok.engine.params import SamplingOptions
 from hanok.errors import HanokError
 from hanok.memory.options import LoadOptions
 from hanok.memory.planning import plan_draft, plan_load

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from hanok import BUNDLED
 from hanok.cli.progress import seconds_bar
 from hanok.errors import OptionError
+from hanok.package import BUNDLED
 from hanok.text_files import STANDARD_INPUT, read_text
 
 if TYPE_CHECKING:

@@ -8,8 +8,8 @@ from typing import Any
 
 import click
 
-from hanok import __version__
 from hanok.errors import HanokError
+from hanok.package import __version__
 from hanok.registry import discover, nearest_first
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from hanok import BUNDLED
 from hanok.cli.options import Drafting, load_options, read_drafting
 from hanok.cli.progress import bytes_bar
 from hanok.cli.units import size
 from hanok.memory.options import LoadOptions
+from hanok.package import BUNDLED
 
 if TYPE_CHECKING:
     from hanok.bench.profile import Profile

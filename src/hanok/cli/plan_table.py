@@ -1,18 +1,20 @@
 """A load plan as people read it: one table, what is predicted, and what would help."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from hanok.cli.units import rate, size
-from hanok.memory.cpus import CpuBudget
-from hanok.memory.plan import LoadPlan, Place
+
+if TYPE_CHECKING:
+    from hanok.memory.cpus import CpuBudget
+    from hanok.memory.plan import LoadPlan, Place
 
 PIPED_WIDTH = 140
 HEADER = ("place", "holds", "weights", "KV cache", "work", "peak", "budget", "free", "budget from")
 
 
-def rows(plan: LoadPlan) -> list[tuple[str, ...]]:
+def rows(plan: "LoadPlan") -> list[tuple[str, ...]]:
     """Return the table's rows as text, in the order of HEADER; places that hold nothing are left out."""
     found: list[tuple[str, ...]] = []
     for tier in plan.tiers:
@@ -66,13 +68,13 @@ def places(names: tuple[str, ...]) -> str:
     return " and ".join(parts)
 
 
-def host_line(place: Place, cpus: CpuBudget) -> str:
+def host_line(place: "Place", cpus: "CpuBudget") -> str:
     """Return what the host computes with, why not with more, and how fast it reads its memory."""
     count = f"{cpus.threads} thread{'s' * (cpus.threads > 1)}"
     return f"CPU: {count}, {cpus.reason}; memory is read at {place.rate_source}."
 
 
-def print_plan(plan: LoadPlan) -> None:
+def print_plan(plan: "LoadPlan") -> None:
     """Print the table, what is predicted, and what would help where it does not fit."""
     from rich.console import Console
     from rich.table import Table
@@ -106,7 +108,7 @@ def print_plan(plan: LoadPlan) -> None:
         click.echo(line)
 
 
-def prediction_line(plan: LoadPlan) -> str:
+def prediction_line(plan: "LoadPlan") -> str:
     """Return how long things will take; a model without a head generates no tokens."""
     prediction = plan.prediction
     what = "prompts" if plan.needs.has_head else "texts"
@@ -120,7 +122,7 @@ def prediction_line(plan: LoadPlan) -> str:
     return f"{line}; then at most {speed} tokens/s, limited by {prediction.limited_by}."
 
 
-def advice(plan: LoadPlan) -> list[str]:
+def advice(plan: "LoadPlan") -> list[str]:
     """Return what to know of the files, and what would help where something does not fit."""
     lines = [f"Note: {note}." for note in plan.notes]
     for remedy in plan.remedies:
@@ -129,7 +131,7 @@ def advice(plan: LoadPlan) -> list[str]:
     return lines
 
 
-def plan_facts(plan: LoadPlan) -> list[dict[str, Any]]:
+def plan_facts(plan: "LoadPlan") -> list[dict[str, Any]]:
     """Return the table's rows as numbers."""
     found = []
     for tier in plan.tiers:

@@ -13,13 +13,15 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from hanok.errors import OptionError
-from hanok.memory.account import Opened
 from hanok.memory.budget import Budget, device_name
 from hanok.memory.cpus import CpuBudget
 from hanok.memory.options import DeviceMap, LoadOptions
+
+if TYPE_CHECKING:
+    from hanok.memory.account import Opened
 
 PlaceKind = Literal["gpu", "core", "cpu", "disk"]
 POLICIES = ("auto", "balanced", "balanced_low_0", "sequential")
@@ -201,7 +203,7 @@ class LoadPlan:
     """The cheapest first; only where something does not fit into memory."""
     options: LoadOptions = field(default_factory=LoadOptions)
     """What the plan was made with."""
-    opened: Opened | None = None
+    opened: "Opened | None" = None
     """The checkpoint that was planned, as a load goes on with it; None where there was none."""
     notes: tuple[str, ...] = ()
     """What is unusual about the checkpoint's files, and how it was taken."""

@@ -10,8 +10,8 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from hanok import __version__
 from hanok.engine.ticket import Ticket
+from hanok.package import __version__
 from hanok.server.errors import openai_body
 from hanok.server.openai_models import (
     CompletionRequest,

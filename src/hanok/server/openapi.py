@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from hanok import __version__
+from hanok.package import __version__
 from hanok.server.errors import is_anthropic, status_on
 from hanok.server.route import Route
 from hanok.server.tgi_models import ErrorResponse

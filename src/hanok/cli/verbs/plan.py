@@ -7,11 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from hanok import BUNDLED
 from hanok.cli.options import cache_folder_option, plan_options
 from hanok.cli.plan_table import print_plan
 from hanok.errors import BudgetError
-from hanok.memory.planning import plan_draft, plan_load
+from hanok.package import BUNDLED
 
 if TYPE_CHECKING:
     from hanok.memory.plan import LoadPlan
@@ -41,6 +40,9 @@ def command(
 
     Only headers are read. Ends with status 6 when it does not fit.
     """
+    # Imported here: `hanok --help` reads no checkpoint.
+    from hanok.memory.planning import plan_draft, plan_load
+
     draft_plan = None
     if draft is not None:
         names = ("max_memory", "context", "batch", "quant", "dtype", "devices")

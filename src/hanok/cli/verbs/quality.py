@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 
 import click
 
-from hanok import BUNDLED
 from hanok.errors import OptionError
+from hanok.package import BUNDLED
 from hanok.text_files import read_text
 
 if TYPE_CHECKING:
-    from hanok.engine.quality import QualityReport
+    from hanok.bench.quality import QualityReport
 
 BUNDLED_TEXT = BUNDLED / "quality.txt"
 PIPED_WIDTH = 160
@@ -95,7 +95,7 @@ def command(  # noqa: PLR0913 (click passes each option as an argument)
     reference's; layer error is the largest relative error of what a layer adds. Speed is that of one
     user, and its share of what reading the weights allows.
     """
-    from hanok.engine.quality import measure_quality
+    from hanok.bench.quality import measure_quality
 
     # Measuring takes minutes; what could not be written is said before it.
     for file in filter(None, (markdown, plot)):

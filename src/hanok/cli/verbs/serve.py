@@ -6,11 +6,11 @@ from typing import Any
 
 import click
 
-from hanok import BUNDLED
 from hanok.cli.fields import Command, add_options, field_options
 from hanok.cli.options import load_options, model_options, read_drafting, speculation_options
 from hanok.engine.options import EngineOptions
 from hanok.errors import OptionError
+from hanok.package import BUNDLED
 from hanok.server.options import ServerOptions
 
 SERVER_OPTIONS: Mapping[str, Mapping[str, Any]] = {

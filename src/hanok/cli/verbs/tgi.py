@@ -8,11 +8,11 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from hanok import BUNDLED, __version__
 from hanok.cli.options import Drafting, SpeculateOption
 from hanok.cli.progress import bytes_bar
 from hanok.engine.options import MAX_RUNNING, EngineOptions
 from hanok.memory.options import LoadOptions
+from hanok.package import BUNDLED, __version__
 from hanok.server.launcher import FLAGS, Flag, LaunchOptions, launch_options
 from hanok.server.options import ServerOptions
 

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from hanok.cli.bench_options import check_folder, grid_options, measured, written
-from hanok.cli.bench_table import memory, notes, print_table, title
 
 if TYPE_CHECKING:
     from hanok.bench.report import Report
@@ -75,6 +74,8 @@ def command(
 
 
 def _print(report: "Report", choice: "Choice", is_verbose: bool) -> None:
+    from hanok.cli.bench_table import notes, print_table, title
+
     print_table(HEADER, [[_cells(item, choice) for item in choice.candidates]], title(report))
     click.echo()
     for note in notes(report, is_verbose=is_verbose):
@@ -85,6 +86,8 @@ def _print(report: "Report", choice: "Choice", is_verbose: bool) -> None:
 
 
 def _cells(item: "Candidate", choice: "Choice") -> tuple[str, ...]:
+    from hanok.cli.bench_table import memory
+
     row, quality = item.rows[0], item.rows[0].quality
     why = "chosen" if item is choice.chosen else item.excluded or "slower"
     return (

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 
-from hanok import __version__
+from hanok.package import __version__
 from hanok.server import messages_input, responses_input
 from hanok.server.chat import conversation_of
 from hanok.server.errors import ServerError, invalid

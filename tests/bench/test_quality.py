@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 import hanok
-from hanok.engine import quality
-from hanok.engine.quality import bytes_per_token, measure_quality, weight_bytes
+from hanok.bench import quality
+from hanok.bench.quality import bytes_per_token, measure_quality, weight_bytes
 from hanok.errors import OptionError, RequestError
 
 TEXT = (hanok.BUNDLED / "quality.txt").read_text(encoding="utf-8")[:1500]

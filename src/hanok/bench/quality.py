@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from hanok.attention.base import ForwardBatch
 from hanok.attention.state import FLOAT_BYTES
-from hanok.engine.bandwidth import read_gb_per_s
+from hanok.bench.bandwidth import read_gb_per_s
 from hanok.engine.model import Model, load
 from hanok.errors import OptionError, RequestError
 from hanok.memory.account import check_head
