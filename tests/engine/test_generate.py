@@ -285,6 +285,27 @@ def test_penalties_and_bias_act_in_the_loop(model: Model) -> None:
     assert len(set(penalised.token_ids)) == 30
     repeated = model.generate(PROMPTS[0], max_new_tokens=30, repetition_penalty=1e6)
     assert not set(repeated.token_ids) & set(repeated.prompt_ids)
+    present = model.generate(PROMPTS[0], max_new_tokens=30, presence_penalty=100.0)
+    assert len(set(present.token_ids)) == 30
+
+
+def test_end_tokens_are_left_out_before_the_fewest_tokens_and_read_over_on_request(
+    model: Model,
+) -> None:
+    first = model.generate(PROMPTS[0], max_new_tokens=1).token_ids[0]
+    late = model.generate(PROMPTS[0], max_new_tokens=9, stop_token_ids=[first], min_new_tokens=4)
+    assert first not in late.token_ids[:4]
+    (end,) = model.end_ids
+    options = {"max_new_tokens": 5, "logit_bias": {end: 1000.0}}
+    assert model.generate(PROMPTS[0], **options).token_ids == [end]
+    assert model.generate(PROMPTS[0], ignore_eos=True, **options).token_ids == [end] * 5
+
+
+def test_logprobs_are_the_models_or_those_of_what_was_drawn_from(model: Model) -> None:
+    options = {"max_new_tokens": 3, "temperature": 1.0, "top_k": 1}
+    assert all(event.logprob < 0 for event in model.stream(PROMPTS[0], **options))
+    alone = [event.logprob for event in model.stream(PROMPTS[0], model_logprobs=False, **options)]
+    assert alone == [0.0] * 3
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa", "sdpa_math", "sdpa_flash"])
