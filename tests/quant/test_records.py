@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import hanok
+from hanok.engine.passes import WeightVersion
 from hanok.kernels.native import why_not
 from hanok.quant import base
 from hanok.quant.base import (
@@ -270,6 +271,16 @@ def test_a_quantized_decoder_is_saved_moved_and_copied_as_any_module(quant: str)
     for name, part in moved.named_buffers():
         assert part.dtype is ours[name].dtype or name.endswith("like"), name
     assert all(part.is_meta for part in moved.to("meta").state_dict().values())
+
+
+def test_codes_that_change_in_place_make_other_weights() -> None:
+    """So that no key of the old ones is used again."""
+    decoder = hanok.load(hanok.BUNDLED, quant="int4", dtype="float32").decoder
+    version = WeightVersion(decoder)
+    first = version.number()
+    assert version.number() == first
+    decoder.layers[0].mlp.down_proj.weight.scale.mul_(2)
+    assert version.number() != first
 
 
 @pytest.fixture
