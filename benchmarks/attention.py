@@ -25,6 +25,7 @@ from hanok.bench.attention import (
     Conditions,
     measure_attention,
 )
+from hanok.bench.spread import Spread, rounded
 
 HEADS = ((32, 4, 64), (14, 2, 64), (32, 8, 128))
 CONTEXTS = (512, 4096, 16384)
@@ -116,23 +117,22 @@ def measured(
 def table_row(result: CaseResult) -> list[str]:
     """Return one line: microseconds of all, then ratios, what is asked, GB/s and errors."""
     found = {name: result.measured[name] for name in (USUAL, *OURS)}
-    spreads = {name: measure.Spread.of(row.samples) for name, row in found.items()}
+    spreads = {name: Spread.of(row.samples) for name, row in found.items()}
     cells = [name_of(result.case)]
     cells += [
-        str(measure.Spread(*(1e6 * value for value in (s.median, s.low, s.high))))
-        for s in spreads.values()
+        str(Spread(*(1e6 * value for value in (s.median, s.low, s.high)))) for s in spreads.values()
     ]
     usual = found[USUAL].samples
-    ratios = {name: measure.Spread.of_ratio(usual, found[name].samples) for name in OURS}
+    ratios = {name: Spread.of_ratio(usual, found[name].samples) for name in OURS}
     cells += [str(ratios[name]) for name in OURS]
-    own = measure.Spread.of_ratio(found["sdpa"].samples, found["native"].samples)
+    own = Spread.of_ratio(found["sdpa"].samples, found["native"].samples)
     cells.append(str(own))
     is_asked = result.case.keys == ASKED_CONTEXT and result.case.dtype == "bfloat16"
     is_met = "yes" if ratios["sdpa"].median >= ASKED_RATIO else "no"
     is_own_met = "yes" if own.median >= ASKED_OWN_RATIO else "no"
     asked = f"≥ {ASKED_RATIO:g}: {is_met}, ≥ {ASKED_OWN_RATIO:g}: {is_own_met}"
     cells.append(asked if is_asked else "–")
-    cells.append(" / ".join(measure.rounded(row.gb_per_s) for row in found.values()))
+    cells.append(" / ".join(rounded(row.gb_per_s) for row in found.values()))
     cells.append(" / ".join(f"{row.max_error:.1g}" for row in found.values()))
     return cells
 

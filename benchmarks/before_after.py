@@ -24,6 +24,8 @@ from pathlib import Path
 import checkpoints
 import measure
 
+from hanok.bench.spread import Spread
+
 TREES = ("before", "after")
 KINDS = {"bfloat16": None, "int8": "int8", "int4": "int4"}
 PROMPT, TOKENS, LONG_PROMPT = 16, 24, 256
@@ -196,7 +198,7 @@ def rows_of(
     rows = []
     for what, before in found["before"].items():
         after = found["after"][what]
-        ratio = measure.Spread.of_ratio(after, before)
+        ratio = Spread.of_ratio(after, before)
         bound = SPEED
         if "help" in what:
             bound = HELP
@@ -204,10 +206,10 @@ def rows_of(
             bound = START
         elif "memory" in what:
             bound = MEMORY
-        middle = measure.Spread.of(after)
+        middle = Spread.of(after)
         name = f"{label}: {what}" if label else what
         kept = bound.verdict(ratio.median, middle.median)
-        rows.append((name, measure.Spread.of(before), middle, ratio, bound, kept))
+        rows.append((name, Spread.of(before), middle, ratio, bound, kept))
     return rows
 
 

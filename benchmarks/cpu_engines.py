@@ -25,6 +25,8 @@ import checkpoints
 import measure
 from engine_contestants import ENGINES, Contestant, Lengths, config_of, contestants
 
+from hanok.bench.spread import Spread
+
 HERE = Path(__file__).parent
 PROBE = "memory"
 QUICK = {
@@ -196,7 +198,7 @@ def measure_shape(
         log=lambda row: log({"shape": shape.name, **row}),
     )
     disturbed = measure.count_disturbed(rows)
-    memory = measure.Spread.of(row["gb_per_s"] for row in rows[PROBE])
+    memory = Spread.of(row["gb_per_s"] for row in rows[PROBE])
     log({"shape": shape.name, "left_out": missing})
     return "\n\n".join(
         [
@@ -238,20 +240,20 @@ def versions(taking_part: Sequence[Contestant], rows: Rows) -> list[str]:
 
 def engines_table(taking_part: Sequence[Contestant], rows: Rows) -> str:
     """Return what each engine did."""
-    probe = measure.Spread.of(row["gb_per_s"] for row in rows[PROBE]).median
+    probe = Spread.of(row["gb_per_s"] for row in rows[PROBE]).median
     lines = []
     for item in taking_part:
         found = rows[item.name]
         size = item.bytes_per_token or found[0].get("bytes_per_token")
         rate = share = read = "–"
         if size:
-            speed = measure.Spread.of(row["decode_per_s"] for row in found).median * size / 1e9
+            speed = Spread.of(row["decode_per_s"] for row in found).median * size / 1e9
             read, rate, share = f"{size / 1e9:.2f}", f"{speed:.1f}", f"{speed / probe:.0%}"
         lines.append(
             (
                 item.name,
                 *(
-                    measure.Spread.of(row[key] for row in found)
+                    Spread.of(row[key] for row in found)
                     for key in ("prefill_per_s", "decode_per_s", "together_per_s")
                 ),
                 read,
@@ -272,7 +274,7 @@ def demands_table(taking_part: Sequence[Contestant], rows: Rows) -> str:
             continue
         better = [row[demand.key] for row in rows[demand.better]]
         worse = [row[demand.worse_key or demand.key] for row in rows[demand.worse]]
-        found = measure.Spread.of_ratio(better, worse)
+        found = Spread.of_ratio(better, worse)
         is_met = found.median >= demand.asked
         lines.append((demand.what, found, f"≥ {demand.asked:g}", "yes" if is_met else "no"))
     for item in taking_part:
@@ -286,7 +288,7 @@ def own_demands(
 ) -> list[tuple[object, ...]]:
     """Return the lines of what is asked of one precision alone."""
     speeds = [row["decode_per_s"] * row["bytes_per_token"] / 1e9 for row in found]
-    share = measure.Spread.of_ratio(speeds, [row["gb_per_s"] for row in probe])
+    share = Spread.of_ratio(speeds, [row["gb_per_s"] for row in probe])
     lines: list[tuple[object, ...]] = [
         (
             f"{precision}: share of the memory's speed",
@@ -296,15 +298,15 @@ def own_demands(
         )
     ]
     if precision in FOUR_TOKENS:
-        four = measure.Spread.of(row["four_tokens"] for row in found)
+        four = Spread.of(row["four_tokens"] for row in found)
         limit = FOUR_TOKENS[precision]
         is_met = "yes" if four.median <= limit else "no"
         lines.append((f"{precision}: a pass of 4 tokens / of 1", four, f"≤ {limit:g}", is_met))
     if precision in ("int8", "int4"):
-        load = measure.Spread.of(row["load_s"] for row in found)
+        load = Spread.of(row["load_s"] for row in found)
         is_met = "yes" if load.median <= QUANTIZE_S else "no"
         lines.append((f"{precision}: quantizing at load, s", load, f"≤ {QUANTIZE_S:g}", is_met))
-        peak = measure.Spread.of(row["load_gib"] for row in found)
+        peak = Spread.of(row["load_gib"] for row in found)
         limit_gib = found[0]["weights_gib"] + found[0]["largest_tensor_gib"] + EXTRA_GIB
         is_met = "yes" if peak.median <= limit_gib else "no"
         what = f"{precision}: peak memory of loading, GiB"

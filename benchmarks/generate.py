@@ -25,6 +25,7 @@ from pathlib import Path
 import checkpoints
 import measure
 
+from hanok.bench.spread import Spread, rounded
 from hanok.models.config import ModelConfig
 from hanok.models.family import read_config
 
@@ -149,18 +150,14 @@ def comparison_table(rows: Rows, asked: Mapping[str, float]) -> str:
     lines = []
     for name, label, key, is_more_better in MEASURES:
         ours, theirs = ([row[key] for row in rows[engine]] for engine in ENGINES)
-        ratio = (
-            measure.Spread.of_ratio(ours, theirs)
-            if is_more_better
-            else measure.Spread.of_ratio(theirs, ours)
-        )
+        ratio = Spread.of_ratio(ours, theirs) if is_more_better else Spread.of_ratio(theirs, ours)
         demanded = asked.get(name)
         is_met = "–" if demanded is None else "yes" if ratio.median >= demanded else "no"
         lines.append(
             (
                 label,
-                measure.Spread.of(ours),
-                measure.Spread.of(theirs),
+                Spread.of(ours),
+                Spread.of(theirs),
                 ratio,
                 "–" if demanded is None else f"≥ {demanded:g}",
                 is_met,
@@ -172,15 +169,15 @@ def comparison_table(rows: Rows, asked: Mapping[str, float]) -> str:
 def decode_bandwidth(rows: Rows, config: ModelConfig) -> str:
     """Say how much of the memory's speed each engine's decode uses."""
     bytes_per_token = config.num_active_parameters() * 2
-    memory = measure.Spread.of(row["gb_per_s"] for row in rows[PROBE])
+    memory = Spread.of(row["gb_per_s"] for row in rows[PROBE])
     shares = []
     for engine in ENGINES:
         used = (
             statistics.median(row["decode_per_s"] for row in rows[engine]) * bytes_per_token / 1e9
         )
-        shares.append(f"{engine} {measure.rounded(used)} GB/s, {used / memory.median:.0%}")
+        shares.append(f"{engine} {rounded(used)} GB/s, {used / memory.median:.0%}")
     return (
-        f"A token reads {measure.rounded(bytes_per_token / 1e9)} GB of weights; the probe reads "
+        f"A token reads {rounded(bytes_per_token / 1e9)} GB of weights; the probe reads "
         f"memory at {memory} GB/s. Weights read in decode, and as a share of the probe: "
         f"{'; '.join(shares)}."
     )

@@ -13,6 +13,8 @@ from gpu_contestants import COPY, LARGEST_ERROR, PLAIN, TRANSFORMERS, Turn
 from gpu_parts import Clock, Contender, Round
 from gpu_workers import Failure
 
+from hanok.bench.spread import Spread
+
 # What issue 3 asks for.
 COPY_SHARE, INT8_RATIO, INT4_RATIO, CALL_RATIO = 0.8, 1.6, 2.5, 0.9
 COPY_TURN = Turn(contestant=COPY, kind="copy")
@@ -182,11 +184,11 @@ def decode_table(
                 turn.contestant,
                 turn.batch,
                 "yes" if turn.graphs else "no",
-                measure.Spread.of(values),
+                Spread.of(values),
                 times(rounds, turn, replace(turn, graphs=False)) if turn.graphs else NONE,
                 times(rounds, turn, plain),
                 times(rounds, turn, theirs),
-                measure.Spread.of(gb_per_s(turn, value, size) for value in values),
+                Spread.of(gb_per_s(turn, value, size) for value in values),
                 times_copies(rounds, turn, size),
             ]
         )
@@ -206,7 +208,7 @@ def call_table(turns: Sequence[Turn], rounds: Sequence[Round]) -> str:
             others = (
                 times(rounds, turn, replace(turn, contestant=n)) for n in (PLAIN, TRANSFORMERS)
             )
-            lines.append([turn.contestant, measure.Spread.of(values), *others])
+            lines.append([turn.contestant, Spread.of(values), *others])
     return measure.table(("weights", "tokens/s", "× our bfloat16", "× transformers"), lines)
 
 
@@ -216,7 +218,7 @@ def copy_line(rounds: Sequence[Round]) -> str:
     if not values:
         return ""
     return (
-        f"Copies within the device: {measure.Spread.of(values)} GB/s, a byte counted once. What only "
+        f"Copies within the device: {Spread.of(values)} GB/s, a byte counted once. What only "
         "reads can be up to twice as fast."
     )
 
@@ -260,7 +262,7 @@ def asked_table(
         if not pair[0]:
             lines.append([what, f"≥ {least:g}", NONE, "not measured"])
             continue
-        found = measure.Spread.of_ratio(*pair)
+        found = Spread.of_ratio(*pair)
         lines.append([what, f"≥ {least:g}", found, "yes" if found.median >= least else "no"])
     return measure.table(("asked", "", "measured", "met"), lines)
 
@@ -274,13 +276,13 @@ def times_copies(rounds: Sequence[Round], turn: Turn, bytes_per_step: int) -> st
     """Return a turn's reading as a multiple of the copy bandwidth, a copied byte counted once."""
     tokens, copies = both(rounds, turn, COPY_TURN)
     read = [gb_per_s(turn, item, bytes_per_step) for item in tokens]
-    return str(measure.Spread.of_ratio(read, copies)) if read else NONE
+    return str(Spread.of_ratio(read, copies)) if read else NONE
 
 
 def times(rounds: Sequence[Round], first: Turn, second: Turn) -> str:
     """Return how many times as fast the first is, with the spread of the rounds."""
     pair = both(rounds, first, second)
-    return str(measure.Spread.of_ratio(*pair)) if pair[0] and first != second else NONE
+    return str(Spread.of_ratio(*pair)) if pair[0] and first != second else NONE
 
 
 def both(rounds: Sequence[Round], first: Turn, second: Turn) -> tuple[list[float], list[float]]:

@@ -20,6 +20,7 @@ import measure
 import torch
 from torch import Tensor
 
+from hanok.bench.spread import Spread, rounded
 from hanok.kernels.native import native
 from hanok.kernels.processor import has_bfloat16_instructions
 from hanok.models import linear
@@ -96,16 +97,16 @@ def table_row(
     num_tokens: int, weight: Tensor, seconds: Mapping[str, Sequence[float]], chosen: str
 ) -> list[str]:
     """Return one line: GB/s of weights and GFLOP/s of each product, and how good the choice is."""
-    medians = {name: measure.Spread.of(values).median for name, values in seconds.items()}
+    medians = {name: Spread.of(values).median for name, values in seconds.items()}
     fastest = min(medians, key=lambda name: medians[name])
     cells = [str(num_tokens)]
     for name in PRODUCTS:
         if name not in seconds:
             cells.append("–")
             continue
-        rates = measure.Spread.of(weight.nbytes / value / 1e9 for value in seconds[name])
+        rates = Spread.of(weight.nbytes / value / 1e9 for value in seconds[name])
         flops = 2 * num_tokens * weight.numel() / medians[name] / 1e9
-        text = f"{rates}, {measure.rounded(flops)} GF{' ★' if name == fastest else ''}"
+        text = f"{rates}, {rounded(flops)} GF{' ★' if name == fastest else ''}"
         cells.append(f"**{text}**" if name == chosen else text)
     cells.append(f"{medians[chosen] / medians[fastest]:.2f}")
     return cells

@@ -32,6 +32,8 @@ import checkpoints
 import measure
 from generate import ENGINES, warm_page_cache, worker_command
 
+from hanok.bench.spread import Spread
+
 HERE = Path(__file__).parent
 PARTS = ("predictions", "start", "packed", "cold", "limits", "pipeline", "plan")
 CGROUPS = Path("/sys/fs/cgroup")
@@ -123,7 +125,7 @@ class Bench:
         return rows
 
 
-def line(what: str, values: measure.Spread, asked: float, *, at_most: bool, unit: str = "") -> Line:
+def line(what: str, values: Spread, asked: float, *, at_most: bool, unit: str = "") -> Line:
     """Return a line of the table of what was asked."""
     is_met = values.median <= asked if at_most else values.median >= asked
     sign = "≤" if at_most else "≥"
@@ -145,7 +147,7 @@ def predictions(bench: Bench) -> Iterator[Line]:
     for title, rows in bench.interleave(actions).items():
         for what, asked in (("steady", 2.0), ("peak", 8.0)):
             off = [100 * (row[f"planned_{what}"] / row[f"{what}_bytes"] - 1) for row in rows]
-            found = measure.Spread.of(off)
+            found = Spread.of(off)
             is_met = "yes" if abs(found.median) <= asked else "no"
             gib = rows[0][f"planned_{what}"] / GIB
             text = (
@@ -169,12 +171,12 @@ def start(bench: Bench) -> Iterator[Line]:
     ready = {name: values_of(found, "ready_s") for name, found in rows.items()}
     yield line(
         "process start to model ready, 1.1B bf16, of transformers' time",
-        measure.Spread.of_ratio(ready["hanok"], ready["transformers"]),
+        Spread.of_ratio(ready["hanok"], ready["transformers"]),
         0.35,
         at_most=True,
     )
     for name, found in ready.items():
-        yield f"— {name}", f"{measure.Spread.of(found)} s", "–", "–"
+        yield f"— {name}", f"{Spread.of(found)} s", "–", "–"
 
 
 IMPORT_TORCH = (
@@ -197,12 +199,12 @@ def packed(bench: Bench) -> Iterator[Line]:
     first, again = (values_of(rows[name], "load_s") for name in ("first", "again"))
     yield line(
         "1.1B int4 from the packed copy, of the time of quantizing",
-        measure.Spread.of_ratio(again, first),
+        Spread.of_ratio(again, first),
         0.25,
         at_most=True,
     )
-    yield "— quantizing at load", f"{measure.Spread.of(first)} s", "–", "–"
-    yield "— from the packed copy", f"{measure.Spread.of(again)} s", "–", "–"
+    yield "— quantizing at load", f"{Spread.of(first)} s", "–", "–"
+    yield "— from the packed copy", f"{Spread.of(again)} s", "–", "–"
     yield "— quantizing, hashing and keeping the copy, once", f"{writing['load_s']:.2f} s", "–", "–"
 
 
@@ -240,12 +242,12 @@ def cold(bench: Bench) -> Iterator[Line]:
     speeds = {name: values_of(found, "bytes_per_s") for name, found in rows.items()}
     yield line(
         "1.1B from an empty page cache, bytes per second of a plain sequential read's",
-        measure.Spread.of_ratio(speeds["load"], speeds["read"]),
+        Spread.of_ratio(speeds["load"], speeds["read"]),
         0.8,
         at_most=False,
     )
     for name, found in speeds.items():
-        spread = measure.Spread.of([value / 1e9 for value in found])
+        spread = Spread.of([value / 1e9 for value in found])
         yield f"— {name}", f"{spread} GB/s", "–", "–"
 
 
@@ -315,12 +317,12 @@ def limits(bench: Bench) -> Iterator[Line]:
     read = values_of(rows["read"], "bytes_per_s")
     yield line(
         "offloaded decode, bytes of weights per second of a plain sequential read's",
-        measure.Spread.of_ratio(streamed, read),
+        Spread.of_ratio(streamed, read),
         0.7,
         at_most=False,
     )
-    yield "— offload", f"{measure.Spread.of([value / 1e9 for value in streamed])} GB/s", "–", "–"
-    yield "— read", f"{measure.Spread.of([value / 1e9 for value in read])} GB/s", "–", "–"
+    yield "— offload", f"{Spread.of([value / 1e9 for value in streamed])} GB/s", "–", "–"
+    yield "— read", f"{Spread.of([value / 1e9 for value in read])} GB/s", "–", "–"
 
 
 def described(what: str, row: measure.Row, unlimited: measure.Row | None = None) -> Line:
@@ -368,7 +370,7 @@ def pipeline(bench: Bench) -> Iterator[Line]:
     for depth, found in rows.items():
         formula = int(depth) / (int(depth) + len(cores) - 1)
         for index, core in enumerate(cores):
-            busy = measure.Spread.of([row["busy"][index] for row in found])
+            busy = Spread.of([row["busy"][index] for row in found])
             what = (
                 f"core {core} at work, 4 sequences in groups: {depth} (m/(m+p−1) = {formula:.2f})"
             )
@@ -379,7 +381,7 @@ def pipeline(bench: Bench) -> Iterator[Line]:
     for what, key in (("prompts, tokens/s", "prefill_s"), ("decoding, tokens/s", "decode_s")):
         speed = {name: [1 / row[key] for row in found] for name, found in rows.items()}
         for depth in ("2", "4"):
-            found_ratio = measure.Spread.of_ratio(speed[depth], speed["1"])
+            found_ratio = Spread.of_ratio(speed[depth], speed["1"])
             yield f"— {what}, in groups: {depth} / 1", found_ratio, "–", "–"
     same = {json.dumps(row["tokens"]) for found in rows.values() for row in found}
     yield "— tokens of all", "the same" if len(same) == 1 else "DIFFER", "the same", "–"
@@ -410,7 +412,7 @@ def plan(bench: Bench) -> Iterator[Line]:
         rows = bench.interleave({"plan": partial(bench.cold, command)}, runs=5)["plan"]
     yield line(
         "`hanok plan` of a 405B config, rates known",
-        measure.Spread.of(values_of(rows, "seconds")),
+        Spread.of(values_of(rows, "seconds")),
         1.0,
         at_most=True,
         unit=" s",

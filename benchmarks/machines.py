@@ -29,6 +29,7 @@ import measure
 from engine_contestants import FAILURES, first_json_array, left_out
 
 import hanok
+from hanok.bench.spread import Spread
 from hanok.models.family import read_config
 
 HERE = Path(__file__).parent
@@ -336,7 +337,7 @@ def measure_shape(
         log=lambda row: log({"shape": shape, **row}),
     )
     rows = {key: found[" · ".join(key)] for key in actions}
-    memory = measure.Spread.of(row["gb_per_s"] for row in found[PROBE])
+    memory = Spread.of(row["gb_per_s"] for row in found[PROBE])
     log({"shape": shape, "left_out": missing})
     return "\n\n".join(
         [
@@ -370,10 +371,10 @@ def speed_table(
     for item in taking_part:
         key = (item.set, item.name, IDLE.name)
         prompt = values(rows, key, "prefill_per_s")
-        cells: list[object] = [measure.Spread.of(prompt) if prompt else "–"]
+        cells: list[object] = [Spread.of(prompt) if prompt else "–"]
         for condition in conditions:
             decode = values(rows, (item.set, item.name, condition.name), "decode_per_s")
-            cells.append(measure.Spread.of(decode) if decode else "–")
+            cells.append(Spread.of(decode) if decode else "–")
         cells.append(share_of_memory(item, rows, gb_per_s))
         lines.append((f"{item.set}: {item.name}", *cells))
     header = ("tokens/s", "prefill", *(f"decode, {item.name}" for item in conditions), "share")
@@ -388,7 +389,7 @@ def share_of_memory(item: Contestant, rows: Rows, gb_per_s: float) -> str:
     size = item.bytes_per_token or rows[key][0].get("bytes_per_token")
     if not size:
         return "–"
-    decode = measure.Spread.of(row["decode_per_s"] for row in rows[key]).median
+    decode = Spread.of(row["decode_per_s"] for row in rows[key]).median
     return f"{decode * size / 1e9 / gb_per_s:.0%}"
 
 
@@ -402,7 +403,7 @@ def demands_table(
         first, second = values(rows, better, field), values(rows, worse, field)
         if first is None or second is None:
             return
-        ratio = measure.Spread.of_ratio(first, second)
+        ratio = Spread.of_ratio(first, second)
         lines.append((what, ratio, f"≥ {asked:g}", "yes" if ratio.median >= asked else "no"))
 
     for name in sets:

@@ -6,16 +6,16 @@ from typing import Any
 import measure
 from serving_servers import BARE, BATCHED, HANOK, LLAMA_CPP, TRANSFORMERS
 
+from hanok.bench.spread import Spread, rounded
+
 Part = tuple[str, list[Sequence[object]]]
 
 
-def demand(
-    what: str, spread: measure.Spread | float, limit: float, *, at_least: bool
-) -> list[object]:
+def demand(what: str, spread: Spread | float, limit: float, *, at_least: bool) -> list[object]:
     """Return a row of what was asked for."""
-    value = spread.median if isinstance(spread, measure.Spread) else spread
+    value = spread.median if isinstance(spread, Spread) else spread
     is_met = value >= limit if at_least else value <= limit
-    text = str(spread) if isinstance(spread, measure.Spread) else measure.rounded(spread)
+    text = str(spread) if isinstance(spread, Spread) else rounded(spread)
     return [what, text, f"{'≥' if at_least else '≤'} {limit:g}", "yes" if is_met else "no"]
 
 
@@ -34,7 +34,7 @@ def throughput_report(rows: list[measure.Row]) -> Part:
         cells = [f"{shape}, {clients} clients: {who}"]
         for key in ("tokens_per_s", "first_token_s", "between_p99_s", "client_cores"):
             values = [row[key] for row in mine if key in row]
-            cells.append(str(measure.Spread.of(values)) if values else "")
+            cells.append(str(Spread.of(values)) if values else "")
         table.append([*cells, sum(row["is_disturbed"] for row in mine)])
     fewest = min(clients for _, clients, _ in groups)
     for shape, clients in dict.fromkeys((shape, clients) for shape, clients, _ in groups):
@@ -57,22 +57,20 @@ def throughput_report(rows: list[measure.Row]) -> Part:
     return "\n\n".join([measure.table(header, table), *failures]), demands
 
 
-def against(
-    ours: list[measure.Row], theirs: list[measure.Row] | None, key: str
-) -> measure.Spread | None:
+def against(ours: list[measure.Row], theirs: list[measure.Row] | None, key: str) -> Spread | None:
     """Return the ratio to another's rounds, or to its only one; None where it was not there."""
     if theirs is None:
         return None
     several = [row[key] for row in theirs] * (len(ours) if len(theirs) == 1 else 1)
-    return measure.Spread.of_ratio([row[key] for row in ours], several)
+    return Spread.of_ratio([row[key] for row in ours], several)
 
 
 def turns_report(rows: list[measure.Row]) -> Part:
     table, demands = [], []
     for row in rows:
-        first, second = (measure.Spread.of(row[key]) for key in ("first_s", "second_s"))
+        first, second = (Spread.of(row[key]) for key in ("first_s", "second_s"))
         table.append([row["shape"], first, second, row["is_disturbed"]])
-        spread = measure.Spread.of_ratio(row["second_s"], row["first_s"])
+        spread = Spread.of_ratio(row["second_s"], row["first_s"])
         what = f"{row['shape']}: first token of a second turn, of the first's"
         demands.append(demand(what, spread, 0.15, at_least=False))
     return measure.table(("", "first turn, s", "second turn, s", "disturbed"), table), demands
@@ -86,7 +84,7 @@ def overload_report(rows: list[measure.Row]) -> Part:
             ", ".join(f"{count} x {status}" for status, count in sorted(row["statuses"].items())),
             row["broken"],
             row["without_retry_after"],
-            *(measure.rounded(row[key]) for key in keys),
+            *(rounded(row[key]) for key in keys),
         ]
         for row in rows
     ]

@@ -33,6 +33,7 @@ from recital import Piece, pieces
 from wiki_worker import Job
 
 import hanok
+from hanok.bench.spread import Spread
 from hanok.checkpoint.tokenizer import open_tokenizer
 
 HERE = Path(__file__).parent
@@ -406,19 +407,17 @@ def seconds_of_calls(count: int, result: measure.Row) -> float:
     return float(sum(result["whole_s"][:count]))
 
 
-def spread_of(
-    found: Sequence[measure.Row], figure: Callable[[measure.Row], float]
-) -> measure.Spread:
-    return measure.Spread.of(map(figure, found))
+def spread_of(found: Sequence[measure.Row], figure: Callable[[measure.Row], float]) -> Spread:
+    return Spread.of(map(figure, found))
 
 
 def ratio_of(
     better: Sequence[measure.Row],
     worse: Sequence[measure.Row],
     figure: Callable[[measure.Row], float],
-) -> measure.Spread:
+) -> Spread:
     """Return how many times as long `worse` takes."""
-    return measure.Spread.of_ratio([figure(row) for row in worse], [figure(row) for row in better])
+    return Spread.of_ratio([figure(row) for row in worse], [figure(row) for row in better])
 
 
 def acceptance(result: measure.Row) -> float | None:
@@ -468,7 +467,7 @@ def part_table(rows: Sequence[Row], results: Results, scale: Scale) -> str:
                 spread_of(found, next_seconds),
                 ratio_of(found, base, whole) if base else "–",
                 against_peer,
-                measure.Spread.of(shares) if shares else "–",
+                Spread.of(shares) if shares else "–",
                 same_text(found, base) if base else "–",
                 spread_of(found, lambda result: result["peak_gib"]),
             )
@@ -501,12 +500,10 @@ def demands(results: Results, scale: Scale) -> list[tuple[object, ...]]:
         if not better or not worse:
             lines.append((what, limit, "not measured", "–"))
             return
-        found = measure.Spread.of_ratio(
-            [figure(row) for row in worse], [figure(row) for row in better]
-        )
+        found = Spread.of_ratio([figure(row) for row in worse], [figure(row) for row in better])
         said, good = str(found), is_met(found.median)
         if least_accepted is not None:
-            share = measure.Spread.of(acceptance(row) or 0.0 for row in better)
+            share = Spread.of(acceptance(row) or 0.0 for row in better)
             said, good = f"{said}, accepted {share}", good and share.median >= least_accepted
         if needs_text:
             text = same_text(better, worse)

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import hanok
+from hanok.bench.spread import Spread, rounded
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 PROGRAMS = (
@@ -99,19 +100,18 @@ def test_checkpoint_is_made_once_and_is_decided_by_the_seed(
 
 
 def test_statistics(programs: SimpleNamespace) -> None:
-    measure = programs.measure
-    spread = measure.Spread.of([3.0, 1.0, 20.0])
+    spread = Spread.of([3.0, 1.0, 20.0])
     assert (spread.median, spread.low, spread.high) == (3.0, 1.0, 20.0)
     assert str(spread) == "3.00 (1.00–20.0)"
-    assert str(measure.Spread.of([2.5])) == "2.50"
-    assert [measure.rounded(value) for value in (0.0123, 99.96, 123.4, 2048)] == [
+    assert str(Spread.of([2.5])) == "2.50"
+    assert [rounded(value) for value in (0.0123, 99.96, 123.4, 2048)] == [
         "0.0123",
         "100",
         "123",
         "2048",
     ]
     # Medians 4 and 2; within the rounds 6/2, 4/1 and 2/4.
-    found = measure.Spread.of_ratio([6.0, 4.0, 2.0], [2.0, 1.0, 4.0])
+    found = Spread.of_ratio([6.0, 4.0, 2.0], [2.0, 1.0, 4.0])
     assert (found.median, found.low, found.high) == (2.0, 0.5, 4.0)
 
 
