@@ -239,7 +239,7 @@ class Engine:
 
         From the next step on nothing that others computed is used: what waits begins with the new
         weights, and what runs is computed again, so that its next token is that of the new weights.
-        Change weights between steps, while no request runs.
+        Change weights while no step is computing, or that step sees some of them old, some new.
         """
         self.model.weights_changed()
 
@@ -426,7 +426,8 @@ class Engine:
         row, accepted = 0, []
         for chunk, scores, pooled in zip(chunks, result.scores, result.pooled, strict=True):
             entry = self._entries[chunk.row.id]
-            entry.ticket.prompt_scores += scores
+            # At their places: a sequence that was begun again is scored again.
+            entry.ticket.prompt_scores[chunk.start : chunk.start + len(scores)] = scores
             entry.ticket.num_cached_tokens = entry.row.num_cached
             if pooled is not None:
                 self._scheduler.commit(chunk)
