@@ -175,6 +175,9 @@ def test_a_draft_model_guesses_with_its_new_weights(change: Callable[[Decoder], 
     fresh.catch_up({1: sequence})
     assert found == fresh.propose({1: sequence}, {1: 8})
     assert found != old
+    for mine, others in zip(drafter._cache.states, fresh._cache.states, strict=True):
+        length = len(PROMPT)
+        torch.testing.assert_close(mine.keys[:, :, :length], others.keys[:, :, :length])
 
 
 def test_the_version_of_weights_grows_with_a_change_and_not_with_a_move() -> None:
