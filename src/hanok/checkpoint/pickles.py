@@ -302,7 +302,7 @@ def _load(file: BinaryIO, path: Path, end: int) -> tuple[Any, dict[str, _Storage
     start = file.tell()
     window = _Window(file, min(end, start + MAX_PICKLE_BYTES))
     try:
-        for opcode, argument, position in pickletools.genops(window):  # type: ignore[arg-type]
+        for opcode, argument, position in pickletools.genops(window):  # type: ignore[arg-type]  # a window is read like a file
             if opcode.name not in _OPCODES:
                 raise _RefusedError(
                     f"uses the pickle opcode {opcode.name} ({argument!r:.80}), which torch.save "

@@ -240,4 +240,4 @@ def given(options: Mapping[str, Any]) -> SamplingOptions:
         for name, value in options.items()
         if name in names and value is not None and value not in ((), {})
     }
-    return SamplingOptions(**chosen)  # type: ignore[typeddict-item]
+    return SamplingOptions(**chosen)  # type: ignore[typeddict-item]  # its keys are the fields

@@ -359,7 +359,7 @@ class Model:
         if isinstance(prompt, str):
             token_ids = self._needed_tokenizer().encode(prompt)
         elif prompt and all(isinstance(item, Mapping) for item in prompt):
-            token_ids = self._needed_tokenizer().encode_chat([dict(item) for item in prompt])  # type: ignore[arg-type]
+            token_ids = self._needed_tokenizer().encode_chat([dict(item) for item in prompt])  # type: ignore[arg-type]  # checked above
         else:
             token_ids = [self._checked_id(item) for item in prompt]
         if not token_ids:
@@ -529,8 +529,8 @@ def _as_list(prompt: Prompt | Sequence[Prompt]) -> tuple[list[Prompt], bool]:
         raise RequestError("there is no prompt; give a text, token ids, or messages.")
     first = items[0]
     if isinstance(first, int | Mapping):
-        return [items], False  # type: ignore[list-item]
-    return items, True  # type: ignore[return-value]
+        return [items], False  # type: ignore[list-item]  # a prompt of ids or messages
+    return items, True  # type: ignore[return-value]  # prompts
 
 
 def _collected(sequence: GenerationSequence, events: list[TokenEvent]) -> Generation:

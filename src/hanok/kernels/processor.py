@@ -21,7 +21,7 @@ def instruction_set_cap() -> str | None:
     """
     # A property of the machine, not of a call: it shall hold for every process started here, and for
     # programs that use hanok as a library.
-    cap = os.environ.get(CAP) or None  # noqa: TID251
+    cap = os.environ.get(CAP) or None  # noqa: TID251 (a cap on the process, read where kernels are chosen)
     if cap is not None and cap not in INSTRUCTION_SETS:
         known = ", ".join(INSTRUCTION_SETS)
         raise OptionError(f"{CAP}={cap} is not an instruction set. Write one of {known}.")

@@ -116,7 +116,7 @@ class Streamer:
         read_parameter(self._tensors, source, staged)
         if target is not staged:
             # A separate stream: computation does not wait for the copy.
-            stream = torch.cuda.Stream(target.device)  # type: ignore[no-untyped-call]
+            stream = torch.cuda.Stream(target.device)  # type: ignore[no-untyped-call]  # torch's
             with torch.cuda.stream(stream):
                 if buffer.last_use is not None:
                     stream.wait_event(buffer.last_use)

@@ -68,7 +68,7 @@ class Promotion:
         self._arena: Arena | None = None
         self._lock = threading.Lock()
         hook = decoder.register_load_state_dict_pre_hook
-        hook(lambda *_: self.cancel())  # type: ignore[no-untyped-call]
+        hook(lambda *_: self.cancel())  # type: ignore[no-untyped-call]  # torch's
 
     @property
     def is_over(self) -> bool:

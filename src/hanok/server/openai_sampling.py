@@ -101,7 +101,7 @@ def sampling_options(
             }
         for name, value in given.items():
             if value is not None:
-                found[name] = value  # type: ignore[literal-required]
+                found[name] = value  # type: ignore[literal-required]  # a key of it
     return found
 
 

@@ -44,7 +44,7 @@ def command(path: Path | None, system: str | None, **options: Any) -> None:
     is_terminal = sys.stdin.isatty()
     if is_terminal:
         # Gives `input` a history and line editing.
-        import readline  # noqa: F401
+        import readline  # noqa: F401 (gives `input` a history)
 
         click.echo(HELP, err=True)
     opening = [{"role": "system", "content": system}] if system else []
