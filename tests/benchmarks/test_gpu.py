@@ -258,7 +258,8 @@ def test_rows_are_processes_that_may_die_or_hang(
     assert found[2].end == "its process ended with status 0"
     lines = gpu.report.kernel_failures(found)
     assert [line.split(": ")[1] for line in lines] == ["wrong", "dies"]
-    assert [line.get("error") for line in log if "error" in line] == [0.05, 0.2]
+    # The two run at the same time, and either may be the first to answer.
+    assert sorted(line["error"] for line in log if "error" in line) == [0.05, 0.2]
 
     hanging = {"hangs": (Connection.recv,)}
     (late,) = checked(hanging, 0.2)

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,9 +12,11 @@ import hanok
 from hanok.attention.base import ForwardBatch
 from hanok.checkpoint.files import open_checkpoint
 from hanok.engine.model import Model
-from hanok.errors import CheckpointError
+from hanok.engine.speculate import most_exact_tokens
+from hanok.errors import CheckpointError, UnsupportedError
+from hanok.kernels.native import why_not
 from hanok.memory.account import understand
-from hanok.models.adapters import PREFIX, activate, attach, detach
+from hanok.models.adapters import PREFIX, activate, attach, detach, merge
 from hanok.models.family import Source
 
 RANK, SCALE = 3, 2.0
@@ -88,6 +91,57 @@ def test_half_of_a_batch_over_an_int4_base_uses_an_adapter(sources: Mapping[str,
     for row, index in ((0, 0), (2, 4)):
         torch.testing.assert_close(found[row], alone[index][row], atol=1e-4, rtol=1e-4)
         assert not torch.allclose(found[row], alone[None][row], atol=1e-2)
+
+
+@pytest.mark.parametrize("targets", ["_proj", "q_proj|v_proj"])
+def test_merging_adds_the_adapter_to_the_weights(
+    sources: Mapping[str, Source], targets: str, tmp_path: Path
+) -> None:
+    model, other = (hanok.load(hanok.BUNDLED, dtype="float32", weights="copied") for _ in range(2))
+    tensors = drawn(sources, targets)
+    merged(other, sources, tensors)
+    attach(model.decoder, sources, tensors, index=2, scale=SCALE)
+    with pytest.raises(UnsupportedError, match="adapters attached cannot be saved"):
+        model.save(tmp_path / "attached")
+    merge(model.decoder, 2)
+    for (name, ours), theirs in zip(
+        model.decoder.named_parameters(), other.decoder.parameters(), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5, msg=name)
+    model.save(tmp_path / "merged")
+    quantized = hanok.load(hanok.BUNDLED, quant="int4", dtype="float32").decoder
+    attach(quantized, sources, tensors, index=2, scale=SCALE)
+    with pytest.raises(UnsupportedError, match="cannot be merged into quantized weights"):
+        merge(quantized, 2)
+
+
+def test_adapters_with_targets_of_their_own_come_and_go(sources: Mapping[str, Source]) -> None:
+    model = hanok.load(hanok.BUNDLED, quant="int4:head=int4", dtype="float32")
+    decoder, base = model.decoder, model.logits([5, 9, 200])
+    exact = most_exact_tokens(decoder)
+    attach(decoder, sources, drawn(sources, "_proj"), index=0, scale=SCALE)
+    attach(decoder, sources, drawn(sources, "q_proj", seed=1), index=4, scale=SCALE)
+    with pytest.raises(ValueError, match="adapter 4 is attached already"):
+        attach(decoder, sources, drawn(sources, "q_proj"), index=4, scale=SCALE)
+    # torch multiplies by adapters: a token's bits depend on the tokens next to it.
+    assert most_exact_tokens(decoder) == (1 if why_not() is None else None)
+    detach(decoder, 4)
+    assert torch.equal(model.logits([5, 9, 200]), base)
+    detach(decoder, 0)
+    assert most_exact_tokens(decoder) == exact
+    assert not any(".lora" in name for name, _ in decoder.named_parameters())
+
+
+def test_an_adapter_that_does_not_fit_leaves_nothing_behind(
+    sources: Mapping[str, Source],
+) -> None:
+    decoder = hanok.load(hanok.BUNDLED, dtype="float32").decoder
+    tensors = drawn(sources, "_proj")
+    last = [name for name in tensors if "lora_B" in name][-1]
+    with pytest.raises(CheckpointError):
+        attach(decoder, sources, {**tensors, last: torch.ones(9, RANK)}, index=0, scale=SCALE)
+    assert not any(".lora" in name for name, _ in decoder.named_parameters())
+    attach(decoder, sources, tensors, index=0, scale=SCALE)
 
 
 def test_only_the_adapter_gets_gradients(sources: Mapping[str, Source]) -> None:

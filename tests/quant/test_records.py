@@ -11,19 +11,23 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import hanok
+from hanok.engine.passes import WeightVersion
 from hanok.kernels.native import why_not
 from hanok.quant import base
 from hanok.quant.base import (
     Format,
     QuantizedWeight,
     StoredWeight,
+    choose_layout,
     layouts,
     methods,
     reference,
     stored,
 )
+from hanok.quant.int4 import Int4
 from hanok.quant.kernels.panels import rounds_x
-from hanok.quant.nf4 import CODEBOOK
+from hanok.quant.nested import NestedScale
+from hanok.quant.nf4 import CODEBOOK, Nf4
 from hanok.quant.recipe import read_recipe
 from hanok.quant.stacked import StackedWeight
 
@@ -136,6 +140,71 @@ def test_columns_whose_groups_are_not_in_turn_are_permuted_once(layout: str, nam
         weight.write(0, other)
     with pytest.raises(ValueError, match="groups are not of"):
         held(replace(record, order=order.clamp(max=0)), layout)
+    longer = layouts()[layout].empty(form, (96, 256), CPU)
+    longer.write(0, replace(record, order=None))
+    with pytest.raises(ValueError, match="another order"):
+        longer.write(48, record)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_state_brings_the_order_of_columns_along(layout: str) -> None:
+    order = (torch.arange(256) // 128).flip(0)
+    record = replace(drawn(AWQ, (32, 256)), order=order)
+    other = layouts()[layout].empty(AWQ, (32, 256), CPU)
+    other.load_state_dict(held(record, layout).state_dict())
+    are_equal(other.record(), record)
+
+
+def test_scales_that_are_codes_already_are_held_exactly() -> None:
+    """Those of two files' tensors have blocks and offsets of their own: parts of one weight."""
+    form = replace(FORMATS["codebook"], has_nested_scale=True)
+    records = []
+    for seed, rows in enumerate((20, 12)):
+        plain = drawn(FORMATS["codebook"], (rows, 256), seed)
+        scale = replace(NestedScale.of(plain.float_scale()), offset=0.1 + seed)
+        records.append(replace(plain, format=form, scale=scale))
+    for record in records:
+        weight = stored(record)
+        again = layouts()["plain"].empty(form, record.shape, CPU)
+        again.load_state_dict(weight.state_dict())
+        for found in (weight.record(), again.record()):
+            assert isinstance(found.scale, NestedScale)
+            assert isinstance(record.scale, NestedScale)
+            assert found.scale.codes.dtype is torch.uint8
+            assert torch.equal(found.scale.codes, record.scale.codes)
+            assert torch.equal(found.scale.absmax, record.scale.absmax)
+            assert found.scale.offset == record.scale.offset
+    whole = torch.cat([record.dequantize() for record in records])
+    x = torch.randn(3, 256, generator=torch.Generator().manual_seed(0))
+    both = StackedWeight([stored(record) for record in records])
+    torch.testing.assert_close(both.matmul(x), x @ whole.t(), atol=2e-3, rtol=1e-5)
+    together = layouts()["plain"].empty(form, (32, 256), CPU)
+    with pytest.raises(ValueError, match="scales of 20 rows are quantized together"):
+        together.write(0, records[0])
+    strange = replace(records[0].scale, codebook=torch.linspace(-1, 1, 256))
+    with pytest.raises(ValueError, match="another map"):
+        stored(replace(records[0], scale=strange))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_state_of_another_format_is_refused(layout: str) -> None:
+    """Shapes alone do not tell int4 from nf4 in groups of 64."""
+    ours, theirs = Int4(group_size=64).format, Nf4().format
+    weight = layouts()[layout].empty(theirs, (32, 128), CPU)
+    state = layouts()[layout].empty(ours, (32, 128), CPU).state_dict()
+    with pytest.raises(RuntimeError, match=r"scale is torch\.float16"):
+        weight.load_state_dict(state)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_state_that_is_assigned_is_multiplied(layout: str) -> None:
+    """torch then puts other tensors in the buffers' place: addresses that were kept are others'."""
+    first, second = drawn(AWQ, (32, 256), 0), drawn(AWQ, (32, 256), 1)
+    weight, x = held(first, layout), torch.ones(1, 256)
+    before = weight.matmul(x)
+    weight.load_state_dict(held(second, layout).state_dict(), assign=True)
+    assert not torch.equal(weight.matmul(x), before)
+    assert torch.equal(weight.matmul(x), held(second, layout).matmul(x))
 
 
 def test_parts_in_formats_of_their_own_are_one_weight() -> None:
@@ -180,10 +249,18 @@ def test_a_quantized_decoder_is_saved_moved_and_copied_as_any_module(quant: str)
     for name, part in model.decoder.state_dict().items():
         part.zero_() if part.dtype is not torch.float8_e4m3fn else part.view(torch.uint8).zero_()
         assert not bool(part.float().any()), name
-    model.weights_changed()
+    # What changed in place is noticed: no key of the old weights is left in a cache.
     assert not torch.equal(model.logits([5, 9, 200]), expected)
+    texts = [model.generate([5, 9, 200], max_new_tokens=5).token_ids]
     model.decoder.load_state_dict(state)
-    model.weights_changed()
+    texts.append(model.generate([5, 9, 200], max_new_tokens=5).token_ids)
+    assert (
+        texts[1]
+        == hanok.load(hanok.BUNDLED, quant=quant, dtype="float32")
+        .generate([5, 9, 200], max_new_tokens=5)
+        .token_ids
+    )
+    assert texts[0] != texts[1]
     assert torch.equal(model.logits([5, 9, 200]), expected)
     ours = dict(model.decoder.named_buffers())
     for name, part in twin.named_buffers():
@@ -194,6 +271,16 @@ def test_a_quantized_decoder_is_saved_moved_and_copied_as_any_module(quant: str)
     for name, part in moved.named_buffers():
         assert part.dtype is ours[name].dtype or name.endswith("like"), name
     assert all(part.is_meta for part in moved.to("meta").state_dict().values())
+
+
+def test_codes_that_change_in_place_make_other_weights() -> None:
+    """So that no key of the old ones is used again."""
+    decoder = hanok.load(hanok.BUNDLED, quant="int4", dtype="float32").decoder
+    version = WeightVersion(decoder)
+    first = version.number()
+    assert version.number() == first
+    decoder.layers[0].mlp.down_proj.weight.scale.mul_(2)
+    assert version.number() != first
 
 
 @pytest.fixture
@@ -233,6 +320,33 @@ def test_a_new_method_needs_nothing_but_its_file(halves: list[tuple[int, ...]]) 
     assert torch.equal(weight.record().dequantize(), expected)
     x = torch.randn(2, expected.shape[1], generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(weight.matmul(x), x @ expected.t(), atol=1e-4, rtol=1e-5)
+
+
+def test_a_method_that_inherits_a_packer_and_quantizes_itself_is_asked() -> None:
+    calls = []
+
+    class Counted(Int4):
+        def quantize(self, weight: Tensor) -> QuantizedWeight:
+            calls.append(len(weight))
+            return super().quantize(weight)
+
+    class Wide(Int4):
+        @property
+        def format(self) -> Format:
+            return replace(super().format, scale=torch.float32)
+
+        def quantize(self, weight: Tensor) -> QuantizedWeight:
+            found = super().quantize(weight)
+            return replace(found, scale=found.float_scale())
+
+    weight = torch.randn(32, 64, generator=torch.Generator().manual_seed(0))
+    for method in (Int4(), Counted(), Wide()):
+        layout = choose_layout(method.format, CPU)
+        made = layout.empty(method.format, (32, 64), CPU, method)
+        made.write_rows(0, weight)
+        expected = method.quantize(weight).dequantize()
+        assert float((made.record().dequantize() - expected).norm()) < 0.02 * float(expected.norm())
+    assert calls == [32, 32]
 
 
 @pytest.mark.parametrize("quant", ["int8", "int4", "nf4", "fp8", None])

@@ -12,7 +12,7 @@ then missing, and computed again.
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hanok.attention.base import ForwardBatch
 from hanok.attention.cache import KVCache
@@ -22,6 +22,7 @@ from hanok.engine.native_steps import NativeSteps
 from hanok.memory.heap import trim_heap
 from hanok.memory.needs import PREFILL_TOKENS
 from hanok.models.decoder import Decoder
+from hanok.models.linear import Weighted
 
 LONG_PASS_TOKENS = 256  # whose activations are worth returning to the system
 
@@ -191,12 +192,13 @@ class WeightVersion:
     """A number that grows whenever the parameters of a decoder turn out to be others than before.
 
     It notices what torch counts (any change in place that does not go through `.data`) and parameters
-    that were replaced, in modules that were there at first or since `Decoder.weights_changed`.
+    that were replaced, in modules that were there at first or since `Decoder.weights_changed`. What
+    quantized weights hold counts as parameters do.
     """
 
     def __init__(self, decoder: Decoder) -> None:
         self._decoder = decoder
-        self._tables: list[dict[str, nn.Parameter | None]] = []
+        self._tables: list[Mapping[str, Tensor | None]] = []
         self._listed = -1
         self._seen: tuple[int, ...] = ()
         self._number = 0
@@ -205,8 +207,14 @@ class WeightVersion:
         """Return it; a few microseconds for a small model."""
         if self._listed != self._decoder.num_weight_changes:
             self._listed = self._decoder.num_weight_changes
-            self._tables = [item._parameters for item in self._decoder.modules()]
-            self._tables = [table for table in self._tables if table]
+            modules = list(self._decoder.modules())
+            holders = [item for item in modules if isinstance(item, Weighted)]
+            held = [
+                part for item in holders for child in item.children() for part in child.modules()
+            ]
+            tables: list[Mapping[str, Tensor | None]] = [item._parameters for item in modules]
+            tables += [item._buffers for item in held]
+            self._tables = [table for table in tables if table]
             self._seen = ()
         weights = [item for table in self._tables for item in table.values() if item is not None]
         seen = (

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from hanok.checkpoint.files import TensorRef
 from hanok.checkpoint.writer import TensorData, in_reading_order, write_safetensors
+from hanok.errors import UnsupportedError
 from hanok.memory.tensors import DTYPE_NAMES, MappedFiles, to_file_order
 from hanok.models.decoder import Decoder
 from hanok.models.family import Source
@@ -30,7 +31,10 @@ def save_weights(
     left_out: Sequence[TensorRef] = (),
     progress: Callable[[int], None] | None = None,
 ) -> tuple[Path, ...]:
-    """Write the weights as safetensors (sharded when large) and return the files."""
+    """Write the weights as safetensors (sharded when large) and return the files.
+
+    Raises UnsupportedError where adapters are attached: the files would be without them.
+    """
     tensors = _tensors(decoder, sources, left_out)
     return write_safetensors(folder, tensors, progress=progress)
 
@@ -64,7 +68,10 @@ def _tensors(
     stacks: dict[str, list[TensorData]] = {}
     for name, parameter in decoder.named_parameters():
         if ".lora." in name:
-            continue  # adapters are files of their own
+            raise UnsupportedError(
+                "a model with adapters attached cannot be saved: the files would be without them. "
+                "Merge or detach them first (hanok.models.adapters)."
+            )
         source = sources[name]
         start = 0
         target = stacks.setdefault(source.stack, []) if source.stack else tensors

@@ -29,7 +29,7 @@ def attach(
     `ForwardBatch.adapters` then chooses it, or `activate`. Raises CheckpointError for tensors that fit
     nowhere, or have another shape than the base asks for.
     """
-    left = set(tensors)
+    left, made = set(tensors), list[tuple[Linear, Adapter]]()
     for name, source in sources.items():
         path = name.removesuffix(".weight")
         module = decoder.get_submodule(path) if path.endswith("_proj") else None
@@ -39,7 +39,12 @@ def attach(
         if not any(pairs):
             continue
         if source.layout == "heads":
-            raise UnsupportedError(f"adapters of {path}, whose rows the files order by heads")
+            raise UnsupportedError(
+                f"adapters of {path} are not read yet: its files order rows by heads. Merge the adapter "
+                "into its base elsewhere, and load the result."
+            )
+        if module.lora is not None and str(index) in module.lora.adapters:
+            raise ValueError(f"adapter {index} is attached already; detach it first")
         used = [pair for pair in pairs if pair]
         dtype, device = decoder.dtype, decoder.device
         _check(path, source, pairs, tensors)
@@ -49,9 +54,7 @@ def attach(
             source.rows,
             scale,
         )
-        if module.lora is None:
-            module.lora = Lora()
-        module.lora.add(index, adapter)
+        made.append((module, adapter))
         left -= {item for pair in used for item in pair}
     if left:
         shown = ", ".join(sorted(left)[:SHOWN_NAMES])
@@ -59,6 +62,10 @@ def attach(
             f"{len(left)} tensors of the adapter belong to no projection of this model: {shown}. Check "
             "that it was trained on this base."
         )
+    for module, adapter in made:
+        if module.lora is None:
+            module.lora = Lora()
+        module.lora.add(index, adapter)
     decoder.weights_changed()
 
 
@@ -71,13 +78,36 @@ def activate(decoder: Decoder, index: int | None) -> None:
 
 
 def detach(decoder: Decoder, index: int) -> None:
-    """Forget an adapter."""
+    """Remove an adapter from every product that has it."""
     for module in decoder.modules():
         if isinstance(module, Linear) and module.lora is not None:
-            module.lora.adapters.pop(str(index))
+            if str(index) in module.lora.adapters:
+                del module.lora.adapters[str(index)]
             if not module.lora.adapters:
                 module.lora = None
     decoder.weights_changed()
+
+
+def merge(decoder: Decoder, index: int) -> None:
+    """Add an adapter to the weights of its products, and remove it.
+
+    Raises UnsupportedError, before any weight is changed, where a product is quantized.
+    """
+    holders = [
+        item
+        for item in decoder.modules()
+        if isinstance(item, Linear) and item.lora is not None and str(index) in item.lora.adapters
+    ]
+    if any(item.stored is not None for item in holders):
+        raise UnsupportedError(
+            f"adapter {index} cannot be merged into quantized weights; load the model without quant."
+        )
+    with torch.no_grad():
+        for item in holders:
+            adapter = None if item.lora is None else item.lora.adapters[str(index)]
+            if isinstance(adapter, Adapter) and isinstance(item.weight, Tensor):
+                item.weight.copy_(item.weight.float() + adapter.delta())
+    detach(decoder, index)
 
 
 def _pair(part: str, tensors: Mapping[str, Tensor]) -> tuple[str, str] | None:

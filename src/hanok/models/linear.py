@@ -225,6 +225,8 @@ class Linear(Weighted):
     @property
     def exact_tokens(self) -> int | None:
         """How many tokens of a pass our CPU kernels compute as each alone is; None: any number."""
+        if self.lora is not None:
+            return 1  # torch multiplies by the adapter
         stored, kernels = self.stored, native()
         if stored is not None:
             return stored.exact_tokens

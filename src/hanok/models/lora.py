@@ -46,6 +46,19 @@ class Adapter(nn.Module):
         ]
         return torch.cat(parts, dim=1) * self.scale
 
+    def delta(self) -> Tensor:
+        """Return what the adapter adds to the weight, (out, in) float32."""
+        inner = self.a.float().split([rank for rank in self._ranks if rank])  # type: ignore[no-untyped-call]  # torch's
+        made = iter(zip(self.b, inner, strict=True))
+        parts = []
+        for rank, rows in zip(self._ranks, self._rows, strict=True):
+            if rank:
+                b, a = next(made)
+                parts.append(b.float() @ a)
+            else:
+                parts.append(self.a.new_zeros(rows, self.a.shape[1], dtype=torch.float32))
+        return torch.cat(parts) * self.scale
+
 
 class Lora(nn.Module):
     """The adapters of one product, by index.

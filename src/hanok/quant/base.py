@@ -1,8 +1,8 @@
 """The quantization seam: one record of a quantized weight, its makers, and its layouts.
 
-    method.quantize(weight) -> QuantizedWeight          what the numbers are
-    layout.empty(method, shape) -> StoredWeight         where they live, in the order its kernels read
-    stored.matmul(x, bias)                              how they are multiplied
+    method.quantize(weight) -> QuantizedWeight           what the numbers are
+    layout.empty(format, shape, device) -> StoredWeight  where they live, in the order its kernels read
+    stored.matmul(x, bias)                               how they are multiplied
 
 A method is one file of this package that defines `METHOD`; a layout is one file of `quant/kernels` that
 defines `LAYOUT`. The first layout of LAYOUT_ORDER that fits the device, the instruction set and the
@@ -135,9 +135,17 @@ class QuantMethod(Protocol):
 
 
 def packer_of(method: QuantMethod) -> Packer | None:
-    """Return the compiled quantizer that a method asks for as its `packer`; most have none."""
-    found: Packer | None = getattr(method, "packer", None)
-    return found
+    """Return the compiled quantizer that a method asks for as its `packer`; most have none.
+
+    A class that inherits the packer but quantizes or describes its codes itself has none either.
+    """
+    for kind in type(method).__mro__:
+        if "packer" in vars(kind):
+            found: Packer = getattr(method, "packer")  # noqa: B009  # in no Protocol
+            return found
+        if {"quantize", "format"} & vars(kind).keys():
+            return None
+    return None
 
 
 class StoredWeight(nn.Module):
@@ -156,6 +164,7 @@ class StoredWeight(nn.Module):
         self.shape = shape
         self.method = method
         """What made it; None where codes were given."""
+        self._has_order_of_rows = False
         self.register_buffer("permutation", None)
 
     @property
@@ -212,6 +221,7 @@ class StoredWeight(nn.Module):
         if record.order is None:
             if self.permutation is not None:
                 raise ValueError("rows before these have their columns in another order")
+            self._has_order_of_rows = True
             return
         found = record.order.argsort(stable=True)
         in_turn = torch.arange(self.shape[1], device=found.device) // (self.format.group_size or 1)
@@ -220,9 +230,9 @@ class StoredWeight(nn.Module):
                 f"groups are not of {self.format.group_size} columns each, which kernels read"
             )
         found = found.to(self.device)
-        if self.permutation is None:
+        if self.permutation is None and not self._has_order_of_rows:
             self.permutation = found
-        elif not torch.equal(self.permutation, found):
+        elif self.permutation is None or not torch.equal(self.permutation, found):
             raise ValueError("rows before these have their columns in another order")
 
     def finish(self) -> None:
@@ -270,7 +280,26 @@ class StoredWeight(nn.Module):
             if part is not None:
                 moved = fn(part)
                 self._buffers[name] = moved if moved.dtype is part.dtype else part.to(moved.device)
+        self._forget_addresses()
         return self
+
+    def _load_from_state_dict(
+        self, state: dict[str, Any], prefix: str, metadata: Any, strict: bool, *lists: list[str]
+    ) -> None:
+        """Take buffers that only written weights have too; refuse numbers of another kind."""
+        for name, part in self._buffers.items():
+            found = state.get(prefix + name)
+            if found is None:
+                continue
+            if part is None or (name == "scale" and self.format.has_nested_scale):
+                self._buffers[name] = torch.empty_like(found, device=self.device)
+            elif found.dtype is not part.dtype:
+                lists[-1].append(f"{prefix}{name} is {found.dtype}, and {part.dtype} is held here.")
+        super()._load_from_state_dict(state, prefix, metadata, strict, *lists)
+        self._forget_addresses()
+
+    def _forget_addresses(self) -> None:
+        """Drop what was made of the buffers' addresses: they are others now."""
 
     def _write(self, start: int, record: QuantizedWeight) -> None:
         """Put a record's rows into place, its columns in their groups' order."""
@@ -340,10 +369,6 @@ class Layout(Protocol):
 
 def stored(record: QuantizedWeight) -> StoredWeight:
     """Return a record's weight as the kernels of its device read it."""
-    if isinstance(record.scale, NestedScale):
-        raise ValueError(
-            "scales that are quantized themselves belong to whole weights: dequantize them"
-        )
     device = record.codes.device
     weight = choose_layout(record.format, device).empty(record.format, record.shape, device)
     weight.write(0, record)

@@ -53,7 +53,7 @@ class RowMajorWeight(StoredWeight):
         if self.format.has_nested_scale and self.absmax is None:
             found = NestedScale.of(self.scale)
             self.scale, self.absmax = found.codes, found.absmax
-            self.offset = torch.tensor(found.offset, device=self.device)
+            self.offset = torch.tensor(found.offset, dtype=torch.float64, device=self.device)
 
     def _packed(self, codes: Tensor) -> Tensor:
         """Return codes as they are held."""
@@ -66,13 +66,28 @@ class RowMajorWeight(StoredWeight):
     def _write(self, start: int, record: QuantizedWeight) -> None:
         chosen = slice(start, start + record.shape[0])
         self.codes[chosen] = self._packed(record.codes)
-        self.scale[chosen] = record.float_scale()
+        if isinstance(record.scale, NestedScale):
+            self._take_nested(record.scale)
+        else:
+            self.scale[chosen] = record.scale
         if self.zero is not None and record.zero is not None:
             self.zero[chosen] = record.zero
 
     def _record(self) -> QuantizedWeight:
         codes = self._unpacked(self.codes)
         return QuantizedWeight(format=self.format, codes=codes, scale=self.scales, zero=self.zero)
+
+    def _take_nested(self, scale: NestedScale) -> None:
+        """Hold scales that are codes already, exactly; their blocks run over all rows."""
+        if scale.codes.shape != self.scale.shape:
+            raise ValueError(
+                f"scales of {scale.codes.shape[0]} rows are quantized together; write all "
+                f"{self.shape[0]} rows at once, or stack weights (quant/stacked.py)"
+            )
+        if not torch.equal(scale.codebook.cpu(), dynamic_map()):
+            raise ValueError("scales are codes of another map than the signed dynamic one")
+        self.scale, self.absmax = scale.codes.to(self.device), scale.absmax.to(self.device)
+        self.offset = torch.tensor(scale.offset, dtype=torch.float64, device=self.device)
 
     def _part(self, rows: slice | Tensor) -> QuantizedWeight:
         """Return the record of some rows, with plain scales."""

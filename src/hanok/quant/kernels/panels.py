@@ -127,10 +127,8 @@ class PanelWeight(StoredWeight):
             raise ValueError("panels are multiplied by our kernels, which are not there")
         return found
 
-    def _apply(self, fn: Any, recurse: bool = True) -> StoredWeight:
-        """See `StoredWeight._apply`."""
+    def _forget_addresses(self) -> None:
         self.__dict__.pop("_panels", None)
-        return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out addresses, for copies."""

@@ -7,7 +7,7 @@ are dequantized into one buffer and multiplied by torch. Nested scales stay nest
 """
 
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -55,10 +55,8 @@ class TritonWeight(RowMajorWeight):
         super().finish()
         self._made = None
 
-    def _apply(self, fn: Any, recurse: bool = True) -> StoredWeight:
-        """See `StoredWeight._apply`."""
+    def _forget_addresses(self) -> None:
         self._made = None
-        return super()._apply(fn, recurse)
 
     def _packed(self, codes: Tensor) -> Tensor:
         return packed(self.format, codes)
