@@ -38,7 +38,7 @@ def load(asked: argparse.Namespace) -> tuple[engine_worker.Generate, engine_work
                 params=SamplingParams(max_new_tokens=num_tokens, ignore_eos=True),
                 end_ids=(),
                 max_tokens=len(prompt) + num_tokens,
-                decoder=None,
+                text_stream=None,
             )
             for prompt in prompts
         ]

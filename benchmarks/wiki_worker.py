@@ -98,7 +98,7 @@ def run_hanok(job: Job) -> Result:
             ends = grammar is not None
             options = {"max_new_tokens": length, "ignore_eos": not ends, "temperature": 0.0}
             sequence = model.sequence(job.prompts[number], options)
-            sequence.decoder = None  # text is nobody's concern here
+            sequence.text_stream = None  # text is nobody's concern here
             if grammar is not None:
                 sequence.grammar = grammar.matcher()
             if recites and job.recited is not None:

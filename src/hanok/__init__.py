@@ -28,12 +28,13 @@ from hanok.package import BUNDLED, __version__
 
 if TYPE_CHECKING:
     from hanok.bench.quality import QualityReport, measure_quality
-    from hanok.engine.engine import Engine, EngineStats
+    from hanok.engine.engine import Engine
     from hanok.engine.generate import PrefixCache
     from hanok.engine.model import Generation, Model, Score, load
     from hanok.engine.params import SamplingParams
     from hanok.engine.sequence import SpeculationCounts, TokenEvent
     from hanok.engine.speculate import Speculation
+    from hanok.engine.stats import EngineStats
     from hanok.engine.ticket import Ticket
     from hanok.memory.options import LoadOptions
     from hanok.memory.plan import LoadPlan
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
 
 _LAZY = {
     "Engine": "hanok.engine.engine",
-    "EngineStats": "hanok.engine.engine",
+    "EngineStats": "hanok.engine.stats",
     "Generation": "hanok.engine.model",
     "LoadOptions": "hanok.memory.options",
     "LoadPlan": "hanok.memory.plan",

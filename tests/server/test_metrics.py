@@ -3,13 +3,14 @@
 import math
 import re
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 from prometheus_client import REGISTRY
 from prometheus_client.core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
+from hanok.engine.stats import EngineStats
 from hanok.server.metrics import Metrics, Outcome, RequestRecord
 
 COUNTERS = {
@@ -68,22 +69,24 @@ BOUNDS = {
 }
 
 
-@dataclass
-class Stats:
-    num_waiting: int = 3
-    num_running: int = 2
-    waiting_tokens: int = 70
-    used_blocks: int = 5
-    cached_blocks: int = 4
-    total_blocks: int = 20
-    block_size: int = 16
-    preemptions: int = 6
-    prefix_hit_tokens: int = 128
-    prefix_query_tokens: int = 300
-    cancelled: int = 7
-    most_tokens_after_abort: int = 1
-    drafted_tokens: int = 40
-    accepted_tokens: int = 25
+STATS = EngineStats(
+    num_waiting=3,
+    num_running=2,
+    waiting_tokens=70,
+    used_blocks=5,
+    cached_blocks=4,
+    total_blocks=20,
+    block_size=16,
+    steps=50,
+    preemptions=6,
+    prefix_hit_tokens=128,
+    prefix_query_tokens=300,
+    cancelled=7,
+    most_tokens_after_abort=1,
+    generated_tokens=45,
+    drafted_tokens=40,
+    accepted_tokens=25,
+)
 
 
 RECORD = RequestRecord(
@@ -107,8 +110,8 @@ def metrics() -> Metrics:
     return Metrics(max_input_tokens=1000, max_total_tokens=2000)
 
 
-def text(metrics: Metrics, stats: Stats | None = None) -> str:
-    body, content_type = metrics.render(stats or Stats())
+def text(metrics: Metrics, stats: EngineStats | None = None) -> str:
+    body, content_type = metrics.render(stats or STATS)
     assert content_type == "text/plain; version=0.0.4; charset=utf-8"
     return body.decode()
 
@@ -163,8 +166,8 @@ def test_gauges_show_the_engine_at_the_moment_of_the_scrape(metrics: Metrics) ->
     for name, expected in GAUGES.items():
         assert found[name].type == "gauge"
         assert [sample.value for sample in found[name].samples] == [expected], name
-    assert "\ntgi_queue_size 9.0\n" in text(metrics, Stats(num_waiting=9))
-    assert "\nhanok_cache_occupancy NaN\n" in text(metrics, Stats(total_blocks=0))
+    assert "\ntgi_queue_size 9.0\n" in text(metrics, replace(STATS, num_waiting=9))
+    assert "\nhanok_cache_occupancy NaN\n" in text(metrics, replace(STATS, total_blocks=0))
 
 
 def test_counts_of_the_engine_are_counters(metrics: Metrics) -> None:

@@ -157,7 +157,7 @@ class DraftModel:
         ahead = {
             key: LookAhead(sequence)
             for key, sequence in sequences.items()
-            if not sequence.takes_likeliest
+            if not sequence.is_greedy
         }
         try:
             return self._ahead(sequences, counts, ahead)

@@ -14,7 +14,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, replace
 from itertools import count
 from types import TracebackType
 from typing import Literal, Protocol, Unpack
@@ -28,8 +28,9 @@ from hanok.engine.options import MAX_RUNNING, MAX_STEP_S
 from hanok.engine.params import SamplingOptions
 from hanok.engine.runner import BLOCK_TOKENS, Runner, StepResult
 from hanok.engine.schedule import Chunk, Row, Scheduler, StepPlan
-from hanok.engine.sequence import GenerationSequence, Scores, Taken, num_right, take_next
+from hanok.engine.sequence import Sampler, Taken, num_right, take_next
 from hanok.engine.speculate import Speculation, Speculator
+from hanok.engine.stats import Counts, EngineStats
 from hanok.engine.step_budget import StepBudget
 from hanok.engine.ticket import Request, Ticket
 from hanok.errors import (
@@ -50,35 +51,6 @@ ALONE_STEP_S = 1.0
 FIRST_STALL_S, STALL_S, STALL_FACTOR = 600.0, 8.0, 10.0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineStats:
-    """What an engine does at a moment, and has done since it began."""
-
-    num_waiting: int
-    num_running: int
-    waiting_tokens: int
-    """Prompt tokens of those that wait."""
-    used_blocks: int
-    cached_blocks: int
-    """Unused, kept for requests with the same prefix."""
-    total_blocks: int
-    block_size: int
-    steps: int
-    preemptions: int
-    prefix_hit_tokens: int
-    """Prompt tokens that were not computed, for others had been."""
-    prefix_query_tokens: int
-    """Prompt tokens of all that began."""
-    cancelled: int
-    most_tokens_after_abort: int
-    """Of one request that was given up: those of the step that was under way."""
-    generated_tokens: int
-    drafted_tokens: int
-    """Tokens that were guessed and checked."""
-    accepted_tokens: int
-    """Of these, those that were right."""
-
-
 class StepObserver(Protocol):
     """Hears of each step, in the engine's thread."""
 
@@ -97,18 +69,6 @@ class StepObserver(Protocol):
 
         `accepted` says for each request with guesses how many were right.
         """
-
-
-@dataclass(slots=True, kw_only=True, eq=False)
-class _Entry:
-    ticket: Ticket
-    row: Row
-    pooled: Tensor | None = None
-    """The sum so far, of a request that is pooled."""
-
-    @property
-    def sequence(self) -> GenerationSequence:
-        return self.ticket.request.sequence
 
 
 class Engine:
@@ -165,15 +125,14 @@ class Engine:
         )
         self.observer: StepObserver | None = None
         """Hears of each step; to be set before the work begins."""
-        self._entries: dict[int, _Entry] = {}
-        self._inbox: deque[_Entry | int] = deque()
+        self._open: dict[int, Ticket] = {}
+        self._inbox: deque[Ticket | int] = deque()
         """Submitted, or the number of what was given up."""
         self._wake = threading.Condition()
         self._thread: threading.Thread | None = None
         self._state: Literal["open", "draining", "closed"] = "open"
         self._numbers = count(1)
-        self._steps = self._cancelled = self._generated = self._most_after_abort = 0
-        self._drafted = self._accepted = 0
+        self._counts = Counts()
         self._step_began: float | None = None
         self._longest_step_s = 0.0
 
@@ -220,7 +179,6 @@ class Engine:
                 "cache_tokens."
             )
         number = next(self._numbers)
-        ticket = Ticket(number, request, lambda: self._post(number))
         row = Row(
             id=number,
             tokens=sequence.token_ids,
@@ -229,9 +187,10 @@ class Engine:
             # What is scored or summed up is looked at in each of its tokens.
             is_shared=request.scored is None and request.pooling != "mean" and self._shares_angles,
         )
+        ticket = Ticket(request, row, lambda: self._post(number))
         if self._state != "open":
             raise ClosedError("the engine is stopping and takes no more requests.")
-        self._post(_Entry(ticket=ticket, row=row))
+        self._post(ticket)
         return ticket
 
     def weights_changed(self) -> None:
@@ -239,7 +198,7 @@ class Engine:
 
         From the next step on nothing that others computed is used: what waits begins with the new
         weights, and what runs is computed again, so that its next token is that of the new weights.
-        Change weights between steps, while no request runs.
+        Change weights while no step is computing, or that step sees some of them old, some new.
         """
         self.model.weights_changed()
 
@@ -264,7 +223,7 @@ class Engine:
     def stats(self) -> EngineStats:
         """Return what it does now; from any thread."""
         scheduler, pool = self._scheduler, self._scheduler.pool
-        queued = [item.row for item in list(self._inbox) if isinstance(item, _Entry)]
+        queued = [item.row for item in list(self._inbox) if isinstance(item, Ticket)]
         waiting = [*scheduler.waiting, *queued]
         return EngineStats(
             num_waiting=len(waiting),
@@ -274,15 +233,10 @@ class Engine:
             cached_blocks=pool.num_cached,
             total_blocks=pool.num_blocks,
             block_size=pool.block_size,
-            steps=self._steps,
             preemptions=scheduler.num_preemptions,
             prefix_hit_tokens=scheduler.num_cached_tokens,
             prefix_query_tokens=scheduler.num_prompt_tokens,
-            cancelled=self._cancelled,
-            most_tokens_after_abort=self._most_after_abort,
-            generated_tokens=self._generated,
-            drafted_tokens=self._drafted,
-            accepted_tokens=self._accepted,
+            **asdict(self._counts),
         )
 
     @property
@@ -296,7 +250,8 @@ class Engine:
         began, thread = self._step_began, self._thread
         if thread is None or self._state == "closed":
             return False
-        limit = max(STALL_S, STALL_FACTOR * self._longest_step_s) if self._steps else FIRST_STALL_S
+        later_s = max(STALL_S, STALL_FACTOR * self._longest_step_s)
+        limit = later_s if self._counts.steps else FIRST_STALL_S
         return not thread.is_alive() or (began is not None and time.monotonic() - began > limit)
 
     def step(self) -> bool:
@@ -313,7 +268,7 @@ class Engine:
             chunks, result, failures = self._compute(plan.chunks)
             computed = time.monotonic()
             for chunk, error in failures:
-                self._end(self._entries[chunk.row.id], error)
+                self._end(self._open[chunk.row.id], error)
             if self._speculator is not None and not failures and not plan.num_prompt_tokens:
                 num_tokens = plan.num_decoding + plan.num_drafted_tokens
                 self._speculator.timed(num_tokens, computed - planned)
@@ -324,9 +279,9 @@ class Engine:
 
     @property
     def _has_work(self) -> bool:
-        return bool(self._inbox or self._entries)
+        return bool(self._inbox or self._open)
 
-    def _post(self, item: _Entry | int) -> None:
+    def _post(self, item: Ticket | int) -> None:
         with self._wake:
             self._inbox.append(item)
             self._wake.notify_all()
@@ -348,29 +303,31 @@ class Engine:
     def _drain_inbox(self) -> None:
         while self._inbox:
             item = self._inbox.popleft()
-            if isinstance(item, _Entry):
-                leader = item.ticket.request.leader
-                ahead = self._entries.get(leader.id) if leader is not None else None
+            if isinstance(item, Ticket):
+                leader = item.request.leader
+                ahead = self._open.get(leader.id) if leader is not None else None
                 item.row.leader = ahead.row if ahead is not None else None
-                self._entries[item.row.id] = item
+                self._open[item.row.id] = item
                 self._scheduler.add(item.row)
-            elif item in self._entries:
-                entry = self._entries[item]
-                self._cancelled += 1
-                late = entry.ticket.num_tokens_after_abort
-                self._most_after_abort = max(self._most_after_abort, late)
-                self._end(entry, RequestAbortedError("the request was given up."))
+            elif item in self._open:
+                ticket = self._open[item]
+                self._counts.cancelled += 1
+                late = ticket.num_tokens_after_abort
+                self._counts.most_tokens_after_abort = max(
+                    self._counts.most_tokens_after_abort, late
+                )
+                self._end(ticket, RequestAbortedError("the request was given up."))
 
     def _drop_late(self) -> None:
         """End what is out of time, and compute again what was computed with other angles."""
         now = time.monotonic()
-        for entry in list(self._entries.values()):
-            request, row = entry.ticket.request, entry.row
+        for ticket in list(self._open.values()):
+            request, row = ticket.request, ticket.row
             deadline, began = request.deadline, request.asked_at
             if deadline is not None and now >= deadline:
-                began = entry.ticket.times.submitted if began is None else began
+                began = ticket.times.submitted if began is None else began
                 given = max(0.0, deadline - began)
-                self._end(entry, DeadlineError(f"not finished within {given:.3g} s."))
+                self._end(ticket, DeadlineError(f"not finished within {given:.3g} s."))
             elif not self._shares_angles and row.num_computed:
                 config = self.model.config
                 if not config.shares_angles(row.num_computed, len(row.tokens)):
@@ -381,7 +338,7 @@ class Engine:
     ) -> tuple[list[Chunk], StepResult | None, list[tuple[Chunk, GenerationError]]]:
         """Return the chunks that could be computed, their results, and what failed."""
         try:
-            requests = [self._entries[chunk.row.id].ticket.request for chunk in chunks]
+            requests = [self._open[chunk.row.id].request for chunk in chunks]
             return list(chunks), self._runner.run(chunks, requests), []
         except Exception as error:  # whatever it is, only those that cause it may fail
             if len(chunks) == 1 and not chunks[0].draft:
@@ -404,12 +361,12 @@ class Engine:
         if self._speculator is None or scheduler.waiting or not is_decoding:
             return {}
         try:
-            entries = [self._entries[row.id] for row in scheduler.running]
+            tickets = [self._open[row.id] for row in scheduler.running]
             return self._speculator.drafts(
                 {
-                    entry.row.id: entry.sequence
-                    for entry in entries
-                    if entry.ticket.request.pooling is None
+                    ticket.row.id: ticket.request.sequence
+                    for ticket in tickets
+                    if ticket.request.pooling is None
                 }
             )
         except Exception as error:  # a draft model's: requests do not depend on it
@@ -422,58 +379,60 @@ class Engine:
 
         Returns how many guesses were right, for each chunk that had any.
         """
-        choices = Scores(result.logits) if result.logits is not None else None
+        sampler = Sampler(result.logits) if result.logits is not None else None
         row, accepted = 0, []
         for chunk, scores, pooled in zip(chunks, result.scores, result.pooled, strict=True):
-            entry = self._entries[chunk.row.id]
-            entry.ticket.prompt_scores += scores
-            entry.ticket.num_cached_tokens = entry.row.num_cached
+            ticket = self._open[chunk.row.id]
+            # At their places: a sequence that was begun again is scored again.
+            ticket.prompt_scores[chunk.start : chunk.start + len(scores)] = scores
             if pooled is not None:
                 self._scheduler.commit(chunk)
-                self._pool(entry, chunk, pooled)
+                self._pool(ticket, chunk, pooled)
                 continue
-            if not chunk.is_last or choices is None:
+            if not chunk.is_last or sampler is None:
                 self._scheduler.commit(chunk)
                 continue
-            taken = take_next(entry.sequence, 0, chunk.draft, choices, row)
+            taken = take_next(ticket.request.sequence, 0, chunk.draft, sampler, row)
             row += 1 + len(chunk.draft)
             self._scheduler.commit(chunk, num_accepted=max(0, len(taken.events) - 1))
             if chunk.draft:
                 accepted.append(num_right(chunk.draft, taken.events))
             if self._speculator is not None:
                 number = len(taken.events)
-                self._speculator.learn(entry.row.id, entry.sequence, len(chunk.draft), number)
-            self._hand_over(entry, taken)
-        self._drafted += sum(len(chunk.draft) for chunk in chunks)
-        self._accepted += sum(accepted)
+                self._speculator.learn(
+                    ticket.row.id, ticket.request.sequence, len(chunk.draft), number
+                )
+            self._hand_over(ticket, taken)
+        self._counts.drafted_tokens += sum(len(chunk.draft) for chunk in chunks)
+        self._counts.accepted_tokens += sum(accepted)
         return accepted
 
-    def _pool(self, entry: _Entry, chunk: Chunk, pooled: Tensor) -> None:
+    def _pool(self, ticket: Ticket, chunk: Chunk, pooled: Tensor) -> None:
         """Add a chunk's result to its request's pooled sum; finish the request with its last chunk."""
-        ticket, pooling = entry.ticket, entry.ticket.request.pooling or "last"
+        pooling = ticket.request.pooling or "last"
         # From the first token on, also where it was begun again.
-        begun = entry.pooled if pooling == "mean" and chunk.start else None
-        entry.pooled = pooled if begun is None else begun + pooled
+        begun = ticket.pooled_sum if pooling == "mean" and chunk.start else None
+        ticket.pooled_sum = pooled if begun is None else begun + pooled
         if not chunk.is_last:
             return
         try:
-            ticket.pooled = finished(entry.pooled, pooling, len(chunk.row.tokens))
+            ticket.pooled = finished(ticket.pooled_sum, pooling, len(chunk.row.tokens))
         except GenerationError as error:
-            self._end(entry, error)
+            self._end(ticket, error)
         else:
-            self._end(entry, None)
+            self._end(ticket, None)
 
-    def _hand_over(self, entry: _Entry, taken: Taken) -> None:
+    def _hand_over(self, ticket: Ticket, taken: Taken) -> None:
         """Give a request its new tokens, and end it where they do."""
         number = len(taken.events)
-        self._generated += number
-        times = entry.ticket.times
+        self._counts.generated_tokens += number
+        times = ticket.times
         if number:
             times.first_token = times.first_token or time.monotonic()
         for event in taken.events:
-            entry.ticket.add(event)
-        if taken.error is not None or entry.sequence.finish_reason is not None:
-            self._end(entry, taken.error)
+            ticket.add(event)
+        if taken.error is not None or ticket.request.sequence.finish_reason is not None:
+            self._end(ticket, taken.error)
 
     def _record(
         self,
@@ -485,10 +444,10 @@ class Engine:
         accepted: Sequence[int],
     ) -> None:
         for chunk in plan.chunks:
-            entry = self._entries.get(chunk.row.id)
-            if entry is not None and entry.ticket.times.begun is None:
-                entry.ticket.times.begun = began
-        self._steps += 1
+            ticket = self._open.get(chunk.row.id)
+            if ticket is not None and ticket.times.begun is None:
+                ticket.times.begun = began
+        self._counts.steps += 1
         took = time.monotonic() - began
         self._longest_step_s = max(self._longest_step_s, took)
         is_waited = bool(self._scheduler.waiting)
@@ -506,13 +465,13 @@ class Engine:
                 accepted=accepted,
             )
 
-    def _end(self, entry: _Entry, error: HanokError | None) -> None:
-        del self._entries[entry.row.id]
-        self._scheduler.remove(entry.row)
+    def _end(self, ticket: Ticket, error: HanokError | None) -> None:
+        del self._open[ticket.row.id]
+        self._scheduler.remove(ticket.row)
         if self._speculator is not None:
-            self._speculator.forget(entry.row.id)
-        entry.ticket.finish(error)
+            self._speculator.forget(ticket.row.id)
+        ticket.finish(error)
 
     def _fail_all(self, error: HanokError) -> None:
-        for entry in list(self._entries.values()):
-            self._end(entry, error)
+        for ticket in list(self._open.values()):
+            self._end(ticket, error)

@@ -13,7 +13,7 @@ import torch
 from hanok.engine.passes import Passes
 from hanok.engine.sequence import (
     GenerationSequence,
-    Scores,
+    Sampler,
     SpeculationCounts,
     TokenEvent,
     take_next,
@@ -112,16 +112,16 @@ def generate(
         began = time.perf_counter()
         if is_decoding:
             tokens = [[*missing[index], *drafts.get(index, ())] for index in running]
-            scores = Scores(passes.step(tokens, running))
+            sampler = Sampler(passes.step(tokens, running))
         else:
-            scores = Scores(decoder.logits(passes.prefill(missing)))
+            sampler = Sampler(decoder.logits(passes.prefill(missing)))
         if speculator is not None and is_decoding:
             num_tokens = len(running) + sum(map(len, drafts.values()))
             speculator.timed(num_tokens, time.perf_counter() - began)
         row = 0
         for index in running:
             sequence, draft = sequences[index], drafts.get(index, [])
-            taken = take_next(sequence, index, draft, scores, row)
+            taken = take_next(sequence, index, draft, sampler, row)
             row += 1 + len(draft)
             if passes.cache is not None:  # drafted tokens that were wrong, or after the end
                 passes.cache.truncate(index, len(sequence.token_ids) - 1)

@@ -439,16 +439,16 @@ class Model:
         end_ids = frozenset(params.stop_token_ids)
         if not params.ignore_eos:
             end_ids |= self.end_ids
-        decoder = None
+        text_stream = None
         if self.tokenizer is not None:
             spelled = frozenset(params.spelled_token_ids) - end_ids
-            decoder = self.tokenizer.stream(after=token_ids, spelled=spelled)
+            text_stream = self.tokenizer.stream(after=token_ids, spelled=spelled)
         return GenerationSequence(
             prompt_ids=token_ids,
             params=params,
             end_ids=end_ids,
             max_tokens=limit,
-            decoder=decoder,
+            text_stream=text_stream,
         )
 
     def _needed_tokenizer(self) -> "Tokenizer":

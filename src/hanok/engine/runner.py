@@ -86,8 +86,8 @@ class Runner:
         scores: list[tuple[PromptScore, ...]] = []
         vectors: list[Tensor | None] = []
         for chunk, end, request in zip(chunks, ends, requests, strict=True):
-            mine, number = hidden[end + 1 - chunk.count : end + 1], request.scored
-            scores.append(() if number is None else self._scores(chunk, mine, number))
+            mine = hidden[end + 1 - chunk.count : end + 1]
+            scores.append(() if request.scored is None else self._scores(chunk, mine, request))
             vectors.append(None if request.pooling is None else pooled(mine, request.pooling))
         if len(batch.token_ids) >= LONG_PASS_TOKENS:
             del batch, hidden
@@ -97,9 +97,10 @@ class Runner:
     def _hidden_states(self, batch: ForwardBatch) -> Tensor:
         return self._passes.run(batch, may_record=len(batch.token_ids) <= RECORDED_TOKENS)
 
-    def _scores(self, chunk: Chunk, hidden: Tensor, number: int) -> tuple[PromptScore, ...]:
-        """Score the tokens after a chunk's, as far as there are any."""
-        following = chunk.row.tokens[chunk.start + 1 : chunk.start + chunk.count + 1]
+    def _scores(self, chunk: Chunk, hidden: Tensor, request: Request) -> tuple[PromptScore, ...]:
+        """Score the prompt's tokens after a chunk's, as far as there are any."""
+        prompt, number = request.sequence.prompt_ids, request.scored or 0
+        following = prompt[chunk.start + 1 : chunk.start + chunk.count + 1]
         found: list[PromptScore] = []
         for start in range(0, len(following), LOGIT_ROWS):
             tokens = following[start : start + LOGIT_ROWS]

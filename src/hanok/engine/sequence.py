@@ -143,7 +143,7 @@ class GenerationSequence:
     """Token ids that end it, `params.stop_token_ids` among them."""
     max_tokens: int
     """Length at which the model's context ends it."""
-    decoder: StreamDecoder | None
+    text_stream: StreamDecoder | None
     """Turns tokens into text; None where the checkpoint has no tokenizer."""
     grammar: Mask | None = None
     """What the answer has to be, if not any text."""
@@ -168,7 +168,7 @@ class GenerationSequence:
         return min(self.params.max_new_tokens, self.max_tokens - len(self.prompt_ids))
 
     @property
-    def takes_likeliest(self) -> bool:
+    def is_greedy(self) -> bool:
         """Whether the next token is the one with the largest logit, whatever came before."""
         params = self.params
         return (
@@ -211,8 +211,8 @@ class GenerationSequence:
     def _advance(self, token: int) -> str:
         """Decide whether the token ends the sequence; return the text that can be shown."""
         piece, passed_over = "", ""
-        if self.decoder is not None:
-            piece, passed_over = self.decoder.push(token), self.decoder.passed_over(token)
+        if self.text_stream is not None:
+            piece, passed_over = self.text_stream.push(token), self.text_stream.passed_over(token)
         text, is_stopped = self.stops.push(piece, passed_over=passed_over)
         if token in self.end_ids:
             self.finish_reason = "eos_token"
@@ -222,7 +222,7 @@ class GenerationSequence:
             self.finish_reason = "length"
         if is_stopped or self.finish_reason is None:
             return text
-        rest, is_stopped = self.stops.push(self.decoder.finish() if self.decoder else "")
+        rest, is_stopped = self.stops.push(self.text_stream.finish() if self.text_stream else "")
         if is_stopped:
             self.finish_reason = "stop_sequence"
             return text + rest
@@ -270,8 +270,8 @@ class LookAhead:
             return  # this sequence's alone: choosing its next token will say so
 
 
-class Scores:
-    """Rows of logits, from each of which the next token of a sequence is chosen.
+class Sampler:
+    """Chooses the next tokens of sequences, each from a row of logits.
 
     A choice depends on its row and its sequence alone, and so does what goes wrong with it. What takes
     the whole vocabulary of every row is computed for all rows at once.
@@ -294,7 +294,7 @@ class Scores:
             )
         logits, total, params = self._logits[row], self._totals[row], sequence.params
         token, logprob = self._likeliest[row], self._logprobs[row]
-        if not sequence.takes_likeliest:
+        if not sequence.is_greedy:
             try:
                 with one_thread(logits.device):
                     scores = sequence.scores(logits)
@@ -324,8 +324,8 @@ def choose(
     sequences: Sequence[GenerationSequence], logits: Tensor
 ) -> list[Choice | GenerationError]:
     """Return the next token of each sequence from its row of logits, (sequences, vocab) float32."""
-    scores = Scores(logits)
-    return [scores.choose(row, sequence) for row, sequence in enumerate(sequences)]
+    sampler = Sampler(logits)
+    return [sampler.choose(row, sequence) for row, sequence in enumerate(sequences)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -337,7 +337,7 @@ class Taken:
 
 
 def take_next(
-    sequence: GenerationSequence, index: int, draft: Sequence[int], scores: Scores, row: int
+    sequence: GenerationSequence, index: int, draft: Sequence[int], sampler: Sampler, row: int
 ) -> Taken:
     """Append the next token, and as many after it as were drafted right.
 
@@ -349,7 +349,7 @@ def take_next(
     error: GenerationError | None = None
     for place in range(len(draft) + 1):
         try:
-            events.append(sequence.take(index, scores.choose(row + place, sequence)))
+            events.append(sequence.take(index, sampler.choose(row + place, sequence)))
         except GenerationError as found:
             error = found
         except Exception as found:  # a grammar's, a decoder's: this sequence's alone

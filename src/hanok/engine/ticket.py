@@ -13,6 +13,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from hanok.checkpoint.pooling import Pooling
+from hanok.engine.schedule import Row
 from hanok.engine.sequence import GenerationSequence, Ranked, TokenEvent
 from hanok.errors import HanokError
 
@@ -70,22 +71,33 @@ class Times:
 class Ticket:
     """A request that was submitted."""
 
-    id: int
     request: Request
+    row: Row
+    """What the scheduler knows of it."""
     _give_up: Callable[[], None]
     times: Times = field(default_factory=lambda: Times(submitted=time.monotonic()))
     prompt_scores: list[PromptScore] = field(default_factory=list)
     """Of the prompt's tokens but the first; there before the first token is."""
-    num_cached_tokens: int = 0
-    """Tokens of the prompt that did not have to be computed; known before the first token."""
     pooled: "Tensor | None" = None
     """Of a request with `pooling`, once it is finished: (hidden,) float32 on the CPU."""
+    pooled_sum: "Tensor | None" = None
+    """For the engine: of a request with `pooling`, the sum or the last of its hidden states so far."""
     error: HanokError | None = None
     _events: list[TokenEvent] = field(default_factory=list)
     _moments: list[float] = field(default_factory=list)
     """When each came."""
     _changed: threading.Condition = field(default_factory=threading.Condition)
     _wakers: list[Callable[[], None]] = field(default_factory=list)
+
+    @property
+    def id(self) -> int:
+        """Its number in the engine, from 1."""
+        return self.row.id
+
+    @property
+    def num_cached_tokens(self) -> int:
+        """Tokens of the prompt that did not have to be computed; known before the first token."""
+        return self.row.num_cached
 
     @property
     def is_finished(self) -> bool:

@@ -8,11 +8,13 @@ start, at zero, so that a rate over it is never missing.
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, get_args
+from typing import Literal, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
+
+from hanok.engine.stats import EngineStats
 
 Outcome = Literal[
     "success", "overloaded", "validation", "template", "incomplete", "dropped", "generation"
@@ -51,66 +53,6 @@ class RequestRecord:
     """From arrival to the first token; None if there was none."""
     inter_token_s: Sequence[float]
     """From each token to the next."""
-
-
-class EngineStats(Protocol):
-    """What the engine knows of itself at one moment. Counts since the start: the last six."""
-
-    @property
-    def num_waiting(self) -> int:
-        """Requests in the queue."""
-
-    @property
-    def num_running(self) -> int:
-        """Sequences in the batch."""
-
-    @property
-    def waiting_tokens(self) -> int:
-        """Tokens of the prompts in the queue."""
-
-    @property
-    def used_blocks(self) -> int:
-        """Blocks that running sequences hold."""
-
-    @property
-    def cached_blocks(self) -> int:
-        """Blocks without a sequence, kept for prompts with the same prefix."""
-
-    @property
-    def total_blocks(self) -> int:
-        """Blocks of the pool."""
-
-    @property
-    def block_size(self) -> int:
-        """Tokens of a block."""
-
-    @property
-    def preemptions(self) -> int:
-        """Sequences that gave their blocks back and were computed again."""
-
-    @property
-    def prefix_hit_tokens(self) -> int:
-        """Prompt tokens found in the prefix cache."""
-
-    @property
-    def prefix_query_tokens(self) -> int:
-        """Prompt tokens looked for in the prefix cache."""
-
-    @property
-    def cancelled(self) -> int:
-        """Requests that ended because their client left or their time was up."""
-
-    @property
-    def most_tokens_after_abort(self) -> int:
-        """The most new tokens of a request that came when it was already given up."""
-
-    @property
-    def drafted_tokens(self) -> int:
-        """Tokens that were guessed and checked."""
-
-    @property
-    def accepted_tokens(self) -> int:
-        """Of these, those that were right."""
 
 
 class Metrics:
