@@ -1,52 +1,77 @@
 """Two versions of hanok against each other: an earlier source tree and this one, in turn in one run.
 
     git worktree add ../before COMMIT       and build its kernels (hatch_build.py), as an install does
-    python benchmarks/before_after.py ../before [--shape llama-1.1b] [--runs 5] [--output FILE.md]
+    python benchmarks/before_after.py ../before [--quick] [--runs 5] [--budget 540] [--output FILE.md]
 
-Each tree is imported from its `src` by the same Python. For each kind of weights both are loaded in
-processes of their own and answer in rounds that begin with another one each time: prompts alone, and
-tokens behind them, for one sequence and for eight. Starts, the memory that loading claims and
-`hanok --help` are those of cold processes, in turn as well. A ratio is after / before, of the medians,
-with the smallest and largest of a round; what is asked of it is beside it.
+Each tree is imported from its `src` by the same Python. Every figure comes from a new process in every
+round, and only one process runs at a time: where a process finds its memory changes its speed, for as
+long as it lasts, so rounds of one pair of processes would agree with each other and not with the next
+pair. In a round both trees run what is measured one directly after the other; who is first alternates.
+No round begins that would not end within the budget.
+
+A ratio is after / before within a round, with the interval that holds it with 95 % (Student's t on
+logarithms). A bound is kept when the whole interval is within it, missed when the whole interval is
+outside it, and open otherwise: more rounds, or an idle machine, may decide.
 """
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import checkpoints
 import measure
 
+from hanok.bench.intervals import LEVEL, Interval, paired_ratio
 from hanok.bench.spread import Spread
 
 TREES = ("before", "after")
 KINDS = {"bfloat16": None, "int8": "int8", "int4": "int4"}
-PROMPT, TOKENS, LONG_PROMPT = 16, 24, 256
-# What a worker runs in either tree: only what both have.
+PROMPT, TOKENS, LONG_PROMPT = 16, 32, 256
+FIRST = "start to first token"
+# What a process runs in either tree: only what both have. Prompts differ, so that none is kept from the
+# one before it; the first of each pair of questions makes what a first pass of its size makes.
 WORKER = """
-import json, sys, time
-import torch, hanok
-path, quant, threads = json.loads(sys.argv[1])
-model = hanok.load(path, quant=quant, weights="copied", threads=threads)
-print(json.dumps({"peak_bytes": model.report.peak_bytes}), flush=True)
-for line in sys.stdin:
-    count, prompt, tokens = json.loads(line)
-    prompts = [[7 + (index + row) % 900 for index in range(prompt)] for row in range(count)]
-    start, first, found = time.perf_counter(), 0.0, [[] for _ in prompts]
+import json, random, sys, time
+import hanok
+asked, spawned = json.loads(sys.argv[1]), float(sys.argv[2])
+model = hanok.load(
+    asked["path"], quant=asked["quant"], weights="copied", threads=asked["threads"]
+)
+turn = 0
+def ask(count, length, tokens):
+    global turn
+    turn += 1
+    numbers = random.Random(turn)
+    prompts = [[numbers.randrange(3, asked["vocab"]) for _ in range(length)] for _ in range(count)]
     options = {"max_new_tokens": tokens, "ignore_eos": True, "temperature": 0.0}
+    start, first, found = time.perf_counter(), 0.0, [[] for _ in prompts]
     for event in model.stream(prompts if count > 1 else prompts[0], **options):
         found[event.sequence].append(event.token_id)
         if not first and all(found):
             first = time.perf_counter() - start
-    seconds = time.perf_counter() - start
-    print(json.dumps({"first": first, "rest": seconds - first, "tokens": found}), flush=True)
+    return first, time.perf_counter() - start - first, found
+ask(1, 8, 1)
+row = {
+    "module": hanok.__file__,
+    "first_token_s": time.time() - spawned,
+    "peak_bytes": model.report.peak_bytes,
+    "questions": [],
+    "tokens": [],
+}
+for count, length, tokens in asked["questions"]:
+    ask(count, length, min(tokens, 4))
+    first, rest, found = ask(count, length, tokens)
+    row["questions"].append([first, rest])
+    row["tokens"].append(found)
+print(json.dumps(row))
 """
 
 
@@ -55,162 +80,238 @@ class Bound:
     """What is asked of a ratio, or of the value after."""
 
     least: float = 0.0
-    most: float = float("inf")
+    most: float = math.inf
     of_ratio: bool = True
 
-    def verdict(self, ratio: float, after: float) -> str:
-        """Say whether it is kept."""
-        value = ratio if self.of_ratio else after
-        return "yes" if self.least <= value <= self.most else "no"
+    def verdict(self, low: float, high: float) -> str:
+        """Say whether a value that lies from `low` to `high` keeps it."""
+        if self.least <= low and high <= self.most:
+            return "yes"
+        return "no" if high < self.least or low > self.most else "open"
 
     def __str__(self) -> str:
-        return f"≥ {self.least}" if self.most == float("inf") else f"≤ {self.most}"
+        bound = f"≥ {self.least}" if self.most == math.inf else f"≤ {self.most}"
+        return bound if self.of_ratio else f"{bound} s"
 
 
 SPEED, START, MEMORY = Bound(least=0.98), Bound(most=1.03), Bound(most=1.02)
 HELP = Bound(most=0.3, of_ratio=False)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """What a loaded model is asked: prefill by the first token, decoding by those after it."""
+
+    name: str
+    num_sequences: int
+    prompt: int
+    tokens: int
+
+    def tokens_per_s(self, first_s: float, rest_s: float) -> float:
+        """Return the rate of prefill where one token is generated, otherwise that of decoding."""
+        if self.tokens == 1:
+            return self.num_sequences * self.prompt / first_s
+        return self.num_sequences * (self.tokens - 1) / rest_s
+
+
+@dataclass(slots=True, kw_only=True)
+class Figure:
+    """One row of the table: what both trees gave in each round."""
+
+    bound: Bound
+    values: dict[str, list[float]] = field(default_factory=lambda: {tree: [] for tree in TREES})
+
+    def ratio(self) -> Interval:
+        """Return after / before; nothing is known of it where one of them is zero."""
+        before, after = self.values["before"], self.values["after"]
+        if not all((*before, *after)):
+            equal = before == after
+            return Interval(value=1.0, low=1.0, high=1.0) if equal else UNKNOWN
+        return paired_ratio(after, before, LEVEL)
+
+    def cells(self) -> tuple[object, ...]:
+        """Return before, after, ratio, what is asked and whether it is kept."""
+        before, after = (Spread.of(self.values[tree]) for tree in TREES)
+        found = self.ratio()
+        high = math.inf if found.high is None else found.high
+        low_high = (found.low, high) if self.bound.of_ratio else (after.low, after.high)
+        verdict = self.bound.verdict(*low_high)
+        return before, after, interval_text(found), self.bound, verdict
+
+
+UNKNOWN = Interval(value=math.nan, low=0.0, high=None)
+
+
+def interval_text(found: Interval) -> str:
+    """Return a ratio and what it lies between."""
+    if found.high is None:
+        return f"{found.value:.3f} (one round)" if found.value == found.value else "unknown"
+    return f"{found.value:.3f} ({found.low:.3f}–{found.high:.3f})"
+
+
 class Tree:
     """One version, by its source tree."""
 
     def __init__(self, root: Path) -> None:
-        self.root = root
+        self.source = root.resolve() / "src"
+        self._root = root
         self.commit = self._git("rev-parse", "--short", "HEAD") or "no commit"
         if self._git("status", "--porcelain", "--", "src"):
             self.commit += " with changes"
-        self.environment = {**os.environ, "PYTHONPATH": str(root / "src")}
 
     def _git(self, *arguments: str) -> str:
-        command = ["git", "-C", str(self.root), *arguments]
+        command = ["git", "-C", str(self._root), *arguments]
         found = subprocess.run(command, capture_output=True, text=True, check=False)
         return found.stdout.strip()
 
-    def start(self, *arguments: str) -> "subprocess.Popen[str]":
-        """Start Python with this tree's package."""
-        return subprocess.Popen(
-            [sys.executable, *arguments],
-            env=self.environment,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
+    def load_and_ask(self, asked: Mapping[str, object], threads: int) -> measure.Row:
+        """Return what a new process gives; RuntimeError if it imported another tree's package."""
+        command = [sys.executable, "-c", WORKER, json.dumps(asked)]
+        row = measure.run_cold(
+            command, threads=threads, environment={"PYTHONPATH": str(self.source)}
         )
+        if not Path(row["module"]).is_relative_to(self.source):
+            raise RuntimeError(f"{row['module']} was imported in place of {self.source}")
+        return row
 
     def seconds(self, *arguments: str) -> float:
-        """Return how long a cold process takes."""
+        """Return how long a command line takes in a new process."""
         began = time.perf_counter()
-        command = [sys.executable, "-m", "hanok", *arguments]
-        subprocess.run(command, env=self.environment, capture_output=True, check=True)
+        subprocess.run(
+            [sys.executable, "-m", "hanok", *arguments],
+            env={**os.environ, "PYTHONPATH": str(self.source)},
+            capture_output=True,
+            check=True,
+        )
         return time.perf_counter() - began
 
 
-class Worker:
-    """A loaded model of one tree."""
+def rounds(
+    runs: int, budget_s: float, clock: Callable[[], float] = time.perf_counter
+) -> Iterator[tuple[str, str]]:
+    """Yield who goes first in each round, the first round always.
 
-    def __init__(self, tree: Tree, path: Path, quant: str | None, threads: int) -> None:
-        self._process = tree.start("-c", WORKER, json.dumps([str(path), quant, threads]))
-        self.peak_bytes: float = self._read()["peak_bytes"]
-
-    def ask(self, count: int, prompt: int, tokens: int) -> dict[str, object]:
-        """Return how long a question took, and its tokens."""
-        if self._process.stdin is None:
-            raise RuntimeError("the process has no input")
-        self._process.stdin.write(json.dumps([count, prompt, tokens]) + "\n")
-        self._process.stdin.flush()
-        return self._read()
-
-    def _read(self) -> dict[str, float]:
-        line = self._process.stdout.readline() if self._process.stdout is not None else ""
-        if not line:
-            raise RuntimeError(f"a worker ended with status {self._process.wait()}")
-        found: dict[str, float] = json.loads(line)
-        return found
-
-    def close(self) -> None:
-        """End it."""
-        self._process.communicate()
+    A later one begins only if one as long as the longest so far would end within the budget.
+    """
+    began, longest = clock(), 0.0
+    for number in range(runs):
+        start = clock()
+        if number and start - began + longest > budget_s:
+            return
+        yield TREES if number % 2 == 0 else TREES[::-1]
+        longest = max(longest, clock() - start)
 
 
-def turns(runs: int) -> list[tuple[str, str]]:
-    """Return who goes first in each round."""
-    return [TREES if number % 2 == 0 else TREES[::-1] for number in range(runs)]
+class Comparison:
+    """The figures of all rounds, and what is to be said of them."""
+
+    def __init__(
+        self, trees: Mapping[str, Tree], guard: measure.Guard, log: Callable[[measure.Row], None]
+    ) -> None:
+        self.figures: dict[str, Figure] = {}
+        self.are_equal: dict[str, bool] = {}
+        self.num_disturbed = self.num_processes = self.num_rounds = 0
+        self._trees, self._guard, self._log = trees, guard, log
+
+    def add(self, name: str, bound: Bound, tree: str, value: float) -> None:
+        """Take the value of one round."""
+        self.figures.setdefault(name, Figure(bound=bound)).values[tree].append(value)
+
+    def run_round(self, order: Sequence[str], options: argparse.Namespace, path: Path) -> None:
+        """Run everything once in each tree."""
+        for name, arguments, bound in command_lines(options):
+            for tree in order:
+                self.add(name, bound, tree, self._seconds(tree, name, arguments))
+        for kind in options.kinds:
+            self._run_kind(kind, order, options, path)
+        self.num_rounds += 1
+
+    def _seconds(self, tree: str, name: str, arguments: Sequence[str]) -> float:
+        row = self._run(tree, name, lambda: {"seconds": self._trees[tree].seconds(*arguments)})
+        return float(row["seconds"])
+
+    def _run_kind(
+        self, kind: str, order: Sequence[str], options: argparse.Namespace, path: Path
+    ) -> None:
+        asked_of = questions(options)
+        asked = {
+            "path": str(path),
+            "quant": KINDS[kind],
+            "threads": options.threads,
+            "vocab": checkpoints.SHAPES[options.shape].vocab_size,
+            "questions": [(item.num_sequences, item.prompt, item.tokens) for item in asked_of],
+        }
+        tokens = {}
+        for tree in order:
+            row = self._run(
+                tree, kind, lambda tree=tree: self._trees[tree].load_and_ask(asked, options.threads)
+            )
+            for question, (first_s, rest_s) in zip(asked_of, row["questions"], strict=True):
+                rate = question.tokens_per_s(first_s, rest_s)
+                self.add(f"{kind}: {question.name}, tokens/s", SPEED, tree, rate)
+            self.add(f"{kind}: {FIRST}, weights copied, s", START, tree, row["first_token_s"])
+            self.add(f"{kind}: peak of loading, MB", MEMORY, tree, row["peak_bytes"] / 1e6)
+            tokens[tree] = row["tokens"]
+        is_equal = tokens["before"] == tokens["after"]
+        self.are_equal[kind] = self.are_equal.get(kind, True) and is_equal
+
+    def _run(self, tree: str, what: str, action: Callable[[], measure.Row]) -> measure.Row:
+        run = self._guard.run(action)
+        self.num_processes += 1
+        self.num_disturbed += run.is_disturbed
+        found = {key: value for key, value in run.result.items() if key != "tokens"}
+        load = {"foreign": round(run.foreign, 3), "is_disturbed": run.is_disturbed}
+        self._log({"tree": tree, "what": what, "round": self.num_rounds, **found, **load})
+        return run.result
+
+    def notes(self) -> str:
+        """Return the lines above the table."""
+        tokens = (
+            f"{kind} {'equal' if same else 'DIFFER'}" for kind, same in self.are_equal.items()
+        )
+        commits = "; ".join(f"{name}: {tree.commit}" for name, tree in self._trees.items())
+        return "\n".join(
+            [
+                f"- Trees: {commits}",
+                f"- Rounds: {self.num_rounds}; tokens: {', '.join(tokens) or 'not compared'}",
+                f"- Disturbed by other programs: {self.num_disturbed} of {self.num_processes} "
+                "processes",
+            ]
+        )
+
+    def table(self) -> str:
+        """Return all figures with what is asked of them."""
+        header = ("", "before", "after", f"after / before ({LEVEL:.0%})", "asked", "kept")
+        return measure.table(
+            header, [(name, *figure.cells()) for name, figure in self.figures.items()]
+        )
 
 
-def measure_kind(
-    trees: Mapping[str, Tree], path: Path, quant: str | None, options: argparse.Namespace
-) -> tuple[dict[str, dict[str, list[float]]], bool]:
-    """Return rates and memory of one kind of weights by tree, and whether all tokens were the same."""
-    workers = {name: Worker(tree, path, quant, options.threads) for name, tree in trees.items()}
-    questions = {
-        "decoding": (1, PROMPT, options.tokens),
-        "decoding, 8 sequences": (8, PROMPT, options.tokens),
-        "prompt": (1, options.prompt, 1),
-        "prompt, 8 sequences": (8, options.prompt // 8, 1),
-    }
-    found: dict[str, dict[str, list[float]]] = {name: {} for name in TREES}
-    are_equal = True
-    try:
-        for worker in workers.values():
-            worker.ask(1, PROMPT, 3)  # moves what moves, records what is recorded
-        for number, order in enumerate(turns(options.runs)):
-            for what, (count, prompt, tokens) in questions.items():
-                answers = {}
-                for name in order:
-                    if not number:
-                        workers[name].ask(count, prompt, min(tokens, 4))
-                    answer = answers[name] = workers[name].ask(count, prompt, tokens)
-                    seconds = float(str(answer["rest" if tokens > 1 else "first"]))
-                    amount = count * (tokens - 1 if tokens > 1 else prompt)
-                    found[name].setdefault(what, []).append(amount / seconds)
-                are_equal &= answers["before"]["tokens"] == answers["after"]["tokens"]
-    finally:
-        for worker in workers.values():
-            worker.close()
-    for name, worker in workers.items():
-        found[name]["memory claimed by loading, MB"] = [worker.peak_bytes / 1e6]
-    return found, are_equal
+def questions(options: argparse.Namespace) -> list[Question]:
+    """Return what each loaded model is asked."""
+    return [
+        Question(
+            name=f"{what} of {count} sequence{'s'[: count > 1]}",
+            num_sequences=count,
+            prompt=prompt // (count if what == "prefill" else 1),
+            tokens=tokens,
+        )
+        for what, prompt, tokens in (
+            ("decode", PROMPT, options.tokens),
+            ("prefill", options.prompt, 1),
+        )
+        for count in (1, 8)
+    ]
 
 
-def measure_starts(
-    trees: Mapping[str, Tree], path: Path, options: argparse.Namespace
-) -> dict[str, dict[str, list[float]]]:
-    """Return the seconds of cold processes by tree."""
-    generate = ("generate", str(path), "--max-new-tokens", "1", "--threads", str(options.threads))
-    commands = {"start to first token, s": generate, "hanok --help, s": ("--help",)}
-    found: dict[str, dict[str, list[float]]] = {name: {} for name in TREES}
-    with tempfile.NamedTemporaryFile("w", suffix=".txt") as prompt:
-        prompt.write("Once upon a time")
-        prompt.flush()
-        for what, command in commands.items():
-            tail = ("--file", prompt.name) if command is generate else ()
-            for number, order in enumerate(turns(options.runs + 1)):
-                for name in order:
-                    seconds = trees[name].seconds(*command, *tail)
-                    if number:  # the first round fills the page cache
-                        found[name].setdefault(what, []).append(seconds)
-    return found
-
-
-def rows_of(
-    label: str, found: Mapping[str, Mapping[str, Sequence[float]]]
-) -> list[tuple[object, ...]]:
-    """Return table rows: what, before, after, ratio, asked, kept."""
-    rows = []
-    for what, before in found["before"].items():
-        after = found["after"][what]
-        ratio = Spread.of_ratio(after, before)
-        bound = SPEED
-        if "help" in what:
-            bound = HELP
-        elif "start" in what:
-            bound = START
-        elif "memory" in what:
-            bound = MEMORY
-        middle = Spread.of(after)
-        name = f"{label}: {what}" if label else what
-        kept = bound.verdict(ratio.median, middle.median)
-        rows.append((name, Spread.of(before), middle, ratio, bound, kept))
-    return rows
+def command_lines(options: argparse.Namespace) -> list[tuple[str, tuple[str, ...], Bound]]:
+    """Return the command lines whose whole time counts, with their bounds."""
+    limits = ("--max-new-tokens", "1", "--threads", str(options.threads))
+    generate = ("generate", str(options.starts_of), "Once upon a time", *limits)
+    return [
+        ("hanok --help, s", ("--help",), HELP),
+        (f"hanok generate: {FIRST}, s", generate, START),
+    ]
 
 
 def parser() -> argparse.ArgumentParser:
@@ -220,38 +321,45 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--shape", choices=list(checkpoints.SHAPES), default="llama-1.1b")
     made.add_argument("--folder", type=Path, help="where checkpoints are made and kept")
     made.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS))
-    made.add_argument("--prompt", type=int, default=LONG_PROMPT, help="tokens of a long prompt")
-    made.add_argument("--tokens", type=int, default=TOKENS, help="tokens of a decoding turn")
-    made.add_argument("--starts-of", type=Path, help="a checkpoint with a tokenizer for the starts")
+    made.add_argument("--prompt", type=int, default=LONG_PROMPT, help="tokens of a prefill")
+    made.add_argument("--tokens", type=int, default=TOKENS, help="tokens of each sequence, decoded")
+    made.add_argument("--starts-of", type=Path, help="what hanok generate loads (default: bundled)")
+    made.add_argument("--budget", type=float, default=540.0, help="seconds of all rounds together")
+    made.add_argument("--quick", action="store_true", help="a tiny shape, two rounds: does it run?")
     measure.add_common_options(made, runs=5)
+    made.set_defaults(patience=10.0)
     return made
 
 
+def options_of(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Return the options, those of --quick filled in."""
+    options = parser().parse_args(arguments)
+    if options.quick:
+        options.shape, options.runs, options.tokens, options.prompt = "tiny", 2, 8, 32
+        options.patience = 0.0
+    options.starts_of = options.starts_of or options.after / "src" / "hanok" / "bundled"
+    return options
+
+
 def main() -> None:
-    options = parser().parse_args()
+    options = options_of()
     trees = {"before": Tree(options.before), "after": Tree(options.after)}
-    log = measure.log_of(options)
-    rows: list[tuple[object, ...]] = []
-    notes = []
-    starts_of = options.starts_of or options.after / "src" / "hanok" / "bundled"
-    starts = measure_starts(trees, starts_of, options)
-    log({"starts": starts})
-    rows += rows_of("", starts)
+    # One attempt: a disturbed process is counted, and repeating it would cost another round.
+    guard = measure.Guard(limit=options.foreign, patience_s=options.patience, attempts=1)
+    comparison = Comparison(trees, guard, measure.log_of(options))
     with tempfile.TemporaryDirectory() as folder:
         shape = checkpoints.SHAPES[options.shape]
         path = checkpoints.make_checkpoint(shape, options.folder or Path(folder))
-        for kind in options.kinds:
-            found, are_equal = measure_kind(trees, path, KINDS[kind], options)
-            log({"kind": kind, "found": found, "tokens are equal": are_equal})
-            rows += rows_of(kind, found)
-            notes.append(f"{kind}: tokens {'equal' if are_equal else 'DIFFER'}")
-    header = ("tokens/s where nothing else is said", "before", "after", "ratio", "asked", "kept")
+        for tree in trees.values():  # compiles its modules and fills the page cache
+            for _, arguments, _ in command_lines(options):
+                tree.seconds(*arguments)
+        for order in rounds(options.runs, options.budget):
+            comparison.run_round(order, options, path)
     text = [
         measure.heading(f"Before and after, {options.shape}", options.threads),
-        f"- Before: {trees['before'].commit}; after: {trees['after'].commit}",
-        f"- {options.runs} rounds; {'; '.join(notes)}",
+        comparison.notes(),
         "",
-        measure.table(header, rows),
+        comparison.table(),
     ]
     measure.publish("\n".join(text), options.output)
 

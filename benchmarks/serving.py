@@ -8,8 +8,8 @@ turns with them), `turns` (a conversation's second turn), `overload` (arrivals a
 three times the capacity, whatever became of those before), `disconnects` (clients that go away at any
 moment), `soak` (memory under full load). Each part's rows go to a .json file beside the report, which is
 written anew from all parts that are there, so parts can be measured one by one. A server is a cold
-process; everything is asked over loopback by one client process (`hanok.bench.load`) that shares the two
-cores with it, for every server alike. `--quick` shows in a minute whether everything is there.
+process; everything is asked over loopback by one client process (`hanok.bench.traffic`) that shares the
+two cores with it, for every server alike. `--quick` shows in a minute whether everything is there.
 """
 
 import argparse
@@ -44,8 +44,8 @@ from serving_servers import (
 )
 
 from hanok.bench.arrivals import Arrival, poisson, read_trace
-from hanok.bench.load import Answer, Ask, closed, opened, send
 from hanok.bench.serving import Percentiles
+from hanok.bench.traffic import Answer, Ask, closed, opened, send
 
 HERE = Path(__file__).parent
 PARTS = ("throughput", "turns", "overload", "disconnects", "soak")

@@ -24,7 +24,7 @@ from pathlib import Path
 import checkpoints
 import gguf_files
 
-from hanok.bench.load import Target
+from hanok.bench.traffic import Target
 
 HANOK, BARE, LLAMA_CPP = "hanok", "hanok's engine alone", "llama.cpp"
 # As it starts it answers one request after the other, so few clients tell all of it.

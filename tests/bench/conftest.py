@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import pytest
 
 from hanok.bench.grid import GridRow, Skipped
-from hanok.bench.intervals import level_of_each, paired_ratio, spread
+from hanok.bench.intervals import level_of_each, paired_ratio
 from hanok.bench.report import (
     Difference,
     LoadRow,
@@ -19,6 +19,7 @@ from hanok.bench.report import (
     Subject,
 )
 from hanok.bench.settings import Setting, Workload
+from hanok.bench.spread import Spread
 
 SHORT = Workload(prompt_tokens=128, new_tokens=32, batch=1)
 LONG = Workload(prompt_tokens=512, new_tokens=32, batch=1)
@@ -75,7 +76,7 @@ def made_report(
         seconds = times(draws, unseen * middle * (changed or {}).get(setting, 1.0), slow, sigma)
         is_reference = workload not in firsts
         first = firsts.setdefault(workload, seconds)
-        median, low, high = spread(seconds)
+        found = Spread.of(seconds)
         ratio = paired_ratio(first, seconds, level)
         name = setting.quant if setting.quant != "none" else setting.attention
         perplexity, mean, p99, same = QUALITIES[name]
@@ -89,13 +90,13 @@ def made_report(
                     Sample(seconds=value, first_token_s=value / 4, foreign=0.01)
                     for value in seconds
                 ),
-                warmup_s=2 * median,
-                seconds=median,
-                seconds_min=low,
-                seconds_max=high,
-                s_per_token=median / 32,
-                tokens_per_s=31 / median,
-                first_token_s=median / 4,
+                warmup_s=2 * found.median,
+                seconds=found.median,
+                seconds_min=found.low,
+                seconds_max=found.high,
+                s_per_token=found.median / 32,
+                tokens_per_s=31 / found.median,
+                first_token_s=found.median / 4,
                 ratio=ratio,
                 verdict=ratio.verdict,
                 peak_bytes=(200 if setting.quant == "none" else 190) * MIB,

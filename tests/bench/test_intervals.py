@@ -11,7 +11,6 @@ from hanok.bench.intervals import (
     Interval,
     level_of_each,
     paired_ratio,
-    spread,
     t_quantile,
     t_within,
     unpaired_ratio,
@@ -107,7 +106,3 @@ def test_a_ratio_has_no_unit(values: list[float], factor: float) -> None:
     assert turned.value == pytest.approx(1 / one.value)
     assert one.high is not None
     assert turned.low == pytest.approx(1 / one.high, rel=1e-6)
-
-
-def test_spread_is_median_least_and_most() -> None:
-    assert spread([3.0, 1.0, 2.0, 9.0]) == (2.5, 1.0, 9.0)

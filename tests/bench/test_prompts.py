@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hanok.bench.arrivals import Arrival
-from hanok.bench.load import Target
 from hanok.bench.prompts import (
     FULL_LENGTH,
     Prompts,
@@ -23,6 +22,7 @@ from hanok.bench.prompts import (
     target_of,
     tokenize,
 )
+from hanok.bench.traffic import Target
 from hanok.errors import OptionError, RequestError
 
 BEGIN = 1

@@ -14,9 +14,8 @@ from typing import Any
 
 import pytest
 
-from hanok.bench import load
+from hanok.bench import traffic
 from hanok.bench.arrivals import Arrival
-from hanok.bench.load import Answer, Protocol, Target
 from hanok.bench.prompts import FULL_LENGTH, Prompts
 from hanok.bench.serving import (
     Bound,
@@ -27,6 +26,7 @@ from hanok.bench.serving import (
     run,
     summary,
 )
+from hanok.bench.traffic import Answer, Protocol, Target
 from hanok.errors import OptionError
 
 IDS = Prompts(pieces=range(5, 90), is_exact=True)
@@ -57,7 +57,7 @@ def in_its_own_time(
         monkeypatch.setattr(loop, "time", lambda: selector.now)
         return loop
 
-    monkeypatch.setattr(load, "time", SimpleNamespace(perf_counter=lambda: selector.now))
+    monkeypatch.setattr(traffic, "time", SimpleNamespace(perf_counter=lambda: selector.now))
     with asyncio.Runner(loop_factory=new_loop) as runner:
         return runner.run(main())
 
@@ -127,7 +127,7 @@ def loaded(
     schedule: ClosedLoop | OpenLoop,
     bound: Bound | None = None,
 ) -> ServingReport:
-    monkeypatch.setattr(load.asyncio, "open_connection", server.connect)
+    monkeypatch.setattr(traffic.asyncio, "open_connection", server.connect)
     target = replace(TARGET, protocol=server.protocol)
     answers = in_its_own_time(monkeypatch, lambda: run(target, schedule, IDS, 0))
     return summary(target, schedule, IDS, answers, bound=bound or Bound(), client_cores=0.01)

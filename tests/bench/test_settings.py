@@ -10,10 +10,10 @@ from hanok.bench.settings import (
     Workload,
     default_axes,
     read_axes,
-    read_places,
     read_setting,
 )
 from hanok.errors import OptionError
+from hanok.memory.options import read_device_map
 
 
 def test_a_grid_file_is_all_combinations() -> None:
@@ -70,8 +70,8 @@ def test_a_setting_on_one_line() -> None:
 def test_device_maps_are_names_or_modules() -> None:
     axes = read_axes('device_map = ["cpu", {"model.embed_tokens" = "cpu", "" = 0}]', "grid")
     by_name, by_hand = axes.device_map
-    assert read_places(by_name) == "cpu"
-    assert read_places(by_hand) == {"model.embed_tokens": "cpu", "": 0}
+    assert read_device_map(by_name) == "cpu"
+    assert read_device_map(by_hand) == {"model.embed_tokens": "cpu", "": 0}
 
 
 def test_labels_say_what_is_not_usual() -> None:

@@ -155,10 +155,11 @@ def test_a_profile_belongs_to_its_checkpoint_and_machine(short: Report) -> None:
     )
     choice = choose(short, BOUNDS)
     ours = profile_of(replace(short, checkpoint=subject), choice, BOUNDS, None)
-    check_checkpoint(ours, hanok.BUNDLED)
+    bundled = open_checkpoint(hanok.BUNDLED)
+    check_checkpoint(ours, bundled)
     theirs = profile_of(short, choice, BOUNDS, None)
     with pytest.raises(OptionError, match=r"was made for another checkpoint \(tiny"):
-        check_checkpoint(theirs, hanok.BUNDLED)
+        check_checkpoint(theirs, bundled)
     assert machine_differences(ours, short.machine) == []
     other = {**short.machine, "cpu": "Other CPU, 8 threads"}
     (note,) = machine_differences(ours, other)

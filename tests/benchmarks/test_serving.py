@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from hanok.bench.arrivals import Arrival
-from hanok.bench.load import Answer
+from hanok.bench.traffic import Answer
 from hanok.checkpoint.tokenizer import open_tokenizer
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"

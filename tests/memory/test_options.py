@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
 import hanok
 from hanok.bench.settings import Axes, Load, Setting
@@ -55,8 +56,59 @@ def test_the_command_line_has_every_option_of_a_load(verb: str) -> None:
     found = options_of_verb(verb)
     # Memory for several sequences: serve asks for users. It computes no pipeline.
     unused = {"batch"} | ({"pipeline_depth"} if verb == "serve" else set())
-    assert set(found) >= NAMES - unused
-    assert not unused & set(found)
+    shown = {name for name, item in found.items() if not getattr(item, "hidden", False)}
+    assert shown >= NAMES - unused
+    assert not unused & shown
+
+
+def test_serve_has_every_option_of_a_server_and_its_engine() -> None:
+    found = options_of_verb("serve")
+    names = {item.name for owner in (ServerOptions, EngineOptions) for item in fields(owner)}
+    assert set(found) >= names - {"model_id", "other_names"} | {"model_name"}
+
+
+def refusal(*arguments: str) -> str:
+    found = CliRunner().invoke(cli, arguments)
+    assert isinstance(found.exception, OptionError)
+    return str(found.exception)
+
+
+def test_a_server_says_why_it_takes_no_pipeline_depth() -> None:
+    said = refusal("serve", "--pipeline-depth", "2")
+    assert "--pipeline-depth 2: a server has no groups of sequences under way" in said
+
+
+def test_an_engine_refuses_a_model_that_was_loaded_with_a_pipeline_depth() -> None:
+    model = hanok.load(hanok.BUNDLED, pipeline_depth=2)
+    with pytest.raises(OptionError, match="loaded with pipeline_depth=2, which an engine does not"):
+        hanok.Engine(model)
+
+
+@pytest.mark.parametrize("verb", ["generate", "plan", "quality"])
+def test_a_device_map_that_is_no_json_is_refused_by_every_verb(verb: str) -> None:
+    assert """device_map '{"model"' is not a JSON object""" in refusal(
+        verb, "--device-map", '{"model"'
+    )
+
+
+def test_a_grid_refuses_a_device_map_that_is_no_json() -> None:
+    with pytest.raises(OptionError, match="is not a JSON object"):
+        _ = Load(dtype="auto", quant="none", device_map="{1", has_draft=False).places
+
+
+def test_a_draft_is_planned_with_the_options_of_its_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    planned = planning.plan_draft
+    seen: list[dict[str, Any]] = []
+
+    def noted(path: Path, **options: Any) -> Any:
+        seen.append(options)
+        return planned(path, **options)
+
+    monkeypatch.setattr(planning, "plan_draft", noted)
+    options = ["--draft", str(hanok.BUNDLED), "--weights", "copied", "--cache-dtype", "int8"]
+    assert CliRunner().invoke(cli, ["plan", *options, "--quant", "int8"]).exit_code == 0
+    (given,) = seen
+    assert (given["weights"], given["quant"], given["cache_dtype"]) == ("copied", "int8", "auto")
 
 
 def test_a_plan_has_every_option_it_is_made_with() -> None:

@@ -10,8 +10,8 @@ from click.testing import CliRunner, Result
 from tests.server.conftest import Server
 
 from hanok.bench.arrivals import Arrival
-from hanok.bench.load import Protocol
 from hanok.bench.prompts import Site, make_prompts, target_of, tokenize
+from hanok.bench.traffic import Protocol
 from hanok.cli.main import cli
 
 

@@ -96,8 +96,3 @@ def t_within(t: float, freedom: int) -> float:
         term *= cosine**2 * (index + 1) / (index + 2)
     total *= math.sin(angle)
     return 2 / math.pi * (angle + total) if is_odd else total
-
-
-def spread(values: Sequence[float]) -> tuple[float, float, float]:
-    """Return the median, the smallest and the largest."""
-    return statistics.median(values), min(values), max(values)

@@ -7,7 +7,7 @@ from typing import Literal
 from hanok.bench.fingerprint import fingerprint
 from hanok.bench.report import FileKind, Report, Row, Subject, read_file
 from hanok.bench.tune import Bounds, Choice, options_of
-from hanok.checkpoint.files import open_checkpoint
+from hanok.checkpoint.files import Checkpoint
 from hanok.checkpoint.writer import write_json
 from hanok.errors import OptionError
 
@@ -80,12 +80,12 @@ def read_profile(path: Path) -> Profile:
     return read_file(Profile, path, kind)
 
 
-def check_checkpoint(profile: Profile, path: Path) -> None:
-    """Raise OptionError where a profile was made for another checkpoint than the one at `path`."""
-    if fingerprint(open_checkpoint(path)) != profile.checkpoint.fingerprint:
+def check_checkpoint(profile: Profile, checkpoint: Checkpoint) -> None:
+    """Raise OptionError where a profile was made for another checkpoint than this one."""
+    if fingerprint(checkpoint) != profile.checkpoint.fingerprint:
         raise OptionError(
-            f"the profile was made for another checkpoint ({profile.checkpoint.name}) than {path}: what "
-            "is fast and near enough there says nothing here. Run `hanok tune` on this one."
+            f"the profile was made for another checkpoint ({profile.checkpoint.name}) than "
+            f"{checkpoint.folder}: what is fast and near enough there says nothing here. Run `hanok tune` on this one."
         )
 
 

@@ -16,7 +16,7 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from hanok.bench.arrivals import Arrival
-from hanok.bench.load import Protocol, Target
+from hanok.bench.traffic import Protocol, Target
 from hanok.errors import OptionError, RequestError
 from hanok.package import BUNDLED
 

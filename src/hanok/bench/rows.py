@@ -5,9 +5,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from hanok.bench.grid import GridRow
-from hanok.bench.intervals import Interval, level_of_each, paired_ratio, spread
+from hanok.bench.intervals import Interval, level_of_each, paired_ratio
 from hanok.bench.report import Difference, Probe, Quality, Row, Sample
 from hanok.bench.settings import Load
+from hanok.bench.spread import Spread
 from hanok.models.config import ModelConfig
 
 
@@ -45,7 +46,7 @@ def finished_rows(
     made = []
     for row, measured in rows:
         reference = first[row.workload]
-        seconds, low, high = spread([item.seconds for item in measured.samples])
+        seconds = Spread.of(item.seconds for item in measured.samples)
         first_s = statistics.median(item.first_token_s for item in measured.samples)
         is_reference = measured is reference
         ratio = Interval(value=1.0, low=1.0, high=1.0)
@@ -64,10 +65,10 @@ def finished_rows(
                 is_reference=is_reference,
                 samples=tuple(measured.samples),
                 warmup_s=measured.warm_up.seconds,
-                seconds=seconds,
-                seconds_min=low,
-                seconds_max=high,
-                s_per_token=seconds / (row.workload.new_tokens * row.workload.batch),
+                seconds=seconds.median,
+                seconds_min=seconds.low,
+                seconds_max=seconds.high,
+                s_per_token=seconds.median / (row.workload.new_tokens * row.workload.batch),
                 tokens_per_s=rate,
                 first_token_s=first_s,
                 ratio=ratio,

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from hanok.bench.arrivals import Arrival
-from hanok.bench.load import HAS_NO_ANSWER, Answer, Ask, Target, closed, opened, send
 from hanok.bench.prompts import Prompts, Site, find_protocol, target_of, tokenize
+from hanok.bench.traffic import HAS_NO_ANSWER, Answer, Ask, Target, closed, opened, send
 from hanok.errors import OptionError
 
 LATE_S = 0.01

@@ -11,14 +11,13 @@ rows are all combinations:
 
 import json
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from itertools import product
 from typing import Any, get_args, get_type_hints
 
-from hanok.attention.state import FLOAT_BYTES
 from hanok.errors import OptionError
-from hanok.memory.options import CacheDtype, DeviceMap
+from hanok.memory.options import CHOICES, DeviceMap, read_device_map
 from hanok.registry import nearest_first
 
 AUTO = "auto"
@@ -43,7 +42,7 @@ class Load:
     @property
     def places(self) -> DeviceMap:
         """The device map as `hanok.load` takes it."""
-        return read_places(self.device_map)
+        return read_device_map(self.device_map)
 
     @property
     def label(self) -> str:
@@ -197,14 +196,6 @@ def read_setting(text: str) -> Setting:
     return combinations[0][0]
 
 
-def read_places(text: str) -> DeviceMap:
-    """Return a device map: a name, or what a JSON object of modules says."""
-    if not text.startswith("{"):
-        return text
-    found: Mapping[str, str | int] = json.loads(text)
-    return found
-
-
 def _values(key: str, value: Any, where: str) -> tuple[Any, ...]:
     given = value if isinstance(value, list) else [value]
     if not given:
@@ -221,11 +212,7 @@ def _values(key: str, value: Any, where: str) -> tuple[Any, ...]:
 
 def _check_names(key: str, values: Sequence[Any], where: str) -> None:
     """Refuse names that nothing has; backends and recipes are looked up when the grid is planned."""
-    known = {
-        "dtype": (AUTO, *FLOAT_BYTES),
-        "cache_dtype": get_args(CacheDtype),
-        "speculation": SPECULATIONS,
-    }.get(key)
+    known = {**CHOICES, "speculation": SPECULATIONS}.get(key)
     for item in values:
         if known is not None and item not in known:
             names = ", ".join(nearest_first(item, list(known)))

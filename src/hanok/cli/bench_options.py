@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from hanok.cli.options import some_load_options
 from hanok.cli.progress import seconds_bar
 from hanok.errors import OptionError
 from hanok.package import BUNDLED
@@ -31,7 +32,7 @@ def grid_options(command: Command) -> Command:
         click.option("--html", type=file, help="Write a page with plots to this file."),
         click.option("--markdown", type=file, help="Write the table to this file."),
         click.option("--json", "json_file", type=file, help="Write the report to this file."),
-        click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: all]"),
+        some_load_options("threads"),
         click.option(
             "--quality-tokens",
             type=click.IntRange(min=0),

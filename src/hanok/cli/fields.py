@@ -6,8 +6,8 @@ So the command line, Python and the documentation cannot disagree about an optio
 import ast
 import inspect
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, Field
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import MISSING, Field, fields
 from itertools import pairwise
 from pathlib import Path
 from types import NoneType
@@ -35,19 +35,31 @@ def field_texts(owner: type) -> dict[str, str]:
     return texts
 
 
-def field_options(owner: type, names: Mapping[str, Mapping[str, Any]]) -> list[Option]:
-    """Return a click option for each of some fields of a dataclass, in their order there.
+def field_options(
+    owner: type,
+    own: Mapping[str, Mapping[str, Any]],
+    *,
+    only: Collection[str] | None = None,
+    without: Collection[str] = (),
+) -> list[Option]:
+    """Return a click option for each field of a dataclass, or for some of them, in their order there.
 
-    `names` are the fields, each with what differs from its type and text: `flag`, its name on the
-    command line, and arguments of `click.option`. An option sets the parameter named as its field.
+    `own` has what differs from a field's type and text: `flag`, its name on the command line, and
+    arguments of `click.option`. An option sets the parameter named as its field.
     """
     texts, hints = field_texts(owner), get_type_hints(owner)
-    fields: Mapping[str, Field[Any]] = owner.__dataclass_fields__  # type: ignore[attr-defined]  # a dataclass's
+    names = [item.name for item in fields(owner)]
+    assert {*own, *(only or ()), *without} <= set(names)
     return [
-        _option(item, hints[name], texts.get(name, ""), dict(names[name]))
-        for name, item in fields.items()
-        if name in names
+        _option(item, hints[item.name], texts.get(item.name, ""), dict(own.get(item.name, {})))
+        for item in fields(owner)
+        if item.name not in without and (only is None or item.name in only)
     ]
+
+
+def field_values(owner: type, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those of a verb's options that are named as the fields of a dataclass."""
+    return {item.name: options[item.name] for item in fields(owner) if item.name in options}
 
 
 def add_options(command: Command, options: Sequence[Option]) -> Command:
@@ -59,7 +71,8 @@ def add_options(command: Command, options: Sequence[Option]) -> Command:
 
 def _option(item: "Field[Any]", hint: Any, text: str, own: dict[str, Any]) -> Option:
     default = None if item.default is MISSING else item.default
-    flag = own.pop("flag", "--" + re.sub("_s$", "_seconds", item.name).replace("_", "-"))
+    spelled = re.sub("_s$", "_seconds", item.name.removeprefix("has_")).replace("_", "-")
+    flag = own.pop("flag", f"--{spelled}")
     kind = _kind(hint)
     found = NONE.search(text)
     if default is None and found is not None:

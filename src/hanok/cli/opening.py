@@ -98,8 +98,8 @@ def open_model(path: Path | None, options: Mapping[str, Any]) -> "tuple[Model, S
         click.echo("No model given: using the small one that ships with hanok.", err=True)
         path = BUNDLED
     asked, drafting = load_options(options), read_drafting(options)
-    check_profile(options["profile"], path, asked.threads)
     subjects = open_subjects(path, drafting)
+    check_profile(options["profile"], subjects.model, asked.threads)
     check_head(path, has_head=subjects.model.understood.config.has_head)
     plans = plan_subjects(subjects, asked)
     speculation = open_speculation(drafting, asked, plans.draft)
@@ -126,8 +126,8 @@ def speculation_line(stream: "TokenStream", speculation: "Speculation | None") -
     return f"; {counts.accepted} of {counts.proposed} guessed tokens right, {counts.passes} passes"
 
 
-def check_profile(profile: "Profile | None", path: Path, threads: int | None) -> None:
-    """Refuse a profile of another checkpoint, and note one that was made on another machine.
+def check_profile(profile: "Profile | None", model: "Opened", threads: int | None) -> None:
+    """Refuse a profile of another checkpoint than this, and note one made on another machine.
 
     `threads` is the option of that name: how many there are is a fact of the machine too.
     """
@@ -138,6 +138,6 @@ def check_profile(profile: "Profile | None", path: Path, threads: int | None) ->
     from hanok.memory.threads import set_threads
 
     set_threads(threads)
-    check_checkpoint(profile, path)
+    check_checkpoint(profile, model.understood.checkpoint)
     for note in machine_differences(profile, machine_facts()):
         click.echo(f"Note: {note}. Run `hanok tune` here to be sure.", err=True)

@@ -3,7 +3,6 @@
 Those of loads and of sampling are made from the fields of `LoadOptions` and `SamplingParams`.
 """
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, fields
 from pathlib import Path
@@ -11,10 +10,17 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from hanok.cli.fields import Command, Option, add_options, field_options, field_texts
+from hanok.cli.fields import (
+    Command,
+    Option,
+    add_options,
+    field_options,
+    field_texts,
+    field_values,
+)
 from hanok.engine.params import GENERATION_CONFIG_FIELDS, SamplingOptions, SamplingParams
 from hanok.errors import OptionError
-from hanok.memory.options import DTYPES, PLANNED, LoadOptions
+from hanok.memory.options import DTYPES, PLANNED, DeviceMap, LoadOptions, read_device_map
 
 if TYPE_CHECKING:
     from hanok.bench.profile import Profile
@@ -23,24 +29,24 @@ if TYPE_CHECKING:
 MULTIPLE = ("stop", "stop_token_ids", "spelled_token_ids", "logit_bias")
 
 
+def _read_device_map(context: click.Context, parameter: click.Parameter, value: str) -> DeviceMap:
+    return read_device_map(value)
+
+
 LOAD_OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "dtype": {"type": click.Choice(DTYPES)},
     "quant": {"metavar": "METHOD[:OPTION=VALUE,…]"},
-    "weights": {},
-    "cache_dtype": {},
+    "device_map": {"callback": _read_device_map},
     "max_memory": {"metavar": "DEVICE=SIZE,…"},
-    "context": {},
     "attn_implementation": {"flag": "--attention"},
-    "graphs": {},
-    "pipeline_depth": {},
-    "threads": {},
 }
-"""Fields of `LoadOptions` on the command line; `device_map` and `cache_packed` are read apart."""
+"""How fields of `LoadOptions` differ on the command line; the others need no line here."""
 
 
 def model_options(*, without: Sequence[str] = ()) -> Callable[[Command], Command]:
     """Return what adds the options of loading a model, all but some."""
-    names = {name: own for name, own in LOAD_OPTIONS.items() if name not in without}
+    # A generation is one sequence, and a folder of packed weights is a flag and the cache folder.
+    unused = ("batch", "cache_packed", *without)
     options = [
         click.option(
             "--profile",
@@ -49,7 +55,7 @@ def model_options(*, without: Sequence[str] = ()) -> Callable[[Command], Command
             callback=use_profile,
             help="Options that `hanok tune` found; options given explicitly take precedence.",
         ),
-        *field_options(LoadOptions, names | {"device_map": {"callback": read_device_map}}),
+        *field_options(LoadOptions, LOAD_OPTIONS, without=unused),
         click.option(
             "--cache-packed",
             is_flag=True,
@@ -60,11 +66,15 @@ def model_options(*, without: Sequence[str] = ()) -> Callable[[Command], Command
     return lambda command: add_options(command, options)
 
 
+def some_load_options(*names: str, **own: Mapping[str, Any]) -> Callable[[Command], Command]:
+    """Return what adds some options of a load; `own` has what differs for a verb."""
+    options = field_options(LoadOptions, {**LOAD_OPTIONS, **own}, only=names)
+    return lambda command: add_options(command, options)
+
+
 def plan_options(command: Command) -> Command:
     """Add the options that a load is planned with."""
-    names = {name: LOAD_OPTIONS.get(name, {}) for name in PLANNED}
-    options = field_options(LoadOptions, names | {"device_map": {"callback": read_device_map}})
-    return add_options(command, options)
+    return some_load_options(*PLANNED)(command)
 
 
 def cache_folder_option(what: str) -> Option:
@@ -82,8 +92,7 @@ def cache_folder_option(what: str) -> Option:
 
 def load_options(options: Mapping[str, Any]) -> LoadOptions:
     """Return what the options of `model_options` say."""
-    known = {item.name for item in fields(LoadOptions)}
-    found = {name: value for name, value in options.items() if name in known}
+    found = field_values(LoadOptions, options)
     found["cache_packed"] = options["cache_folder"] / "packed" if options["cache_packed"] else None
     return LoadOptions(**found)
 
@@ -219,25 +228,11 @@ def use_profile(
     return profile
 
 
-def read_device_map(
-    context: click.Context, parameter: click.Parameter, value: str
-) -> str | dict[str, str | int]:
-    """Return a device map that was given as a name or as a JSON object."""
-    if not value.startswith("{"):
-        return value
-    try:
-        found: dict[str, str | int] = json.loads(value)
-    except ValueError as error:
-        raise OptionError(f"--device-map {value!r} is not a JSON object: {error}") from error
-    return found
-
-
 def given(options: Mapping[str, Any]) -> SamplingOptions:
     """Return the sampling options that were given on the command line."""
-    names = {item.name for item in fields(SamplingParams)}
     chosen: Any = {
         name: value
-        for name, value in options.items()
-        if name in names and value is not None and value not in ((), {})
+        for name, value in field_values(SamplingParams, options).items()
+        if value is not None and value not in ((), {})
     }
     return SamplingOptions(**chosen)  # type: ignore[typeddict-item]  # its keys are the fields

@@ -52,7 +52,6 @@ def start(asked: Asked) -> int:
     from hanok.server.run import listen, serve
 
     server = asked.server
-    check_profile(asked.profile, asked.path, asked.load.threads)
     plans, users = plan_for(asked)
     try:
         listener = listen(server)
@@ -85,6 +84,7 @@ def start(asked: Asked) -> int:
 def plan_for(asked: Asked) -> tuple[Plans, int]:
     """Return the plans of a load, and how many requests of the full context they have memory for."""
     subjects = open_subjects(asked.path, asked.drafting)
+    check_profile(asked.profile, subjects.model, asked.load.threads)
 
     def planned(users: int) -> Plans:
         options = asked.load.updated(batch=users)

@@ -92,6 +92,12 @@ class Engine:
         more. A draft model guesses for DRAFTED_SEQUENCES of them at a time, fewer where the cache is for
         fewer, and as far as the context reaches that the load plan counted on.
         """
+        if model.pipeline_depth is not None:
+            raise OptionError(
+                f"the model was loaded with pipeline_depth={model.pipeline_depth}, which an engine does "
+                "not have: it puts the tokens of all requests into one pass, which goes from device to "
+                "device. Load it without; `Model.generate` is what takes it."
+            )
         needs = model.plan.needs if model.plan is not None else None
         if cache_tokens is None:
             cache_tokens = needs.context * needs.batch if needs else model.config.max_context_tokens

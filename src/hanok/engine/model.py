@@ -139,7 +139,8 @@ class Model:
         self._sources = loaded.sources
         self._left_out = loaded.left_out
         self._promotion = loaded.promotion
-        self._pipeline_depth = pipeline_depth
+        self.pipeline_depth = pipeline_depth
+        """Groups of sequences on their way over several devices; None: one for each stage."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -279,7 +280,7 @@ class Model:
         """
         is_pipelined = self.decoder.layout is not None and passes is None and use_cache
         if is_pipelined and speculator is None:
-            with Pipeline(self.decoder, self._pipeline_depth) as pipeline:
+            with Pipeline(self.decoder, self.pipeline_depth) as pipeline:
                 yield from pipeline.generate(sequences)
             return
         for event in generate(

@@ -1,13 +1,15 @@
 """Every option of a load, once: for `hanok.load`, plans, the command line, benchmarks and servers.
 
-The text under a field is its documentation everywhere. PLANNED are those a plan is made with; the others
-say how a planned model is run. Imports no torch.
+The text under a field is its documentation everywhere: in the help of verbs, in docs/options.md and in
+docs/api.md. PLANNED are those a plan is made with; the others say how a planned model is run. Imports no
+torch.
 """
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal, TypedDict, get_args
+from typing import Any, Literal, TypedDict, get_args, get_origin, get_type_hints
 
 from hanok.attention.state import FLOAT_BYTES
 from hanok.errors import OptionError
@@ -19,16 +21,6 @@ DeviceMap = str | int | Mapping[str, str | int]
 MaxMemory = str | Mapping[str | int, str | int]
 
 DTYPES = ("auto", *FLOAT_BYTES)
-PLANNED = (
-    "dtype",
-    "quant",
-    "weights",
-    "cache_dtype",
-    "device_map",
-    "max_memory",
-    "context",
-    "batch",
-)
 
 
 class PlanArguments(TypedDict, total=False):
@@ -52,6 +44,16 @@ class LoadArguments(PlanArguments, total=False):
     pipeline_depth: int | None
     cache_packed: str | Path | None
     threads: int | None
+
+
+PLANNED = tuple(PlanArguments.__annotations__)
+CHOICES: Mapping[str, tuple[str, ...]] = {
+    name: get_args(kind)
+    for name, kind in get_type_hints(LoadArguments).items()
+    if get_origin(kind) is Literal
+} | {"dtype": DTYPES}
+"""The values of those options that have a few."""
+COUNTS = ("context", "batch", "pipeline_depth", "threads")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,16 +94,12 @@ class LoadOptions:
     """CPU threads to compute with. None: one for each core, within the CPU quota."""
 
     def __post_init__(self) -> None:
-        for name, choices in (
-            ("dtype", DTYPES),
-            ("weights", get_args(Weights)),
-            ("cache_dtype", get_args(CacheDtype)),
-        ):
+        for name, choices in CHOICES.items():
             value = getattr(self, name)
             if value not in choices:
                 listed = ", ".join(nearest_first(str(value), list(choices)))
                 raise OptionError(f"{name} {value!r} is unknown. Choose one of: {listed}.")
-        for name in ("context", "batch", "pipeline_depth", "threads"):
+        for name in COUNTS:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise OptionError(f"{name} is {value}; it must be at least 1.")
@@ -137,6 +135,17 @@ class LoadOptions:
         """The others, as keyword arguments of the load of a plan."""
         others = [item.name for item in fields(self) if item.name not in PLANNED]
         return {name: getattr(self, name) for name in others}  # type: ignore[return-value]  # as above
+
+
+def read_device_map(text: str) -> DeviceMap:
+    """Return a device map given as text: a name, or a JSON object of modules and their devices."""
+    if not text.startswith("{"):
+        return text
+    try:
+        found: dict[str, str | int] = json.loads(text)
+    except ValueError as error:
+        raise OptionError(f"device_map {text!r} is not a JSON object: {error}") from error
+    return found
 
 
 def refuse_beside_plan(given: Mapping[str, Any]) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import click
 
 from hanok.cli.bench_options import grid_options, measured, written
+from hanok.cli.options import some_load_options
 from hanok.registry import discover
 
 GRID = "grid"
@@ -48,7 +49,7 @@ class Measurements(click.Group):
     help="What the others are compared with, for example attention=sdpa,cache=true.  [default: the "
     "first row of equal prompt and batch]",
 )
-@click.option("--max-memory", metavar="DEVICE=SIZE,…", help="What may be used, as in `hanok plan`.")
+@some_load_options("max_memory")
 @grid_options
 def grid(path: Path | None, reference: str | None, max_memory: str | None, **options: Any) -> None:
     """Measure the grid and print it."""

@@ -10,6 +10,7 @@ import click
 from hanok.cli.options import cache_folder_option, plan_options
 from hanok.cli.plan_table import print_plan
 from hanok.errors import BudgetError
+from hanok.memory.options import LoadOptions
 from hanok.package import BUNDLED
 
 if TYPE_CHECKING:
@@ -30,11 +31,16 @@ if TYPE_CHECKING:
 @click.option(
     "--draft",
     type=click.Path(path_type=Path),
-    help="A draft model, with the same --quant, --dtype and --context.",
+    help="A draft model, with the same options but for --device-map and --cache-dtype.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object (docs/plan.md).")
 def command(
-    path: Path | None, draft: Path | None, cache_folder: Path, as_json: bool, **options: Any
+    path: Path | None,
+    draft: Path | None,
+    devices: tuple[str, ...],
+    cache_folder: Path,
+    as_json: bool,
+    **options: Any,
 ) -> None:
     """Plan the load of PATH, a checkpoint or a folder with a config.json alone.
 
@@ -43,17 +49,17 @@ def command(
     # Imported here: `hanok --help` reads no checkpoint.
     from hanok.memory.planning import plan_draft, plan_load
 
-    draft_plan = None
+    asked, draft_plan = LoadOptions(**options), None
     if draft is not None:
-        names = ("max_memory", "context", "batch", "quant", "dtype", "devices")
-        shared = {name: options[name] for name in names}
-        draft_plan = plan_draft(draft, is_running=False, **shared)
+        own = asked.for_draft().planned
+        draft_plan = plan_draft(draft, devices=devices, is_running=False, **own)
     plan = plan_load(
         path or BUNDLED,
+        devices=devices,
         rates_file=cache_folder / "rates.json",
         is_running=False,
         draft=draft_plan,
-        **options,
+        **asked.planned,
     )
     if as_json:
         click.echo(json.dumps(plan_object(plan), indent=2))

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING
 
 import click
 
+from hanok.cli.options import some_load_options
 from hanok.cli.units import finite
 from hanok.errors import OptionError
+from hanok.memory.options import DeviceMap
 from hanok.package import BUNDLED
 from hanok.text_files import read_text
 
@@ -51,19 +53,7 @@ HEADER = (
 )
 @click.option("--window", default=512, show_default=True, help="Tokens scored in one context.")
 @click.option("--max-tokens", default=2048, show_default=True, help="Tokens scored in all.")
-@click.option(
-    "--dtype",
-    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
-    default="auto",
-    show_default=True,
-    help="What reference and recipes compute in; float32 compares most finely.",
-)
-@click.option("--device-map", default="auto", show_default=True, help="Where to compute.")
-@click.option(
-    "--threads",
-    type=click.IntRange(min=1),
-    help="CPU threads.  [default: one for each core, within the CPU quota]",
-)
+@some_load_options("dtype", "device_map", "threads")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the table.")
 @click.option(
     "--markdown",
@@ -82,7 +72,7 @@ def command(  # noqa: PLR0913 (click passes each option as an argument)
     window: int,
     max_tokens: int,
     dtype: str,
-    device_map: str,
+    device_map: DeviceMap,
     threads: int | None,
     as_json: bool,
     markdown: Path | None,

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from hanok.cli.fields import Command, add_options, field_options
+from hanok.cli.fields import Command, add_options, field_options, field_values
 from hanok.cli.options import load_options, model_options, read_drafting, speculation_options
 from hanok.engine.options import EngineOptions
 from hanok.errors import OptionError
@@ -14,31 +14,13 @@ from hanok.package import BUNDLED
 from hanok.server.options import ServerOptions
 
 SERVER_OPTIONS: Mapping[str, Mapping[str, Any]] = {
-    "host": {},
-    "port": {},
     "api_key": {"envvar": "HANOK_API_KEY", "show_envvar": True},
     "cors_allow_origins": {"flag": "--cors-allow-origin"},
-    "max_concurrent_requests": {},
-    "max_queue_s": {},
-    "max_best_of": {},
-    "max_choices": {},
-    "max_stop_sequences": {},
-    "max_top_n_tokens": {},
-    "max_client_batch_size": {},
-    "max_input_tokens": {},
-    "max_total_tokens": {},
-    "max_embedding_inputs": {},
-    "pooling": {},
-    "payload_limit": {},
     "timeout_s": {"flag": "--timeout"},
-    "termination_s": {},
-    "keep_alive_s": {},
-    "write_timeout_s": {},
-    "max_connections": {},
     "logs_json": {"flag": "--json-log"},
 }
-"""Fields of `ServerOptions` as the command line has them; --model-name gives two of them."""
-ENGINE_OPTIONS: Mapping[str, Mapping[str, Any]] = {"users": {}, "max_running": {}, "max_step_s": {}}
+"""How fields of `ServerOptions` differ on the command line; the others need no line here."""
+NAMES = ("model_id", "other_names")  # --model-name gives both
 
 
 def server_options(command: Command) -> Command:
@@ -50,10 +32,19 @@ def server_options(command: Command) -> Command:
             help="What clients call the model. Repeatable: answers have the first.  "
             "[default: the path's last name]",
         ),
-        *field_options(EngineOptions, ENGINE_OPTIONS),
-        *field_options(ServerOptions, SERVER_OPTIONS),
+        *field_options(EngineOptions, {}),
+        *field_options(ServerOptions, SERVER_OPTIONS, without=NAMES),
     ]
     return add_options(command, options)
+
+
+def _refuse_pipeline(context: click.Context, parameter: click.Parameter, value: int | None) -> None:
+    if value is not None:
+        raise OptionError(
+            f"--pipeline-depth {value}: a server has no groups of sequences under way. Its engine puts "
+            "the tokens of all requests into one pass, which goes from device to device. Leave it out; "
+            "`hanok generate` and hanok.load take it."
+        )
 
 
 @click.command("serve", short_help="Put a model on a port, over TGI's and OpenAI's protocols.")
@@ -61,6 +52,9 @@ def server_options(command: Command) -> Command:
 @server_options
 @speculation_options
 @model_options(without=["pipeline_depth"])
+@click.option(
+    "--pipeline-depth", type=int, callback=_refuse_pipeline, expose_value=False, hidden=True
+)
 def command(path: Path | None, **options: Any) -> None:
     """Serve a model: hanok serve [PATH].
 
@@ -77,13 +71,13 @@ def command(path: Path | None, **options: Any) -> None:
     names = tuple(dict.fromkeys(options["model_name"])) or (path.resolve().name,)
     if not all(names):
         raise OptionError("--model-name is empty. Give the name that clients ask for.")
-    given = {name: options[name] for name in SERVER_OPTIONS}
+    given = field_values(ServerOptions, options)
     given["api_key"] = options["api_key"] or None
     given["cors_allow_origins"] = options["cors_allow_origins"] or ("*",)
     asked = Asked(
         path=path,
         server=ServerOptions(model_id=names[0], other_names=names[1:], **given),
-        engine=EngineOptions(**{name: options[name] for name in ENGINE_OPTIONS}),
+        engine=EngineOptions(**field_values(EngineOptions, options)),
         load=load_options(options),
         drafting=read_drafting(options),
         profile=options["profile"],

@@ -1,13 +1,14 @@
 """`hanok tgi`: text-generation-launcher's command line, so that an alias is enough."""
 
 import ipaddress
-from dataclasses import fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import click
 from click.core import ParameterSource
 
+from hanok.cli.fields import field_values
 from hanok.cli.options import Drafting, SpeculateOption
 from hanok.cli.progress import bytes_bar
 from hanok.engine.options import MAX_RUNNING, EngineOptions
@@ -50,8 +51,7 @@ def serve(launch: LaunchOptions) -> int:
 
 def server_options(launch: LaunchOptions, folder: Path) -> ServerOptions:
     """Return a start's options as the server's: those of the same names, the others by default."""
-    names = {item.name for item in fields(ServerOptions)} & {item.name for item in fields(launch)}
-    given = {name: getattr(launch, name) for name in names}
+    given = field_values(ServerOptions, asdict(launch))
     given["cors_allow_origins"] = launch.cors_allow_origins or ("*",)
     return ServerOptions(model_id=launch.model or folder.name, **given)
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hanok.bench.load import Answer, Ask, Protocol, Target, closed, opened, send
+from hanok.bench.traffic import Answer, Ask, Protocol, Target, closed, opened, send
 
 OPENAI_EVENTS = [
     {"choices": [{"index": 0, "text": "Once", "finish_reason": None}], "usage": None},
