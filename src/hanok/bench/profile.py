@@ -85,7 +85,8 @@ def check_checkpoint(profile: Profile, checkpoint: Checkpoint) -> None:
     if fingerprint(checkpoint) != profile.checkpoint.fingerprint:
         raise OptionError(
             f"the profile was made for another checkpoint ({profile.checkpoint.name}) than "
-            f"{checkpoint.folder}: what is fast and near enough there says nothing here. Run `hanok tune` on this one."
+            f"{checkpoint.folder}: what is fast and near enough there says nothing here. Run "
+            "`hanok tune` on this one."
         )
 
 
