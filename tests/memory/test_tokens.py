@@ -465,7 +465,7 @@ def test_a_row_is_read_as_torch_reads_it(tmp_path: Path, dtype: torch.dtype) -> 
 def broken(
     monkeypatch: pytest.MonkeyPatch, plan: TokensPlan, name: str, breaking: Callable[[Path], None]
 ) -> None:
-    """Let an edit write files in which something is wrong, and expect that it notices and undoes itself."""
+    """Let an edit write files with something wrong, and expect that it notices and undoes itself."""
     from hanok.memory import tokens
 
     written = tokens.check_edit
