@@ -31,6 +31,7 @@ from transformers import (
 )
 
 import hanok
+from hanok.checkpoint.card import steps_of
 from hanok.checkpoint.files import open_checkpoint
 from hanok.checkpoint.rows import read_row, row_bytes, to_bytes
 from hanok.checkpoint.tokenizer import open_tokenizer
@@ -740,6 +741,17 @@ def test_the_command_says_what_it_checked(folder: Path) -> None:
     assert list_tokens(folder)[0] == VOCABULARY + 1
     grown = runner.invoke(cli, ["tokens", "resize", str(folder), "--pad-to-multiple-of", "64"])
     assert "331 before, 384 after" in grown.output
+    steps = steps_of((folder / "README.md").read_text())
+    assert [step.command for step in steps] == [
+        f"hanok tokens add model '{SPECIAL}' --special",
+        f"hanok tokens remove model '{SPECIAL}'",
+        "hanok tokens resize model --pad-to-multiple-of 64",
+    ]
+    assert [step.text for step in steps] == [
+        "adds 1 token, gives the vocabulary 331 rows (before: 330)",
+        "removes 1 token",
+        "gives the vocabulary 384 rows (before: 331)",
+    ]
 
 
 def test_a_diff_of_long_files_is_of_what_differs(folder: Path) -> None:

@@ -21,6 +21,7 @@ from math import prod
 from pathlib import Path
 
 from hanok.checkpoint.aside import folder_aside, folder_exchanged, link_files
+from hanok.checkpoint.card import Step, add_step
 from hanok.checkpoint.files import INDEX_SUFFIX, Checkpoint, open_checkpoint, read_object
 from hanok.checkpoint.formats import FOREIGN
 from hanok.checkpoint.rows import RowEdit, rewrite
@@ -199,12 +200,13 @@ def apply(
     output: str | Path | None = None,
     *,
     verify: Callable[[Path], None] | None = None,
+    step: Step | None = None,
 ) -> TokensReport:
     """Write what was planned: into a new folder `output`, or in place of the old one in one step.
 
     What must not change is checked in the new files first, and by `verify`, which gets their folder; if
     anything is wrong, CheckpointError is raised and nothing has changed. In place, files that do not
-    change stay what they are; elsewhere they are hard links.
+    change stay what they are; elsewhere they are hard links. `step` is written into the card.
     """
     if output is None:
         links = [file.name for file in plan.folder.iterdir() if file.is_symlink()]
@@ -242,6 +244,8 @@ def apply(
             )
         if verify is not None:
             verify(unfinished)
+        if step is not None:
+            add_step(unfinished, step)
     return TokensReport(
         folder=target or plan.folder,
         rewritten=tuple(path.name for path in shards),

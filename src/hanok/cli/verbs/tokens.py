@@ -18,6 +18,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "eos": {"metavar": "TOKEN"},
     "pad": {"metavar": "TOKEN"},
 }
+WITHOUT = ("output", "dry_run", "verify_logits")  # they say nothing of the result
 
 
 def writing_options(command: Command) -> Command:
@@ -123,8 +124,24 @@ def _finish(plan: "TokensPlan", options: dict[str, Any]) -> None:
         for line in diff(plan):
             click.echo(line)
         return
+    # Imported here: it reads cards, which `--help` does not.
+    from hanok.cli.steps import step_of
+
     verify = _logits_verifier(plan) if options["verify_logits"] else None
-    _print_report(apply(plan, options["output"], verify=verify))
+    step = step_of(click.get_current_context(), _what(plan), WITHOUT)
+    _print_report(apply(plan, options["output"], verify=verify, step=step))
+
+
+def _what(plan: "TokensPlan") -> str:
+    parts = []
+    for verb, texts in (("adds", [*plan.new, *plan.known]), ("removes", plan.removed)):
+        if texts:
+            parts.append(f"{verb} {len(texts)} token{'s' * (len(texts) != 1)}")
+    if plan.rows_after != plan.rows_before:
+        parts.append(
+            f"gives the vocabulary {plan.rows_after:,} rows (before: {plan.rows_before:,})"
+        )
+    return ", ".join(parts) or "gives tokens other roles"
 
 
 def _print_plan(plan: "TokensPlan") -> None:
