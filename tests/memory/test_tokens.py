@@ -712,7 +712,7 @@ def test_a_dry_run_shows_a_diff_and_changes_nothing(folder: Path) -> None:
     assert found.exit_code == 0
     assert f"'<think>' is {VOCABULARY}, with a new row" in found.output
     assert '-  "vocab_size": 330' in found.output.replace(",", "")
-    assert '+      "content": "<think>",' in found.output
+    assert '+    "content": "<think>",' in found.output
     assert "lm_head.weight BF16 [330, 32] -> [331, 32], rows 330 to 330 new" in found.output
     assert {file: file.read_bytes() for file in folder.iterdir()} == before
 

@@ -16,6 +16,7 @@ import json
 import shutil
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from datetime import datetime
+from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -206,7 +207,14 @@ class Tokenizer:
 
     def spelling(self, token_id: int) -> str | None:
         """The vocabulary's own spelling of a token, or None for an id without one."""
-        return next((text for text, found in self._ids.items() if found == token_id), None)
+        return self._spellings.get(token_id)
+
+    @cached_property
+    def _spellings(self) -> Mapping[int, str]:
+        found: dict[int, str] = {}
+        for text, token_id in self._ids.items():
+            found.setdefault(token_id, text)
+        return found
 
     def add_tokens(
         self,
@@ -231,7 +239,9 @@ class Tokenizer:
             token_id: tuple(self.encode(text, add_special_tokens=False))
             for text, token_id in edit.new.items()
         }
-        self.__dict__.update(self.changed(edit.contents).__dict__)
+        changed = self.changed(edit.contents)
+        self.__dict__.clear()
+        self.__dict__.update(changed.__dict__)
         self._added_pieces = {**self._added_pieces, **pieces}
         return len(edit.new)
 

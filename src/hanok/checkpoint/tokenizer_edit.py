@@ -149,6 +149,11 @@ def without_tokens(files: TokenizerFiles, texts: Sequence[str]) -> TokenizerEdit
     return TokenizerEdit(contents=contents, new={}, known={})
 
 
+def added_tokens_text(library: bytes) -> str:
+    """Return a tokenizer.json's list of added tokens, a value on each line."""
+    return json.dumps(_listed(library), indent=2, ensure_ascii=False)
+
+
 def _check_texts(tokens: Sequence[AddedToken]) -> None:
     texts = [token.text for token in tokens]
     for text in texts:

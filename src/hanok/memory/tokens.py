@@ -27,7 +27,13 @@ from hanok.checkpoint.formats import FOREIGN
 from hanok.checkpoint.rows import RowEdit, rewrite
 from hanok.checkpoint.tokenizer import Tokenizer, open_tokenizer
 from hanok.checkpoint.tokenizer_config import AddedToken
-from hanok.checkpoint.tokenizer_edit import TokenizerEdit, with_tokens, without_tokens
+from hanok.checkpoint.tokenizer_edit import (
+    LIBRARY,
+    TokenizerEdit,
+    added_tokens_text,
+    with_tokens,
+    without_tokens,
+)
 from hanok.checkpoint.writer import json_bytes
 from hanok.errors import CheckpointError, UnsupportedError
 from hanok.memory.account import understand
@@ -184,9 +190,12 @@ def list_tokens(folder: str | Path) -> tuple[int, list[TokenInfo]]:
 def diff(plan: TokensPlan) -> Iterator[str]:
     """Yield the lines of a unified diff of the small files, and a line for each changed tensor."""
     for name, after in sorted(plan.contents.items()):
-        path = plan.folder / name
-        before = path.read_text(encoding="utf-8") if path.exists() else ""
-        yield from unified_diff(before, after.decode(), f"{name} (before)", f"{name} (after)")
+        before = _text_of(plan.folder / name)
+        text = after.decode()
+        if name == LIBRARY:  # of many files one line
+            before = before and added_tokens_text(before.encode())
+            text = added_tokens_text(after)
+        yield from unified_diff(before, text, f"{name} (before)", f"{name} (after)")
     for edit in plan.rows:
         before_shape, after_shape = list(edit.tensor.shape), list(edit.shape)
         where = f"{edit.tensor.path.name}: {edit.tensor.name}"
