@@ -284,8 +284,8 @@ def _even_rows(rows: Tensor) -> tuple[list[int], list[int]]:
 
 def _row_keys(rows: Tensor) -> Tensor:
     """Return 32 bytes of each row, (rows, 4) int64: KEY_COLUMNS columns, narrowed to 16 bits each."""
-    narrow = _probed(rows, KEY_COLUMNS).bfloat16().flatten()
-    return narrow.view(torch.int64).view(len(rows), -1)
+    narrow = torch.empty((len(rows), KEY_COLUMNS), dtype=torch.bfloat16)
+    return narrow.copy_(_probed(rows, KEY_COLUMNS)).view(torch.int64)
 
 
 def _probed(rows: Tensor, count: int) -> Tensor:
