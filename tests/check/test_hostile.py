@@ -1,4 +1,4 @@
-"""Whatever the small files of a folder say, the check gives a report: no value of theirs is an exception."""
+"""Whatever the small files of a folder say, the check gives a report and raises nothing."""
 
 import json
 import shutil
