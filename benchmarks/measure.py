@@ -15,7 +15,6 @@ import json
 import os
 import platform
 import shlex
-import statistics
 import subprocess
 import sys
 import time
@@ -288,24 +287,6 @@ def log_of(options: argparse.Namespace) -> Callable[[Row], None]:
     return json_lines(path)
 
 
-# Memory
-
-
-def memory_gb_per_s(size_bytes: int | None = None, repeats: int = 10) -> float:
-    """Return the median rate at which torch adds up a large float32 tensor, in GB/s."""
-    import torch
-
-    size = size_bytes or max(2**30, 4 * last_cache_bytes())
-    values = torch.ones(size // 4)
-    values.sum()
-    rates = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        values.sum()
-        rates.append(values.nbytes / (time.perf_counter() - start) / 1e9)
-    return statistics.median(rates)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="Print the machine and its memory's speed.")
     parser.add_argument("--bytes", type=int, help="size of the tensor that is added up")
@@ -313,7 +294,12 @@ def main() -> None:
     options = parser.parse_args()
     print(machine_line())
     print(versions_line())
-    print(json.dumps({"gb_per_s": memory_gb_per_s(options.bytes)}))
+    import torch
+
+    from hanok.bench.bandwidth import read_probe
+
+    probe = read_probe(torch.device("cpu"), options.bytes or max(2**30, 4 * last_cache_bytes()))
+    print(json.dumps({"gb_per_s": probe.best_per_s() / 1e9}))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,9 @@ whatever wrote the file: a byte order mark is dropped, and lines end with a line
 """
 
 import codecs
+import difflib
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from hanok.errors import RequestError
@@ -58,3 +60,27 @@ def _other_encoding(data: bytes, name: str, at: int, what: str) -> RequestError:
         f"{name} {what}, at byte {at} (0x{data[at]:02X}); {guess}. Convert it first, for "
         f"example with: iconv -f {encoding} -t UTF-8"
     )
+
+
+def unified_diff(before: str, after: str, from_file: str, to_file: str) -> Iterator[str]:
+    """Yield a unified diff of two texts; the ends that long ones share cost next to nothing."""
+    old, new = before.splitlines(), after.splitlines()
+    start = _num_equal(old, new)
+    end = _num_equal(old[start:][::-1], new[start:][::-1])
+    first = max(0, start - 3)
+    cut_old, cut_new = (
+        old[first : len(old) - max(0, end - 3)],
+        new[first : len(new) - max(0, end - 3)],
+    )
+    for line in difflib.unified_diff(cut_old, cut_new, from_file, to_file, lineterm=""):
+        if line.startswith("@@") and first:
+            line = f"@@ after line {first} @@"
+        yield line
+
+
+def _num_equal(one: Sequence[str], other: Sequence[str]) -> int:
+    """Return how many lines two texts begin with alike."""
+    for index, (a, b) in enumerate(zip(one, other, strict=False)):
+        if a != b:
+            return index
+    return min(len(one), len(other))

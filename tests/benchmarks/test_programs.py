@@ -307,7 +307,6 @@ def test_report_names_machine_and_versions(programs: SimpleNamespace, tmp_path: 
     log({"a": 2})
     lines = (tmp_path / "log.jsonl").read_text().splitlines()
     assert [json.loads(line)["a"] for line in lines] == [1, 2]
-    assert measure.memory_gb_per_s(2**20, repeats=2) > 0
 
 
 @pytest.mark.parametrize("name", ["llama-1.1b", "qwen-0.5b"])

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
@@ -51,6 +52,38 @@ def strings_of(tree: ast.Module) -> Iterator[tuple[int, str]]:
         is_text = isinstance(node, ast.Constant) and isinstance(node.value, str)
         if is_text and id(node) not in documentation:
             yield node.lineno, node.value
+
+
+# Called by name from elsewhere than this package.
+CALLED_BY_OTHERS = {
+    "capture_signals": "uvicorn",
+    "collect_usage_pieces": "click",
+    "_apply": "torch, for .to and its like",
+    "find_class": "pickle",
+    "persistent_load": "pickle",
+    "attach": "its users: docs/map.md",
+    "render_chat_with_spans": "its users: docs/tokenizers.md",
+    "recorded_tokens": "tests, which ask what was recorded",
+    "emulated_amx": "tests of tiles on processors without them",
+}
+
+
+def test_every_function_and_class_is_used() -> None:
+    words: Counter[str] = Counter()
+    for path in FILES:
+        words.update(re.findall(r"\w+", path.read_text()))
+    pages = (ROOT / "docs" / "api.md").read_text()
+    unused = {
+        node.name: f"{short(path)}:{node.lineno}"
+        for path in FILES
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
+        and words[node.name] == 1
+        and not re.fullmatch(r"__\w+__|visit_\w+", node.name)
+        and not any(ast.unparse(item).startswith("command.command") for item in node.decorator_list)
+        and not re.search(rf"\b{node.name}\b", pages)
+    }
+    assert unused.keys() == CALLED_BY_OTHERS.keys(), unused
 
 
 def test_there_are_files_to_look_at() -> None:

@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from types import MappingProxyType
 
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from hanok.attention.base import ForwardBatch
 from hanok.attention.state import FLOAT_BYTES
 from hanok.bench.bandwidth import read_gb_per_s
+from hanok.bench.machine import machine_facts, versions
 from hanok.engine.model import Model, load
 from hanok.errors import OptionError, RequestError
 from hanok.memory.account import check_head
@@ -66,6 +68,10 @@ class QualityReport:
     """All variants of one checkpoint, the reference first."""
 
     checkpoint: str
+    date: str
+    """The day it was measured, such as 2026-11-28."""
+    machine: Mapping[str, str]
+    """What it was measured on: versions, processor, memory, GPUs."""
     num_tokens: int
     window: int
     gb_per_s: float
@@ -133,6 +139,8 @@ def measure_quality(  # noqa: PLR0913 (the options of a measurement are argument
         del kept
     return QualityReport(
         checkpoint=Path(path).name,
+        date=date.today().isoformat(),
+        machine={**versions(), **machine_facts()},
         num_tokens=num_tokens,
         window=window,
         gb_per_s=gb_per_s,

@@ -7,18 +7,24 @@ next writer in the same folder removes every unlocked leftover and leaves locked
 Invariant: a file or folder under its final name is complete, and on disk if the batch is durable.
 """
 
+import ctypes
+import errno
 import fcntl
 import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Self
 
+from hanok.errors import CheckpointError
+
 PARTIAL = re.compile(r"\..+\.[0-9a-f]{8}\.partial")
+RENAME_EXCHANGE = 2  # of renameat2
+AT_FDCWD = -100
 
 
 class Batch:
@@ -107,6 +113,72 @@ def folder_aside(path: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         os.close(descriptor)
+
+
+@contextmanager
+def folder_exchanged(path: Path) -> Iterator[Path]:
+    """Yield a new folder next to `path`, which takes its place in one step when the block ends.
+
+    Nobody sees a mixture of old and new files, and programs that have old ones open keep them. Raises
+    CheckpointError where the file system cannot exchange two folders, or where this process runs inside
+    of `path`, whose shell would be left in a removed folder.
+    """
+    path = path.resolve()
+    if Path.cwd().is_relative_to(path):
+        raise CheckpointError(
+            f"{path} is the folder you are in, and would be replaced by a new one. Run this from "
+            "outside of it, or write to another folder."
+        )
+    remove_leftovers(path.parent)
+    temporary, descriptor = _created_folder(path)
+    try:
+        shutil.copystat(path, temporary)
+        yield temporary
+        os.fsync(descriptor)
+        _exchange(temporary, path)
+        with _opened(path.parent) as parent:
+            os.fsync(parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        os.close(descriptor)
+
+
+def link_files(source: Path, target: Path, without: Collection[Path] = ()) -> tuple[Path, ...]:
+    """Give `target` the files of a folder, but for some, as hard links; return those that were copied.
+
+    Symbolic links are followed. Files are copied where no hard link is possible: to another file
+    system, or of somebody else's file.
+    """
+    copied = []
+    for file in sorted(source.rglob("*")):
+        name = file.relative_to(source)
+        if file.is_dir() or name in without or PARTIAL.fullmatch(file.name):
+            continue
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        real = file.resolve()
+        try:
+            (target / name).hardlink_to(real)
+        except OSError as error:
+            if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP):
+                raise
+            shutil.copy2(real, target / name)
+            copied.append(file)
+    return tuple(copied)
+
+
+def _exchange(one: Path, other: Path) -> None:
+    library = ctypes.CDLL(None, use_errno=True)
+    rename = getattr(library, "renameat2", None)
+    code = errno.ENOSYS
+    if rename is not None:
+        names = [os.fsencode(path) for path in (one, other)]
+        if rename(AT_FDCWD, names[0], AT_FDCWD, names[1], RENAME_EXCHANGE) == 0:
+            return
+        code = ctypes.get_errno()
+    raise CheckpointError(
+        f"{other} cannot be replaced in one step here ({os.strerror(code)}); nothing was changed. Write "
+        "to another folder."
+    )
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from hanok.checkpoint.protobuf import fields
 from hanok.checkpoint.tokenizer_config import AddedToken
 
 COMPOSITION = 6
@@ -111,9 +112,9 @@ def sentencepiece_bound(
     # A ModelProto's field 3 is the NormalizerSpec: its field 2 is a table of replacements, field 4
     # whether extra spaces are removed, which is the default.
     table, removes_spaces = b"", 1
-    for number, value in _fields(proto):
+    for number, value in fields(proto):
         if number == 3 and isinstance(value, bytes):
-            for inner, setting in _fields(value):
+            for inner, setting in fields(value):
                 if inner == 2 and isinstance(setting, bytes):
                     table = setting
                 elif inner == 4 and isinstance(setting, int):
@@ -175,30 +176,3 @@ def _shrinks_by(normalizer: Mapping[str, Any] | None) -> float | None:
     if normalizer["type"] == "Replace" and pattern and content:
         return max(1, len(pattern.encode()) / len(content.encode()), len(pattern) / len(content))
     return None
-
-
-def _fields(message: bytes) -> Iterable[tuple[int, int | bytes]]:
-    """The fields of a protobuf message in wire format: number and value, those of 4 and 8 bytes raw."""
-    place = 0
-
-    def varint() -> int:
-        nonlocal place
-        value = shift = 0
-        while True:
-            byte = message[place]
-            place += 1
-            value |= (byte & 0x7F) << shift
-            shift += 7
-            if byte < 0x80:
-                return value
-
-    while place < len(message):
-        key = varint()
-        kind = key & 7
-        if kind == 0:
-            yield key >> 3, varint()
-            continue
-        size = {1: 8, 5: 4}.get(kind)
-        size = varint() if size is None else size
-        yield key >> 3, message[place : place + size]
-        place += size

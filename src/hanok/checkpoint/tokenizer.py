@@ -12,9 +12,13 @@ Cost: opening reads the files once; encoding and decoding are linear. Chat templ
 Streaming: `stream.py`.
 """
 
+import json
+import shutil
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from datetime import datetime
+from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import tokenizers
 
@@ -23,18 +27,29 @@ from hanok.checkpoint.chat import ChatTemplates, RenderedChat
 from hanok.checkpoint.ranks import read_tekken, read_tiktoken
 from hanok.checkpoint.stream import StreamDecoder
 from hanok.checkpoint.tokenizer_config import (
+    AddedToken,
     TokenizerConfig,
     read_templates,
     read_tokenizer_config,
 )
+from hanok.checkpoint.tokenizer_edit import (
+    ADDED,
+    CONFIG,
+    LIBRARY,
+    SPECIAL_MAP,
+    TokenizerFiles,
+    with_tokens,
+)
 from hanok.checkpoint.tokenizer_files import (
     LOOKED_FOR,
+    TEMPLATES_FOLDER,
     Form,
     find_vocabulary,
     refuse_pointers,
     tokenizer_files,
 )
 from hanok.checkpoint.vocabulary import (
+    Frame,
     LibraryVocabulary,
     SentencePieceVocabulary,
     Vocabulary,
@@ -46,7 +61,7 @@ from hanok.errors import CheckpointError, RequestError
 class Tokenizer:
     """One vocabulary with its special tokens and chat templates. Made by `open_tokenizer`.
 
-    Immutable, so threads may share it; a stream belongs to one thread.
+    Threads may share it, but for `add_tokens`; a stream belongs to one thread.
     """
 
     def __init__(
@@ -58,6 +73,9 @@ class Tokenizer:
         files: tuple[Path, ...],
     ) -> None:
         self._vocabulary = vocabulary
+        self._settings = settings
+        self._added_pieces: Mapping[int, tuple[int, ...]] = {}
+        self._changed: Mapping[str, bytes] = {}
         self._texts = vocabulary.texts
         self._templates = templates
         self._ids = vocabulary.ids
@@ -87,6 +105,10 @@ class Tokenizer:
             adds_bos = adds_bos if settings.adds_bos is None else settings.adds_bos
             adds_eos = adds_eos if settings.adds_eos is None else settings.adds_eos
         self._adds_bos, self._adds_eos = adds_bos, adds_eos
+
+    def __len__(self) -> int:
+        """The largest id + 1."""
+        return self.vocab_size
 
     def _named_id(self, settings: TokenizerConfig, name: str) -> int | None:
         text = settings.named.get(name)
@@ -185,7 +207,100 @@ class Tokenizer:
 
     def spelling(self, token_id: int) -> str | None:
         """The vocabulary's own spelling of a token, or None for an id without one."""
-        return next((text for text, found in self._ids.items() if found == token_id), None)
+        return self._spellings.get(token_id)
+
+    @cached_property
+    def _spellings(self) -> Mapping[int, str]:
+        found: dict[int, str] = {}
+        for text, token_id in self._ids.items():
+            found.setdefault(token_id, text)
+        return found
+
+    def add_tokens(
+        self,
+        new_tokens: str | AddedToken | Sequence[str | AddedToken],
+        special_tokens: bool = False,
+    ) -> int:
+        """Add tokens to the vocabulary and return how many got a new id; others only get these rules.
+
+        Special tokens are left out by `decode`. Ids follow the largest one, and a model needs a row for
+        each: `Model.resize_token_embeddings`. `save` writes the changed files, and nothing else does.
+        Not while other threads use the tokenizer. Raises as `tokenizer_edit.with_tokens` does.
+        """
+        given = [new_tokens] if isinstance(new_tokens, str | AddedToken) else new_tokens
+        tokens = [
+            AddedToken(text=token, token_id=None, is_special=special_tokens)
+            if isinstance(token, str)
+            else token
+            for token in given
+        ]
+        edit = with_tokens(self.edited_files(), tokens)
+        pieces = {
+            token_id: tuple(self.encode(text, add_special_tokens=False))
+            for text, token_id in edit.new.items()
+        }
+        changed = self.changed(edit.contents)
+        self.__dict__.clear()
+        self.__dict__.update(changed.__dict__)
+        self._added_pieces = {**self._added_pieces, **pieces}
+        return len(edit.new)
+
+    def take_added_pieces(self) -> Mapping[int, tuple[int, ...]]:
+        """Return what the texts of tokens added since the last call were before, by their new ids."""
+        taken, self._added_pieces = self._added_pieces, {}
+        return taken
+
+    def changed(self, contents: Mapping[str, bytes]) -> "Tokenizer":
+        """Return the tokenizer that these files would make, in place of the folder's own."""
+        changed = {**self._changed, **contents}
+        with TemporaryDirectory(prefix="hanok-tokenizer-") as name:
+            folder = Path(name)
+            _write_files(self.files, changed, folder)
+            found = open_tokenizer(folder)
+        found.files, found._changed = self.files, changed
+        found._added_pieces = self._added_pieces
+        return found
+
+    def edited_files(self) -> TokenizerFiles:
+        """Return what an edit of the tokenizer's files begins with."""
+        names = (CONFIG, SPECIAL_MAP, ADDED)
+        objects = {name: json.loads(data) for name in names if (data := self._read(name))}
+        present = self._read(LIBRARY)
+        library = present or self._vocabulary.library_file(self._frame())
+        is_sentencepiece = isinstance(self._vocabulary, SentencePieceVocabulary)
+        return TokenizerFiles(
+            library=library,
+            replaces_sentencepiece=present is None and is_sentencepiece,
+            objects=objects,
+            added=self._vocabulary.added,
+            named=self._settings.named,
+            ids=self._ids,
+        )
+
+    def save(self, folder: Path) -> None:
+        """Write the tokenizer's files, as they were or as they have been changed, into a folder."""
+        _write_files(self.files, self._changed, folder)
+
+    def _read(self, name: str) -> bytes | None:
+        if name in self._changed:
+            return self._changed[name]
+        path = next((file for file in self.files if file.name == name), None)
+        return None if path is None else path.read_bytes()
+
+    def _frame(self) -> Frame:
+        return (
+            self._framing(self.bos_token_id) if self._adds_bos else None,
+            self._framing(self.eos_token_id) if self._adds_eos else None,
+        )
+
+    def _framing(self, token_id: int | None) -> tuple[str, int] | None:
+        text = None if token_id is None else self.spelling(token_id)
+        return None if text is None or token_id is None else (text, token_id)
+
+    @property
+    def ids(self) -> Mapping[str, int]:
+        """Every token's own spelling → id."""
+        return self._ids
 
     @property
     def chat_template_names(self) -> tuple[str, ...]:
@@ -289,13 +404,24 @@ def open_tokenizer(folder: Path, *, now: Callable[[], datetime] = datetime.now) 
         if cuts is not None:
             settings = cuts.complete(settings, library)
         vocabulary = LibraryVocabulary(library, settings, cuts)
-    additional = sorted((folder / "additional_chat_templates").glob("*.jinja"))
+    additional = sorted((folder / TEMPLATES_FOLDER).glob("*.jinja"))
     return Tokenizer(
         vocabulary,
         settings,
         templates=read_templates(folder, additional, settings, now),
         files=present,
     )
+
+
+def _write_files(files: Iterable[Path], changed: Mapping[str, bytes], folder: Path) -> None:
+    for file in files:
+        is_additional = file.parent.name == TEMPLATES_FOLDER and file.suffix == ".jinja"
+        target = folder / TEMPLATES_FOLDER if is_additional else folder
+        target.mkdir(parents=True, exist_ok=True)
+        if file.name not in changed:
+            shutil.copyfile(file, target / file.name)
+    for name, data in changed.items():
+        (folder / name).write_bytes(data)
 
 
 def _read_library(

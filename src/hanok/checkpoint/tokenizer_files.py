@@ -21,6 +21,7 @@ SETTINGS_FILES = (
 )
 """A tokenizer's files besides its vocabulary and additional_chat_templates/*.jinja."""
 
+TEMPLATES_FOLDER = "additional_chat_templates"
 LOOKED_FOR = (
     "tokenizer.json, tokenizer.model, vocab.json with merges.txt, tekken.json, or a .tiktoken file"
 )
@@ -67,7 +68,7 @@ def tokenizer_files(folder: Path) -> tuple[Path, ...]:
     names[3:3] = ["merges.txt"]
     names += ["tiktoken.model", *SETTINGS_FILES]
     found = [file for name in names for file in sorted(folder.glob(name)) if file.is_file()]
-    return (*found, *sorted((folder / "additional_chat_templates").glob("*.jinja")))
+    return (*found, *sorted((folder / TEMPLATES_FOLDER).glob("*.jinja")))
 
 
 def refuse_pointers(files: Iterable[Path]) -> None:

@@ -15,14 +15,26 @@ from typing import Any, Protocol
 import tokenizers
 
 from hanok.checkpoint.byte_level import NO_CLASS, Cuts, byte_alphabet
+from hanok.checkpoint.sentencepiece_json import first_difference, read_model, to_library
 from hanok.checkpoint.stream import REPLACEMENT, TokenTexts
 from hanok.checkpoint.token_bounds import TokenBound, library_bound, sentencepiece_bound
 from hanok.checkpoint.tokenizer_config import AddedToken, TokenizerConfig
-from hanok.errors import CheckpointError
+from hanok.errors import CheckpointError, UnsupportedError
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _SPACE_MARK = "\u2581"
 
+LIBRARY_SAMPLES = (
+    " a leading space,  two, a tab\tand a\nline break\r\n\n",
+    "Zoë's café: 3.14159 × 10⁻⁷ — ﬁne “quotes” … №½",
+    "한국어 문장과 日本語の文、中文字符，русский текст, عربي, עברית, हिन्दी, ไทย",
+    "\u200b\ufeff \x00 \x7f e\u0301 👩\u200d👩\u200d👧",
+    "def f(x):\n    return {'a': [x for x in range(10)], \"b\": x ** 2}\n",
+    "",
+    " ",
+    "a",
+)
+"""Texts that a tokenizer.json made of a SentencePiece model is tried on, besides all its pieces."""
 _PLAIN_CLASSES = frozenset(
     {
         "LlamaTokenizer",
@@ -57,6 +69,16 @@ class Vocabulary(Protocol):
         """`encode`, then what the files themselves add (a post-processor)."""
 
     @property
+    def added(self) -> Sequence[AddedToken]:
+        """All tokens that are found in a text before the vocabulary's own, by their ids."""
+
+    def library_file(self, frame: "Frame") -> bytes:
+        """A tokenizer.json with the same ids, which puts `frame` around a text if the files do.
+
+        Raises UnsupportedError where there is none.
+        """
+
+    @property
     def bound(self) -> TokenBound | None:
         """A lower bound on the number of tokens of a text; None if there is no certain one."""
 
@@ -65,6 +87,10 @@ class Vocabulary(Protocol):
 
     def adds_others(self, bos: int | None, eos: int | None) -> bool:
         """Whether `encode_processed` adds tokens other than BOS and EOS."""
+
+
+Frame = tuple[tuple[str, int] | None, tuple[str, int] | None]
+"""The tokens that are put before and after a text, with their ids."""
 
 
 def _find_anchor(
@@ -115,6 +141,7 @@ class LibraryVocabulary:
         self._has_byte_tokens = "ByteFallback" in kinds
         self._bytes: dict[int, bytes] = {}
         self._alphabet = byte_alphabet()
+        self._hidden = cuts.hidden if cuts is not None else {}
         texts = {token.content: token_id for token_id, token in added.items()}
         misread = _misread(texts, parts["model"], self._alphabet) if "ByteLevel" in kinds else ()
         self._misread = {texts[text]: text.encode() for text in misread}
@@ -158,6 +185,33 @@ class LibraryVocabulary:
                 if text not in known
             ]
         )
+
+    @property
+    def added(self) -> Sequence[AddedToken]:
+        """See `Vocabulary`."""
+        found = self._library.get_added_tokens_decoder()
+        return [
+            AddedToken(
+                text=token.content,
+                token_id=token_id,
+                is_special=token.special,
+                is_single_word=token.single_word,
+                strips_left=token.lstrip,
+                strips_right=token.rstrip,
+                is_normalized=token.normalized,
+            )
+            for token_id, token in sorted(found.items())
+        ]
+
+    def library_file(self, frame: Frame) -> bytes:
+        """See `Vocabulary`; the library's post-processor is the frame."""
+        if self._hidden:
+            raise UnsupportedError(
+                f"{len(self._hidden)} tokens of this vocabulary are spelled like special tokens, which "
+                "a tokenizer.json cannot tell apart."
+            )
+        text: str = self._library.to_str(pretty=True)
+        return text.encode()
 
     def encode(self, text: str) -> list[int]:
         """See `Vocabulary`."""
@@ -327,6 +381,26 @@ class SentencePieceVocabulary:
         }
         names = {name: self._pieces[token_id] for name, token_id in ids.items() if token_id >= 0}
         return settings.with_names(names)
+
+    @property
+    def added(self) -> Sequence[AddedToken]:
+        """See `Vocabulary`."""
+        return [token for _, token in sorted(self._added.items())]
+
+    def library_file(self, frame: Frame) -> bytes:
+        """See `Vocabulary`; it was compared with this vocabulary on all its pieces and on a text."""
+        proto = self._model.serialized_model_proto()
+        library = to_library(read_model(proto), self.added, is_legacy=self._is_legacy, frame=frame)
+        texts = [*LIBRARY_SAMPLES, *(text.replace(_SPACE_MARK, " ") for text in self.ids)]
+        differing = first_difference(library, {text: self.encode(text) for text in texts})
+        if differing is not None:
+            raise UnsupportedError(
+                "this SentencePiece model cannot be written as a tokenizer.json with the same ids: "
+                f"they would differ for {differing[:80]!r}. Put the published tokenizer.json of the "
+                "model into the folder."
+            )
+        text: str = library.to_str(pretty=True)
+        return text.encode()
 
     def encode(self, text: str) -> list[int]:
         """See `Vocabulary`."""

@@ -83,7 +83,7 @@ def write_safetensors(
                 verify(tuple(batch.waiting.values()))
             if len(shards) > 1:
                 with batch.open(folder / "model.safetensors.index.json") as file:
-                    file.write(_json_bytes(_index(names, shards)))
+                    file.write(json_bytes(_index(names, shards)))
             return batch.publish()
     except OSError as error:
         raise CheckpointError(f"{folder}: cannot be written: {error}") from error
@@ -102,7 +102,7 @@ def in_reading_order(
 
 def write_json(path: Path, value: Any) -> None:
     """Write `value` to `path` as indented JSON, all of it or nothing."""
-    write_bytes(path, _json_bytes(value))
+    write_bytes(path, json_bytes(value))
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -196,5 +196,6 @@ def _index(names: Sequence[str], shards: Sequence[Sequence[TensorData]]) -> dict
     }
 
 
-def _json_bytes(value: Any) -> bytes:
+def json_bytes(value: Any) -> bytes:
+    """Return `value` as the indented JSON of these files."""
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()

@@ -11,7 +11,7 @@ as each alone. A base model, which has no head, makes embeddings (`Model.embed`)
 import math
 import shutil
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack, overload
 
@@ -50,7 +50,9 @@ from hanok.memory.options import LoadArguments, LoadOptions, refuse_beside_plan
 from hanok.memory.plan import LoadPlan
 from hanok.memory.planning import check_fits, plan_load
 from hanok.memory.save import is_sharded, save_weights, take_part
+from hanok.memory.token_options import PIECES
 from hanok.models.config import ModelConfig
+from hanok.models.linear import Embedding
 
 if TYPE_CHECKING:
     from hanok.checkpoint.tokenizer import Tokenizer
@@ -304,6 +306,40 @@ class Model:
         if self._promotion is not None:
             self._promotion.cancel()
 
+    def resize_token_embeddings(
+        self,
+        new_num_tokens: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        *,
+        init: str = PIECES,
+    ) -> Embedding:
+        """Give embedding and head a row for each token, and return the embedding.
+
+        There are never fewer rows than before, and those of old tokens stay as they are. Rows of tokens
+        that `Tokenizer.add_tokens` added begin as `TokenOptions.init` says, other new ones as the mean
+        of all. Not while anything generates. Raises UnsupportedError where embedding or head is
+        quantized, has an adapter, or is not in memory as a whole.
+        """
+        # Imported here: a model without a tokenizer starts without its libraries.
+        from hanok.engine.resize import VOCABULARY_WEIGHTS, resize
+        from hanok.memory.token_rows import with_vocab_size
+
+        before = self.config.vocab_size
+        resize(self.decoder, self.tokenizer, new_num_tokens, pad_to_multiple_of, init)
+        self.config = self.decoder.config
+        rows = self.config.vocab_size
+        self.checkpoint = replace(
+            self.checkpoint, config=with_vocab_size(self.checkpoint.config, before, rows)
+        )
+        self._sources = {
+            name: replace(source, rows=(rows,), shape=(rows, *source.shape[1:]))
+            if name in VOCABULARY_WEIGHTS
+            else source
+            for name, source in self._sources.items()
+        }
+        self.weights_changed()
+        return self.decoder.embed_tokens
+
     def logits(self, prompt: Prompt) -> Tensor:
         """Return the scores of the token after each position, (tokens, vocab) float32."""
         self.check_head()
@@ -418,8 +454,9 @@ class Model:
             if self.checkpoint.generation_config:
                 values = dict(self.checkpoint.generation_config)
                 write_json(unfinished / "generation_config.json", values)
-            kept = [*(self.tokenizer.files if self.tokenizer else ())]
-            for file in dict.fromkeys([*kept, *pooling_files(self.checkpoint.folder)]):
+            if self.tokenizer is not None:
+                self.tokenizer.save(unfinished)
+            for file in pooling_files(self.checkpoint.folder):
                 target = unfinished / file.relative_to(self.checkpoint.folder)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(file, target)

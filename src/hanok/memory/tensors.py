@@ -35,6 +35,7 @@ DTYPES: Mapping[str, torch.dtype] = {
     "BOOL": torch.bool,
 }
 DTYPE_NAMES: Mapping[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.items()}
+MEAN_ROWS = 4096  # widened at a time
 ALIGNMENT = 64  # bytes; a cache line, and what vector loads like
 
 
@@ -212,3 +213,19 @@ def to_file_order(weight: Tensor, source: Source) -> Tensor:
         return weight.t() if weight.dim() == 2 else weight
     grouped = weight.view(3, -1, source.head_rows, *weight.shape[1:])
     return grouped.transpose(0, 1).reshape(weight.shape)
+
+
+def mean_row(matrix: Tensor) -> tuple[Tensor, float]:
+    """Return the mean of a matrix's rows, float32, and the standard deviation of its numbers.
+
+    matrix: (rows, …), of any float dtype; widened a block of rows at a time.
+    """
+    total = torch.zeros(matrix.shape[1:], dtype=torch.float64)
+    squares = 0.0
+    for start in range(0, len(matrix), MEAN_ROWS):
+        block = matrix[start : start + MEAN_ROWS].to("cpu", torch.float32)
+        total += block.sum(0, dtype=torch.float64)
+        squares += float(block.square().sum(dtype=torch.float64))
+    mean = total / len(matrix)
+    spread = max(0.0, squares / matrix.numel() - float(mean.mean()) ** 2) ** 0.5
+    return mean.float(), spread

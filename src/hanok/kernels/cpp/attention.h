@@ -21,7 +21,7 @@ constexpr int64_t kTileKeys = 64;     // transposed at a time
 constexpr int64_t kTaskRows = 64;
 constexpr int64_t kSharedProducts = 1 << 19;  // less is done before another thread is awake
 constexpr int64_t kAppendedTokens = 64;       // by a piece
-constexpr float kLowest = -1e30f;     // below every score; minus infinity less itself is no number
+constexpr float kLowest = -1e30f;     // below every score; minus infinity less itself is NaN
 
 // Rows and vectors of a tile: as many sums as there are registers for, beside what they are made of.
 #if REGISTER_BYTES == 64

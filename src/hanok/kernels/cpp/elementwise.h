@@ -138,7 +138,7 @@ int gate(const void* gate_up, void* y, int64_t rows, int64_t columns, int activa
     return 0;
 }
 
-// Rows of bytes that stand apart, side by side. Few and short: a thread is not worth waking.
+// Copies rows of bytes that lie apart side by side. Few and short: a thread is not worth waking.
 int copy(const void* from, void* to, int64_t rows, int64_t bytes, int64_t stride_bytes) {
     for (int64_t row = 0; row < rows; ++row)
         std::memcpy(static_cast<char*>(to) + row * bytes, static_cast<const char*>(from) + row * stride_bytes,
@@ -172,7 +172,7 @@ int widen_items(const void* x, void* y, int64_t count, int threads) {
     return 0;
 }
 
-// Sixteen numbers of a row, `filler` behind its end.
+// Sixteen numbers of a row, `filler` after its end.
 INLINE Floats load_or(const float* from, int64_t count, float filler) {
     if (count >= kLanes) return load(from);
     float items[kLanes];
@@ -180,8 +180,7 @@ INLINE Floats load_or(const float* from, int64_t count, float filler) {
     return load(items);
 }
 
-// ln(sum of e^x) of a row, and where the first of its largest numbers is. What is no number makes the sum
-// none either.
+// ln(sum of e^x) of a row, and the index of its first largest number. A NaN makes the sum NaN.
 INLINE void sum_row(const float* row, int64_t columns, float* total, int64_t* likeliest) {
     const float infinite = __builtin_inff();
     Floats peak = Floats::all(-infinite), sums = Floats::all(0.0f);

@@ -1,10 +1,10 @@
 // Products with bfloat16 and float32 weights as files hold them, for any number of tokens, on x86 without
 // AVX-512.
 //
-// Sixteen rows of a weight are turned, 256 columns at a time, so that lanes are rows: each sum is then a
-// chain along the columns, and chains of 256 are added in order. A token's result therefore depends on its
-// own numbers alone, whatever is multiplied beside it and on however many threads. For many tokens the
-// turned columns, in float32, stay in the first cache; one token reads the weights at the speed of memory.
+// Sixteen rows of a weight are transposed, 256 columns at a time, so that lanes are rows: each sum is then
+// a chain along the columns, and chains of 256 are added in order. A token's result therefore depends on
+// its own numbers alone, not on the other tokens of the call or the number of threads. For many tokens the
+// transposed columns, in float32, stay in the L1 cache; one token reads the weights at memory speed.
 
 #pragma once
 
@@ -16,7 +16,7 @@ namespace {
 
 constexpr int64_t kDenseTokens = INT64_MAX;  // any number of them
 constexpr int64_t kChain = 256;  // columns
-constexpr int64_t kPanels = 2;  // of 16 rows, turned at a time
+constexpr int64_t kPanels = 2;  // of 16 rows, transposed at a time
 constexpr int64_t kPieceRows = 64, kPieceTokens = 192;
 
 #if REGISTER_BYTES == 32
@@ -55,7 +55,7 @@ INLINE void put_words(const Words& words, float* to) {
     store(to + kLanes, reinterpret<Floats>(words & Words::all(0xffff0000u)));
 }
 
-// Columns [column, column + kChain) of sixteen rows as (kChain, 16) float32; noughts where there are none.
+// Columns [column, column + kChain) of sixteen rows as (kChain, 16) float32; zeros past the end.
 template <class Item>
 INLINE void turn_rows(const Item* weight, int64_t rows, int64_t columns, int64_t row, int64_t column,
                       float* to) {

@@ -27,7 +27,7 @@ enum Quantizer {
 // A quantized weight in panels of 16 rows. A panel is a run of blocks of 32 columns; a block is vectors of
 // 64 bytes, in which the 32-bit word of lane r belongs to row r. In 8 bits, vector j holds columns 4j to
 // 4j + 3; in 4 bits, its low halves columns 4j to 4j + 3 and its high halves 16 more. Rows and columns
-// that are not there have the code of zero or the scale 0.
+// past the end have the code of zero or the scale 0.
 struct Panels {
     std::uint8_t* codes;
     void* scale;         // (panels, groups, 16), float16, bfloat16 or float32
@@ -44,7 +44,7 @@ struct Panels {
 // One call of attention for some sequences. Strides are in items; the innermost one is 1 everywhere.
 struct Attention {
     const void* q;  // (tokens, heads, head_dim)
-    const void* new_keys;    // (tokens, kv_heads, head_dim), to be appended; null where keys stand as they are
+    const void* new_keys;    // (tokens, kv_heads, head_dim), to be appended; null if all keys are in the cache
     const void* new_values;
     void* keys;  // in blocks, each (kv_heads, block_keys, head_dim) or however the strides have it
     void* values;

@@ -165,7 +165,7 @@ INLINE Floats absolute(const Floats& v) {
     return reinterpret<Floats>(reinterpret<Words>(v) & Words::all(0x7fffffffu));
 }
 
-// The larger magnitude; one that is no number is larger than all, so that it is not lost.
+// The larger magnitude; NaN counts as the largest, so that it is not lost.
 INLINE Floats larger_magnitude(const Floats& a, const Floats& b) {
     const Ints first = reinterpret<Ints>(absolute(a)), second = reinterpret<Ints>(absolute(b));
     Ints v;
@@ -321,7 +321,7 @@ INLINE Floats load_float16(const uint16_t* from) {
     const Words magnitude = (words & Words::all(0x7fffu)) << 13;
     v = reinterpret<Floats>(magnitude) * Floats::all(0x1p112f);
     Words bits = reinterpret<Words>(v) | ((words & Words::all(0x8000u)) << 16);
-    // Infinity and what is no number have all bits of the exponent.
+    // Infinity and NaN have all bits of the exponent.
     FOR_PARTS bits.part[i] |= magnitude.part[i] >= 0x0f800000u ? WordPart{} + 0x7f800000u : WordPart{};
     v = reinterpret<Floats>(bits);
 #endif
@@ -339,7 +339,7 @@ INLINE void store_float16(uint16_t* to, const Floats& v) {
     const Words words = reinterpret<Words>(absolute(v) * Floats::all(0x1p-112f));
     const Words halves = (words + Words::all(0xfffu) + ((words >> 13) & Words::all(1u))) >> 13;
     FOR_PARTS {
-        // Too large becomes infinite, and what is no number stays so.
+        // Too large becomes infinite, and NaN stays NaN.
         WordPart kept = halves.part[i] > 0x7c00u ? WordPart{} + 0x7c00u : halves.part[i];
         kept = words.part[i] > 0x7f800000u ? WordPart{} + 0x7e00u : kept;
         const HalfPart part = __builtin_convertvector(kept | sign.part[i], HalfPart);
@@ -368,7 +368,7 @@ INLINE Floats load_bytes(const uint8_t* from) {
 
 #if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
 // Weights are stored as value + 128. Where the processor multiplies unsigned with signed bytes, 128 is
-// part of the product, and what is too much is known: 128 times the sum of x.
+// part of the product, and the excess is known: 128 times the sum of x.
 constexpr int kByteExcess = 128;
 #else
 constexpr int kByteExcess = 0;

@@ -1,0 +1,28 @@
+"""The licences that the Hugging Face hub knows by name: what `license` of a card may say.
+
+Source: huggingface.co/docs/hub/repositories-licenses, November 2026. Any other licence is "other", with
+its name in `license_name` and its address or file in `license_link`.
+"""
+
+OTHER = "other"
+
+LICENSES = frozenset(
+    """
+    apache-2.0 mit
+    openrail openrail++ bigscience-openrail-m creativeml-openrail-m bigscience-bloom-rail-1.0
+    bigcode-openrail-m
+    afl-3.0 artistic-2.0 bsl-1.0 bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear c-uda
+    cc cc0-1.0 cc-by-2.0 cc-by-2.5 cc-by-3.0 cc-by-4.0 cc-by-sa-3.0 cc-by-sa-4.0
+    cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nd-4.0 cc-by-nc-nd-3.0 cc-by-nc-nd-4.0
+    cc-by-nc-sa-2.0 cc-by-nc-sa-3.0 cc-by-nc-sa-4.0
+    cdla-sharing-1.0 cdla-permissive-1.0 cdla-permissive-2.0
+    wtfpl ecl-2.0 epl-1.0 epl-2.0 etalab-2.0 eupl-1.1 eupl-1.2
+    agpl-3.0 gfdl gpl gpl-2.0 gpl-3.0 lgpl lgpl-2.1 lgpl-3.0 lgpl-lr
+    isc lppl-1.3c ms-pl mpl-2.0 odc-by odbl openmdw-1.0 openmdw-1.1 osl-3.0 postgresql ofl-1.1 ncsa
+    unlicense zlib pddl
+    h-research intel-research apple-ascl apple-amlr deepfloyd-if-license
+    fair-noncommercial-research-license
+    llama2 llama3 llama3.1 llama3.2 llama3.3 llama4 grok2-community gemma
+    unknown other
+    """.split()
+)

@@ -1,0 +1,35 @@
+"""What a verb did to a folder, as its card tells it."""
+
+import shlex
+from datetime import UTC, datetime
+from pathlib import Path
+
+import click
+from click.core import ParameterSource
+
+from hanok.checkpoint.card import Step
+from hanok.package import __version__
+
+
+def step_of(context: click.Context, text: str, without: tuple[str, ...] = ()) -> Step:
+    """Return the step that this command line is, without the folders of paths and some options.
+
+    `text` says what changed.
+    """
+    words = context.command_path.split()
+    words[0] = "hanok"
+    for item in context.command.params:
+        name = item.name or ""
+        if name in without or context.get_parameter_source(name) is not ParameterSource.COMMANDLINE:
+            continue
+        value = context.params[name]
+        values = value if isinstance(value, tuple) else (value,)
+        said = [part.name if isinstance(part, Path) else str(part) for part in values]
+        if isinstance(item, click.Argument):
+            words += said
+        elif isinstance(item, click.Option) and item.is_flag:
+            words.append(item.opts[0] if value else item.secondary_opts[0])
+        else:
+            words += [word for part in said for word in (item.opts[0], part)]
+    date = datetime.now(UTC).date().isoformat()
+    return Step(command=shlex.join(words), version=__version__, date=date, text=text)
