@@ -19,6 +19,7 @@ from hanok.errors import CheckpointError, HubError, OptionError
 from hanok.hub.client import Patience
 from hanok.hub.options import PushOptions
 from hanok.hub.push import Push, PushReport, push
+from hanok.hub.screening import POINTER
 
 PART_BYTES = 1000
 LARGE = "model-00001-of-00002.safetensors"
@@ -406,6 +407,22 @@ def test_a_dry_run_changes_nothing_and_says_what_it_would_do(
     assert (report.num_files, report.is_new_commit) == (5, False)
 
 
+def test_the_card_is_read(hub: FakeHub, folder: Path, pushed: Pusher, lines: list[str]) -> None:
+    card = folder / "README.md"
+    card.write_text("---\nlicense: mit\nbase_model: org/base\n---\n# M\n")
+    pushed(dry_run=True)
+    assert "card     license mit, base_model org/base" in lines
+    card.write_text("# No front matter\n")
+    pushed(dry_run=True)
+    assert any("warning  README.md: there is no front matter" in line for line in lines)
+    card.write_text("---\nlicense: [mit\n---\n")
+    with pytest.raises(HubError, match=r"nothing was pushed to me/model:\n  - README\.md: "):
+        pushed()
+    card.unlink()
+    pushed(dry_run=True)
+    assert any("warning  there is no README.md" in line for line in lines)
+
+
 def test_private_branch_and_pull_request(hub: FakeHub, folder: Path, pushed: Pusher) -> None:
     first = pushed(private=True)
     assert hub.repos["me/model"].private
@@ -548,7 +565,7 @@ def test_a_commit_of_the_hubs_own_client_is_seen(
 @given(
     files=st.dictionaries(
         st.text("ab", min_size=1, max_size=3).map(lambda name: f"{name}.safetensors"),
-        st.binary(max_size=3500),
+        st.binary(max_size=3500).filter(lambda data: not data.startswith(POINTER)),
         min_size=1,
         max_size=4,
     )

@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -123,22 +123,12 @@ def _pattern(text: str) -> str:
     return f"{text}*" if text.endswith("/") else text
 
 
-def sha256_of(path: Path, progress: Callable[[int], None] = lambda count: None) -> str:
+def sha256_of(path: Path) -> str:
     """Return the SHA-256 of a file, as hexadecimal digits."""
-    return _hashed(hashlib.sha256(), path, progress)
-
-
-def git_blob_of(path: Path) -> str:
-    """Return the SHA-1 by which git names a file's content."""
-    start = f"blob {path.stat().st_size}\0".encode()
-    return _hashed(hashlib.sha1(start, usedforsecurity=False), path, lambda count: None)
-
-
-def _hashed(state: "hashlib._Hash", path: Path, progress: Callable[[int], None]) -> str:
+    state = hashlib.sha256()
     buffer = bytearray(READ_BYTES)
     view = memoryview(buffer)
     with path.open("rb", buffering=0) as file:
         while count := file.readinto(buffer):
             state.update(view[:count])
-            progress(count)
     return state.hexdigest()

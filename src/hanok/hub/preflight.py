@@ -4,7 +4,9 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from http import HTTPStatus
 
-from hanok.errors import HubError
+from hanok.checkpoint.card import CARD, problems
+from hanok.checkpoint.front_matter import front_matter
+from hanok.errors import CheckpointError, HubError
 from hanok.hub.journal import Journal
 from hanok.hub.local import Listing, check_patterns, matches
 from hanok.hub.options import PushOptions
@@ -13,11 +15,11 @@ from hanok.hub.repository import Account, Head, RemoteFile, Repository
 from hanok.hub.screening import problems_of
 
 MAIN = "main"
+CARD_FIELDS = ("license", "base_model", "base_model_relation", "library_name")
 LARGE_BYTES = 20 * 10**9
 """Files beyond this fail often; shards of 5 GB are usual."""
 MANY_FILES = 10_000
 LISTED = 5
-CARD = "README.md"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +46,8 @@ class Preflight:
     target: Target
     listing: Listing
     deletions: tuple[str, ...]
+    card: Mapping[str, str]
+    """What the front matter of README.md says of licence and base model."""
     problems: tuple[str, ...]
     """Why nothing is pushed; empty if all is well."""
     warnings: tuple[str, ...]
@@ -75,6 +79,9 @@ class Preflight:
                 f"{largest.name}, {largest.size:,} bytes",
                 f"time     {self._time()}",
             ]
+        if self.card:
+            said = ", ".join(f"{key} {value}" for key, value in self.card.items())
+            lines.append(f"card     {said}")
         if self.listing.left_out:
             lines.append(f"left out {_some(self.listing.left_out)}")
         if self.deletions:
@@ -95,6 +102,15 @@ class Preflight:
         return (
             f"about {text}, at the {self.bytes_per_s / 1e6:.1f} MB/s of the last push to this hub"
         )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Card:
+    """What is found in README.md."""
+
+    fields: Mapping[str, str] = field(default_factory=dict)
+    problems: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
 
 def look_at_target(repository: Repository, options: PushOptions, account: Account) -> Target:
@@ -161,7 +177,8 @@ def make_preflight(
     )
     check_patterns(options.delete, target.remote, "--delete", repository.name)
     pushed = {file.name for file in listing.files}
-    problems = problems_of(
+    card = _read_card(listing)
+    faults = problems_of(
         listing.files, allow_pickles=options.allow_pickles, allow_secrets=options.allow_secrets
     )
     endpoint = repository.client.endpoint
@@ -172,9 +189,26 @@ def make_preflight(
         target=target,
         listing=listing,
         deletions=deletions_of(options, target, pushed),
-        problems=tuple(problems),
-        warnings=tuple(_warnings(options, target, listing)),
+        card=card.fields,
+        problems=(*faults, *card.problems),
+        warnings=(*_warnings(options, target, listing), *card.warnings),
         bytes_per_s=journal.rate(endpoint),
+    )
+
+
+def _read_card(listing: Listing) -> _Card:
+    """Read the card to be pushed; a hub refuses front matter that is no YAML."""
+    path = next((file.path for file in listing.files if file.name == CARD), None)
+    if path is None:
+        return _Card()
+    text = path.read_text(encoding="utf-8", errors="replace")
+    try:
+        found = front_matter(text)
+    except CheckpointError as error:
+        return _Card(problems=(f"{CARD}: {error}",))
+    return _Card(
+        fields={key: str(found[key]) for key in CARD_FIELDS if key in found},
+        warnings=tuple(f"{CARD}: {text}" for text in problems(text)),
     )
 
 
