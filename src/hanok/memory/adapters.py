@@ -117,6 +117,20 @@ def save_adapter(
     target = Path(folder)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise CheckpointError(f"{target} exists and is not empty; choose another folder.")
+    with folder_aside(target) as unfinished:
+        write_adapter(unfinished, decoder, table, config, index=index)
+    return target
+
+
+def write_adapter(
+    folder: Path,
+    decoder: Decoder,
+    table: Mapping[str, Source],
+    config: LoraConfig,
+    *,
+    index: int,
+) -> None:
+    """Write an adapter's two files into a folder that is there."""
     orders = _orders(decoder, table)
     tensors = []
     for path, part in attached(decoder, table, index).items():
@@ -132,10 +146,8 @@ def save_adapter(
                     read=_reader(value),
                 )
             )
-    with folder_aside(target) as unfinished:
-        write_tensors(unfinished / WEIGHTS, tensors)
-        write_json(unfinished / ADAPTER_CONFIG, config.as_json())
-    return target
+    write_tensors(folder / WEIGHTS, tensors)
+    write_json(folder / ADAPTER_CONFIG, config.as_json())
 
 
 def _reader(value: Tensor) -> Callable[[], memoryview]:
