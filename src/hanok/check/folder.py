@@ -4,21 +4,29 @@ Each part of the check gives findings and goes on, so that one fault does not hi
 index and shards, tensors against config.json, tokens, and the values of every weight.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hanok.check.files import file_findings, files_in
 from hanok.check.finding import CheckReport, Finding, Skipped, ordered, plural, shown
 from hanok.check.options import CheckOptions
 from hanok.check.structure import Structure, check_structure
 from hanok.check.tokens import Tokens, facts_of, ids_in, read_tokens
-from hanok.check.values import TensorValues, same_bytes, scan_values, scanned_bytes
 from hanok.check.weights import Weights, read_json, read_weights
 from hanok.checkpoint.formats import ADAPTER_CONFIG, CONFIG
 from hanok.errors import CheckpointError, OptionError
 from hanok.memory.cpus import cpu_budget
 
+if TYPE_CHECKING:
+    from hanok.check.values import TensorValues
+
 MAX_THREADS = 4
+AHEAD_BYTES = 4 * 2**30  # of all files, so that a large model does not push out what else is cached
 CAUSES = ("lfs-pointer", "broken-link", "json")
 """Kinds after which other parts of the check cannot read the same file."""
 FEWEST_COLUMNS = 8  # in shorter rows equal numbers say nothing
@@ -97,6 +105,11 @@ def _value_findings(
     progress: Callable[[int], None],
     on_start: Callable[[int], None],
 ) -> Iterator[Finding]:
+    if "torch" not in sys.modules:
+        # Its import takes a second, and the disk reads meanwhile.
+        threading.Thread(target=_read_ahead, args=(weights.files,), daemon=True).start()
+    from hanok.check.values import same_bytes, scan_values, scanned_bytes
+
     refs = list(weights.tensors.values())
     names = _Names(structure, weights)
     on_start(scanned_bytes(refs))
@@ -145,6 +158,16 @@ def _value_findings(
             )
 
 
+def _read_ahead(files: Iterable[Path]) -> None:
+    """Ask the kernel to read files into its cache."""
+    left = AHEAD_BYTES
+    for file in files:
+        with suppress(OSError), file.open("rb") as opened:
+            size = min(left, file.stat().st_size)
+            os.posix_fadvise(opened.fileno(), 0, size, os.POSIX_FADV_WILLNEED)
+            left -= size
+
+
 class _Names:
     """Which tensors are looked at how."""
 
@@ -183,7 +206,7 @@ def _is_adapter(weights: Weights) -> bool:
     return any((file.parent / ADAPTER_CONFIG).is_file() for file in weights.files)
 
 
-def _finite_findings(name: str, values: TensorValues, *, is_needed: bool) -> Iterator[Finding]:
+def _finite_findings(name: str, values: "TensorValues", *, is_needed: bool) -> Iterator[Finding]:
     if values.num_not_finite:
         yield Finding(
             level="error" if is_needed else "note",
@@ -197,7 +220,7 @@ def _finite_findings(name: str, values: TensorValues, *, is_needed: bool) -> Ite
         )
 
 
-def _matrix_findings(name: str, values: TensorValues, weights: Weights) -> Iterator[Finding]:
+def _matrix_findings(name: str, values: "TensorValues", weights: Weights) -> Iterator[Finding]:
     rows = 1
     for extent in weights.tensors[name].shape[:-1]:
         rows *= extent
@@ -215,7 +238,7 @@ def _matrix_findings(name: str, values: TensorValues, weights: Weights) -> Itera
             )
 
 
-def _embedding_findings(name: str, values: TensorValues, tokens: Tokens) -> Iterator[Finding]:
+def _embedding_findings(name: str, values: "TensorValues", tokens: Tokens) -> Iterator[Finding]:
     """Yield rows of tokens that mean nothing, or the same as others; spare rows may be anything."""
     tokenizer = tokens.tokenizer
     if tokenizer is None:
@@ -260,7 +283,7 @@ def _embedding_findings(name: str, values: TensorValues, tokens: Tokens) -> Iter
         )
 
 
-def _suspects(values: TensorValues) -> Iterator[int]:
+def _suspects(values: "TensorValues") -> Iterator[int]:
     yield from values.zero_rows
     yield from values.constant_rows
     for pair in values.twins:

@@ -9,6 +9,7 @@ Cost: one pass over the bytes. Memory: a buffer for each thread, and 32 bytes fo
 embedding.
 """
 
+import math
 import mmap
 import os
 import threading
@@ -17,7 +18,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from io import RawIOBase
-from math import prod
 from pathlib import Path
 
 import torch
@@ -35,10 +35,11 @@ DTYPES: Mapping[str, torch.dtype] = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
-CHUNK_BYTES = 2**20
+CHUNK_BYTES = 2**22
 PROBED_COLUMNS = 4
 KEY_COLUMNS = 16
 """Of each row of an embedding, to find rows that may be the same."""
+KEY_FACTORS = (1, 1_000_003, 998_244_353, 2_147_483_647)
 MAX_COMPARED = 1000  # pairs of rows that are read to be compared
 
 
@@ -90,7 +91,7 @@ def scan_values(
         scan = _Scan(refs, with_rows, with_twins, progress)
         for path in {ref.path for ref in refs}:
             scan.files[path] = stack.enter_context(path.open("rb", buffering=0))
-        for done in [pool.submit(scan.look, part) for part in scan.parts]:
+        for done in [pool.submit(scan.run) for _ in range(threads)]:
             done.result()
         pool.shutdown()
         scan.find_twins()
@@ -132,7 +133,8 @@ class _Scan:
         self._refs = {ref.name: ref for ref in refs if ref.dtype in DTYPES}
         self.found = {name: TensorValues() for name in self._refs}
         in_file_order = sorted(self._refs.values(), key=lambda ref: (ref.path, ref.offset_bytes))
-        self.parts = [part for ref in in_file_order for part in _parts(ref, ref.name in with_rows)]
+        # An iterator is advanced by one thread at a time.
+        self._left = iter([p for ref in in_file_order for p in _parts(ref, ref.name in with_rows)])
         self._keys = {
             name: torch.empty((_num_rows(self._refs[name]), 4), dtype=torch.int64)
             for name in with_twins
@@ -146,11 +148,19 @@ class _Scan:
         self._lock = threading.Lock()
         self._own = threading.local()
 
-    def look(self, part: _Part) -> None:
+    def run(self) -> None:
+        """Take parts until none is left; each thread does so."""
+        try:
+            for part in self._left:
+                self._look(part)
+        except BaseException:
+            self._left = iter(())  # the other threads need not go on
+            raise
+
+    def _look(self, part: _Part) -> None:
         """Read one part and note what is in it."""
         values = self._read(part)
-        is_finite = bool(torch.isfinite(_sum(values)))
-        where = None if is_finite else _not_finite(values)
+        where = None if _is_finite(values) else _not_finite(values)
         zeros: list[int] = []
         constants: list[int] = []
         first_row = 0
@@ -218,7 +228,7 @@ class _Scan:
 
 
 def _parts(ref: TensorRef, has_rows: bool) -> list[_Part]:
-    total = prod(ref.shape)
+    total = math.prod(ref.shape)
     if not total:
         return []
     columns = _columns(ref) if has_rows else 0
@@ -240,13 +250,18 @@ def _columns(ref: TensorRef) -> int:
 
 
 def _num_rows(ref: TensorRef) -> int:
-    return prod(ref.shape[:-1])
+    return math.prod(ref.shape[:-1])
 
 
-def _sum(values: Tensor) -> Tensor:
+def _is_finite(values: Tensor) -> bool:
+    """Return whether the sum of some numbers is finite, and so is each of them."""
     if values.dtype.itemsize == 1:
         values = values.bfloat16()  # holds every number of both 8-bit formats
-    return values.sum(dtype=torch.float64 if values.dtype == torch.float64 else torch.float32)
+    # Accumulated in float32 either way. The second one is slower, and not rounded to the dtype of the
+    # numbers, whose largest number a sum may exceed.
+    return math.isfinite(values.sum().item()) or math.isfinite(
+        values.sum(dtype=torch.float64 if values.dtype == torch.float64 else torch.float32).item()
+    )
 
 
 def _not_finite(values: Tensor) -> Tensor:
@@ -257,9 +272,7 @@ def _not_finite(values: Tensor) -> Tensor:
 
 def _even_rows(rows: Tensor) -> tuple[list[int], list[int]]:
     """Return the rows of zeros, and the rows of one other number."""
-    columns = rows.shape[1]
-    probed = sorted({columns * place // PROBED_COLUMNS for place in range(PROBED_COLUMNS)})
-    sample = rows[:, probed].float()
+    sample = _probed(rows, PROBED_COLUMNS).float()
     likely = (sample == sample[:, :1]).all(dim=1).nonzero().view(-1)
     if not len(likely):
         return [], []
@@ -271,17 +284,21 @@ def _even_rows(rows: Tensor) -> tuple[list[int], list[int]]:
 
 def _row_keys(rows: Tensor) -> Tensor:
     """Return 32 bytes of each row, (rows, 4) int64: KEY_COLUMNS columns, narrowed to 16 bits each."""
-    columns = rows.shape[1]
-    probed = [columns * place // KEY_COLUMNS for place in range(KEY_COLUMNS)]
-    return rows[:, probed].bfloat16().contiguous().view(torch.int64)
+    narrow = torch.empty((len(rows), KEY_COLUMNS), dtype=torch.bfloat16)
+    return narrow.copy_(_probed(rows, KEY_COLUMNS)).view(torch.int64)
+
+
+def _probed(rows: Tensor, count: int) -> Tensor:
+    """Return some columns of rows, spread evenly, as a view."""
+    return rows[:, :: max(1, rows.shape[1] // count)][:, :count]
 
 
 def _groups(keys: Tensor) -> list[list[int]]:
     """Return the rows whose keys are the same, in groups of two or more."""
-    factors = torch.tensor([1, 1_000_003, 998_244_353, 2_147_483_647])
-    mixed = (keys * factors).sum(
-        dim=1
-    )  # equal rows give equal sums; the others are compared anyway
+    # Equal rows give equal sums; of others that do, the rows are compared.
+    mixed = torch.zeros(len(keys), dtype=torch.int64)
+    for place, factor in enumerate(KEY_FACTORS):
+        mixed += keys[:, place] * factor
     order = torch.argsort(mixed, stable=True)
     is_same = mixed[order[1:]] == mixed[order[:-1]]
     groups: list[list[int]] = []

@@ -44,7 +44,7 @@ class Invariant:
 def check_edit(edit: Edited, folder: Path) -> list[Invariant]:
     """Return what an edit must not break, as it is in the new files of `folder`."""
     before, after = edit.tokenizer, open_tokenizer(folder)
-    found = [*_check_vocabulary(edit, before, after), *_check_new(edit, after)]
+    found = [*_check_vocabulary(edit, before, after), *_check_found(edit.found, after)]
     checkpoint = open_checkpoint(folder)
     matrices = find_matrices(checkpoint)
     rows = matrices.num_rows
@@ -106,9 +106,14 @@ def _check_vocabulary(edit: Edited, before: Tokenizer, after: Tokenizer) -> list
     ]
 
 
-def _check_new(edit: Edited, after: Tokenizer) -> list[Invariant]:
+def check_added(tokenizer: Tokenizer) -> list[Invariant]:
+    """Return whether each added token of a tokenizer is found in a text and decodes to itself."""
+    added = tokenizer.edited_files().added
+    return _check_found({token.text: token.token_id or 0 for token in added}, tokenizer)
+
+
+def _check_found(expected: Mapping[str, int], after: Tokenizer) -> list[Invariant]:
     broken = []
-    expected = edit.found
     special = {token.text: token.is_special for token in after.edited_files().added}
     for text, token_id in expected.items():
         # Between words, for a token may strip spaces or be a whole word only.
@@ -122,7 +127,7 @@ def _check_new(edit: Edited, after: Tokenizer) -> list[Invariant]:
         return []
     return [
         Invariant(
-            name="new tokens are found and spelled",
+            name="added tokens are found and spelled",
             holds=not broken,
             detail=f"{len(expected)} of them"
             if not broken
