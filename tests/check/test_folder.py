@@ -268,6 +268,15 @@ BREAKS: dict[str, tuple[Break, str, str, str]] = {
         "no-weights",
         "holds no weights",
     ),
+    "another program's weights alone": (
+        lambda f: (
+            [file.unlink() for file in f.glob("*.safetensors*")],
+            (f / "model.gguf").write_bytes(b"GGUF"),
+        ),
+        "warning",
+        "no-weights",
+        r"holds no weights that hanok reads, but GGUF \(model.gguf\)",
+    ),
     "no index": (lambda f: (f / INDEX).unlink(), "error", "no-index", "is missing beside 3 shards"),
     "an index that is no JSON": (
         lambda f: (f / INDEX).write_text("{"),
@@ -504,6 +513,12 @@ BREAKS: dict[str, tuple[Break, str, str, str]] = {
         "end-of-turn",
         r"ends an answer with 2 '<\|user\|>': answers in a chat do not end there",
     ),
+    "an end of turn of two tokens": (
+        template("{% for m in messages %}{{ m.content }}<|user|> <|assistant|>{% endfor %}"),
+        "warning",
+        "end-of-turn",
+        r"ends an answer with 2 '<\|user\|>', 3 '<\|assistant\|>'",
+    ),
     "temperature without sampling": (
         changed("generation_config.json", temperature=0.7, top_p=0.9),
         "warning",
@@ -548,6 +563,7 @@ CONSEQUENCES: dict[str, set[str]] = {
     "a whole file beside the index": {"unused-weights"},
     "a tensor in two shards": {"index-absent"},
     "pickled code": {"pickle"},
+    "another program's weights alone": {"other-format"},
 }
 
 
@@ -627,6 +643,18 @@ def test_quantized_weights_are_read_and_only_what_applies_is_checked(sound: Path
         ("note", "quantized"),
     ]
     assert report.skipped[0].reason == "the weights are quantized"
+
+
+def test_an_answer_that_ends_with_several_tokens_ends_at_any_of_them(sound: Path) -> None:
+    template("{% for m in messages %}{{ m.content }}<|user|> </s>{% endfor %}")(sound)
+    assert check(sound).findings == ()
+
+
+def test_roles_are_those_that_are_written_out(sound: Path) -> None:
+    template("{% for m in messages %}{{ m.role }}: {{ m.content }}</s>{% endfor %}")(sound)
+    assert check(sound).facts["chat template"] == "default; roles user, system, assistant"
+    template("{% for m in messages if m.role != 'system' %}{{ m.content }}</s>{% endfor %}")(sound)
+    assert check(sound).facts["chat template"] == "default; roles user, assistant"
 
 
 def test_without_values_no_weight_is_read(sound: Path) -> None:

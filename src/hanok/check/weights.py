@@ -70,12 +70,12 @@ def read_weights(folder: Path) -> tuple[Weights, list[Finding]]:
             return _with_index(entries[0])
         if entries and (_is_named(entries[0], kind) or (folder / CONFIG).is_file()):
             return _one_file(entries[0])
-    if (folder / CONFIG).is_file() or foreign_weights(folder):
-        found = foreign_weights(folder)
-        what = f"no weights that hanok reads, but {found}" if found else "no weights"
+    foreign = foreign_weights(folder)
+    if foreign or (folder / CONFIG).is_file():
+        what = f"no weights that hanok reads, but {foreign}" if foreign else "no weights"
         return NOTHING, [
             Finding(
-                level="error",
+                level="warning" if foreign else "error",
                 kind="no-weights",
                 where="folder",
                 what=f"holds {what}",
