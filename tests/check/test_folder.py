@@ -277,7 +277,12 @@ BREAKS: dict[str, tuple[Break, str, str, str]] = {
         "no-weights",
         r"holds no weights that hanok reads, but GGUF \(model.gguf\)",
     ),
-    "no index": (lambda f: (f / INDEX).unlink(), "error", "no-index", "is missing beside 3 shards"),
+    "no index": (
+        lambda f: (f / INDEX).unlink(),
+        "error",
+        "no-index",
+        "is missing next to 3 shards",
+    ),
     "an index that is no JSON": (
         lambda f: (f / INDEX).write_text("{"),
         "error",
@@ -334,17 +339,17 @@ BREAKS: dict[str, tuple[Break, str, str, str]] = {
         "unused-weights",
         "that no index names and no reader loads",
     ),
-    "a whole file beside the index": (
-        lambda f: whole_beside(f),
+    "a whole file next to the index": (
+        lambda f: whole_file(f),
         "warning",
         "unused-index",
-        "is beside model.safetensors, which readers take instead",
+        "is next to model.safetensors, which readers take instead",
     ),
     "another layout": (
         lambda f: shutil.copy(shard(f, 1), f / "consolidated.safetensors"),
         "note",
         "other-format",
-        "the weights once more",
+        "a second copy of the weights",
     ),
     "a GGUF": (
         lambda f: (f / "model.gguf").write_bytes(b"GGUF"),
@@ -360,11 +365,11 @@ BREAKS: dict[str, tuple[Break, str, str, str]] = {
         "pickle",
         "training state, a pickle",
     ),
-    "a pickle beside the weights": (
+    "a pickle next to the weights": (
         lambda f: torch.save({"a": torch.ones(2)}, f / "pytorch_model.bin"),
         "warning",
         "pickle",
-        "beside the weights, not read",
+        "next to the weights, which is not read",
     ),
     "code": (
         lambda f: (f / "modeling_x.py").write_text("print()"),
@@ -485,7 +490,12 @@ BREAKS: dict[str, tuple[Break, str, str, str]] = {
         "two-templates",
         "differs from the chat_template",
     ),
-    "a template that is none": (template("{% if %}"), "error", "template", "not a valid template"),
+    "a template that is not valid": (
+        template("{% if %}"),
+        "error",
+        "template",
+        "not a valid template",
+    ),
     "a template that refuses": (
         template("{{ raise_exception('never') }}"),
         "error",
@@ -534,7 +544,7 @@ BREAKS: dict[str, tuple[Break, str, str, str]] = {
 }
 
 
-def whole_beside(folder: Path) -> None:
+def whole_file(folder: Path) -> None:
     other = folder.parent / "other"
     write(other, random_tensors(CONFIG), 10**9)
     shutil.copy(other / "model.safetensors", folder)
@@ -560,7 +570,7 @@ def test_a_break_is_found(name: str, sound: Path) -> None:
 
 CONSEQUENCES: dict[str, set[str]] = {
     "another end": {"end-of-turn"},
-    "a whole file beside the index": {"unused-weights"},
+    "a whole file next to the index": {"unused-weights"},
     "a tensor in two shards": {"index-absent"},
     "pickled code": {"pickle"},
     "another program's weights alone": {"other-format"},

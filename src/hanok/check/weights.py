@@ -99,7 +99,7 @@ def shards_of(folder: Path, kind: WeightsKind) -> list[Path]:
 
 
 def index_of(tensors: Mapping[str, TensorRef], old: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the index that belongs to shards; what `old` says beside the map and the size is kept."""
+    """Return the index that belongs to shards; other keys of `old` are kept."""
     metadata = old.get("metadata")
     kept = dict(metadata) if isinstance(metadata, dict) else {}
     names = sorted(tensors)
@@ -126,7 +126,7 @@ def _one_file(file: Path) -> tuple[Weights, list[Finding]]:
             level="error",
             kind="adapter",
             where=file.name,
-            what=f"are an adapter's weights without {ADAPTER_CONFIG}",
+            what=f"holds an adapter's weights, and {ADAPTER_CONFIG} is missing",
             advice="get it from where the adapter comes from",
         )
         return NOTHING, [finding]
@@ -158,7 +158,7 @@ def _without_index(
         level="error",
         kind="no-index",
         where=kind.index,
-        what=f"is missing beside {plural(len(shards), 'shard')}, so readers find no weights",
+        what=f"is missing next to {plural(len(shards), 'shard')}, so readers find no weights",
         advice="rebuild it from the shards",
         is_mendable=weights.is_whole,
     )
