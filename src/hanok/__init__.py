@@ -29,6 +29,7 @@ from hanok.package import BUNDLED, __version__
 
 if TYPE_CHECKING:
     from hanok.bench.quality import QualityReport, measure_quality
+    from hanok.checkpoint.adapter_files import LoraConfig
     from hanok.engine.engine import Engine
     from hanok.engine.generate import PrefixCache
     from hanok.engine.model import Generation, Model, Score, load
@@ -42,6 +43,8 @@ if TYPE_CHECKING:
     from hanok.memory.options import LoadOptions
     from hanok.memory.plan import LoadPlan
     from hanok.memory.planning import plan_draft, plan_load
+    from hanok.train.loop import Trainer
+    from hanok.train.options import TrainOptions
 
 _LAZY = {
     "Engine": "hanok.engine.engine",
@@ -49,6 +52,7 @@ _LAZY = {
     "Generation": "hanok.engine.model",
     "LoadOptions": "hanok.memory.options",
     "LoadPlan": "hanok.memory.plan",
+    "LoraConfig": "hanok.checkpoint.adapter_files",
     "Model": "hanok.engine.model",
     "PrefixCache": "hanok.engine.generate",
     "Push": "hanok.hub.push",
@@ -61,6 +65,8 @@ _LAZY = {
     "SpeculationCounts": "hanok.engine.sequence",
     "Ticket": "hanok.engine.ticket",
     "TokenEvent": "hanok.engine.sequence",
+    "TrainOptions": "hanok.train.options",
+    "Trainer": "hanok.train.loop",
     "load": "hanok.engine.model",
     "measure_quality": "hanok.bench.quality",
     "plan_draft": "hanok.memory.planning",
@@ -82,6 +88,7 @@ __all__ = [
     "HubError",
     "LoadOptions",
     "LoadPlan",
+    "LoraConfig",
     "Model",
     "OptionError",
     "PrefixCache",
@@ -97,6 +104,8 @@ __all__ = [
     "SpeculationCounts",
     "Ticket",
     "TokenEvent",
+    "TrainOptions",
+    "Trainer",
     "UnsupportedError",
     "__version__",
     "load",

@@ -430,7 +430,7 @@ BREAKS: dict[str, tuple[Break, str, str, str]] = {
         "pad_token_id is -1, which some readers take for no token",
     ),
     "another first token": (
-        changed("config.json", bos_token_id=2),
+        changed("generation_config.json", bos_token_id=2),
         "warning",
         "bos-token",
         r"bos_token_id is 2 '<\|user\|>', and the tokenizer's bos_token is 0 '<s>'",
@@ -658,6 +658,15 @@ def test_quantized_weights_are_read_and_only_what_applies_is_checked(sound: Path
 def test_an_answer_that_ends_with_several_tokens_ends_at_any_of_them(sound: Path) -> None:
     template("{% for m in messages %}{{ m.content }}<|user|> </s>{% endfor %}")(sound)
     assert check(sound).findings == ()
+
+
+def test_only_the_file_that_readers_take_must_name_the_first_token(sound: Path) -> None:
+    edit(sound / "config.json", bos_token_id=2)
+    assert check(sound).findings == ()
+    edit(sound / "generation_config.json", bos_token_id=None)
+    assert [(item.kind, item.where) for item in check(sound).findings] == [
+        ("bos-token", "config.json")
+    ]
 
 
 def test_roles_are_those_that_are_written_out(sound: Path) -> None:
