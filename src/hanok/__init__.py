@@ -28,6 +28,7 @@ from hanok.package import BUNDLED, __version__
 
 if TYPE_CHECKING:
     from hanok.bench.quality import QualityReport, measure_quality
+    from hanok.checkpoint.adapter_files import LoraConfig
     from hanok.engine.engine import Engine
     from hanok.engine.generate import PrefixCache
     from hanok.engine.model import Generation, Model, Score, load
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
     from hanok.memory.options import LoadOptions
     from hanok.memory.plan import LoadPlan
     from hanok.memory.planning import plan_draft, plan_load
+    from hanok.train.loop import Trainer
+    from hanok.train.options import TrainOptions
 
 _LAZY = {
     "Engine": "hanok.engine.engine",
@@ -46,6 +49,7 @@ _LAZY = {
     "Generation": "hanok.engine.model",
     "LoadOptions": "hanok.memory.options",
     "LoadPlan": "hanok.memory.plan",
+    "LoraConfig": "hanok.checkpoint.adapter_files",
     "Model": "hanok.engine.model",
     "PrefixCache": "hanok.engine.generate",
     "SamplingParams": "hanok.engine.params",
@@ -55,6 +59,8 @@ _LAZY = {
     "SpeculationCounts": "hanok.engine.sequence",
     "Ticket": "hanok.engine.ticket",
     "TokenEvent": "hanok.engine.sequence",
+    "TrainOptions": "hanok.train.options",
+    "Trainer": "hanok.train.loop",
     "load": "hanok.engine.model",
     "measure_quality": "hanok.bench.quality",
     "plan_draft": "hanok.memory.planning",
@@ -74,6 +80,7 @@ __all__ = [
     "HanokError",
     "LoadOptions",
     "LoadPlan",
+    "LoraConfig",
     "Model",
     "OptionError",
     "PrefixCache",
@@ -86,6 +93,8 @@ __all__ = [
     "SpeculationCounts",
     "Ticket",
     "TokenEvent",
+    "TrainOptions",
+    "Trainer",
     "UnsupportedError",
     "__version__",
     "load",

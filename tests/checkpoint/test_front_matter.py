@@ -137,6 +137,12 @@ def test_what_cannot_be_edited_safely_is_refused_by_name(
         edited(f"---\n{yaml_text}\n---\n", changes)
 
 
+def test_an_edit_that_does_not_read_back_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hanok.checkpoint.front_matter._inline", lambda value: "wrong")
+    with pytest.raises(CheckpointError, match="'license' cannot be changed"):
+        edited(CARD, {"license": "apache-2.0"})
+
+
 def test_an_empty_value_is_filled() -> None:
     assert edited(
         "---\nlicense:\nlanguage: # none\n---\n", {"license": "mit", "language": "en"}

@@ -657,7 +657,7 @@ def test_a_token_that_is_not_found_is_noticed(
     def drop(new: Path) -> None:
         change_json(new / "tokenizer.json", lambda item: item["added_tokens"].pop())
 
-    broken(monkeypatch, plan, "new tokens are found and spelled", drop)
+    broken(monkeypatch, plan, "added tokens are found and spelled", drop)
 
 
 @pytest.mark.parametrize("name", ["model.embed_tokens.weight", "lm_head.weight"])
@@ -872,6 +872,15 @@ def test_the_command_says_what_it_checked(folder: Path) -> None:
     assert list_tokens(folder)[0] == VOCABULARY + 1
     grown = runner.invoke(cli, ["tokens", "resize", str(folder), "--pad-to-multiple-of", "64"])
     assert "331 before, 384 after" in grown.output
+    checked = runner.invoke(cli, ["tokens", "check", str(folder)])
+    assert checked.exit_code == 0, checked.output
+    assert "yes  added tokens are found and spelled: 3 of them" in checked.output
+    change_json(folder / "config.json", lambda item: item.update(eos_token_id=999))
+    change_json(folder / "generation_config.json", lambda item: item.update(eos_token_id=999))
+    wrong = runner.invoke(cli, ["tokens", "check", str(folder)])
+    assert wrong.exit_code == 1
+    assert "error: " in wrong.output
+    assert "999" in wrong.output
     steps = steps_of((folder / "README.md").read_text())
     assert [step.command for step in steps] == [
         f"hanok tokens add model '{SPECIAL}' --special",

@@ -2,16 +2,19 @@
 
 It appends to the cache and attends in one call, for any mix of sequences; long contexts are split among
 threads by keys, many queries by queries. A token's result is the same bit for bit whatever else is in
-the batch, in one pass or in several. It can be neither differentiated nor traced by torch.compile: there
-the next backend that fits takes over.
+the batch, in one pass or in several. Where a gradient is needed, and there is no cache, it computes
+forward, and the next backend that fits backward; with a cache, and under torch.compile, that one takes
+over.
 """
 
 from collections.abc import Sequence
 from ctypes import Array, addressof, c_int64
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from hanok.attention.base import (
     AttentionSpec,
@@ -53,6 +56,10 @@ class NativeAttention(PartialBackend):
         """See `Backend.attend`."""
         kernels = native_for(q, k, v)
         if kernels is None:
+            learns = state is None and native_for(q.detach(), k.detach(), v.detach()) is not None
+            if learns:
+                scored: Tensor = _Attend.apply(q, k, v, self, spec, batch)  # type: ignore[no-untyped-call]  # torch's
+                return scored
             return self.other(spec, q).attend(q, k, v, spec, batch, state)
         host = batch.host
         _check(q, k, v, spec, host, state)
@@ -97,6 +104,33 @@ class NativeAttention(PartialBackend):
         call.blocks, call.block_starts = addressof(blocks), addressof(begins)
         kernels.attend(call, q, k, v, keys, values, counts, lengths, blocks, begins, output)
         return output
+
+
+class _Attend(torch.autograd.Function):
+    """Our kernel forward; backward the next backend, which computes the scores again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        backend: NativeAttention,
+        spec: AttentionSpec,
+        batch: ForwardBatch,
+    ) -> Tensor:
+        ctx.save_for_backward(q, k, v)
+        ctx.backend, ctx.spec, ctx.batch = backend, spec, batch
+        return backend.attend(q, k, v, spec, batch, None)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        parts = [part.detach().requires_grad_() for part in ctx.saved_tensors]
+        with torch.enable_grad():
+            other = ctx.backend.other(ctx.spec, parts[0])
+            scored = other.attend(*parts, ctx.spec, ctx.batch, None)
+        return *torch.autograd.grad(scored, parts, gradient), None, None, None
 
 
 def _check(

@@ -2,41 +2,31 @@
 
 from functools import cache
 from importlib.util import find_spec
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from hanok.kernels.differentiable import Differentiable, Fused
 from hanok.kernels.native import native_for
 
 GPU_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
-class Fused(Protocol):
-    """Norm, rotation and gate; none of them is differentiable."""
-
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, *, unit_offset: bool) -> Tensor:
-        """Return x / rms(x) * weight, or * (1 + weight) with `unit_offset`: (…, size)."""
-
-    def rotate(self, heads: Tensor, cos_sin: Tensor, *, is_interleaved: bool) -> Tensor:
-        """Return heads (tokens, heads, head_dim) rotated; cos_sin: (2, tokens, 1, rotary_dim)."""
-
-    def gate(self, gate_up: Tensor, activation: str) -> Tensor:
-        """Return activation(gate) * up: (tokens, 2 size) -> (tokens, size)."""
-
-
 def fused_for(*tensors: Tensor) -> Fused | None:
-    """Return the kernels for these tensors; None where none fit, or where a gradient is needed."""
+    """Return the kernels for these tensors, None where none fit; differentiable where it is needed."""
     first = tensors[0]
     if first.is_cpu:
-        return native_for(*tensors)
-    if not first.is_cuda or torch.compiler.is_compiling():
+        kernels: Fused | None = native_for(*tensors)
+        if kernels is not None or not torch.is_grad_enabled():
+            return kernels
+        kernels = native_for(*(tensor.detach() for tensor in tensors))
+    elif not first.is_cuda or torch.compiler.is_compiling():
         return None
-    records = torch.is_grad_enabled()
-    for tensor in tensors:
-        if tensor.dtype not in GPU_FLOATS or (records and tensor.requires_grad):
-            return None
-    return _triton()
+    else:
+        is_known = all(tensor.dtype in GPU_FLOATS for tensor in tensors)
+        kernels = _triton() if is_known else None
+    needs = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    return Differentiable(kernels) if needs and kernels is not None else kernels
 
 
 @cache

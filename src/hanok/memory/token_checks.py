@@ -46,7 +46,7 @@ class Invariant:
 def check_edit(edit: Edited, folder: Path) -> list[Invariant]:
     """Return what an edit must not break, as it is in the new files of `folder`."""
     before, after = edit.tokenizer, open_tokenizer(folder)
-    found = [*_check_vocabulary(edit, before, after), *_check_new(edit, after)]
+    found = [*_check_vocabulary(edit, before, after), *_check_found(edit.found, after)]
     checkpoint = open_checkpoint(folder)
     matrices = find_matrices(checkpoint)
     rows = matrices.num_rows
@@ -110,9 +110,15 @@ def _check_vocabulary(edit: Edited, before: Tokenizer, after: Tokenizer) -> list
     ]
 
 
-def _check_new(edit: Edited, after: Tokenizer) -> list[Invariant]:
+def check_added(tokenizer: Tokenizer) -> list[Invariant]:
+    """Return whether each added token of a tokenizer is found in a text and decodes to itself."""
+    added = tokenizer.edited_files().added
+    return _check_found({token.text: token.token_id or 0 for token in added}, tokenizer)
+
+
+def _check_found(expected: Mapping[str, int], after: Tokenizer) -> list[Invariant]:
     broken = []
-    for text, token_id in edit.found.items():
+    for text, token_id in expected.items():
         # Alone: in another text it may be a part of a longer token.
         ids = after.encode(text, add_special_tokens=False)
         kept = "" if token_id in after.special_token_ids else text
@@ -124,13 +130,13 @@ def _check_new(edit: Edited, after: Tokenizer) -> list[Invariant]:
             or spelled.strip() != text.strip()
         ):
             broken.append(f"{text!r} is encoded to {ids}, and {token_id} decoded to {spelled!r}")
-    if not edit.found:
+    if not expected:
         return []
     return [
         Invariant(
-            name="new tokens are found and spelled",
+            name="added tokens are found and spelled",
             holds=not broken,
-            detail=broken[0] if broken else f"{len(edit.found)} of them",
+            detail=broken[0] if broken else f"{len(expected)} of them",
         )
     ]
 

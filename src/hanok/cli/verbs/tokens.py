@@ -113,6 +113,33 @@ def show(path: Path) -> None:
     click.echo(f"{len(found)} added tokens; {num_rows:,} rows.")
 
 
+@command.command(
+    "check", short_help="Check a checkpoint's tokens, their rows and what ends an answer."
+)
+@click.argument("path", type=click.Path(path_type=Path))
+@click.pass_context
+def check(context: click.Context, path: Path) -> None:
+    """Check the tokens of the checkpoint in PATH; `hanok check` looks at everything else as well.
+
+    The exit status is 1 where something is wrong.
+    """
+    from hanok.check.tokens import read_tokens
+    from hanok.memory.token_checks import check_added
+    from hanok.memory.tokens import list_tokens
+
+    num_rows, _ = list_tokens(path)
+    tokens, findings, _ = read_tokens(path, num_rows)
+    invariants = [] if tokens.tokenizer is None else check_added(tokens.tokenizer)
+    for item in invariants:
+        click.echo(f"{'yes' if item.holds else 'NO':>3}  {item.name}: {item.detail}")
+    for finding in findings:
+        click.echo(f"{finding.level}: {finding.where}: {finding.what}; {finding.advice}.")
+    is_broken = any(finding.level == "error" for finding in findings)
+    if is_broken or not all(item.holds for item in invariants):
+        context.exit(1)
+    click.echo(f"Sound: {num_rows:,} rows.")
+
+
 def _finish(plan: "TokensPlan", options: dict[str, Any]) -> None:
     from hanok.memory.tokens import apply, diff
 
