@@ -19,6 +19,7 @@ from hanok.errors import (
     DeadlineError,
     GenerationError,
     HanokError,
+    HubError,
     OptionError,
     RequestAbortedError,
     RequestError,
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
     from hanok.engine.speculate import Speculation
     from hanok.engine.stats import EngineStats
     from hanok.engine.ticket import Ticket
+    from hanok.hub.options import PushOptions
+    from hanok.hub.push import Push, PushReport, push
     from hanok.memory.options import LoadOptions
     from hanok.memory.plan import LoadPlan
     from hanok.memory.planning import plan_draft, plan_load
@@ -52,6 +55,9 @@ _LAZY = {
     "LoraConfig": "hanok.checkpoint.adapter_files",
     "Model": "hanok.engine.model",
     "PrefixCache": "hanok.engine.generate",
+    "Push": "hanok.hub.push",
+    "PushOptions": "hanok.hub.options",
+    "PushReport": "hanok.hub.push",
     "SamplingParams": "hanok.engine.params",
     "Score": "hanok.engine.model",
     "QualityReport": "hanok.bench.quality",
@@ -65,6 +71,7 @@ _LAZY = {
     "measure_quality": "hanok.bench.quality",
     "plan_draft": "hanok.memory.planning",
     "plan_load": "hanok.memory.planning",
+    "push": "hanok.hub.push",
 }
 
 __all__ = [
@@ -78,12 +85,16 @@ __all__ = [
     "Generation",
     "GenerationError",
     "HanokError",
+    "HubError",
     "LoadOptions",
     "LoadPlan",
     "LoraConfig",
     "Model",
     "OptionError",
     "PrefixCache",
+    "Push",
+    "PushOptions",
+    "PushReport",
     "QualityReport",
     "RequestAbortedError",
     "RequestError",
@@ -101,6 +112,7 @@ __all__ = [
     "measure_quality",
     "plan_draft",
     "plan_load",
+    "push",
 ]
 
 

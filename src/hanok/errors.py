@@ -9,6 +9,7 @@ HanokError
 ├── GenerationError    computing one request failed; the others continue
 ├── RequestAbortedError  a request was aborted before it was finished
 ├── DeadlineError      a request was not finished before its deadline
+├── HubError           a hub refused a request, or could not be reached
 └── ClosedError        an engine was stopped, or is about to be, and takes no requests
 
 A message says what happened, with which values, why, and what to do. `exit_code` is what the command
@@ -75,6 +76,13 @@ class DeadlineError(HanokError):
 
     exit_code = 9
     http_status = 408
+
+
+class HubError(HanokError):
+    """A hub refused a request, answered what it should not, or could not be reached."""
+
+    exit_code = 11
+    http_status = 502
 
 
 class ClosedError(HanokError):
