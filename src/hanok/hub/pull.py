@@ -48,10 +48,10 @@ def pull(
     """Pull a repository, "owner/name", and return where it is.
 
     Files go into the cache that transformers uses; with a `destination` also into that folder, with a
-    note of the commit (.hanok-pull.json). A pull that ended early is run again and continues. No
-    file has its name before all of it is there and its hash is right. `log`, `on_start` and `progress` are those of
-    `push`. Raises HubError where the hub refuses, cannot be reached or sends something else, OptionError
-    for a pattern that matches nothing.
+    note of the commit (.hanok-pull.json). A pull that ended early is run again and continues. A file
+    gets its name once all of it is there and its hash is right. `log`, `on_start` and `progress` are
+    those of `push`. Raises HubError where the hub refuses, cannot be reached or sends something else,
+    OptionError for a pattern that matches nothing.
     """
     with connect(options.endpoint, token, patience=patience, log=log) as client:
         return _pull(client, repo, destination, options, on_start, progress)
