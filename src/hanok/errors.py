@@ -9,7 +9,8 @@ HanokError
 ├── GenerationError    computing one request failed; the others continue
 ├── RequestAbortedError  a request was aborted before it was finished
 ├── DeadlineError      a request was not finished before its deadline
-└── ClosedError        an engine was stopped, or is about to be, and takes no requests
+├── ClosedError        an engine was stopped, or is about to be, and takes no requests
+└── DataError          rows of training data are missing, damaged, or would teach something else
 
 A message says what happened, with which values, why, and what to do. `exit_code` is what the command
 line returns; `http_status` is what a server answers.
@@ -82,3 +83,10 @@ class ClosedError(HanokError):
 
     exit_code = 10
     http_status = 503
+
+
+class DataError(HanokError):
+    """Rows of training data are missing, damaged, or would teach something else than was meant."""
+
+    exit_code = 11
+    http_status = 422

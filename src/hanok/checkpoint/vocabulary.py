@@ -8,9 +8,10 @@
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import tokenizers
 
@@ -47,6 +48,14 @@ _PLAIN_CLASSES = frozenset(
 """Classes whose ids are those of the SentencePiece model, with the tokens that the files add."""
 
 
+class Located(NamedTuple):
+    """The ids of a text, and where each token lies in it."""
+
+    ids: list[int]
+    spans: list[tuple[int, int]]
+    """(start, end) of each token in characters; tokens that share a character have it in common."""
+
+
 class Vocabulary(Protocol):
     """What `Tokenizer` needs from a library."""
 
@@ -67,6 +76,9 @@ class Vocabulary(Protocol):
 
     def encode_processed(self, text: str) -> list[int]:
         """`encode`, then what the files themselves add (a post-processor)."""
+
+    def encode_located(self, texts: Sequence[str]) -> list[Located]:
+        """`encode` of several texts, with the places of their tokens."""
 
     @property
     def added(self) -> Sequence[AddedToken]:
@@ -220,6 +232,19 @@ class LibraryVocabulary:
     def encode_processed(self, text: str) -> list[int]:
         """See `Vocabulary`."""
         return self._encode(text, adds_special=True)
+
+    def encode_located(self, texts: Sequence[str]) -> list[Located]:
+        """See `Vocabulary`; on all the library's threads."""
+        found = self._locating.encode_batch(list(texts), add_special_tokens=False)
+        return [Located(encoding.ids, encoding.offsets) for encoding in found]
+
+    @cached_property
+    def _locating(self) -> tokenizers.Tokenizer:
+        """The library, or a copy without its post-processor, which may take spaces out of the places."""
+        parts = json.loads(self._library.to_str())
+        if parts["post_processor"] is None:
+            return self._library
+        return tokenizers.Tokenizer.from_str(json.dumps({**parts, "post_processor": None}))
 
     def _encode(self, text: str, *, adds_special: bool) -> list[int]:
         # As a batch of one: the library's `encode` holds the interpreter's lock, so no other thread
@@ -412,6 +437,23 @@ class SentencePieceVocabulary:
                 model = self._model if begin == 0 or self._is_legacy else self._bare
                 ids += model.encode(part)
         return ids
+
+    def encode_located(self, texts: Sequence[str]) -> list[Located]:
+        """See `Vocabulary`."""
+        return [self._encode_located(text) for text in texts]
+
+    def _encode_located(self, text: str) -> Located:
+        located = Located([], [])
+        for begin, part in self._parts(text):
+            if isinstance(part, int):
+                located.ids.append(part)
+                located.spans.append((begin, begin + len(self._added[part].text)))
+            elif part:
+                model = self._model if begin == 0 or self._is_legacy else self._bare
+                for piece in model.encode(part, out_type="immutable_proto").pieces:
+                    located.ids.append(piece.id)
+                    located.spans.append((begin + piece.begin, begin + piece.end))
+        return located
 
     def encode_processed(self, text: str) -> list[int]:
         """The same: these files have no post-processor."""
