@@ -29,6 +29,7 @@ from hanok.package import BUNDLED, __version__
 
 if TYPE_CHECKING:
     from hanok.bench.quality import QualityReport, measure_quality
+    from hanok.checkpoint.adapter_files import LoraConfig
     from hanok.engine.engine import Engine
     from hanok.engine.generate import PrefixCache
     from hanok.engine.model import Generation, Model, Score, load
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
     from hanok.memory.options import LoadOptions
     from hanok.memory.plan import LoadPlan
     from hanok.memory.planning import plan_draft, plan_load
+    from hanok.train.loop import Trainer
+    from hanok.train.options import TrainOptions
 
 _LAZY = {
     "Engine": "hanok.engine.engine",
@@ -47,6 +50,7 @@ _LAZY = {
     "Generation": "hanok.engine.model",
     "LoadOptions": "hanok.memory.options",
     "LoadPlan": "hanok.memory.plan",
+    "LoraConfig": "hanok.checkpoint.adapter_files",
     "Model": "hanok.engine.model",
     "PrefixCache": "hanok.engine.generate",
     "SamplingParams": "hanok.engine.params",
@@ -56,6 +60,8 @@ _LAZY = {
     "SpeculationCounts": "hanok.engine.sequence",
     "Ticket": "hanok.engine.ticket",
     "TokenEvent": "hanok.engine.sequence",
+    "TrainOptions": "hanok.train.options",
+    "Trainer": "hanok.train.loop",
     "load": "hanok.engine.model",
     "measure_quality": "hanok.bench.quality",
     "plan_draft": "hanok.memory.planning",
@@ -76,6 +82,7 @@ __all__ = [
     "HanokError",
     "LoadOptions",
     "LoadPlan",
+    "LoraConfig",
     "Model",
     "OptionError",
     "PrefixCache",
@@ -88,6 +95,8 @@ __all__ = [
     "SpeculationCounts",
     "Ticket",
     "TokenEvent",
+    "TrainOptions",
+    "Trainer",
     "UnsupportedError",
     "__version__",
     "load",

@@ -268,7 +268,21 @@ BREAKS: dict[str, tuple[Break, str, str, str]] = {
         "no-weights",
         "holds no weights",
     ),
-    "no index": (lambda f: (f / INDEX).unlink(), "error", "no-index", "is missing beside 3 shards"),
+    "another program's weights alone": (
+        lambda f: (
+            [file.unlink() for file in f.glob("*.safetensors*")],
+            (f / "model.gguf").write_bytes(b"GGUF"),
+        ),
+        "warning",
+        "no-weights",
+        r"holds no weights that hanok reads, but GGUF \(model.gguf\)",
+    ),
+    "no index": (
+        lambda f: (f / INDEX).unlink(),
+        "error",
+        "no-index",
+        "is missing next to 3 shards",
+    ),
     "an index that is no JSON": (
         lambda f: (f / INDEX).write_text("{"),
         "error",
@@ -325,17 +339,17 @@ BREAKS: dict[str, tuple[Break, str, str, str]] = {
         "unused-weights",
         "that no index names and no reader loads",
     ),
-    "a whole file beside the index": (
-        lambda f: whole_beside(f),
+    "a whole file next to the index": (
+        lambda f: whole_file(f),
         "warning",
         "unused-index",
-        "is beside model.safetensors, which readers take instead",
+        "is next to model.safetensors, which readers take instead",
     ),
     "another layout": (
         lambda f: shutil.copy(shard(f, 1), f / "consolidated.safetensors"),
         "note",
         "other-format",
-        "the weights once more",
+        "a second copy of the weights",
     ),
     "a GGUF": (
         lambda f: (f / "model.gguf").write_bytes(b"GGUF"),
@@ -351,11 +365,11 @@ BREAKS: dict[str, tuple[Break, str, str, str]] = {
         "pickle",
         "training state, a pickle",
     ),
-    "a pickle beside the weights": (
+    "a pickle next to the weights": (
         lambda f: torch.save({"a": torch.ones(2)}, f / "pytorch_model.bin"),
         "warning",
         "pickle",
-        "beside the weights, not read",
+        "next to the weights, which is not read",
     ),
     "code": (
         lambda f: (f / "modeling_x.py").write_text("print()"),
@@ -476,7 +490,12 @@ BREAKS: dict[str, tuple[Break, str, str, str]] = {
         "two-templates",
         "differs from the chat_template",
     ),
-    "a template that is none": (template("{% if %}"), "error", "template", "not a valid template"),
+    "a template that is not valid": (
+        template("{% if %}"),
+        "error",
+        "template",
+        "not a valid template",
+    ),
     "a template that refuses": (
         template("{{ raise_exception('never') }}"),
         "error",
@@ -504,6 +523,12 @@ BREAKS: dict[str, tuple[Break, str, str, str]] = {
         "end-of-turn",
         r"ends an answer with 2 '<\|user\|>': answers in a chat do not end there",
     ),
+    "an end of turn of two tokens": (
+        template("{% for m in messages %}{{ m.content }}<|user|> <|assistant|>{% endfor %}"),
+        "warning",
+        "end-of-turn",
+        r"ends an answer with 2 '<\|user\|>', 3 '<\|assistant\|>'",
+    ),
     "temperature without sampling": (
         changed("generation_config.json", temperature=0.7, top_p=0.9),
         "warning",
@@ -519,7 +544,7 @@ BREAKS: dict[str, tuple[Break, str, str, str]] = {
 }
 
 
-def whole_beside(folder: Path) -> None:
+def whole_file(folder: Path) -> None:
     other = folder.parent / "other"
     write(other, random_tensors(CONFIG), 10**9)
     shutil.copy(other / "model.safetensors", folder)
@@ -545,9 +570,10 @@ def test_a_break_is_found(name: str, sound: Path) -> None:
 
 CONSEQUENCES: dict[str, set[str]] = {
     "another end": {"end-of-turn"},
-    "a whole file beside the index": {"unused-weights"},
+    "a whole file next to the index": {"unused-weights"},
     "a tensor in two shards": {"index-absent"},
     "pickled code": {"pickle"},
+    "another program's weights alone": {"other-format"},
 }
 
 
@@ -627,6 +653,18 @@ def test_quantized_weights_are_read_and_only_what_applies_is_checked(sound: Path
         ("note", "quantized"),
     ]
     assert report.skipped[0].reason == "the weights are quantized"
+
+
+def test_an_answer_that_ends_with_several_tokens_ends_at_any_of_them(sound: Path) -> None:
+    template("{% for m in messages %}{{ m.content }}<|user|> </s>{% endfor %}")(sound)
+    assert check(sound).findings == ()
+
+
+def test_roles_are_those_that_are_written_out(sound: Path) -> None:
+    template("{% for m in messages %}{{ m.role }}: {{ m.content }}</s>{% endfor %}")(sound)
+    assert check(sound).facts["chat template"] == "default; roles user, system, assistant"
+    template("{% for m in messages if m.role != 'system' %}{{ m.content }}</s>{% endfor %}")(sound)
+    assert check(sound).facts["chat template"] == "default; roles user, assistant"
 
 
 def test_without_values_no_weight_is_read(sound: Path) -> None:

@@ -1,12 +1,13 @@
 """Mending: what has one answer is written, the folder is then sound, and no weight is touched."""
 
 import json
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 from tests.check.conftest import edit
-from tests.check.test_folder import BREAKS, EMBED, INDEX, check
+from tests.check.test_folder import BREAKS, EMBED, INDEX, check, shard
 
 from hanok.check.finding import Finding
 from hanok.check.mend import Change, apply_mends, plan_mends, shown_change
@@ -87,6 +88,14 @@ def test_a_damaged_folder_gets_no_index(sound: Path) -> None:
     (sound / INDEX).unlink()
     BREAKS["a shard cut off"][0](sound)
     assert plan_mends(sound, check(sound)) == ()
+
+
+def test_tensors_that_are_in_two_files_get_no_index(sound: Path) -> None:
+    (sound / INDEX).unlink()
+    shutil.copy(shard(sound, 1), shard(sound, 2))
+    report = check(sound)
+    assert {item.kind for item in report.findings} == {"no-index", "tensor-twice"}
+    assert plan_mends(sound, report) == ()
 
 
 def test_a_lost_head_is_not_called_tied(sound: Path) -> None:

@@ -270,6 +270,12 @@ def test_a_token_with_the_text_of_a_special_token(tmp_path):
     assert tokenizer.special_token_ids == {0, 1, 2, 3}
 
 
+def test_a_tekken_file_of_nested_brackets_is_refused(tmp_path):
+    (tmp_path / "tekken.json").write_bytes(b"[" * 100_000)
+    with pytest.raises(CheckpointError, match="not as Mistral writes"):
+        open_tokenizer(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -1,6 +1,7 @@
 """`hanok card`: what is written, what is only shown, and what is named."""
 
 import re
+import shlex
 import shutil
 from datetime import date
 from pathlib import Path
@@ -49,6 +50,24 @@ def test_the_card_of_a_model(tmp_path: Path) -> None:
     again = run(str(folder), *options)
     assert (again.stdout, (folder / "README.md").read_bytes()) == ("", after)
     assert "says all of this already" in again.stderr
+
+
+def test_what_the_card_says_about_running_is_true(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its code runs in the folder, with transformers and with hanok."""
+    folder = copied(tmp_path)
+    run(str(folder))
+    text = (folder / "README.md").read_text()
+    monkeypatch.chdir(folder)
+    (code,) = re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
+    exec(compile(code, "card", "exec"), {})
+    assert "Hello!" in capsys.readouterr().out
+    (commands,) = re.findall(r"^```sh\n(.*?)^```", text, re.M | re.S)
+    generate, serve = commands.splitlines()
+    words = [*shlex.split(generate)[1:], "--max-new-tokens", "4"]
+    assert CliRunner().invoke(cli, words, catch_exceptions=False).exit_code == 0
+    assert serve == "hanok serve ."
 
 
 def test_a_quality_report_becomes_a_table(tmp_path: Path) -> None:

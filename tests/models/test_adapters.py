@@ -2,11 +2,11 @@
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
 import hanok
 from hanok.attention.base import ForwardBatch
@@ -16,8 +16,9 @@ from hanok.engine.speculate import most_exact_tokens
 from hanok.errors import CheckpointError, UnsupportedError
 from hanok.kernels.native import why_not
 from hanok.memory.account import understand
-from hanok.models.adapters import PREFIX, activate, attach, detach, merge
+from hanok.models.adapters import activate, attach, detach, merge
 from hanok.models.family import Source
+from hanok.models.lora import Part
 
 RANK, SCALE = 3, 2.0
 
@@ -27,30 +28,32 @@ def sources() -> Mapping[str, Source]:
     return understand(open_checkpoint(hanok.BUNDLED)).table
 
 
-def drawn(sources: Mapping[str, Source], targets: str, seed: int = 0) -> dict[str, Tensor]:
-    """An adapter of PEFT's names on the parts that a pattern names."""
+def drawn(sources: Mapping[str, Source], targets: str, seed: int = 0) -> dict[str, Part]:
+    """An adapter on the parts that a pattern names."""
     generator = torch.Generator().manual_seed(seed)
     found = {}
     for source in sources.values():
         for name, rows in zip(source.names, source.rows, strict=True):
             if re.search(targets, name):
-                base = PREFIX + name.removesuffix(".weight")
                 a = torch.randn(RANK, source.shape[1], generator=generator)
-                found[f"{base}.lora_A.weight"] = a / source.shape[1] ** 0.5
-                found[f"{base}.lora_B.weight"] = 0.3 * torch.randn(rows, RANK, generator=generator)
+                found[name.removesuffix(".weight")] = Part(
+                    a=a / source.shape[1] ** 0.5,
+                    b=0.3 * torch.randn(rows, RANK, generator=generator),
+                    scale=SCALE,
+                )
     return found
 
 
-def merged(model: Model, sources: Mapping[str, Source], tensors: Mapping[str, Tensor]) -> None:
+def merged(model: Model, sources: Mapping[str, Source], parts: Mapping[str, Part]) -> None:
     """Add scale x B A to the floats of each part: the definition."""
     for name, source in sources.items():
         start = 0
-        for part, rows in zip(source.names, source.rows, strict=True):
-            base = PREFIX + part.removesuffix(".weight")
-            if f"{base}.lora_A.weight" in tensors:
-                delta = tensors[f"{base}.lora_B.weight"] @ tensors[f"{base}.lora_A.weight"]
+        for path, rows in zip(source.names, source.rows, strict=True):
+            part = parts.get(path.removesuffix(".weight"))
+            if part is not None:
                 with torch.no_grad():
-                    model.decoder.get_parameter(name)[start : start + rows] += SCALE * delta
+                    weight = model.decoder.get_parameter(name)[start : start + rows]
+                    weight += SCALE * (part.b @ part.a)
             start += rows
 
 
@@ -60,7 +63,7 @@ def test_an_adapter_is_the_merged_weight(sources: Mapping[str, Source], targets:
     model, other = (hanok.load(hanok.BUNDLED, dtype="float32", weights="copied") for _ in range(2))
     base = model.logits([5, 9, 200])
     merged(other, sources, tensors)
-    attach(model.decoder, sources, tensors, index=0, scale=SCALE)
+    attach(model.decoder, sources, tensors, index=0)
     assert torch.equal(model.logits([5, 9, 200]), base)  # attached, and nobody's
     activate(model.decoder, 0)
     torch.testing.assert_close(
@@ -77,8 +80,8 @@ def test_half_of_a_batch_over_an_int4_base_uses_an_adapter(sources: Mapping[str,
     """Tokens with one are as if all had it; the others are the base's, bit for bit."""
     model = hanok.load(hanok.BUNDLED, quant="int4", dtype="float32")
     decoder, prompts = model.decoder, [[5, 9, 200], [7, 8], [11, 12, 13, 14]]
-    attach(decoder, sources, drawn(sources, "_proj"), index=0, scale=SCALE)
-    attach(decoder, sources, drawn(sources, "q_proj|down_proj", seed=1), index=4, scale=SCALE)
+    attach(decoder, sources, drawn(sources, "_proj"), index=0)
+    attach(decoder, sources, drawn(sources, "q_proj|down_proj", seed=1), index=4)
     with torch.inference_mode():
         alone = {}
         for index in (None, 0, 4):
@@ -100,7 +103,7 @@ def test_merging_adds_the_adapter_to_the_weights(
     model, other = (hanok.load(hanok.BUNDLED, dtype="float32", weights="copied") for _ in range(2))
     tensors = drawn(sources, targets)
     merged(other, sources, tensors)
-    attach(model.decoder, sources, tensors, index=2, scale=SCALE)
+    attach(model.decoder, sources, tensors, index=2)
     with pytest.raises(UnsupportedError, match="adapters attached cannot be saved"):
         model.save(tmp_path / "attached")
     merge(model.decoder, 2)
@@ -110,7 +113,7 @@ def test_merging_adds_the_adapter_to_the_weights(
         torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5, msg=name)
     model.save(tmp_path / "merged")
     quantized = hanok.load(hanok.BUNDLED, quant="int4", dtype="float32").decoder
-    attach(quantized, sources, tensors, index=2, scale=SCALE)
+    attach(quantized, sources, tensors, index=2)
     with pytest.raises(UnsupportedError, match="cannot be merged into quantized weights"):
         merge(quantized, 2)
 
@@ -119,10 +122,10 @@ def test_adapters_with_targets_of_their_own_come_and_go(sources: Mapping[str, So
     model = hanok.load(hanok.BUNDLED, quant="int4:head=int4", dtype="float32")
     decoder, base = model.decoder, model.logits([5, 9, 200])
     exact = most_exact_tokens(decoder)
-    attach(decoder, sources, drawn(sources, "_proj"), index=0, scale=SCALE)
-    attach(decoder, sources, drawn(sources, "q_proj", seed=1), index=4, scale=SCALE)
+    attach(decoder, sources, drawn(sources, "_proj"), index=0)
+    attach(decoder, sources, drawn(sources, "q_proj", seed=1), index=4)
     with pytest.raises(ValueError, match="adapter 4 is attached already"):
-        attach(decoder, sources, drawn(sources, "q_proj"), index=4, scale=SCALE)
+        attach(decoder, sources, drawn(sources, "q_proj"), index=4)
     # torch multiplies by adapters: a token's bits depend on the tokens next to it.
     assert most_exact_tokens(decoder) == (1 if why_not() is None else None)
     detach(decoder, 4)
@@ -137,16 +140,17 @@ def test_an_adapter_that_does_not_fit_leaves_nothing_behind(
 ) -> None:
     decoder = hanok.load(hanok.BUNDLED, dtype="float32").decoder
     tensors = drawn(sources, "_proj")
-    last = [name for name in tensors if "lora_B" in name][-1]
+    last = list(tensors)[-1]
+    wrong = replace(tensors[last], b=torch.ones(9, RANK))
     with pytest.raises(CheckpointError):
-        attach(decoder, sources, {**tensors, last: torch.ones(9, RANK)}, index=0, scale=SCALE)
+        attach(decoder, sources, {**tensors, last: wrong}, index=0)
     assert not any(".lora" in name for name, _ in decoder.named_parameters())
-    attach(decoder, sources, tensors, index=0, scale=SCALE)
+    attach(decoder, sources, tensors, index=0)
 
 
 def test_only_the_adapter_gets_gradients(sources: Mapping[str, Source]) -> None:
     model = hanok.load(hanok.BUNDLED, quant="nf4", dtype="float32")
-    attach(model.decoder, sources, drawn(sources, "_proj"), index=0, scale=SCALE)
+    attach(model.decoder, sources, drawn(sources, "_proj"), index=0)
     activate(model.decoder, 0)
     hidden = model.decoder(ForwardBatch.of([[5, 9, 200]]))
     model.decoder.logits(hidden).log_softmax(-1)[:, 7].sum().backward()
@@ -159,9 +163,12 @@ def test_tensors_that_belong_nowhere_or_to_another_base_are_named(
 ) -> None:
     decoder = hanok.load(hanok.BUNDLED, dtype="float32").decoder
     tensors = drawn(sources, "layers.0.self_attn.q_proj")
-    name = next(name for name in tensors if "lora_B" in name)
-    with pytest.raises(CheckpointError, match=rf"{re.escape(name)} \[9, 3\]; .* they should be"):
-        attach(decoder, sources, {**tensors, name: torch.ones(9, RANK)}, index=0, scale=1.0)
-    strange = {f"{PREFIX}model.layers.99.mlp.up_proj.lora_A.weight": torch.ones(1, 1)}
-    with pytest.raises(CheckpointError, match="1 tensors of the adapter belong to no projection"):
-        attach(decoder, sources, strange, index=1, scale=1.0)
+    (path,) = tensors
+    wrong = replace(tensors[path], b=torch.ones(9, RANK))
+    with pytest.raises(
+        CheckpointError, match=rf"lora_A of {re.escape(path)} .* lora_B \[9, 3\]; .*"
+    ):
+        attach(decoder, sources, {path: wrong}, index=0)
+    strange = {"model.layers.99.mlp.up_proj": tensors[path]}
+    with pytest.raises(CheckpointError, match="1 products of the adapter belong to no projection"):
+        attach(decoder, sources, strange, index=1)

@@ -162,7 +162,9 @@ def _pickle_findings(folder: Path, used: set[Path]) -> Iterator[Finding]:
             what = "training state, a pickle: not needed to run the model, and code when loaded"
             advice = "remove it before publishing"
         else:
-            what = f"a pickle of {file.stat().st_size:,} bytes beside the weights, not read"
+            what = (
+                f"a pickle of {file.stat().st_size:,} bytes next to the weights, which is not read"
+            )
             advice = "remove it: the weights are here already, and a pickle runs code when loaded"
         yield Finding(level="warning", kind="pickle", where=file.name, what=what, advice=advice)
 
@@ -184,7 +186,7 @@ def _other_weights(folder: Path, used: set[Path]) -> Iterator[Finding]:
                 level="note",
                 kind="other-format",
                 where=shown(file.name for file in own_layout),
-                what="the weights once more, in their makers' own layout",
+                what="a second copy of the weights, in the layout of Mistral or Meta",
                 advice="keep it for programs that read it; nothing checks that both are the same",
             )
         for file in stray:
@@ -216,7 +218,7 @@ def _other_weights(folder: Path, used: set[Path]) -> Iterator[Finding]:
             level="warning",
             kind="unused-index",
             where=name,
-            what=f"is beside {name.removesuffix(INDEX_SUFFIX)}, which readers take instead",
+            what=f"is next to {name.removesuffix(INDEX_SUFFIX)}, which readers take instead",
             advice="remove the one that is out of date",
         )
 

@@ -110,7 +110,7 @@ def _generation_config(folder: Path, kinds: Collection[str]) -> dict[str, Any]:
     if {"no-end", "end-token"}.intersection(kinds):
         ends += [item for item in ids_in(tokenizer.eos_token_id) if item not in ends]
     if "end-of-turn" in kinds:
-        ends += [item for item in ids_in(end_of_turn(tokenizer)) if item not in ends]
+        ends += [item for item in end_of_turn(tokenizer) if item not in ends]
     if {"no-end", "end-token", "end-of-turn"}.intersection(kinds):
         values["eos_token_id"] = ends[0] if len(ends) == 1 else ends
     return values

@@ -32,7 +32,7 @@ class Structure:
     findings: tuple[Finding, ...]
     skipped: tuple[Skipped, ...] = ()
     understood: Understood | None = None
-    """None where the tensors are not those of the config, or nobody could say."""
+    """None where the tensors are not those of the config, or could not be compared with it."""
     quantization: str | None = None
 
 

@@ -3,7 +3,7 @@
 Reads the tokenizer's files and headers, and no weight. Imports no torch.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,15 @@ SETTINGS = "tokenizer_config.json"
 NAMES = ("bos", "eos", "pad")
 ANSWER = "Paris is the capital of France"
 QUESTION = {"role": "user", "content": "What is the capital of France?"}
+RULE = {"role": "system", "content": "Answer briefly."}
 CONVERSATIONS: Mapping[str, tuple[Mapping[str, str], ...]] = {
     "user": (QUESTION,),
-    "system": ({"role": "system", "content": "Answer briefly."}, QUESTION),
+    "system": (RULE, QUESTION),
     "assistant": (QUESTION, {"role": "assistant", "content": ANSWER}, QUESTION),
 }
-"""What a template is asked to render, by the role that it shows."""
+"""What a template is asked to render, by the role that it is about."""
+SAID = {"user": QUESTION["content"], "system": RULE["content"], "assistant": ANSWER}
+"""What of it must be there."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -243,9 +246,10 @@ def _settings_findings(tokens: Tokens) -> Iterator[Finding]:
 
 
 def template_roles(tokenizer: Tokenizer) -> tuple[str, ...]:
-    """Return the roles that the folder's chat template renders."""
+    """Return the roles whose messages the folder's chat template writes out."""
+    rendered = {role: _rendered(tokenizer, role) for role in CONVERSATIONS}
     return tuple(
-        role for role in CONVERSATIONS if not isinstance(_rendered(tokenizer, role), Exception)
+        role for role, text in rendered.items() if isinstance(text, str) and SAID[role] in text
     )
 
 
@@ -261,8 +265,7 @@ def _template_findings(tokens: Tokens, tokenizer: Tokenizer) -> Iterator[Finding
                 advice="correct it; roles must alternate between user and assistant",
             )
             return
-        wanted = QUESTION["content"] if role == "user" else ANSWER
-        if wanted not in rendered:
+        if SAID[role] not in rendered:
             yield Finding(
                 level="error",
                 kind="template",
@@ -271,32 +274,40 @@ def _template_findings(tokens: Tokens, tokenizer: Tokenizer) -> Iterator[Finding
                 advice="correct it: the model would not see the message",
             )
             return
-    end = end_of_turn(tokenizer)
+    run = end_of_turn(tokenizer)
     ends = tokens.end_ids or dict.fromkeys(ids_in(tokenizer.eos_token_id), SETTINGS)
-    if end is not None and ends and end not in ends:
+    if run and ends and not ends.keys() & set(run):
         yield Finding(
             level="warning",
             kind="end-of-turn",
             where=next(iter(ends.values())),
             what=f"ends generation at {_tokens(tokenizer, ends)}, and the chat template ends an answer "
-            f"with {_token(tokenizer, end)}: answers in a chat do not end there",
-            advice=f"add {end} to eos_token_id of {FILE}",
-            is_mendable=True,
+            f"with {_tokens(tokenizer, run)}: answers in a chat do not end there",
+            advice=f"add the token to eos_token_id of {FILE}",
+            is_mendable=len(run) == 1,
         )
 
 
-def end_of_turn(tokenizer: Tokenizer) -> int | None:
-    """Return the special token that the chat template writes after an answer; None if it is text."""
+def end_of_turn(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Return the special tokens that the chat template writes right after an answer; none if it is text.
+
+    Several where it writes several, one after another.
+    """
     for messages in (CONVERSATIONS["assistant"][:2], CONVERSATIONS["assistant"]):
         try:
             text = tokenizer.render_chat(messages, add_generation_prompt=False)
         except (RequestError, CheckpointError):
             continue
+        run = []
         after = text.partition(ANSWER)[2].lstrip()
+        for token_id in tokenizer.encode(after, add_special_tokens=False):
+            if token_id in tokenizer.special_token_ids:
+                run.append(token_id)
+            elif not tokenizer.token_text(token_id).isspace():
+                break
         if after:
-            first = tokenizer.encode(after, add_special_tokens=False)[0]
-            return first if first in tokenizer.special_token_ids else None
-    return None
+            return tuple(run)
+    return ()
 
 
 def _rendered(tokenizer: Tokenizer, role: str) -> str | Exception:
@@ -340,7 +351,7 @@ def _token(tokenizer: Tokenizer, token_id: int | None) -> str:
     return f"{token_id} {spelled!r}" if spelled is not None else f"{token_id}, which is no token"
 
 
-def _tokens(tokenizer: Tokenizer, ids: Mapping[int, str]) -> str:
+def _tokens(tokenizer: Tokenizer, ids: Iterable[int]) -> str:
     return shown(_token(tokenizer, token_id) for token_id in ids)
 
 

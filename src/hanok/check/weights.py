@@ -70,12 +70,12 @@ def read_weights(folder: Path) -> tuple[Weights, list[Finding]]:
             return _with_index(entries[0])
         if entries and (_is_named(entries[0], kind) or (folder / CONFIG).is_file()):
             return _one_file(entries[0])
-    if (folder / CONFIG).is_file() or foreign_weights(folder):
-        found = foreign_weights(folder)
-        what = f"no weights that hanok reads, but {found}" if found else "no weights"
+    foreign = foreign_weights(folder)
+    if foreign or (folder / CONFIG).is_file():
+        what = f"no weights that hanok reads, but {foreign}" if foreign else "no weights"
         return NOTHING, [
             Finding(
-                level="error",
+                level="warning" if foreign else "error",
                 kind="no-weights",
                 where="folder",
                 what=f"holds {what}",
@@ -99,7 +99,7 @@ def shards_of(folder: Path, kind: WeightsKind) -> list[Path]:
 
 
 def index_of(tensors: Mapping[str, TensorRef], old: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the index that belongs to shards; what `old` says beside the map and the size is kept."""
+    """Return the index that belongs to shards; other keys of `old` are kept."""
     metadata = old.get("metadata")
     kept = dict(metadata) if isinstance(metadata, dict) else {}
     names = sorted(tensors)
@@ -126,7 +126,7 @@ def _one_file(file: Path) -> tuple[Weights, list[Finding]]:
             level="error",
             kind="adapter",
             where=file.name,
-            what=f"are an adapter's weights without {ADAPTER_CONFIG}",
+            what=f"holds an adapter's weights, and {ADAPTER_CONFIG} is missing",
             advice="get it from where the adapter comes from",
         )
         return NOTHING, [finding]
@@ -158,7 +158,7 @@ def _without_index(
         level="error",
         kind="no-index",
         where=kind.index,
-        what=f"is missing beside {plural(len(shards), 'shard')}, so readers find no weights",
+        what=f"is missing next to {plural(len(shards), 'shard')}, so readers find no weights",
         advice="rebuild it from the shards",
         is_mendable=weights.is_whole,
     )

@@ -117,8 +117,8 @@ def _license_problems(found: Mapping[str, Any]) -> list[str]:
     value = found.get("license")
     if value is None or value in ("", []):
         return [
-            "license is missing: nobody may use a model without one. Give one of the hub's identifiers "
-            "(apache-2.0, mit, …), or `other` with license_name and license_link"
+            "license is missing, and without one others may not use the model. Give one of the hub's "
+            "identifiers (apache-2.0, mit, …), or `other` with license_name and license_link"
         ]
     names = value if isinstance(value, list) else [value]
     if not all(isinstance(name, str) for name in names):
@@ -277,8 +277,9 @@ def written(text: str | None, content: CardContent) -> str:
     """
     text = text or ""
     found = front_matter(text)
-    inferred = {key: value for key, value in content.inferred.items() if key not in found}
-    text = edited(text, {**inferred, **content.fields})
+    known = {*found, *content.fields}
+    inferred = {key: value for key, value in content.inferred.items() if key not in known}
+    text = edited(text, {**content.fields, **inferred})
     before, section, after = _cut(text)
     parts = _parts_of(section)
     parts |= {heading: body.strip("\n") for heading, body in content.sections.items()}

@@ -134,7 +134,7 @@ def read_tekken(path: Path, settings: TokenizerConfig) -> tuple[tokenizers.Token
             },
             begins_with=("<s>",),
         )
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"{path} is not as Mistral writes this file: {error!r}; fetch the file again"
         ) from error

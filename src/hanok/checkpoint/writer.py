@@ -89,6 +89,18 @@ def write_safetensors(
         raise CheckpointError(f"{folder}: cannot be written: {error}") from error
 
 
+def write_tensors(path: Path, tensors: Sequence[TensorData]) -> None:
+    """Write the tensors to one file, all of them or nothing."""
+    _check_tensors(path.parent, tensors)
+    try:
+        with Batch() as batch:
+            with batch.open(path) as file:
+                _write_shard(file, tensors, METADATA, None)
+            batch.publish()
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be written: {error}") from error
+
+
 def in_reading_order(
     tensors: Sequence[TensorData], max_shard_bytes: int = MAX_SHARD_BYTES
 ) -> list[TensorData]:

@@ -88,8 +88,8 @@ def open_speculation(
 def open_model(path: Path | None, options: Mapping[str, Any]) -> "tuple[Model, Speculation | None]":
     """Load the model of a verb that generates with a progress bar; without a path the bundled one.
 
-    `options` are those of `model_options` and of `speculation_options`: both models are planned before
-    one is loaded.
+    `options` are those of `model_options`, `adapter_option` and `speculation_options`: both models are
+    planned before one is loaded.
     """
     from hanok.engine.model import load
     from hanok.memory.account import check_head
@@ -115,6 +115,9 @@ def open_model(path: Path | None, options: Mapping[str, Any]) -> "tuple[Model, S
     )
     for note in model.notes:
         click.echo(note, err=True)
+    if adapter := options["adapter"]:
+        model.adapters.load(adapter.name, adapter)
+        model.use_adapter(adapter.name)
     return model, speculation
 
 

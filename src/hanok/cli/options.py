@@ -72,6 +72,15 @@ def some_load_options(*names: str, **own: Mapping[str, Any]) -> Callable[[Comman
     return lambda command: add_options(command, options)
 
 
+def adapter_option(command: Command) -> Command:
+    """Add the option of an adapter for all that a verb generates."""
+    return click.option(
+        "--adapter",
+        type=click.Path(path_type=Path, exists=True, file_okay=False),
+        help="Generate with this LoRA adapter over the model, a folder in PEFT's format.",
+    )(command)
+
+
 def plan_options(command: Command) -> Command:
     """Add the options that a load is planned with."""
     return some_load_options(*PLANNED)(command)

@@ -162,12 +162,16 @@ class Engine:
             # A thread that Python ends in the middle of a pass takes the whole program down with it.
             atexit.register(self.close)
 
-    def submit(self, prompt: Prompt, **options: Unpack[SamplingOptions]) -> Ticket:
+    def submit(
+        self, prompt: Prompt, *, adapter: str | None = None, **options: Unpack[SamplingOptions]
+    ) -> Ticket:
         """Queue a prompt, with the options of `Model.generate`, and return its ticket at once.
 
+        `adapter` is the name of one of `Model.adapters`; None: the one that the model uses, or none.
         Raises RequestError for a prompt that cannot be served, OptionError for an option.
         """
-        return self.submit_request(Request(sequence=self.model.sequence(prompt, options)))
+        sequence = self.model.sequence(prompt, options)
+        return self.submit_request(Request(sequence=sequence, adapter=adapter))
 
     def submit_request(self, request: Request) -> Ticket:
         """Queue a request and return its ticket at once; ClosedError where the engine takes none.
@@ -184,12 +188,15 @@ class Engine:
                 f"{self.max_tokens} of one request. Shorten the prompt, or start the engine with more "
                 "cache_tokens."
             )
+        name = request.adapter or self.model.adapters.active
+        adapter = -1 if name is None else self.model.adapters.index_of(name)
         number = next(self._numbers)
         row = Row(
             id=number,
+            adapter=adapter,
             tokens=sequence.token_ids,
             priority=request.priority,
-            root=(request.adapter, request.salt) if self._shares_angles else number,
+            root=(adapter, request.salt) if self._shares_angles else number,
             # What is scored or summed up is looked at in each of its tokens.
             is_shared=request.scored is None and request.pooling != "mean" and self._shares_angles,
         )

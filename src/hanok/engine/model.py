@@ -24,6 +24,7 @@ from hanok.checkpoint.files import Checkpoint
 from hanok.checkpoint.pooling import Pooling, choose_pooling, pooling_files
 from hanok.checkpoint.tokenizer_files import has_tokenizer
 from hanok.checkpoint.writer import write_json
+from hanok.engine.adapters import Adapters
 from hanok.engine.embed import embed
 from hanok.engine.generate import PrefixCache, TokenStream, generate
 from hanok.engine.params import (
@@ -141,6 +142,8 @@ class Model:
         self._sources = loaded.sources
         self._left_out = loaded.left_out
         self._promotion = loaded.promotion
+        self.adapters = Adapters(self.decoder, checkpoint.config, str(checkpoint.folder))
+        """Adapters over its weights, by name."""
         self.pipeline_depth = pipeline_depth
         """Groups of sequences on their way over several devices; None: one for each stage."""
 
@@ -305,6 +308,10 @@ class Model:
         self.decoder.weights_changed()
         if self._promotion is not None:
             self._promotion.cancel()
+
+    def use_adapter(self, name: str | None) -> None:
+        """Use an adapter of `adapters` from now on; None: the weights alone."""
+        self.adapters.use(name)
 
     def resize_token_embeddings(
         self,

@@ -124,6 +124,7 @@ def _batch_of(chunks: Sequence[Chunk], device: torch.device) -> ForwardBatch:
         past=[chunk.start for chunk in chunks],
         blocks=[tuple(chunk.row.blocks) for chunk in chunks],
         sequence_lengths=[len(chunk.row.tokens) + len(chunk.draft) for chunk in chunks],
+        adapters=[chunk.row.adapter for chunk in chunks],
         device=device,
     )
 

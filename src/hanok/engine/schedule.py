@@ -26,6 +26,8 @@ class Row:
     """The prompt and the generated tokens; the generating sequence appends to it."""
     priority: int = 0
     """Smaller ones come first."""
+    adapter: int = -1
+    """The number of its adapter, -1 for none."""
     root: Hashable = None
     """Only sequences with the same root share blocks; see `BlockPool`."""
     is_shared: bool = True

@@ -44,6 +44,7 @@ class Request:
     asked_at: float | None = None
     """Since when its time runs, of `time.monotonic`; None: since it was submitted."""
     adapter: str | None = None
+    """The name of the adapter that computes it; None: the one that the model uses, or none."""
     salt: Hashable = None
     """Requests with another salt share nothing in the cache."""
     scored: int | None = None

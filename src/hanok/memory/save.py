@@ -105,16 +105,17 @@ def _reader(parameter: Tensor, rows: slice, source: Source) -> Callable[[], memo
     def read() -> memoryview:
         gather: Callable[[], Tensor] | None = getattr(parameter, "full_tensor", None)  # a DTensor's
         part = (parameter if gather is None else gather())[rows]
-        return _bytes_of(part if source.layout == "rows" else to_file_order(part, source))
+        return bytes_of(part if source.layout == "rows" else to_file_order(part, source))
 
     return read
 
 
 def _read(files: MappedFiles, ref: TensorRef) -> memoryview:
-    return _bytes_of(files.view(ref))
+    return bytes_of(files.view(ref))
 
 
-def _bytes_of(tensor: Tensor) -> memoryview:
+def bytes_of(tensor: Tensor) -> memoryview:
+    """Return a copy of a tensor's bytes, in C order."""
     host = tensor.cpu().contiguous()
     if host.numel() == 0:
         return memoryview(b"")

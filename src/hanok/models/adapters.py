@@ -1,6 +1,6 @@
-"""Adapters of a whole decoder: tensors under PEFT's names find their places, fused weights included."""
+"""Adapters of a whole decoder: products by the names that files have, fused weights included."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -9,57 +9,56 @@ from hanok.errors import CheckpointError, UnsupportedError
 from hanok.models.decoder import Decoder
 from hanok.models.family import Source
 from hanok.models.linear import Linear
-from hanok.models.lora import Adapter, Lora
+from hanok.models.lora import Adapter, Lora, Part
 
-PREFIX = "base_model.model."
 SHOWN_NAMES = 4
+
+
+def products(decoder: Decoder, sources: Mapping[str, Source]) -> Iterator[tuple[Linear, Source]]:
+    """Yield the products that may have an adapter, each with the names of its parts in files."""
+    for name, source in sources.items():
+        path = name.removesuffix(".weight")
+        module = decoder.get_submodule(path) if path.endswith("_proj") else None
+        if path != name and isinstance(module, Linear):
+            yield module, source
+
+
+def paths_of(source: Source) -> list[str]:
+    """Return the paths of a product's parts, as adapters name them."""
+    return [name.removesuffix(".weight") for name in source.names]
 
 
 def attach(
     decoder: Decoder,
     sources: Mapping[str, Source],
-    tensors: Mapping[str, Tensor],
+    parts: Mapping[str, Part],
     *,
     index: int,
-    scale: float,
+    dropout: float = 0.0,
 ) -> None:
     """Let the decoder's products hold an adapter under an index.
 
-    `tensors` are lora_A (rank, in) and lora_B (out, rank) by PEFT's names, `scale` is lora_alpha / rank.
-    `ForwardBatch.adapters` then chooses it, or `activate`. Raises CheckpointError for tensors that fit
-    nowhere, or have another shape than the base asks for.
+    `parts` are by the paths of the products in files, such as model.layers.0.self_attn.q_proj; rows of B
+    are in the order of the decoder's. `ForwardBatch.adapters` then chooses the adapter, or `activate`.
+    Raises CheckpointError for parts that fit nowhere, or have another shape than the base asks for.
     """
-    left, made = set(tensors), list[tuple[Linear, Adapter]]()
-    for name, source in sources.items():
-        path = name.removesuffix(".weight")
-        module = decoder.get_submodule(path) if path.endswith("_proj") else None
-        if path == name or not isinstance(module, Linear):
+    left, made = set(parts), list[tuple[Linear, Adapter]]()
+    for module, source in products(decoder, sources):
+        paths = paths_of(source)
+        found = [parts.get(path) for path in paths]
+        if not any(found):
             continue
-        pairs = [_pair(part, tensors) for part in source.names]
-        if not any(pairs):
-            continue
-        if source.layout == "heads":
-            raise UnsupportedError(
-                f"adapters of {path} are not read yet: its files order rows by heads. Merge the adapter "
-                "into its base elsewhere, and load the result."
-            )
         if module.lora is not None and str(index) in module.lora.adapters:
             raise ValueError(f"adapter {index} is attached already; detach it first")
-        used = [pair for pair in pairs if pair]
-        dtype, device = decoder.dtype, decoder.device
-        _check(path, source, pairs, tensors)
-        adapter = Adapter(
-            torch.cat([tensors[a] for a, _ in used]).to(device, dtype),
-            [tensors[pair[1]].to(device, dtype) if pair else None for pair in pairs],
-            source.rows,
-            scale,
-        )
-        made.append((module, adapter))
-        left -= {item for pair in used for item in pair}
+        for path, part, rows in zip(paths, found, source.rows, strict=True):
+            if part is not None:
+                _check(path, part, (rows, source.shape[1]))
+        made.append((module, Adapter(found, source.rows, dropout=dropout)))
+        left -= set(paths)
     if left:
         shown = ", ".join(sorted(left)[:SHOWN_NAMES])
         raise CheckpointError(
-            f"{len(left)} tensors of the adapter belong to no projection of this model: {shown}. Check "
+            f"{len(left)} products of the adapter belong to no projection of this model: {shown}. Check "
             "that it was trained on this base."
         )
     for module, adapter in made:
@@ -67,6 +66,17 @@ def attach(
             module.lora = Lora()
         module.lora.add(index, adapter)
     decoder.weights_changed()
+
+
+def attached(decoder: Decoder, sources: Mapping[str, Source], index: int) -> dict[str, Part]:
+    """Return the parts of an adapter, views of its parameters, as `attach` takes them."""
+    found: dict[str, Part | None] = {}
+    for module, source in products(decoder, sources):
+        held = {} if module.lora is None else dict(module.lora.adapters.items())
+        adapter = held.get(str(index))
+        if isinstance(adapter, Adapter):
+            found |= dict(zip(paths_of(source), adapter.parts(), strict=True))
+    return {path: part for path, part in found.items() if part is not None}
 
 
 def activate(decoder: Decoder, index: int | None) -> None:
@@ -110,24 +120,10 @@ def merge(decoder: Decoder, index: int) -> None:
     detach(decoder, index)
 
 
-def _pair(part: str, tensors: Mapping[str, Tensor]) -> tuple[str, str] | None:
-    base = PREFIX + part.removesuffix(".weight")
-    a, b = f"{base}.lora_A.weight", f"{base}.lora_B.weight"
-    return (a, b) if a in tensors and b in tensors else None
-
-
-def _check(
-    path: str,
-    source: Source,
-    pairs: list[tuple[str, str] | None],
-    tensors: Mapping[str, Tensor],
-) -> None:
-    for pair, rows in zip(pairs, source.rows, strict=True):
-        if pair is None:
-            continue
-        a, b = (tuple(tensors[name].shape) for name in pair)
-        if a[1] != source.shape[1] or b != (rows, a[0]):
-            raise CheckpointError(
-                f"{pair[0]} is {list(a)} and {pair[1]} {list(b)}; for {path} of this base they "
-                f"should be [rank, {source.shape[1]}] and [{rows}, rank]."
-            )
+def _check(path: str, part: Part, shape: tuple[int, int]) -> None:
+    a, b = tuple(part.a.shape), tuple(part.b.shape)
+    if a[1] != shape[1] or b != (shape[0], a[0]):
+        raise CheckpointError(
+            f"lora_A of {path} is {list(a)} and lora_B {list(b)}; for this base they should be [rank, "
+            f"{shape[1]}] and [{shape[0]}, rank]."
+        )

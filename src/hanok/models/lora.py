@@ -1,6 +1,7 @@
 """Low-rank adapters (LoRA, arXiv 2106.09685) of one product; several at once, chosen token by token."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -9,55 +10,75 @@ from torch.nn import functional as F
 from hanok.attention.base import ForwardBatch
 
 
-class Adapter(nn.Module):
-    """scale x B A for each part of a product that is fused of several.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """What an adapter adds to one part of a product that may be fused of several: scale x B A."""
 
-    a: (sum of ranks, in), the parts' one after another   b: (rows, rank) for each part; None: the part
-    has none.
+    a: Tensor
+    """(rank, in)"""
+    b: Tensor
+    """(rows, rank)"""
+    scale: float
+
+
+class Adapter(nn.Module):
+    """The parts of one adapter on one product; parts without one are None.
+
+    `rows` are those of each part. The parts' A are one matrix, so that x is read once; its numbers and
+    those of B are kept as they are given, float32 while they learn, and multiplied in the dtype of x.
     """
 
     def __init__(
-        self, a: Tensor, b: Sequence[Tensor | None], rows: Sequence[int], scale: float
+        self, parts: Sequence[Part | None], rows: Sequence[int], *, dropout: float = 0.0
     ) -> None:
         super().__init__()
-        ranks = [0 if item is None else item.shape[1] for item in b]
-        shapes = [(count, rank) for count, rank in zip(rows, ranks, strict=True)]
-        found = [None if item is None else tuple(item.shape) for item in b]
-        wrong = [
-            item for item, shape in zip(found, shapes, strict=True) if item not in (None, shape)
-        ]
-        if wrong or sum(ranks) != a.shape[0]:
-            raise ValueError(
-                f"A is {tuple(a.shape)}, the parts' B are {found}, of {list(rows)} rows"
-            )
-        self.a = nn.Parameter(a)
-        self.b = nn.ParameterList([item for item in b if item is not None])
-        self.scale = scale
-        self._ranks = ranks
+        used = [part for part in parts if part is not None]
+        for part, count in zip(parts, rows, strict=True):
+            if part is not None and part.b.shape != (count, part.a.shape[0]):
+                raise ValueError(
+                    f"A is {tuple(part.a.shape)} and B {tuple(part.b.shape)}, of {count} rows"
+                )
+        self.a = nn.Parameter(torch.cat([part.a for part in used]))
+        self.b = nn.ParameterList([nn.Parameter(part.b) for part in used])
+        self.scales = [part.scale for part in used]
+        self.dropout = dropout
+        self._ranks = [part.a.shape[0] for part in used]
         self._rows = list(rows)
+        self._is_used = [part is not None for part in parts]
 
     def forward(self, x: Tensor) -> Tensor:
         """(tokens, in) -> (tokens, out): what the adapter adds to the product."""
-        inner = F.linear(x, self.a).split([rank for rank in self._ranks if rank], dim=1)  # type: ignore[no-untyped-call]  # torch's
-        made = iter(zip(inner, self.b, strict=True))
-        parts = [
-            F.linear(*next(made)) if rank else x.new_zeros(x.shape[0], rows)
-            for rank, rows in zip(self._ranks, self._rows, strict=True)
+        if self.training and self.dropout:
+            x = F.dropout(x, self.dropout)
+        inner = F.linear(x, self.a.to(x.dtype)).split(self._ranks, dim=1)  # type: ignore[no-untyped-call]  # torch's
+        made = iter(zip(inner, self.b, self.scales, strict=True))
+        parts = []
+        for is_used, rows in zip(self._is_used, self._rows, strict=True):
+            if is_used:
+                part, b, scale = next(made)
+                parts.append(F.linear(part, b.to(x.dtype)) * scale)
+            else:
+                parts.append(x.new_zeros(x.shape[0], rows))
+        return torch.cat(parts, dim=1)
+
+    def parts(self) -> list[Part | None]:
+        """Return the parts, views of the parameters."""
+        inner = self.a.split(self._ranks)  # type: ignore[no-untyped-call]  # torch's
+        made = iter(zip(inner, self.b, self.scales, strict=True))
+        return [
+            Part(a=item[0], b=item[1], scale=item[2]) if is_used and (item := next(made)) else None
+            for is_used in self._is_used
         ]
-        return torch.cat(parts, dim=1) * self.scale
 
     def delta(self) -> Tensor:
         """Return what the adapter adds to the weight, (out, in) float32."""
-        inner = self.a.float().split([rank for rank in self._ranks if rank])  # type: ignore[no-untyped-call]  # torch's
-        made = iter(zip(self.b, inner, strict=True))
-        parts = []
-        for rank, rows in zip(self._ranks, self._rows, strict=True):
-            if rank:
-                b, a = next(made)
-                parts.append(b.float() @ a)
-            else:
-                parts.append(self.a.new_zeros(rows, self.a.shape[1], dtype=torch.float32))
-        return torch.cat(parts) * self.scale
+        found = [
+            self.a.new_zeros(rows, self.a.shape[1], dtype=torch.float32)
+            if part is None
+            else part.b.float() @ part.a.float() * part.scale
+            for part, rows in zip(self.parts(), self._rows, strict=True)
+        ]
+        return torch.cat(found)
 
 
 class Lora(nn.Module):

@@ -9,6 +9,7 @@ import click
 
 from hanok.cli.opening import open_model, speculation_line
 from hanok.cli.options import (
+    adapter_option,
     given,
     model_options,
     sampling_options,
@@ -31,6 +32,7 @@ HELP = "/reset starts over, /undo takes the last turn back, /exit or Ctrl-D ends
 @click.option("--system", help="A system message to begin with.")
 @speculation_options
 @sampling_options
+@adapter_option
 @model_options()
 def command(path: Path | None, system: str | None, **options: Any) -> None:
     """Talk with a model: each line is a turn, the whole conversation is the prompt.

@@ -11,6 +11,7 @@ import click
 
 from hanok.cli.opening import open_model, speculation_line
 from hanok.cli.options import (
+    adapter_option,
     given,
     model_options,
     sampling_options,
@@ -33,6 +34,7 @@ from hanok.text_files import STANDARD_INPUT, read_text
 @click.option("--no-cache", is_flag=True, help="Compute everything again for each token (slow).")
 @speculation_options
 @sampling_options
+@adapter_option
 @model_options()
 def command(
     path_or_prompt: str | None,

@@ -1,0 +1,72 @@
+"""The adapters of a loaded model, by name: read, chosen for all or for one request, removed."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hanok.checkpoint.adapter_files import open_adapter
+from hanok.errors import OptionError
+from hanok.memory.adapters import attach_files, usual_sources
+from hanok.models.adapters import activate, detach
+from hanok.models.decoder import Decoder
+from hanok.models.family import Source
+from hanok.registry import nearest_first
+
+
+class Adapters:
+    """Adapters over one decoder, whose own weights stay as they are.
+
+    Several may be used in one batch, each by the tokens of its requests. None is added or removed while
+    something is computed.
+    """
+
+    def __init__(self, decoder: Decoder, config: Mapping[str, Any], where: str) -> None:
+        self._decoder = decoder
+        self._config = config
+        self._where = where
+        self._indices: dict[str, int] = {}
+        self._next = 0
+        self.active: str | None = None
+        """That of what names none; None: the weights alone."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Return the names, in the order in which they were loaded."""
+        return tuple(self._indices)
+
+    def load(self, name: str, folder: str | Path) -> None:
+        """Read an adapter in PEFT's format under a name.
+
+        Raises CheckpointError where it does not fit the model, UnsupportedError for one of another kind,
+        OptionError for a name that is taken.
+        """
+        if name in self._indices:
+            raise OptionError(
+                f"there is an adapter {name!r} already. Choose another name, or unload it."
+            )
+        attach_files(self._decoder, self._table(), open_adapter(folder), index=self._next)
+        self._indices[name] = self._next
+        self._next += 1
+
+    def unload(self, name: str) -> None:
+        """Remove an adapter; what named none and used it uses the weights alone."""
+        index = self.index_of(name)
+        if self.active == name:
+            self.use(None)
+        detach(self._decoder, index)
+        del self._indices[name]
+
+    def use(self, name: str | None) -> None:
+        """Let an adapter be that of everything that names none; None: the weights alone."""
+        activate(self._decoder, None if name is None else self.index_of(name))
+        self.active = name
+
+    def index_of(self, name: str) -> int:
+        """Return the number that batches know an adapter by; OptionError for an unknown name."""
+        if name not in self._indices:
+            known = ", ".join(nearest_first(name, list(self._indices))) or "none is loaded"
+            raise OptionError(f"there is no adapter {name!r}. Known: {known}.")
+        return self._indices[name]
+
+    def _table(self) -> dict[str, Source]:
+        return usual_sources(self._config, self._decoder, self._where)

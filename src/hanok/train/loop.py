@@ -1,0 +1,258 @@
+"""The loop: packs of documents forward and backward, one step of the optimizer, and what is kept of it.
+
+The loss of a step is the sum of -log p over all its targets, divided by their number, however they are
+cut into packs. A step draws from nothing but the seed and its number, so a training that goes on from a
+checkpoint computes what one without a break would have computed.
+"""
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from hanok.attention.base import ForwardBatch
+from hanok.checkpoint.adapter_files import open_adapter
+from hanok.engine.model import Model
+from hanok.errors import GenerationError, OptionError
+from hanok.memory.adapters import (
+    attach_files,
+    attach_new,
+    save_adapter,
+    usual_sources,
+    write_adapter,
+)
+from hanok.models.adapters import activate
+from hanok.train.checkpoint import CheckpointWriter, find_newest, read_state
+from hanok.train.loss import backward, loss_sum
+from hanok.train.optimizer import Optimizer, learning_rate
+from hanok.train.options import TrainOptions
+
+INDEX = 0
+STEP_SEED = 1_000_003
+
+
+class Documents(Protocol):
+    """Tokenized documents, packed."""
+
+    def packs(self, epoch: int) -> Sequence[Sequence[int]]:
+        """Return the packs of an epoch, each the numbers of its documents."""
+
+    def document(self, number: int) -> tuple[Sequence[int], Sequence[bool]]:
+        """Return a document's tokens, and which of them are to be learnt."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepReport:
+    """What one step did."""
+
+    step: int
+    """From 1 on."""
+    num_steps: int
+    loss: float
+    """Mean of -log p of its targets, in nats."""
+    gradient_norm: float
+    learning_rate: float
+    num_tokens: int
+    num_targets: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainReport:
+    """What a training did."""
+
+    output: Path
+    """The adapter's folder."""
+    num_steps: int
+    num_parameters: int
+    """That learnt."""
+    losses: tuple[float, ...]
+    """Of the steps of this process."""
+    held_out_loss: float | None
+    is_finished: bool
+    """False where it was told to stop."""
+
+
+class Trainer:
+    """One training of an adapter over a model's weights, which stay as they are."""
+
+    def __init__(self, model: Model, options: TrainOptions, output: Path) -> None:
+        if model.decoder.execution.is_streamed:
+            raise OptionError(
+                "a model that is read from disk in every pass cannot be trained; give it more memory, "
+                "or load it with fewer bits (quant)."
+            )
+        self.model = model
+        self.options = options
+        self.output = output
+        self.is_told_to_stop = False
+        """Set it from anywhere, such as a signal's handler: the training stops after its step."""
+        self._decoder = model.decoder
+        folder = model.checkpoint.folder
+        self._table = usual_sources(model.checkpoint.config, model.decoder, str(folder))
+        self._config = options.lora
+        self._writer = CheckpointWriter(output, options.keep_checkpoints)
+        self._first = 0
+        found = find_newest(output)
+        self.skipped: tuple[str, ...] = found.skipped if found else ()
+        """Checkpoints that a resumed training did not take, with the reason."""
+        self._decoder.requires_grad_(False)
+        if found is None:
+            generator = torch.Generator().manual_seed(options.seed)
+            attach_new(self._decoder, self._table, self._config, index=INDEX, generator=generator)
+        else:
+            files = open_adapter(found.folder)
+            attach_files(self._decoder, self._table, files, index=INDEX, trains=True)
+        self._optimizer = Optimizer(self._decoder, options)
+        if found is not None:
+            state, moments = read_state(found.folder)
+            _check_same(state["options"], options)
+            self._first = int(state["step"])
+            self._optimizer.restore(moments, self._first)
+        activate(self._decoder, INDEX)
+
+    def run(
+        self,
+        documents: Documents,
+        held_out: Documents | None = None,
+        *,
+        on_step: Callable[[StepReport], None] | None = None,
+    ) -> TrainReport:
+        """Train to the end, or until told to stop; the output folder is complete in either case.
+
+        Raises GenerationError where the loss or a gradient is not a finite number: nothing is lost, the
+        last checkpoint stays.
+        """
+        num_steps = self._num_steps(documents)
+        losses: list[float] = []
+        self._decoder.train()
+        for number, packs in self._steps(documents, num_steps):
+            report = self._step(documents, packs, number, num_steps)
+            losses.append(report.loss)
+            if on_step is not None:
+                on_step(report)
+            every = self.options.save_steps
+            if self.is_told_to_stop or (every and report.step % every == 0):
+                self._save(report.step)
+            if self.is_told_to_stop:
+                break
+        self._decoder.eval()
+        done = self._first + len(losses)
+        self._save(done)
+        is_finished = done >= num_steps
+        loss = None if held_out is None else self.evaluate(held_out)
+        target = self.output / "adapter"
+        if is_finished and not target.exists():
+            save_adapter(target, self._decoder, self._table, self._config, index=INDEX)
+        return TrainReport(
+            output=target,
+            num_steps=done,
+            num_parameters=self._optimizer.num_parameters(),
+            losses=tuple(losses),
+            held_out_loss=loss,
+            is_finished=is_finished,
+        )
+
+    def evaluate(self, documents: Documents) -> float:
+        """Return the mean of -log p of the targets of some documents."""
+        total, count = 0.0, 0
+        with torch.no_grad():
+            for pack in documents.packs(0):
+                batch, rows, targets = _packed(documents, pack, self.model.device)
+                hidden = self._decoder(batch).index_select(0, rows)
+                total += loss_sum(self._decoder, hidden, targets)
+                count += len(targets)
+        return total / max(1, count)
+
+    def _step(
+        self, documents: Documents, packs: Sequence[Sequence[int]], number: int, num_steps: int
+    ) -> StepReport:
+        began = time.perf_counter()
+        torch.manual_seed(self.options.seed * STEP_SEED + number)
+        batches = [_packed(documents, pack, self.model.device) for pack in packs]
+        num_targets = sum(len(targets) for _, _, targets in batches)
+        total = 0.0
+        for batch, rows, targets in batches:
+            hidden = self._decoder(batch).index_select(0, rows)
+            total += backward(self._decoder, hidden, targets, 1 / max(1, num_targets))
+        loss, rate = total / max(1, num_targets), learning_rate(self.options, number, num_steps)
+        norm = self._optimizer.step(rate) if math.isfinite(loss) else math.nan
+        self._decoder.weights_changed()
+        if not math.isfinite(norm):
+            numbers = sorted(number for pack in packs for number in pack)
+            raise GenerationError(
+                f"step {number + 1}: the loss is {loss} and the gradients' norm {norm}; the adapter was "
+                f"not changed. The step's documents are {numbers[:20]}. Lower the learning rate, "
+                "or look at these documents."
+            )
+        return StepReport(
+            step=number + 1,
+            num_steps=num_steps,
+            loss=loss,
+            gradient_norm=norm,
+            learning_rate=rate,
+            num_tokens=sum(len(batch.token_ids) for batch, _, _ in batches),
+            num_targets=num_targets,
+            seconds=time.perf_counter() - began,
+        )
+
+    def _num_steps(self, documents: Documents) -> int:
+        per_epoch = -(-len(documents.packs(0)) // self.options.packs_per_step)
+        wanted = max(1, round(per_epoch * self.options.epochs))
+        return wanted if self.options.max_steps is None else self.options.max_steps
+
+    def _steps(
+        self, documents: Documents, num_steps: int
+    ) -> Iterator[tuple[int, Sequence[Sequence[int]]]]:
+        """Yield the number of each step that is left, from 0 on, and its packs."""
+        size, number, epoch = self.options.packs_per_step, 0, 0
+        while number < num_steps:
+            packs = documents.packs(epoch)
+            for start in range(0, len(packs), size):
+                if self._first <= number < num_steps:
+                    yield number, packs[start : start + size]
+                number += 1
+            epoch += 1
+
+    def _save(self, step: int) -> None:
+        state = {"step": step, "options": json.loads(json.dumps(asdict(self.options)))}
+        self._writer.write(step, state, self._optimizer.state(), self._save_learnt)
+
+    def _save_learnt(self, folder: Path) -> None:
+        write_adapter(folder, self._decoder, self._table, self._config, index=INDEX)
+
+
+def _packed(
+    documents: Documents, pack: Sequence[int], device: torch.device
+) -> tuple[ForwardBatch, Tensor, Tensor]:
+    """Return the batch of a pack, the rows whose next token is to be learnt, and these tokens."""
+    sequences, rows, targets = [], [], []
+    start = 0
+    for number in pack:
+        token_ids, is_target = documents.document(number)
+        for index in range(1, len(token_ids)):
+            if is_target[index]:
+                rows.append(start + index - 1)
+                targets.append(token_ids[index])
+        sequences.append(list(token_ids))
+        start += len(token_ids)
+    batch = ForwardBatch.of(sequences, device=device)
+    return batch, torch.tensor(rows, device=device), torch.tensor(targets, device=device)
+
+
+def _check_same(old: dict[str, Any], options: TrainOptions) -> None:
+    """Refuse to go on with options that would make another training of it."""
+    new = json.loads(json.dumps(asdict(options)))
+    may_change = {"save_steps", "keep_checkpoints", "eval_steps", "max_steps"}
+    for name in new.keys() | old.keys():
+        if name not in may_change and new.get(name) != old.get(name):
+            raise OptionError(
+                f"the checkpoint was made with {name} {old.get(name)!r}, and {new.get(name)!r} is "
+                "asked for: it would be another training. Give the same, or start in another folder."
+            )

@@ -1,0 +1,67 @@
+"""Every option of training, once: for Python and the command line. Imports no torch."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from hanok.checkpoint.adapter_files import LoraConfig
+from hanok.errors import OptionError
+
+Schedule = Literal["cosine", "linear", "constant"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainOptions:
+    """How a model learns. Raises OptionError for a value that no training could have."""
+
+    lora: LoraConfig = field(
+        default_factory=lambda: LoraConfig(target_modules="all-linear", r=16, lora_alpha=32)
+    )
+    """The adapter that learns."""
+    epochs: float = 1.0
+    """How often each document is read; less than 1 reads a part of them."""
+    max_steps: int | None = None
+    """Steps of the optimizer. None: those of the epochs."""
+    pack_tokens: int = 2048
+    """Tokens of one pass: documents are packed up to so many, and do not see each other."""
+    packs_per_step: int = 8
+    """Passes of one step of the optimizer."""
+    learning_rate: float = 2e-4
+    """The highest one, after the warm-up."""
+    schedule: Schedule = "cosine"
+    """How the learning rate goes down to zero after the warm-up."""
+    warmup_ratio: float = 0.03
+    """Share of the steps in which the learning rate rises."""
+    weight_decay: float = 0.0
+    """Of matrices; norms and biases have none."""
+    adam_beta1: float = 0.9
+    """Of AdamW."""
+    adam_beta2: float = 0.999
+    """Of AdamW."""
+    max_grad_norm: float = 1.0
+    """Longer gradients are scaled down to this length. 0: never."""
+    seed: int = 0
+    """Of the order of documents, of new adapters, and of dropout."""
+    save_steps: int = 100
+    """Steps between checkpoints. 0: none but the last."""
+    keep_checkpoints: int = 2
+    """Complete checkpoints that are kept."""
+    eval_steps: int = 0
+    """Steps between losses of the held-out documents. 0: at the end only."""
+    held_out: float = 0.0
+    """Share of the documents that are held out, drawn by the seed."""
+
+    def __post_init__(self) -> None:
+        for name in ("pack_tokens", "packs_per_step", "keep_checkpoints"):
+            if getattr(self, name) < 1:
+                raise OptionError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        for name in ("epochs", "learning_rate"):
+            if not getattr(self, name) > 0:
+                raise OptionError(f"{name} is {getattr(self, name)}; it must be above 0.")
+        for name in ("warmup_ratio", "held_out", "adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise OptionError(f"{name} is {getattr(self, name)}; it must be in [0, 1).")
+        for name in ("save_steps", "eval_steps", "weight_decay", "max_grad_norm"):
+            if getattr(self, name) < 0:
+                raise OptionError(f"{name} is {getattr(self, name)}; it must be at least 0.")
+        if self.max_steps is not None and self.max_steps < 1:
+            raise OptionError(f"max_steps is {self.max_steps}; it must be at least 1.")

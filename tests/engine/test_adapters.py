@@ -1,0 +1,121 @@
+"""Adapters by name: chosen for all that follows, or for each request of a batch."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+import hanok
+from hanok.checkpoint.adapter_files import LoraConfig
+from hanok.cli.main import cli
+from hanok.engine.model import Model
+from hanok.errors import OptionError
+from hanok.memory.adapters import attach_new, save_adapter, usual_sources
+from hanok.models.adapters import attached
+
+PROMPTS = ("Once upon a time", "Lily saw a", "Tom and his dog", "The sun was")
+
+
+def written(folder: Path, seed: int, targets: tuple[str, ...]) -> Path:
+    """An adapter that says something else than its base."""
+    model = hanok.load(hanok.BUNDLED, dtype="float32")
+    config = LoraConfig(r=4, lora_alpha=16, target_modules=targets)
+    table = usual_sources(model.checkpoint.config, model.decoder, "config.json")
+    generator = torch.Generator().manual_seed(seed)
+    attach_new(model.decoder, table, config, index=0, generator=generator)
+    for part in attached(model.decoder, table, 0).values():
+        with torch.no_grad():
+            part.b.copy_(0.3 * torch.randn(part.b.shape, generator=generator))
+    return save_adapter(folder, model.decoder, table, config, index=0)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("adapters")
+    return {
+        "one": written(folder / "one", 1, ("q_proj", "v_proj")),
+        "two": written(folder / "two", 2, ("o_proj", "down_proj", "up_proj")),
+    }
+
+
+def with_both(folders: dict[str, Path], quant: str | None) -> Model:
+    model = hanok.load(hanok.BUNDLED, dtype="bfloat16", quant=quant)
+    for name, folder in folders.items():
+        model.adapters.load(name, folder)
+    return model
+
+
+@pytest.mark.parametrize("quant", [None, "int8"])
+def test_requests_with_adapters_among_others_get_the_tokens_of_each_alone(
+    folders: dict[str, Path], quant: str | None
+) -> None:
+    model = with_both(folders, quant)
+    asked = [(prompt, name) for prompt in PROMPTS for name in (None, "one", "two")]
+    options = {"max_new_tokens": 12, "temperature": 0.0, "ignore_eos": True}
+    with hanok.Engine(model, cache_tokens=4096) as engine:
+        alone = [
+            [event.token_id for event in engine.submit(prompt, adapter=name, **options)]
+            for prompt, name in asked
+        ]
+        tickets = [engine.submit(prompt, adapter=name, **options) for prompt, name in asked]
+        together = [[event.token_id for event in ticket] for ticket in tickets]
+    assert together == alone
+    for start in range(0, len(alone), 3):  # an adapter matters
+        assert len({tuple(tokens) for tokens in alone[start : start + 3]}) == 3
+    for (prompt, name), tokens in zip(asked, alone, strict=True):
+        model.use_adapter(name)
+        assert model.generate(prompt, **options).token_ids == tokens
+
+
+def test_a_prompt_computed_with_one_adapter_is_not_found_with_another(
+    folders: dict[str, Path],
+) -> None:
+    model = with_both(folders, None)
+    prompt = [index % 900 + 3 for index in range(200)]
+    with hanok.Engine(model, cache_tokens=4096) as engine:
+        for name, expected in ((None, 0), ("one", 0), ("one", 192), ("two", 0), (None, 192)):
+            ticket = engine.submit(prompt, adapter=name, max_new_tokens=2)
+            list(ticket)
+            assert ticket.num_cached_tokens == expected
+
+
+def test_the_one_in_use_is_that_of_requests_that_name_none(folders: dict[str, Path]) -> None:
+    model = with_both(folders, None)
+    options = {"max_new_tokens": 8, "temperature": 0.0, "ignore_eos": True}
+    with hanok.Engine(model, cache_tokens=2048) as engine:
+        named = [event.token_id for event in engine.submit(PROMPTS[0], adapter="two", **options)]
+    model.use_adapter("two")
+    with hanok.Engine(model, cache_tokens=2048) as engine:
+        assert [event.token_id for event in engine.submit(PROMPTS[0], **options)] == named
+        with pytest.raises(OptionError, match=r"there is no adapter 'tow'\. Known: two, one"):
+            engine.submit(PROMPTS[0], adapter="tow")
+    base = hanok.load(hanok.BUNDLED, dtype="bfloat16").logits([5, 9, 200])
+    model.use_adapter(None)
+    assert torch.equal(model.logits([5, 9, 200]), base)
+
+
+def test_the_command_line_generates_with_an_adapter(folders: dict[str, Path]) -> None:
+    model = with_both(folders, None)
+    model.use_adapter("one")
+    options = {"max_new_tokens": 8, "temperature": 0.0}
+    expected = model.generate("Once upon a time", **options).text
+    arguments = ["--max-new-tokens", "8", "--temperature", "0", "--dtype", "bfloat16"]
+    command = ["generate", "Once upon a time", "--adapter", str(folders["one"]), *arguments]
+    found = CliRunner().invoke(cli, command)
+    assert found.exit_code == 0, found.output
+    assert expected in found.stdout
+
+
+def test_names_come_and_go(folders: dict[str, Path]) -> None:
+    model = with_both(folders, None)
+    assert model.adapters.names == ("one", "two")
+    with pytest.raises(OptionError, match="there is an adapter 'one' already"):
+        model.adapters.load("one", folders["one"])
+    model.use_adapter("one")
+    model.adapters.unload("one")
+    assert (model.adapters.names, model.adapters.active) == (("two",), None)
+    model.adapters.unload("two")
+    assert not any(".lora" in name for name, _ in model.decoder.named_parameters())
+    with pytest.raises(OptionError, match="none is loaded"):
+        model.use_adapter("one")

@@ -1,0 +1,221 @@
+"""Training an adapter: PEFT's gradients, steps that do not depend on the cut, resuming exactly."""
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM
+
+import hanok
+from hanok.checkpoint.adapter_files import LoraConfig
+from hanok.engine.model import Model
+from hanok.errors import CheckpointError, GenerationError, OptionError
+from hanok.models.adapters import attached
+from hanok.train.loop import StepReport, Trainer
+from hanok.train.options import TrainOptions
+
+TEXTS = (
+    "Once upon a time there was a little dog who loved to play.",
+    "Lily saw a big red ball in the park.",
+    "The sun was warm and the birds were singing.",
+    "Tom and his mom went to the store to buy milk.",
+    "One day a cat found a box.",
+    "Ben was sad.",
+    "She ran and ran until she was home again with all her friends.",
+    "They had fun.",
+)
+LORA = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear")
+OPTIONS = TrainOptions(
+    lora=LORA, packs_per_step=2, learning_rate=1e-3, epochs=3, save_steps=2, warmup_ratio=0.1
+)
+
+
+class Texts:
+    """Documents of some texts, all of whose tokens are learnt, in packs of so many documents."""
+
+    def __init__(self, model: Model, size: int = 2, texts: Sequence[str] = TEXTS) -> None:
+        self._ids = [model.encode(text) for text in texts]
+        self._size = size
+
+    def packs(self, epoch: int) -> Sequence[Sequence[int]]:
+        order = list(range(len(self._ids)))
+        order = order[epoch:] + order[:epoch]
+        return [order[i : i + self._size] for i in range(0, len(order), self._size)]
+
+    def document(self, number: int) -> tuple[Sequence[int], Sequence[bool]]:
+        return self._ids[number], [index > 1 for index in range(len(self._ids[number]))]
+
+
+def loaded(quant: str | None = None, dtype: str = "float32") -> Model:
+    return hanok.load(hanok.BUNDLED, dtype=dtype, quant=quant, weights="copied")
+
+
+def gradients(trainer: Trainer) -> dict[str, Tensor]:
+    """What a first step's gradients are, by path: the optimizer's first moments are a tenth of them."""
+    found = {}
+    for name, moment in trainer._optimizer.state():
+        kind, _, path = name.partition(".")
+        if kind == "exp_avg":
+            found[path] = moment * 10
+    return found
+
+
+def first_step(output: Path, packs_per_step: int, size: int) -> dict[str, Tensor]:
+    model = loaded()
+    options = replace(OPTIONS, packs_per_step=packs_per_step, max_steps=1, max_grad_norm=0.0)
+    trainer = Trainer(model, options, output)
+    with torch.no_grad():  # B begins as zero, and A would have no gradient
+        generator = torch.Generator().manual_seed(1)
+        for part in attached(model.decoder, trainer._table, 0).values():
+            part.b.copy_(0.1 * torch.randn(part.b.shape, generator=generator))
+    trainer.run(Texts(model, size))
+    return gradients(trainer)
+
+
+@pytest.mark.parametrize(("packs_per_step", "size"), [(8, 1), (4, 2), (2, 4)])
+def test_a_step_does_not_depend_on_how_it_is_cut(
+    packs_per_step: int, size: int, tmp_path: Path
+) -> None:
+    whole = first_step(tmp_path / "whole", 1, 8)
+    parts = first_step(tmp_path / "parts", packs_per_step, size)
+    assert whole.keys() == parts.keys()
+    for name, gradient in whole.items():
+        assert gradient.norm() > 0
+        assert (gradient - parts[name]).norm() <= 1e-5 * gradient.norm()
+
+
+@pytest.mark.filterwarnings("ignore")  # of PEFT's
+def test_gradients_are_pefts(tmp_path: Path) -> None:
+    ours = first_step(tmp_path / "ours", 1, 8)
+    model = loaded()
+    theirs = peft.get_peft_model(
+        AutoModelForCausalLM.from_pretrained(hanok.BUNDLED, dtype=torch.float32),
+        peft.LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules="all-linear"),
+    )
+    reference = loaded()
+    trainer = Trainer(reference, OPTIONS, tmp_path / "reference")
+    parts = attached(reference.decoder, trainer._table, 0)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for path, part in parts.items():
+            b = 0.1 * torch.randn(part.b.shape, generator=generator)
+            module = theirs.get_submodule(f"base_model.model.{path}")
+            module.lora_A["default"].weight.copy_(part.a)
+            module.lora_B["default"].weight.copy_(b)
+    losses, count = [], 0
+    texts = Texts(model)
+    for number in range(len(TEXTS)):
+        ids, is_target = texts.document(number)
+        logits = theirs(torch.tensor([ids])).logits[0].float()
+        labels = torch.tensor([t if k else -100 for t, k in zip(ids, is_target, strict=True)])
+        losses.append(F.cross_entropy(logits[:-1], labels[1:], reduction="sum"))
+        count += sum(is_target)
+    (sum(losses) / count).backward()
+    compared = 0
+    for path in parts:
+        module = theirs.get_submodule(f"base_model.model.{path}")
+        for kind, weight in (("b", module.lora_B["default"].weight),):
+            # Fused products hold the parts' B one by one, in the order of the parts.
+            grads = [g for n, g in ours.items() if f".{kind}." in n and g.shape == weight.shape]
+            nearest = min(float((g - weight.grad).norm()) for g in grads)
+            assert nearest <= 1e-4 * float(weight.grad.norm())
+            compared += 1
+    assert compared == len(parts) == 35
+
+
+@pytest.mark.filterwarnings("ignore")  # of PEFT's
+def test_a_loss_goes_down_and_what_was_learnt_is_what_is_loaded(tmp_path: Path) -> None:
+    model = loaded()
+    texts = Texts(model)
+    reports: list[StepReport] = []
+    trainer = Trainer(model, replace(OPTIONS, epochs=20), tmp_path)
+    before = trainer.evaluate(texts)
+    done = trainer.run(texts, texts, on_step=reports.append)
+    assert done.is_finished
+    assert done.held_out_loss is not None
+    assert done.held_out_loss < 0.5 * before
+    assert [report.step for report in reports] == list(range(1, 41))
+    assert max(report.learning_rate for report in reports) <= 1e-3
+    theirs = peft.PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(hanok.BUNDLED, dtype=torch.float32), done.output
+    )
+    ids = model.encode(TEXTS[0])
+    with torch.no_grad():
+        expected = theirs(torch.tensor([ids])).logits[0]
+    torch.testing.assert_close(model.logits(ids), expected, atol=1e-3, rtol=1e-4)
+    assert model.generate("Lily saw", max_new_tokens=6).text == " a big red ball in the"
+
+
+@pytest.mark.parametrize("stop", [1, 3, 5])
+def test_a_resumed_training_is_the_uninterrupted_one_bit_for_bit(stop: int, tmp_path: Path) -> None:
+    model = loaded()
+    dropped = replace(OPTIONS, lora=replace(LORA, lora_dropout=0.1))
+    whole = Trainer(model, dropped, tmp_path / "whole").run(Texts(model))
+    model = loaded()
+    first = Trainer(model, dropped, tmp_path / "parts")
+
+    def stop_at(report: StepReport) -> None:
+        first.is_told_to_stop = report.step == stop
+
+    one = first.run(Texts(model), on_step=stop_at)
+    assert not one.is_finished
+    assert one.num_steps == stop
+    model = loaded()
+    two = Trainer(model, dropped, tmp_path / "parts").run(Texts(model))
+    assert two.is_finished
+    assert one.losses + two.losses == whole.losses
+    files = [
+        tmp_path / name / "adapter" / "adapter_model.safetensors" for name in ("whole", "parts")
+    ]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_a_damaged_checkpoint_is_left_for_the_one_before_it(tmp_path: Path) -> None:
+    model = loaded()
+    Trainer(model, OPTIONS, tmp_path).run(Texts(model))
+    checkpoints = sorted((tmp_path / "checkpoints").iterdir())
+    assert [item.name for item in checkpoints] == ["step-00000004", "step-00000006"]
+    (checkpoints[1] / "optimizer.safetensors").write_bytes(b"cut off")
+    trainer = Trainer(loaded(), OPTIONS, tmp_path)
+    (reason,) = trainer.skipped
+    assert "step-00000006: optimizer.safetensors has 7 bytes and should have" in reason
+    shutil.rmtree(checkpoints[0])
+    with pytest.raises(CheckpointError, match="no checkpoint is complete"):
+        Trainer(loaded(), OPTIONS, tmp_path)
+
+
+def test_other_options_are_another_training(tmp_path: Path) -> None:
+    model = loaded()
+    Trainer(model, replace(OPTIONS, max_steps=2), tmp_path).run(Texts(model))
+    with pytest.raises(
+        OptionError, match=r"made with learning_rate 0\.001, and 0\.01 is asked for"
+    ):
+        Trainer(loaded(), replace(OPTIONS, learning_rate=0.01), tmp_path)
+
+
+def test_a_loss_that_is_no_number_changes_nothing(tmp_path: Path) -> None:
+    model = loaded()
+    trainer = Trainer(model, OPTIONS, tmp_path)
+    parts = attached(model.decoder, trainer._table, 0)
+    with torch.no_grad():
+        next(iter(parts.values())).b.fill_(torch.nan)
+    kept = {path: part.a.clone() for path, part in parts.items()}
+    with pytest.raises(GenerationError, match="step 1: the loss is nan"):
+        trainer.run(Texts(model))
+    assert all(torch.equal(kept[path], part.a) for path, part in parts.items())
+
+
+@pytest.mark.parametrize("quant", ["int8", "int4", "nf4"])
+def test_an_adapter_over_a_quantized_base_learns(quant: str, tmp_path: Path) -> None:
+    model = loaded(quant=quant)
+    texts = Texts(model)
+    trainer = Trainer(model, replace(OPTIONS, epochs=10), tmp_path)
+    before = trainer.evaluate(texts)
+    assert trainer.run(texts).is_finished
+    assert trainer.evaluate(texts) < 0.7 * before
