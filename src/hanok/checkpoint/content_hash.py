@@ -1,4 +1,4 @@
-"""Hashes of files' contents, computed once: as long as a file's state is the same, its hash is looked up.
+"""Hashes of files' contents, computed once: while a file's state is the same, its hash is looked up.
 
 The state is device, inode, size and times, which change whenever contents do.
 """
@@ -16,7 +16,7 @@ NUM_READERS = 4
 
 
 def content_hashes(files: Iterable[Path], index: Path) -> list[str]:
-    """Return the hash of each file's contents, and keep those that were not known in `index`, a JSON file.
+    """Return the hash of each file's contents, and keep new ones in `index`, a JSON file.
 
     Raises OSError where a file cannot be read or the index not be written.
     """

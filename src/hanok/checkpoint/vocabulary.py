@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, Protocol
 import tokenizers
 
 from hanok.checkpoint.byte_level import NO_CLASS, Cuts, byte_alphabet
+from hanok.checkpoint.protobuf import fields
 from hanok.checkpoint.sentencepiece_json import first_difference, read_model, to_library
 from hanok.checkpoint.stream import REPLACEMENT, TokenTexts
 from hanok.checkpoint.token_bounds import TokenBound, library_bound, sentencepiece_bound
@@ -450,10 +451,31 @@ class SentencePieceVocabulary:
                 located.spans.append((begin, begin + len(self._added[part].text)))
             elif part:
                 model = self._model if begin == 0 or self._is_legacy else self._bare
-                for piece in model.encode(part, out_type="immutable_proto").pieces:
-                    located.ids.append(piece.id)
-                    located.spans.append((begin + piece.begin, begin + piece.end))
+                pieces = list(self._pieces_of(model, part))
+                spans: list[tuple[int, int]] = []
+                for token_id, start, end in reversed(pieces):
+                    if start == end and token_id in self._data and spans:
+                        spans.append(spans[-1])  # of the bytes of a character the last one has it
+                    else:
+                        spans.append((begin + start, begin + end))
+                located.ids.extend(token_id for token_id, _, _ in pieces)
+                located.spans.extend(reversed(spans))
         return located
+
+    def _pieces_of(self, model: Any, text: str) -> Iterator[tuple[int, int, int]]:
+        """Yield each token's id, and where it begins and ends in the text in characters."""
+        # The one form with places that every version of the library has: a SentencePieceText, whose
+        # field 2 are pieces; of each 2 is the id, 4 and 5 where it begins and ends, in bytes.
+        place_of = {0: 0}
+        place = 0
+        for number, character in enumerate(text, 1):
+            place += len(character.encode())
+            place_of[place] = number
+        for field, message in fields(model.encode(text, out_type="serialized_proto")):
+            if field == 2 and isinstance(message, bytes):
+                values = dict(fields(message))
+                start, end = values.get(4, 0), values.get(5, 0)
+                yield _number(values[2]), place_of[_number(start)], place_of[_number(end)]
 
     def encode_processed(self, text: str) -> list[int]:
         """The same: these files have no post-processor."""
@@ -496,6 +518,11 @@ class SentencePieceVocabulary:
     def _piece_text(self, token_id: int) -> str:
         piece = self._pieces[token_id]
         return piece if token_id in self._added else piece.replace(_SPACE_MARK, " ")
+
+
+def _number(value: int | bytes) -> int:
+    assert isinstance(value, int)
+    return value
 
 
 def _number_added(

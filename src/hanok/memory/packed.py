@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from hanok.checkpoint.aside import Batch
-from hanok.checkpoint.files import TensorRef
 from hanok.checkpoint.content_hash import content_hashes
+from hanok.checkpoint.files import TensorRef
 from hanok.errors import CheckpointError
 from hanok.kernels.native import native
 from hanok.memory.quantize import QuantizedSource

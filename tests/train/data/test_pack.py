@@ -78,9 +78,7 @@ def test_fewer_packs_than_first_fit(spread: float) -> None:
     """On lengths as texts have them; of chosen lengths first fit may be the better one."""
     numbers = Random(7)
     for size in (512, 2048):
-        lengths = [
-            min(size, max(1, int(numbers.lognormvariate(5, spread)))) for _ in range(2000)
-        ]
+        lengths = [min(size, max(1, int(numbers.lognormvariate(5, spread)))) for _ in range(2000)]
         packs = pack_epoch(lengths, size, range(2000), 0, 0)
         assert len(packs) <= first_fit(lengths, size)
         assert sum(lengths) / (len(packs) * size) > 0.97

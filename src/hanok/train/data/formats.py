@@ -8,8 +8,8 @@
 | `prompt-completion` | `prompt` and `completion`: two texts, or two lists of messages |
 | `text` | `text` |
 
-The format is detected from the names of the columns in the first rows. Where several fit, or where the rows
-are pairs or judgements for another kind of training, it is refused with the candidates.
+The format is detected from the names of the columns in the first rows. Where several fit, or where the
+rows are pairs or judgements for another kind of training, it is refused with the candidates.
 """
 
 import json
@@ -167,13 +167,15 @@ def _sharegpt(row: Mapping[str, Any]) -> Record:
         messages.insert(0, {"role": "system", "content": system})
     # Some exported conversations begin with an answer to nothing.
     begin = int(bool(messages) and messages[0]["role"] == "system")
-    after = next((i for i in range(begin, len(messages)) if not _answers(messages[i])), begin)
+    after = next(
+        (i for i in range(begin, len(messages)) if not _answers(messages[i])), len(messages)
+    )
     kept = [*messages[:begin], *messages[after:]]
     return _conversation(kept, row, left_out=("it answers nothing",) * (after - begin))
 
 
 def _answers(message: Message) -> bool:
-    return message["role"] == "assistant"
+    return bool(message["role"] == "assistant")
 
 
 def _alpaca(row: Mapping[str, Any]) -> Record:
@@ -230,8 +232,7 @@ def _conversation(
 ) -> Conversation:
     messages = [_message(turn, number) for number, turn in enumerate(turns)]
     learnt = [
-        _answers(message) and _is_learnt(message, number)
-        for number, message in enumerate(messages)
+        _answers(message) and _is_learnt(message, number) for number, message in enumerate(messages)
     ]
     if True not in learnt:
         raise BadRowError("there is no answer of the assistant to learn")

@@ -93,11 +93,14 @@ class Renderer:
         self, tokenizer: Tokenizer, *, template: str | None = None, end_ids: Collection[int] = ()
     ) -> None:
         self._tokenizer = tokenizer
-        self._template = template
+        self.template = template
+        self.has_template = template is not None or bool(tokenizer.chat_template_names)
         self._special = tokenizer.special_token_ids
         spelled = [tokenizer.spelling(token_id) for token_id in sorted(self._special)]
         self._spelled = tuple(sorted((text for text in spelled if text), key=len, reverse=True))
-        self._tail = re.compile("|".join([r"\s", *map(re.escape, self._spelled)]).join(("(?:", ")*")))
+        self._tail = re.compile(
+            "|".join([r"\s", *map(re.escape, self._spelled)]).join(("(?:", ")*"))
+        )
         self._eos = tokenizer.eos_token_id
         self._ends = set(end_ids) | ({self._eos} if self._eos is not None else set())
         self._ends |= self._probed_ends()
@@ -165,11 +168,15 @@ class Renderer:
         return draft
 
     def _rendered(
-        self, record: Conversation, messages: list[dict[str, object]] | None = None, *, opens: bool = False
+        self,
+        record: Conversation,
+        messages: list[dict[str, object]] | None = None,
+        *,
+        opens: bool = False,
     ) -> str:
         return self._tokenizer.render_chat(
             record.messages if messages is None else messages,
-            template=self._template,
+            template=self.template,
             tools=record.tools,
             add_generation_prompt=opens,
             template_variables=record.variables,
@@ -180,7 +187,7 @@ class Renderer:
         try:
             rendered = self._tokenizer.render_chat_with_spans(
                 record.messages,
-                template=self._template,
+                template=self.template,
                 tools=record.tools,
                 template_variables=record.variables,
             )
@@ -330,7 +337,7 @@ class Renderer:
     def _probed_marks(self) -> bool:
         """Return whether the template marks answers."""
         try:
-            rendered = self._tokenizer.render_chat_with_spans(_EXCHANGE, template=self._template)
+            rendered = self._tokenizer.render_chat_with_spans(_EXCHANGE, template=self.template)
         except RequestError:
             return False
         return bool(rendered.generation_spans)

@@ -47,14 +47,15 @@ def pack(lengths: Sequence[int], max_tokens: int, order: Sequence[int]) -> list[
 
 
 def pack_epoch(
-    lengths: Sequence[int], max_tokens: int, order: Sequence[int], seed: int, epoch: int
+    lengths: Sequence[int], max_tokens: int | None, order: Sequence[int], seed: int, epoch: int
 ) -> list[list[int]]:
-    """Return the packs of an epoch in the order in which they are learnt.
+    """Return the packs of an epoch in the order in which they are learnt; None: one for each document.
 
-    The pack with most tokens is first, of equal ones that with the longest document; the others follow in
-    an order that depends on seed and epoch alone.
+    The pack with most tokens is first, of equal ones that with the longest document; the others
+    follow in an order that depends on seed and epoch alone.
     """
-    packs = pack(lengths, max_tokens, shuffled(order, f"{seed}/{epoch}/documents"))
+    mixed = shuffled(order, f"{seed}/{epoch}/documents")
+    packs = [[i] for i in mixed] if max_tokens is None else pack(lengths, max_tokens, mixed)
     packs = shuffled(packs, f"{seed}/{epoch}/packs")
     if packs:
         sizes = [(sum(lengths[i] for i in found), lengths[found[0]]) for found in packs]

@@ -51,6 +51,8 @@ class Row:
     value: Any = None
     reason: str = ""
     """Why it cannot be read. Empty: it can."""
+    size_bytes: int = 0
+    """About how much of the file it is, for progress; 0 where that is not known."""
 
 
 class JsonLines(Sequence[Row]):
@@ -114,6 +116,11 @@ def find_files(path: Path) -> list[Path]:
     return found
 
 
+def size_of(path: Path) -> int:
+    """Return the bytes of the files that would be read."""
+    return sum(file.stat().st_size for file in find_files(path))
+
+
 def kind_of(file: Path) -> str:
     """Return how a file is to be read; DataError for an unknown ending."""
     kind = SUFFIXES.get(file.suffix.lower())
@@ -154,7 +161,8 @@ def capped(rows: Iterable[Row], cap: int, seed: int) -> list[Row]:
 
 def _json_row(number: int, line: bytes) -> Row:
     try:
-        return Row(number, json.loads(line.removeprefix(_BOM) if number == 1 else line))
+        value = json.loads(line.removeprefix(_BOM) if number == 1 else line)
+        return Row(number, value, size_bytes=len(line))
     except UnicodeDecodeError as error:
         return Row(number, reason=f"not UTF-8 text, at byte {error.start} of the line")
     except (ValueError, RecursionError) as error:
@@ -179,15 +187,15 @@ def _read_array(file: Path) -> Iterator[Row]:
     while text[place : place + 1] != "]":
         line, counted = line + text.count("\n", counted, place), place
         try:
-            value, place = decoder.raw_decode(text, place)
+            value, end = decoder.raw_decode(text, place)
         except (ValueError, RecursionError) as error:
             # Where the next row begins is not known.
             raise DataError(
                 f"{file}, line {line}: the array cannot be read on from here: {error}. Mend the "
                 "file, or write one row a line (JSONL), of which bad ones are left out."
             ) from None
-        yield Row(line, value)
-        place = _skip(text, place)
+        yield Row(line, value, size_bytes=end - place)
+        place = _skip(text, end)
         if text[place : place + 1] == ",":
             place = _skip(text, place + 1)
         elif text[place : place + 1] != "]":
@@ -217,7 +225,9 @@ def _read_table(file: Path) -> Iterator[Row]:
                 yield Row(begin, reason=f"not valid CSV: {error}")
                 continue
             except UnicodeDecodeError as error:
-                raise DataError(f"{file}, after line {begin - 1}: not UTF-8 text: {error}.") from None
+                raise DataError(
+                    f"{file}, after line {begin - 1}: not UTF-8 text: {error}."
+                ) from None
             if cells is None:
                 return
             if names is None:
@@ -240,7 +250,8 @@ def _read_text(file: Path) -> Iterator[Row]:
                 text = decode(part, f"{file}, from line {line}")
             except RequestError as error:
                 raise DataError(str(error)) from None
-            yield Row(line, Text(text=text, begins=line == 1, ends=not following))
+            value = Text(text=text, begins=line == 1, ends=not following)
+            yield Row(line, value, size_bytes=len(part))
             line += part.count(b"\n")
             part = following
 
