@@ -20,6 +20,7 @@ from hanok.errors import (
     DeadlineError,
     GenerationError,
     HanokError,
+    HubError,
     OptionError,
     RequestAbortedError,
     RequestError,
@@ -38,6 +39,9 @@ if TYPE_CHECKING:
     from hanok.engine.speculate import Speculation
     from hanok.engine.stats import EngineStats
     from hanok.engine.ticket import Ticket
+    from hanok.hub.options import PullOptions, PushOptions
+    from hanok.hub.pull import PullReport, pull
+    from hanok.hub.push import Push, PushReport, push
     from hanok.memory.options import LoadOptions
     from hanok.memory.plan import LoadPlan
     from hanok.memory.planning import plan_draft, plan_load
@@ -53,6 +57,11 @@ _LAZY = {
     "LoraConfig": "hanok.checkpoint.adapter_files",
     "Model": "hanok.engine.model",
     "PrefixCache": "hanok.engine.generate",
+    "PullOptions": "hanok.hub.options",
+    "PullReport": "hanok.hub.pull",
+    "Push": "hanok.hub.push",
+    "PushOptions": "hanok.hub.options",
+    "PushReport": "hanok.hub.push",
     "SamplingParams": "hanok.engine.params",
     "Score": "hanok.engine.model",
     "QualityReport": "hanok.bench.quality",
@@ -66,6 +75,8 @@ _LAZY = {
     "measure_quality": "hanok.bench.quality",
     "plan_draft": "hanok.memory.planning",
     "plan_load": "hanok.memory.planning",
+    "pull": "hanok.hub.pull",
+    "push": "hanok.hub.push",
 }
 
 __all__ = [
@@ -80,12 +91,18 @@ __all__ = [
     "Generation",
     "GenerationError",
     "HanokError",
+    "HubError",
     "LoadOptions",
     "LoadPlan",
     "LoraConfig",
     "Model",
     "OptionError",
     "PrefixCache",
+    "PullOptions",
+    "PullReport",
+    "Push",
+    "PushOptions",
+    "PushReport",
     "QualityReport",
     "RequestAbortedError",
     "RequestError",
@@ -103,6 +120,8 @@ __all__ = [
     "measure_quality",
     "plan_draft",
     "plan_load",
+    "pull",
+    "push",
 ]
 
 

@@ -9,6 +9,7 @@ HanokError
 ├── GenerationError    computing one request failed; the others continue
 ├── RequestAbortedError  a request was aborted before it was finished
 ├── DeadlineError      a request was not finished before its deadline
+├── HubError           a hub refused a request, or could not be reached
 ├── ClosedError        an engine was stopped, or is about to be, and takes no requests
 └── DataError          rows of training data are missing, damaged, or would teach something else
 
@@ -78,6 +79,13 @@ class DeadlineError(HanokError):
     http_status = 408
 
 
+class HubError(HanokError):
+    """A hub refused a request, answered what it should not, or could not be reached."""
+
+    exit_code = 11
+    http_status = 502
+
+
 class ClosedError(HanokError):
     """An engine was stopped, or is about to be, and takes no requests."""
 
@@ -88,5 +96,5 @@ class ClosedError(HanokError):
 class DataError(HanokError):
     """Rows of training data are missing, damaged, or would teach something else than was meant."""
 
-    exit_code = 11
+    exit_code = 12
     http_status = 422

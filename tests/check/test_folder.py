@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from tests.check.conftest import CONFIG, edit, random_tensors, write
 
 from hanok.check.finding import CheckReport
@@ -145,20 +146,30 @@ def no_tokens(folder: Path) -> None:
 
 
 BREAKS: dict[str, tuple[Break, str, str, str]] = {
-    "a NaN": (value_at(GATE, 3, 5, float("nan")), "error", "not-finite", r"1 number .* index 101"),
+    "a NaN": (
+        value_at(GATE, 3, 5, float("nan")),
+        "error",
+        "not-finite",
+        r"1 number not finite .* \[3, 5\]",
+    ),
     "an infinity": (
         value_at(EMBED, 2000, 0, float("-inf")),
         "error",
         "not-finite",
-        r"embed_tokens.*index 64,000",
+        r"embed_tokens.*\[2000, 0\]",
     ),
     "dead rows": (
         set_rows(GATE, [4, 9], 0.0),
         "warning",
         "dead-rows",
-        "2 of 48 rows .* zero.*: 4, 9",
+        r"rows of zeros.*: 2 of 48 \(4, 9\)",
     ),
-    "constant rows": (set_rows(GATE, [7], 0.5), "warning", "constant-rows", "1 of 48 rows.*: 7"),
+    "constant rows": (
+        set_rows(GATE, [7], 0.5),
+        "warning",
+        "constant-rows",
+        r"one number.*: 1 of 48 \(7\)",
+    ),
     "a dead token": (
         set_rows(EMBED, [500], 0.0),
         "warning",
@@ -299,7 +310,7 @@ BREAKS: dict[str, tuple[Break, str, str, str]] = {
         lambda f: shard(f).unlink(),
         "error",
         "shard-missing",
-        "names 1 file that are missing: model-00002-of-00003.safetensors",
+        "lacks 1 file of those it names: model-00002-of-00003.safetensors",
     ),
     "a shard cut off": (cut_off, "error", "damaged", "cut off, get the file again"),
     "a tensor in another shard": (
@@ -430,7 +441,7 @@ BREAKS: dict[str, tuple[Break, str, str, str]] = {
         "pad_token_id is -1, which some readers take for no token",
     ),
     "another first token": (
-        changed("config.json", bos_token_id=2),
+        changed("generation_config.json", bos_token_id=2),
         "warning",
         "bos-token",
         r"bos_token_id is 2 '<\|user\|>', and the tokenizer's bos_token is 0 '<s>'",
@@ -569,7 +580,6 @@ def test_a_break_is_found(name: str, sound: Path) -> None:
 
 
 CONSEQUENCES: dict[str, set[str]] = {
-    "another end": {"end-of-turn"},
     "a whole file next to the index": {"unused-weights"},
     "a tensor in two shards": {"index-absent"},
     "pickled code": {"pickle"},
@@ -598,32 +608,27 @@ def test_every_kind_of_the_source_is_broken_here() -> None:
     assert kinds - tested == ELSEWHERE
 
 
-ELSEWHERE = {"adapter", "decided", "large-file", "no-format", "no-model"}
+ELSEWHERE = {
+    *("adapter", "unknown-adapter", "idle-adapter"),
+    *("decided", "large-file", "no-format", "no-model"),
+}
 """Tested below, with folders of another kind."""
 
 
-def test_folders_of_another_kind(tmp_path: Path, sound: Path) -> None:
-    empty = check(mkdir(tmp_path / "empty"))
-    assert [item.kind for item in empty.findings] == ["no-model"]
-    adapter = mkdir(tmp_path / "adapter")
-    write(
-        adapter, {"base.lora_A.weight": torch.ones(4, 32), "base.lora_B.weight": torch.zeros(32, 4)}
-    )
-    (adapter / "model.safetensors").rename(adapter / "adapter_model.safetensors")
-    alone = check(adapter)
-    assert [item.kind for item in alone.findings] == ["adapter"]
-    write_json(adapter / "adapter_config.json", {"base_model_name_or_path": "org/base"})
-    known = check(adapter)
-    assert known.findings == ()
-    assert "it is an adapter" in {item.reason for item in known.skipped}
+def test_an_empty_folder_is_no_model(tmp_path: Path) -> None:
+    assert [item.kind for item in check(tmp_path).findings] == ["no-model"]
+
+
+def test_another_prefix_and_no_format_are_noted(sound: Path) -> None:
     for file in sound.glob("*.safetensors*"):
         file.unlink()
-    from safetensors.torch import save_file
-
     renamed = {f"module.{name}": tensor for name, tensor in random_tensors(CONFIG).items()}
     save_file(renamed, sound / "model.safetensors")
-    kinds = [item.kind for item in check(sound).findings]
-    assert sorted(kinds) == ["decided", "no-format"]
+    found = check(sound).findings
+    assert sorted((item.level, item.kind) for item in found) == [
+        ("note", "decided"),
+        ("note", "no-format"),
+    ]
 
 
 def mkdir(folder: Path) -> Path:
@@ -658,6 +663,15 @@ def test_quantized_weights_are_read_and_only_what_applies_is_checked(sound: Path
 def test_an_answer_that_ends_with_several_tokens_ends_at_any_of_them(sound: Path) -> None:
     template("{% for m in messages %}{{ m.content }}<|user|> </s>{% endfor %}")(sound)
     assert check(sound).findings == ()
+
+
+def test_only_the_file_that_readers_take_must_name_the_first_token(sound: Path) -> None:
+    edit(sound / "config.json", bos_token_id=2)
+    assert check(sound).findings == ()
+    edit(sound / "generation_config.json", bos_token_id=None)
+    assert [(item.kind, item.where) for item in check(sound).findings] == [
+        ("bos-token", "config.json")
+    ]
 
 
 def test_roles_are_those_that_are_written_out(sound: Path) -> None:

@@ -1,7 +1,9 @@
 """Adding tokens to a folder: what transformers makes of it, what stays as it was, what is refused."""
 
+import fcntl
 import json
 import os
+import resource
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -250,9 +252,104 @@ def test_only_the_files_with_the_two_matrices_are_written(folder: Path, tmp_path
         "config.json",
         "tokenizer.json",
         "tokenizer_config.json",
+        "generation_config.json",
         "model.safetensors.index.json",
     }
     assert {file.name: file.stat().st_ino for file in folder.iterdir()} == before
+
+
+def test_small_files_of_two_folders_can_be_changed_apart(folder: Path, tmp_path: Path) -> None:
+    (folder / ".git").mkdir()
+    (folder / ".git" / "HEAD").write_text("ref")
+    (folder / "empty").mkdir()
+    apply(plan_tokens(folder, ORDINARY, TokenOptions()), tmp_path / "new")
+    shared = {
+        file.name
+        for file in (tmp_path / "new").rglob("*")
+        if file.is_file() and file.stat().st_nlink > 1
+    }
+    assert shared
+    assert all(name.endswith(".safetensors") for name in shared)
+    names = {file.name for file in folder.iterdir()} - {".git"}
+    assert {file.name for file in (tmp_path / "new").iterdir()} == names
+    apply(plan_tokens(folder, ORDINARY, TokenOptions()))
+    assert {file.name for file in folder.iterdir()} == names | {".git"}
+    assert (folder / ".git" / "HEAD").read_text() == "ref"
+
+
+def test_weights_in_a_folder_of_their_own_are_changed_there(folder: Path) -> None:
+    (folder / "weights").mkdir()
+    for file in folder.glob("*.safetensors"):
+        file.rename(folder / "weights" / file.name)
+
+    def move(index: Any) -> None:
+        index["weight_map"] = {k: f"weights/{v}" for k, v in index["weight_map"].items()}
+
+    change_json(folder / "model.safetensors.index.json", move)
+    report = apply(plan_tokens(folder, ORDINARY, TokenOptions()))
+    assert all(name.startswith("weights/") for name in report.rewritten)
+    assert not list(folder.glob("*.safetensors"))
+    assert hanok.load(folder).config.vocab_size == VOCABULARY + 4
+
+
+# Others who write at the same time, and what the system refuses
+
+
+def test_of_two_edits_planned_at_the_same_time_one_is_refused(folder: Path) -> None:
+    one, other = (plan_tokens(folder, [text], TokenOptions()) for text in ("<a>", "<b>"))
+    apply(one)
+    with pytest.raises(
+        CheckpointError, match=r"changed since the edit was planned.*run this again"
+    ):
+        apply(other)
+    assert open_tokenizer(folder).token_to_id("<a>") == VOCABULARY
+    apply(plan_tokens(folder, ["<b>"], TokenOptions()))
+    assert open_tokenizer(folder).token_to_id("<b>") == VOCABULARY + 1
+
+
+def test_a_file_that_appears_during_an_edit_is_not_lost(folder: Path) -> None:
+    plan = plan_tokens(folder, ["<a>"], TokenOptions())
+    with pytest.raises(CheckpointError, match=r"trainer_state\.json changed since"):
+        apply(plan, verify=lambda _: (folder / "trainer_state.json").touch())
+    assert (folder / "trainer_state.json").exists()
+    assert open_tokenizer(folder).token_to_id("<a>") is None
+
+
+def test_a_folder_that_another_process_changes_is_left_to_it(folder: Path) -> None:
+    plan = plan_tokens(folder, ["<a>"], TokenOptions())
+    other = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(CheckpointError, match="being changed by another process"):
+            apply(plan)
+    finally:
+        os.close(other)
+    apply(plan)
+
+
+def test_what_the_system_refuses_is_one_sentence(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    plan = plan_tokens(folder, ["<a>"], TokenOptions())
+    with pytest.raises(CheckpointError, match=r"cannot be written: File exists.*Nothing was"):
+        apply(plan, tmp_path / "file" / "new")
+    with pytest.raises(CheckpointError, match="is inside of"):
+        apply(plan, folder / "new")
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limit[1]))
+    try:
+        with pytest.raises(CheckpointError, match="cannot be written: File too large"):
+            apply(plan)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["file", "model"]
+    apply(plan)
+
+
+def test_a_card_that_cannot_be_read_stops_an_edit_before_it_begins(folder: Path) -> None:
+    (folder / "README.md").write_bytes(b"caf\xe9")
+    found = CliRunner().invoke(cli, ["tokens", "add", str(folder), "<a>"])
+    assert isinstance(found.exception, CheckpointError)
+    assert str(found.exception).startswith(f"{folder}/README.md cannot be read as UTF-8")
 
 
 def test_an_edit_in_place_leaves_the_other_files_what_they_are(folder: Path) -> None:
@@ -400,6 +497,40 @@ def test_a_piece_of_the_vocabulary_keeps_its_id_and_is_found_everywhere(folder: 
     assert plan_tokens(folder, [piece], TokenOptions()).is_nothing
 
 
+def test_a_token_given_again_keeps_its_rules(folder: Path) -> None:
+    strict = TokenOptions(special=True, rstrip=True)
+    apply(plan_tokens(folder, ["<end>"], strict))
+    plan = plan_tokens(folder, ["<end>", "</s>"], TokenOptions())
+    assert plan.is_nothing
+    assert plan.same == ("<end>", "</s>")
+    apply(plan_tokens(folder, ["<plain>"], TokenOptions()))
+    apply(plan_tokens(folder, ["<plain>"], TokenOptions(special=True)))
+    flags = {item.token.text: item.token for item in list_tokens(folder)[1]}
+    assert flags["<end>"].strips_right
+    assert flags["<plain>"].is_special
+    theirs = AutoTokenizer.from_pretrained(folder)
+    for text in ("a<end>  b", "a<plain>b"):
+        ids = open_tokenizer(folder).encode(text)
+        assert ids == theirs.encode(text)
+        assert open_tokenizer(folder).decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+
+
+def test_tokens_that_contain_and_overlap_each_other(folder: Path) -> None:
+    texts = ["<t>", "<t>x", "one <t>", "t> two", " <", "<t> ", "\n\n<t>", "🙂", "e\u0301"]
+    texts += [f"<|{number}|>" for number in range(1000)]
+    report = apply(plan_tokens(folder, texts[:-1000], TokenOptions()))
+    assert all(item.holds for item in report.invariants)
+    plan = plan_tokens(folder, texts[-1000:], TokenOptions(special=True))
+    assert len(plan.examples) < 10
+    apply(plan)
+    ours, theirs = open_tokenizer(folder), AutoTokenizer.from_pretrained(folder)
+    for text in (*texts, "one <t> two", "a<t>xb\n\n<t> 🙂e\u0301", "<|1|><|11|> <|1|"):
+        assert ours.encode(text) == theirs.encode(text)
+        assert ours.decode(ours.encode(text)) == theirs.decode(
+            theirs.encode(text), skip_special_tokens=True
+        )
+
+
 # What rows begin as
 
 
@@ -477,7 +608,7 @@ def broken(
 
     before = {file: file.read_bytes() for file in plan.folder.iterdir()}
     monkeypatch.setattr(tokens, "check_edit", check)
-    with pytest.raises(CheckpointError, match=f"would break {name}.*Nothing was changed"):
+    with pytest.raises(CheckpointError, match=rf"{name}.*\)\. Nothing was changed"):
         apply(plan)
     assert {file: file.read_bytes() for file in plan.folder.iterdir()} == before
     assert [entry.name for entry in plan.folder.parent.iterdir()] == [plan.folder.name]
@@ -545,7 +676,7 @@ def test_an_old_row_with_other_bytes_is_noticed(
             opened.seek(-1, os.SEEK_CUR)
             opened.write(bytes([byte[0] ^ 1]))
 
-    broken(monkeypatch, plan, f"old tokens have their logits: row 7 of {name}", flip)
+    broken(monkeypatch, plan, rf"old tokens have their logits \(row 7 of {name}", flip)
 
 
 def test_logits_that_differ_are_noticed(folder: Path, tmp_path: Path) -> None:

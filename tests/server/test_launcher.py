@@ -18,7 +18,6 @@ from hanok.server.options import ServerOptions
 
 VALUES = {"text": "x", "integer": "7", "number": "0.5", "numbers": "1,2,4"}
 REFUSED = {
-    "lora_adapters",
     "rope_scaling",
     "rope_factor",
     "tokenizer_config_path",
@@ -70,7 +69,6 @@ def test_the_environment_counts_and_flags_come_first(started: list[LaunchOptions
         ),
         ({"quantize": "awq"}, "quantized beforehand"),
         ({"quantize": "fp8", "dtype": "float16"}, "cannot be used with --quantize"),
-        ({"lora_adapters": "a"}, "does not serve adapters yet"),
     ],
 )
 def test_what_does_not_go_together_is_refused(given: dict[str, Any], words: str) -> None:

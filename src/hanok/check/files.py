@@ -179,6 +179,7 @@ def _other_weights(folder: Path, used: set[Path]) -> Iterator[Finding]:
             and file not in used
             and not file.name.startswith(".")
             and file.name not in ADAPTER_WEIGHTS
+            and not file.name.startswith(PICKLES.ignored)
         ]
         own_layout = [file for file in stray if file.name.startswith(CONSOLIDATED)]
         if own_layout:
@@ -225,13 +226,17 @@ def _other_weights(folder: Path, used: set[Path]) -> Iterator[Finding]:
 
 def _is_pickle(file: Path) -> bool:
     """Return whether a file begins as what torch.save or pickle writes."""
-    with file.open("rb") as opened:
-        return opened.read(len(ZIP_MAGIC)).startswith((ZIP_MAGIC, PICKLE_START))
+    return _start_of(file, len(ZIP_MAGIC)).startswith((ZIP_MAGIC, PICKLE_START))
 
 
 def _is_pointer(file: Path) -> bool:
+    return _start_of(file, len(LFS_MARK)) == LFS_MARK
+
+
+def _start_of(file: Path, count: int) -> bytes:
+    """Return the first bytes of a file; none where it may not be read, which others report."""
     try:
         with file.open("rb") as opened:
-            return opened.read(len(LFS_MARK)) == LFS_MARK
+            return opened.read(count)
     except OSError:
-        return False
+        return b""

@@ -4,6 +4,7 @@ Each part of the check gives findings and goes on, so that one fault does not hi
 index and shards, tensors against config.json, tokens, and the values of every weight.
 """
 
+import math
 import os
 import sys
 import threading
@@ -12,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hanok.check.adapter import B
 from hanok.check.files import file_findings, files_in
 from hanok.check.finding import CheckReport, Finding, Skipped, ordered, plural, shown
 from hanok.check.options import CheckOptions
@@ -116,7 +118,7 @@ def _value_findings(
     try:
         found = scan_values(
             refs,
-            with_rows=names.matrices,
+            with_rows=names.matrices | names.products,
             with_twins=names.embeddings,
             threads=threads,
             progress=progress,
@@ -131,11 +133,23 @@ def _value_findings(
         )
         return
     for name, values in found.items():
-        yield from _finite_findings(name, values, is_needed=names.is_needed(name))
+        shape = weights.tensors[name].shape
+        yield from _finite_findings(name, values, shape, is_needed=names.is_needed(name))
         if name in names.embeddings:
             yield from _embedding_findings(name, values, tokens)
-        else:
+        elif name in names.matrices:
             yield from _matrix_findings(name, values, weights)
+    idle = [
+        name for name in names.products if len(found[name].zero_rows) == _num_rows(weights, name)
+    ]
+    if idle and len(idle) == len(names.products):
+        yield Finding(
+            level="warning",
+            kind="idle-adapter",
+            where="adapter",
+            what="every B is zero, so it computes what its base does: it was never trained",
+            advice="get the adapter that was trained",
+        )
     understood = structure.understood
     if understood is not None and understood.tied_head is not None:
         head = understood.tied_head
@@ -187,7 +201,10 @@ class _Names:
             places = ("embed_tokens.weight", "lm_head.weight")
             self.embeddings = {table[place].names[0] for place in places if place in table}
         candidates = self.needed if self.needed is not None else set(tensors)
-        if structure.quantization or (structure.understood is None and _is_adapter(weights)):
+        self.products: set[str] = set()
+        if structure.understood is None and _is_adapter(weights):
+            self.products = {name for name in tensors if name.endswith(B)}
+        if structure.quantization or self.products:
             candidates = set()
         self.matrices = {
             name
@@ -206,36 +223,49 @@ def _is_adapter(weights: Weights) -> bool:
     return any((file.parent / ADAPTER_CONFIG).is_file() for file in weights.files)
 
 
-def _finite_findings(name: str, values: "TensorValues", *, is_needed: bool) -> Iterator[Finding]:
+def _finite_findings(
+    name: str, values: "TensorValues", shape: tuple[int, ...], *, is_needed: bool
+) -> Iterator[Finding]:
     if values.num_not_finite:
         yield Finding(
             level="error" if is_needed else "note",
             kind="not-finite",
             where=name,
-            what=f"has {plural(values.num_not_finite, 'number')} that are NaN or infinite, the first at "
-            f"index {values.first_not_finite:,}",
+            what=f"{plural(values.num_not_finite, 'number')} not finite (NaN or infinity), the first at "
+            f"{list(_place(values.first_not_finite or 0, shape))}",
             advice="get the file again; if it was saved so, training diverged"
             if is_needed
             else "nothing: the tensor is no part of the model",
         )
 
 
+def _place(index: int, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the indices along each dimension of a number whose index in C order is given."""
+    place: list[int] = []
+    for extent in reversed(shape):
+        index, last = divmod(index, extent)
+        place.insert(0, last)
+    return tuple(place)
+
+
 def _matrix_findings(name: str, values: "TensorValues", weights: Weights) -> Iterator[Finding]:
-    rows = 1
-    for extent in weights.tensors[name].shape[:-1]:
-        rows *= extent
+    rows = _num_rows(weights, name)
     for kind, found, what in (
-        ("dead-rows", values.zero_rows, "all zero, so they compute nothing"),
-        ("constant-rows", values.constant_rows, "one number throughout"),
+        ("dead-rows", values.zero_rows, "rows of zeros, which compute nothing"),
+        ("constant-rows", values.constant_rows, "rows of one number throughout"),
     ):
         if found:
             yield Finding(
                 level="warning",
                 kind=kind,
                 where=name,
-                what=f"{len(found):,} of {plural(rows, 'row')} are {what}: {shown(found)}",
+                what=f"{what}: {len(found):,} of {rows:,} ({shown(found)})",
                 advice="compare with the model it was made from",
             )
+
+
+def _num_rows(weights: Weights, name: str) -> int:
+    return math.prod(weights.tensors[name].shape[:-1])
 
 
 def _embedding_findings(name: str, values: "TensorValues", tokens: Tokens) -> Iterator[Finding]:

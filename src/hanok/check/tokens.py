@@ -154,20 +154,22 @@ def _range_findings(tokens: Tokens) -> Iterator[Finding]:
 
 def _name_findings(tokens: Tokens, tokenizer: Tokenizer) -> Iterator[Finding]:
     """Yield where configs and tokenizer disagree about the first, last and padding token."""
-    named = {"bos": tokenizer.bos_token_id, "pad": tokenizer.pad_token_id}
-    for name, ours in named.items():
-        for file, values in ((CONFIG, tokens.config), (FILE, tokens.generation_config)):
-            theirs = values.get(f"{name}_token_id")
-            if ours is None or type(theirs) is not int or theirs in (ours, -1):
-                continue
-            yield Finding(
-                level="warning" if name == "bos" else "note",
-                kind=f"{name}-token",
-                where=file,
-                what=f"{name}_token_id is {_token(tokenizer, theirs)}, and the tokenizer's "
-                f"{name}_token is {_token(tokenizer, ours)}",
-                advice="write the same token in both",
-            )
+    # Readers take the first file that names one.
+    places = {FILE: tokens.generation_config, CONFIG: tokens.config}
+    for name, ours in (("bos", tokenizer.bos_token_id), ("pad", tokenizer.pad_token_id)):
+        key = f"{name}_token_id"
+        file = next((file for file, values in places.items() if values.get(key) is not None), None)
+        theirs = places[file][key] if file else None
+        if file is None or ours is None or type(theirs) is not int or theirs in (ours, -1):
+            continue
+        yield Finding(
+            level="warning" if name == "bos" else "note",
+            kind=f"{name}-token",
+            where=file,
+            what=f"{key} is {_token(tokenizer, theirs)}, and the tokenizer's {name}_token is "
+            f"{_token(tokenizer, ours)}",
+            advice="write the same token in both",
+        )
     says_pad = any(
         values.get("pad_token_id") is not None
         for values in (tokens.config, tokens.generation_config)
@@ -276,7 +278,8 @@ def _template_findings(tokens: Tokens, tokenizer: Tokenizer) -> Iterator[Finding
             return
     run = end_of_turn(tokenizer)
     ends = tokens.end_ids or dict.fromkeys(ids_in(tokenizer.eos_token_id), SETTINGS)
-    if run and ends and not ends.keys() & set(run):
+    is_said = tokenizer.eos_token_id in run  # the end that no config has is a finding of its own
+    if run and ends and not is_said and not ends.keys() & set(run):
         yield Finding(
             level="warning",
             kind="end-of-turn",

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from hanok.check.adapter import adapter_weights
 from hanok.check.finding import Finding, plural, shown
 from hanok.checkpoint.files import (
     INDEX_SUFFIX,
@@ -62,6 +63,9 @@ NOTHING = Weights(entry=None, files=(), tensors={}, is_whole=False)
 
 def read_weights(folder: Path) -> tuple[Weights, list[Finding]]:
     """Return the weights of a folder as far as they can be read, and what is wrong with them."""
+    adapter = adapter_weights(folder)
+    if adapter is not None:
+        return _one_file(adapter)
     for kind in (SAFETENSORS, PICKLES):
         entries = find_entries(folder, kind)
         if len(entries) > 1:
@@ -200,7 +204,7 @@ def _with_index(index: Path) -> tuple[Weights, list[Finding]]:
                 level="error",
                 kind="shard-missing",
                 where=index.name,
-                what=f"names {plural(len(missing), 'file')} that are missing: {shown(missing)}",
+                what=f"lacks {plural(len(missing), 'file')} of those it names: {shown(missing)}",
                 advice="download them into the folder",
             ),
         )

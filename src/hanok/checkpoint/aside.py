@@ -14,7 +14,8 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Collection, Iterator, Mapping
+import stat
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
@@ -120,8 +121,8 @@ def folder_exchanged(path: Path) -> Iterator[Path]:
     """Yield a new folder next to `path`, which takes its place in one step when the block ends.
 
     Nobody sees a mixture of old and new files, and programs that have old ones open keep them. Raises
-    CheckpointError where the file system cannot exchange two folders, or where this process runs inside
-    of `path`, whose shell would be left in a removed folder.
+    CheckpointError where the file system cannot exchange two folders, where another process is doing
+    so, or where this one runs inside of `path`, whose shell would be left in a removed folder.
     """
     path = path.resolve()
     if Path.cwd().is_relative_to(path):
@@ -130,40 +131,78 @@ def folder_exchanged(path: Path) -> Iterator[Path]:
             "outside of it, or write to another folder."
         )
     remove_leftovers(path.parent)
-    temporary, descriptor = _created_folder(path)
-    try:
-        shutil.copystat(path, temporary)
-        yield temporary
-        os.fsync(descriptor)
-        _exchange(temporary, path)
-        with _opened(path.parent) as parent:
-            os.fsync(parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        os.close(descriptor)
+    with _opened(path) as old:
+        try:
+            fcntl.flock(old, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise CheckpointError(
+                f"{path} is being changed by another process. Wait for it, and run this again."
+            ) from None
+        except OSError:
+            pass  # a network file system without locks
+        temporary, descriptor = _created_folder(path)
+        try:
+            shutil.copystat(path, temporary)
+            yield temporary
+            os.fsync(descriptor)
+            _exchange(temporary, path)
+            with _opened(path.parent) as parent:
+                os.fsync(parent)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+            os.close(descriptor)
 
 
-def link_files(source: Path, target: Path, without: Collection[Path] = ()) -> tuple[Path, ...]:
-    """Give `target` the files of a folder, but for some, as hard links; return those that were copied.
+def folder_state(folder: Path) -> Mapping[Path, tuple[int, int, int]]:
+    """Return what shows that a file of a folder was changed: inode, bytes, time; by relative paths."""
+    found = {}
+    for file in folder.rglob("*"):
+        if not PARTIAL.fullmatch(file.name):
+            facts = file.stat(follow_symlinks=False)
+            if not stat.S_ISDIR(facts.st_mode):
+                name = file.relative_to(folder)
+                found[name] = (facts.st_ino, facts.st_size, facts.st_mtime_ns)
+    return found
 
-    Symbolic links are followed. Files are copied where no hard link is possible: to another file
-    system, or of somebody else's file.
+
+def link_files(
+    source: Path, target: Path, is_linked: Callable[[Path], bool | None]
+) -> tuple[Path, ...]:
+    """Give `target` the files of a folder; return those that should be hard links and are copies.
+
+    `is_linked` says of a path in the folder whether it becomes a hard link, or a copy, or, by None, is
+    left out. Files are copied where no hard link is possible: to another file system, or of somebody
+    else's file. Symbolic links to files are followed, and those to folders kept.
     """
     copied = []
     for file in sorted(source.rglob("*")):
         name = file.relative_to(source)
-        if file.is_dir() or name in without or PARTIAL.fullmatch(file.name):
+        linked = is_linked(name)
+        if linked is None or PARTIAL.fullmatch(file.name):
+            continue
+        if file.is_dir() and not file.is_symlink():
+            (target / name).mkdir(parents=True, exist_ok=True)
             continue
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         real = file.resolve()
-        try:
-            (target / name).hardlink_to(real)
-        except OSError as error:
-            if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP):
-                raise
+        if file.is_dir():
+            (target / name).symlink_to(real)
+        elif not linked:
+            shutil.copy2(real, target / name)
+        elif not _linked(real, target / name):
             shutil.copy2(real, target / name)
             copied.append(file)
     return tuple(copied)
+
+
+def _linked(file: Path, target: Path) -> bool:
+    try:
+        target.hardlink_to(file)
+    except OSError as error:
+        if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP):
+            raise
+        return False
+    return True
 
 
 def _exchange(one: Path, other: Path) -> None:

@@ -112,13 +112,18 @@ def to_library(
     if has_prefix and is_legacy:
         steps.append(normalizers.Prepend(SPACE_MARK))
     steps.append(normalizers.Replace(" ", SPACE_MARK))
+    library.normalizer = normalizers.Sequence(steps)
     if has_prefix and not is_legacy:
-        library.pre_tokenizer = pre_tokenizers.Metaspace(
-            replacement=SPACE_MARK, prepend_scheme="first", split=False
+        # Metaspace adds its mark to a text only where none is there yet, and SentencePiece always: so
+        # a space is added to a text that has none left, and becomes the mark in a second step.
+        library.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Metaspace(replacement=" ", prepend_scheme="first", split=False),
+                pre_tokenizers.Metaspace(
+                    replacement=SPACE_MARK, prepend_scheme="never", split=False
+                ),
+            ]
         )
-        steps.pop()
-    if steps:
-        library.normalizer = normalizers.Sequence(steps)
     back: list[decoders.Decoder] = [decoders.Replace(SPACE_MARK, " ")]
     if model.has_byte_fallback:
         back.append(decoders.ByteFallback())

@@ -60,7 +60,7 @@ class TokenizerEdit:
     known: Mapping[str, int]
     """Tokens that the vocabulary has already, and that are now found in every text, by these rules."""
     same: tuple[str, ...] = ()
-    """Tokens that are there already, by the same rules."""
+    """Tokens that are there already, and need no other rules."""
 
 
 def with_tokens(
@@ -70,7 +70,7 @@ def with_tokens(
     roles: Mapping[str, str] | None = None,
     has_legacy_files: bool = False,
 ) -> TokenizerEdit:
-    """Return the files of a tokenizer with more tokens.
+    """Return the files of a tokenizer with more tokens; those that are there keep their rules.
 
     `roles` names tokens: "eos_token" and the like → text. With `has_legacy_files`,
     special_tokens_map.json and added_tokens.json are written even where they are not there. Raises
@@ -87,8 +87,9 @@ def with_tokens(
     same: list[str] = []
     for token in tokens:
         token_id = files.ids.get(token.text, files.num_ids + len(new))
-        entry = _entry(replace(token, token_id=token_id))
-        if entries.get(token.text) == entry:
+        old = entries.get(token.text)
+        entry = _with_rules(_entry(replace(token, token_id=token_id)), old or {})
+        if old == entry:
             same.append(token.text)
         else:
             (known if token.text in files.ids else new)[token.text] = token_id
@@ -184,6 +185,14 @@ def _entry(token: AddedToken) -> dict[str, Any]:
         "rstrip": token.strips_right,
         "normalized": token.is_normalized,
         "special": token.is_special,
+    }
+
+
+def _with_rules(entry: Mapping[str, Any], old: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an entry with the rules of an older one as well: a special token stays special."""
+    return {
+        key: value or old.get(key, False) if isinstance(value, bool) else value
+        for key, value in entry.items()
     }
 
 

@@ -133,6 +133,8 @@ def _open(service: "Service", plans: Plans, asked: Asked) -> "tuple[Model, Engin
     model = load(plan=plan, progress=advance, **asked.load.unplanned)
     for note in model.notes:
         logging.getLogger("hanok.server").warning("%s", note)
+    for name, folder in asked.server.adapter_folders.items():
+        model.adapters.load(name, folder)
     made = Engine(
         model,
         max_running=asked.engine.max_running,

@@ -16,13 +16,21 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
-from hanok.checkpoint.aside import folder_aside, folder_exchanged, link_files
-from hanok.checkpoint.card import Step, add_step
-from hanok.checkpoint.files import INDEX_SUFFIX, Checkpoint, open_checkpoint, read_object
+from hanok.checkpoint.aside import folder_aside, folder_exchanged, folder_state, link_files
+from hanok.checkpoint.card import Step, add_step, read_card
+from hanok.checkpoint.files import (
+    INDEX_SUFFIX,
+    PICKLES,
+    SAFETENSORS,
+    Checkpoint,
+    open_checkpoint,
+    read_object,
+)
 from hanok.checkpoint.formats import FOREIGN
 from hanok.checkpoint.rows import RowEdit, rewrite
 from hanok.checkpoint.tokenizer import Tokenizer, open_tokenizer
@@ -49,6 +57,12 @@ from hanok.memory.token_rows import (
 from hanok.text_files import unified_diff
 
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
+WEIGHTS = frozenset(
+    {*SAFETENSORS.suffixes, *PICKLES.suffixes, *(Path(name).suffix for name in FOREIGN)}
+)
+"""Endings of files that nobody edits by hand, and that two folders may therefore share."""
+REPOSITORY = ".git"
+NUM_EXAMPLES = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +80,8 @@ class TokensPlan:
     """An edit of a folder, of which nothing is written yet."""
 
     folder: Path
+    state: Mapping[Path, tuple[int, int, int]]
+    """What the folder's files were: an edit of others would mix the two."""
     contents: Mapping[str, bytes]
     """The small files that change, by name."""
     rows: tuple[RowEdit, ...]
@@ -143,6 +159,7 @@ def plan_removal(folder: str | Path, texts: Sequence[str]) -> TokensPlan:
     Raises OptionError for tokens that are not the last, or not added ones.
     """
     folder = _folder(Path(folder))
+    state = folder_state(folder)
     tokenizer = open_tokenizer(folder)
     edit = without_tokens(tokenizer.edited_files(), texts)
     matrices = find_matrices(open_checkpoint(folder))
@@ -153,6 +170,7 @@ def plan_removal(folder: str | Path, texts: Sequence[str]) -> TokensPlan:
     notes = [f"the chat template still writes {text!r}" for text in texts if text in written]
     return TokensPlan(
         folder=folder,
+        state=state,
         contents=edit.contents,
         rows=(),
         new={},
@@ -215,30 +233,40 @@ def apply(
 
     What must not change is checked in the new files first, and by `verify`, which gets their folder; if
     anything is wrong, CheckpointError is raised and nothing has changed. In place, files that do not
-    change stay what they are; elsewhere they are hard links. `step` is written into the card.
+    change stay what they are; elsewhere weights are hard links, and other files copies. `step` is
+    written into the card.
     """
-    if output is None:
-        links = [file.name for file in plan.folder.iterdir() if file.is_symlink()]
-        if links:
-            raise CheckpointError(
-                f"{plan.folder}: {', '.join(sorted(links)[:5])} are symbolic links, as in the cache of "
-                "downloads, which others may use. Write to another folder."
-            )
+    _refuse_changed(plan)
+    if step is not None:
+        read_card(plan.folder)  # refused where it cannot be read, before anything is written
     target = None if output is None else Path(output)
-    if target is not None and target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise CheckpointError(f"{target} exists and is not empty; choose another folder.")
+    _refuse_target(plan, target)
     shards: dict[Path, list[RowEdit]] = {}
     for edit in plan.rows:
         shards.setdefault(edit.tensor.path, []).append(edit)
-    small = {Path(name) for name in plan.contents}
-    without = {*small, *(path.relative_to(plan.folder) for path in shards)}
-    with folder_exchanged(plan.folder) if target is None else folder_aside(target) as unfinished:
-        copied = link_files(plan.folder, unfinished, without)
+    without = {*map(Path, plan.contents), *(path.relative_to(plan.folder) for path in shards)}
+
+    def is_linked(name: Path) -> bool | None:
+        if name in without or (target is not None and name.parts[0] == REPOSITORY):
+            return None
+        return target is None or name.suffix in WEIGHTS
+
+    with (
+        _written(target or plan.folder),
+        folder_exchanged(plan.folder) if target is None else folder_aside(target) as unfinished,
+    ):
+        copied = link_files(plan.folder, unfinished, is_linked)
         for name, data in plan.contents.items():
             _write_file(unfinished / name, plan.folder / name, data)
         with ThreadPoolExecutor(max_workers=2) as pool:
-            sizes = list(pool.map(lambda item: _write_shard(unfinished, *item), shards.items()))
+            sizes = list(
+                pool.map(
+                    lambda item: _write_shard(unfinished / item[0].relative_to(plan.folder), *item),
+                    shards.items(),
+                )
+            )
         edited = Edited(
+            folder=plan.folder,
             tokenizer=plan.tokenizer,
             rows=plan.rows,
             num_rows=plan.rows_after,
@@ -248,28 +276,66 @@ def apply(
         invariants = check_edit(edited, unfinished)
         if broken := [item for item in invariants if item.is_needed and not item.holds]:
             raise CheckpointError(
-                f"{plan.folder}: the edit would break {broken[0].name}: {broken[0].detail}. Nothing was "
-                "changed."
+                f"{plan.folder}: after the edit this would not hold: {broken[0].name} "
+                f"({broken[0].detail}). Nothing was changed."
             )
         if verify is not None:
             verify(unfinished)
         if step is not None:
             add_step(unfinished, step)
+        _refuse_changed(plan)
     return TokensReport(
         folder=target or plan.folder,
-        rewritten=tuple(path.name for path in shards),
+        rewritten=tuple(str(path.relative_to(plan.folder)) for path in shards),
         bytes_written=sum(sizes) + sum(map(len, plan.contents.values())),
         invariants=tuple(invariants),
         copied=tuple(str(file.relative_to(plan.folder)) for file in copied),
     )
 
 
+def _refuse_target(plan: TokensPlan, target: Path | None) -> None:
+    if target is None:
+        links = sorted(str(name) for name in plan.state if (plan.folder / name).is_symlink())
+        if links:
+            raise CheckpointError(
+                f"{plan.folder}: {', '.join(links[:5])} are symbolic links, as in the cache of "
+                "downloads, which others may use. Write to another folder."
+            )
+    elif target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise CheckpointError(f"{target} exists and is not empty; choose another folder.")
+    elif target.resolve().is_relative_to(plan.folder.resolve()):
+        raise CheckpointError(f"{target} is inside of {plan.folder}; choose another folder.")
+
+
+def _refuse_changed(plan: TokensPlan) -> None:
+    state = folder_state(plan.folder)
+    if state != plan.state:
+        names = sorted({str(name) for name, _ in state.items() ^ plan.state.items()})
+        raise CheckpointError(
+            f"{plan.folder}: {', '.join(names[:5])} changed since the edit was planned. Nothing was "
+            "written; once nothing else writes there, run this again."
+        )
+
+
+@contextmanager
+def _written(folder: Path) -> Iterator[None]:
+    """Raise CheckpointError for what the operating system refuses while a folder is written."""
+    try:
+        yield
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        raise CheckpointError(
+            f"{folder} cannot be written: {error.strerror or error}{where}. Nothing was changed."
+        ) from error
+
+
 def _planned(
     folder: Path, tokens: Sequence[str | AddedToken], options: TokenOptions, num_rows: int | None
 ) -> TokensPlan:
     folder = _folder(folder)
+    state = folder_state(folder)
     checkpoint = open_checkpoint(folder)
-    notes = _understood_notes(checkpoint)
+    notes = _check_whole(checkpoint)
     if not all(file.suffix == ".safetensors" for file in checkpoint.files):
         raise UnsupportedError(
             f"{folder} has pickled weights alone. Convert them first: hanok convert {folder}"
@@ -300,6 +366,7 @@ def _planned(
         contents |= _index_contents(folder, edits)
     return TokensPlan(
         folder=folder,
+        state=state,
         contents=contents,
         rows=tuple(item for item in edits if item.rows or item.num_rows > item.tensor.shape[0]),
         new=edit.new,
@@ -308,7 +375,7 @@ def _planned(
         removed=(),
         rows_before=matrices.num_rows,
         rows_after=rows,
-        examples=_examples(tokenizer, after, [*edit.new, *edit.known]),
+        examples=_examples(tokenizer, after, [*edit.new, *edit.known][:NUM_EXAMPLES]),
         notes=(*notes, *matrices.notes, *_other_forms(folder, checkpoint)),
         tokenizer=tokenizer,
         tokenizer_after=after,
@@ -321,10 +388,11 @@ def _folder(path: Path) -> Path:
     return path
 
 
-def _understood_notes(checkpoint: Checkpoint) -> list[str]:
-    """Return what is unusual about the folder; raise where it is not whole."""
+def _check_whole(checkpoint: Checkpoint) -> list[str]:
+    """Raise CheckpointError where tensors are missing; return what could not be looked at."""
     try:
-        return list(understand(checkpoint).notes)
+        understand(checkpoint)
+        return []
     except UnsupportedError as error:
         # Quantized: the two matrices may well be floats, which `find_matrices` looks at.
         return [f"the other tensors were not looked at: {error}"]
@@ -425,12 +493,13 @@ def _write_file(path: Path, old: Path, data: bytes) -> None:
         shutil.copymode(old, path)
 
 
-def _write_shard(folder: Path, path: Path, edits: Sequence[RowEdit]) -> int:
-    with (folder / path.name).open("xb") as file:
-        size = rewrite(path, file, edits)
+def _write_shard(path: Path, old: Path, edits: Sequence[RowEdit]) -> int:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("xb") as file:
+        size = rewrite(old, file, edits)
         file.flush()
         os.fsync(file.fileno())
-    shutil.copymode(path, folder / path.name)
+    shutil.copymode(old, path)
     return size
 
 

@@ -240,7 +240,9 @@ FLAGS: tuple[Flag, ...] = (
         default=4,
         text="Most prompts of a request.",
     ),
-    Flag(name="lora_adapters", text="Refused: adapters are not served yet."),
+    Flag(
+        name="lora_adapters", text="Adapters: NAME=FOLDER, or a folder alone, with commas between."
+    ),
     Flag(
         name="usage_stats",
         kind="choice",
@@ -298,6 +300,8 @@ class LaunchOptions:
     cors_allow_origins: tuple[str, ...] = ()
     """Empty: any."""
     api_key: str | None = field(default=None, repr=False)
+    adapters: tuple[str, ...] = ()
+    """NAME=FOLDER each."""
     watermark_gamma: float = 0.5
     watermark_delta: float = 2.0
     has_grammars: bool = True
@@ -321,6 +325,7 @@ RENAMED = {
     "enable_prefill_logprobs": "has_prompt_logprobs",
     "graceful_termination_timeout": "termination_s",
     "json_output": "logs_json",
+    "lora_adapters": "adapters",
 }
 PATHS = ("huggingface_hub_cache",)
 
@@ -358,6 +363,9 @@ def _meaning(name: str, value: Any) -> Any:
         return "int8"
     if name == "disable_grammar_support":
         return not value
+    if name == "lora_adapters":
+        items = [item.strip() for item in str(value).split(",") if item.strip()]
+        return tuple(item if "=" in item else f"{item}={item}" for item in items)
     if name in PATHS:
         return Path(value)
     return tuple(value) if name == "cors_allow_origin" else value
@@ -372,11 +380,6 @@ def _refuse_what_is_missing_here(given: Mapping[str, Any]) -> None:
             f"--quantize {method} needs weights that were quantized beforehand, often to {bits} bits; "
             f"hanok does not read those. Give the original checkpoint, which hanok quantizes while it "
             f"reads it, with --quantize {use}."
-        )
-    if "lora_adapters" in given:
-        raise OptionError(
-            f"--lora-adapters {given['lora_adapters']}: hanok does not serve adapters yet. Merge the "
-            "adapter into its base model and serve the result."
         )
     if "tokenizer_config_path" in given:
         raise OptionError(

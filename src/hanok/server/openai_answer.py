@@ -17,6 +17,7 @@ from hanok.server.openai_models import (
     CompletionRequest,
     Sampling,
 )
+from hanok.server.openai_sampling import answering
 from hanok.server.service import Service
 from hanok.server.times import stream_headers
 from hanok.server.web import (
@@ -51,13 +52,16 @@ class Head:
         }
 
 
-def head_of(service: Service, request: Request, kind: str, prefix: str) -> Head:
-    """Return the head of an answer; its id is the request's if that is a valid one."""
+def head_of(service: Service, request: Request, kind: str, prefix: str, asked: str | None) -> Head:
+    """Return the head of an answer; its id is the request's if that is a valid one.
+
+    `asked` is the model that the request names.
+    """
     return Head(
         id=f"{prefix}-{uuid.uuid5(uuid.NAMESPACE_OID, exchange_of(request).id).hex}",
         object=kind,
         created=service.created_now(),
-        model=service.options.model_id,
+        model=answering(asked, service.options),
     )
 
 

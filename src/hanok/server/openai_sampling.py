@@ -42,21 +42,31 @@ def check(asked: Sampling, options: ServerOptions) -> None:
         raise invalid("`stop` sequences cannot be empty", "stop")
 
 
-def check_model(name: str | None, options: ServerOptions) -> None:
-    """Raise ServerError for a model that is not served; no other one replaces it.
+def check_model(name: str | None, options: ServerOptions) -> str | None:
+    """Return the adapter that a request names as its model; None: the model itself.
+
+    Raises ServerError for one that is not served; no other one replaces it.
 
     Clients written for TGI call the model "tgi", huggingface_hub's "dummy", and @huggingface/inference
     sends the server's address as its name.
     """
     if name in (None, "", "tgi", "dummy") or str(name).startswith(("http://", "https://")):
-        return
+        return None
+    if name in options.adapter_folders:
+        return str(name)
     if name not in options.model_names:
         raise unknown_model(str(name), options)
+    return None
+
+
+def answering(name: str | None, options: ServerOptions) -> str:
+    """Return what an answer calls the model: its first name, or the adapter that was asked for."""
+    return check_model(name, options) or options.model_id
 
 
 def unknown_model(name: str, options: ServerOptions) -> ServerError:
     """Return the error of a model that is not served."""
-    served = ", ".join(map(repr, options.model_names))
+    served = ", ".join(map(repr, (*options.model_names, *options.adapter_folders)))
     return ServerError(
         f"the model {name!r} does not exist; this server has {served}",
         kind="model_not_found",

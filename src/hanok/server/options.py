@@ -1,6 +1,7 @@
 """Every option of a server, once: who may ask, how much, and how long it may take. Imports no torch."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from hanok.checkpoint.pooling import Pooling
 from hanok.errors import OptionError
@@ -30,6 +31,9 @@ class ServerOptions:
     """What clients call the model, and what answers call it."""
     other_names: tuple[str, ...] = ()
     """What clients may call it as well."""
+    adapters: tuple[str, ...] = ()
+    """LoRA adapters over the model, NAME=FOLDER each; a request chooses one as its model, or as TGI's
+    `adapter_id`. Repeatable."""
     host: str = "127.0.0.1"
     """Where to listen."""
     port: int = 8080
@@ -99,6 +103,11 @@ class ServerOptions:
         for name in SECONDS:
             value = getattr(self, name)
             self._check(name, value is None or value > 0, "above 0")
+        names = [item.partition("=")[0] for item in self.adapters]
+        for item, name in zip(self.adapters, names, strict=True):
+            self._check("adapters", bool(name) and bool(item.partition("=")[2]), "NAME=FOLDER each")
+            is_free = names.count(name) == 1 and name not in self.model_names
+            self._check("adapters", is_free, f"under names of their own, and {name!r} is another's")
         for name in ("max_stop_sequences", "max_top_n_tokens", "termination_s", "port"):
             self._check(name, getattr(self, name) >= 0, "0 or more")
         self._check("port", self.port <= 65535, "0 to 65535")
@@ -109,6 +118,13 @@ class ServerOptions:
     def _check(self, name: str, is_right: bool, expected: str) -> None:
         if not is_right:
             raise OptionError(f"{name} is {getattr(self, name)}; it must be {expected}.")
+
+    @property
+    def adapter_folders(self) -> dict[str, Path]:
+        """The folder of each adapter, by its name."""
+        return {
+            name: Path(path) for name, _, path in (item.partition("=") for item in self.adapters)
+        }
 
     @property
     def model_names(self) -> tuple[str, ...]:

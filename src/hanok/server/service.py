@@ -73,6 +73,8 @@ class Prepared:
     salt: str | None = None
     pooling: Pooling | None = None
     """See `engine.ticket.Request`."""
+    adapter: str | None = None
+    """See `engine.ticket.Request`."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -264,6 +266,7 @@ class Service:
                         priority=prompt.priority,
                         deadline=None if timeout_s is None else exchange.began + timeout_s,
                         asked_at=exchange.began,
+                        adapter=prompt.adapter,
                         salt=prompt.salt,
                         scored=prompt.scored,
                         leader=leader,

@@ -29,7 +29,7 @@ async def submitted(
     """
     options = service.options
     check(body, options)
-    check_model(body.model, options)
+    adapter = check_model(body.model, options)
     if body.top_logprobs is not None and not body.logprobs:
         raise invalid("`top_logprobs` needs `logprobs` to be true", "top_logprobs")
     wanted = body.max_completion_tokens or body.max_tokens
@@ -52,6 +52,7 @@ async def submitted(
         timeout_s=body.timeout,
         priority=body.priority or 0,
         salt=body.cache_salt,
+        adapter=adapter,
     )
     note_parameters(request, sampling)
     return talk, await service.submit(request, [prepared])

@@ -15,6 +15,7 @@ from hanok.server.options import ServerOptions
 
 SERVER_OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "api_key": {"envvar": "HANOK_API_KEY", "show_envvar": True},
+    "adapters": {"flag": "--adapter", "metavar": "NAME=FOLDER"},
     "cors_allow_origins": {"flag": "--cors-allow-origin"},
     "timeout_s": {"flag": "--timeout"},
     "logs_json": {"flag": "--json-log"},

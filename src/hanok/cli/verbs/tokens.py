@@ -177,10 +177,11 @@ def _print_plan(plan: "TokensPlan") -> None:
         click.echo(f"{text!r} is {token_id}, with {where}")
     for text, token_id in plan.known.items():
         click.echo(
-            f"{text!r} is in the vocabulary already, as {token_id}; every text has it from now on"
+            f"{text!r} is in the vocabulary already, as {token_id}; from now on a text that has it "
+            "has this token, by these rules"
         )
     for text in plan.same:
-        click.echo(f"{text!r} is added already, in this way")
+        click.echo(f"{text!r} is added already, and stays as it is")
     for text in plan.removed:
         click.echo(f"{text!r} is removed; its row stays")
     rows = f"{plan.rows_before:,} before, {plan.rows_after:,} after"

@@ -29,7 +29,7 @@ from hanok.server.web import exchange_of
 async def chat_completions(service: Service, request: Request, body: ChatRequest) -> Response:
     """Answer a conversation."""
     talk, tickets = await submitted(service, request, body)
-    head = head_of(service, request, "chat.completion", "chatcmpl")
+    head = head_of(service, request, "chat.completion", "chatcmpl", body.model)
     writers = [
         ChatWriter(body=body, talk=talk, tokenizer=service.needed_tokenizer, ticket=ticket)
         for ticket in tickets

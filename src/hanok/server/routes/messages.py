@@ -22,7 +22,7 @@ from hanok.server.messages_models import (
     MessagesRequest,
     TokenCount,
 )
-from hanok.server.openai_sampling import check_model
+from hanok.server.openai_sampling import answering, check_model
 from hanok.server.route import Route
 from hanok.server.service import Service
 from hanok.server.submission import submitted
@@ -45,7 +45,7 @@ async def messages(service: Service, request: Request, body: MessagesRequest) ->
     talk, (ticket,) = await submitted(service, request, chat_request(body), is_shortened=True)
     writer = MessageWriter(
         id=f"msg_{uuid.uuid5(uuid.NAMESPACE_OID, exchange_of(request).id).hex}",
-        model=service.options.model_id,
+        model=answering(body.model, service.options),
         max_tokens=body.max_tokens,
         reads=talk.reads,
         ticket=ticket,

@@ -42,7 +42,7 @@ async def completions(service: Service, request: Request, body: CompletionReques
     """Complete prompts."""
     options = service.options
     check(body, options)
-    check_model(body.model, options)
+    adapter = check_model(body.model, options)
     infill = infill_of(service, body)
     given = prompts_of(service, body)
     count = body.n or 1
@@ -76,11 +76,12 @@ async def completions(service: Service, request: Request, body: CompletionReques
                 timeout_s=body.timeout,
                 priority=body.priority or 0,
                 salt=body.cache_salt,
+                adapter=adapter,
             )
         )
     note_parameters(request, prepared[0].options)
     tickets = await service.submit(request, prepared)
-    head = head_of(service, request, "text_completion", "cmpl")
+    head = head_of(service, request, "text_completion", "cmpl", body.model)
     writers = [
         CompletionWriter(
             body=body,
@@ -277,25 +278,28 @@ def _offsets(texts: Sequence[str], total: int) -> list[int]:
 
 async def models(service: Service, request: Request, body: None) -> Response:
     """Answer with the one model there is, under each of its names."""
-    cards = [card_of(service, name) for name in service.options.model_names]
+    names = (*service.options.model_names, *service.options.adapter_folders)
+    cards = [card_of(service, name) for name in names]
     return Json({"object": "list", "data": cards})
 
 
 async def model(service: Service, request: Request, body: None) -> Response:
     """Answer with the model of a name, which may have slashes."""
     name = request.path_params["model"]
-    if name not in service.options.model_names:
+    if name not in (*service.options.model_names, *service.options.adapter_folders):
         raise unknown_model(name, service.options)
     return Json(card_of(service, name))
 
 
 def card_of(service: Service, name: str) -> dict[str, Any]:
     """Return what /v1/models says of the model under one of its names."""
+    is_adapter = name in service.options.adapter_folders
     return {
         "id": name,
         "object": "model",
         "created": service.created,
         "owned_by": service.options.model_id,
+        **({"parent": service.options.model_id} if is_adapter else {}),
         "max_model_len": None if service.engine is None else service.max_total_tokens,
     }
 

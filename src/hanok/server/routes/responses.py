@@ -16,7 +16,7 @@ from hanok.server.calls import CallArguments, CallBegun
 from hanok.server.chat import conversation_of
 from hanok.server.errors import ServerError
 from hanok.server.logprobs import logprob_of
-from hanok.server.openai_sampling import check_model
+from hanok.server.openai_sampling import answering, check_model
 from hanok.server.responses_input import chat_request, tells_logprobs
 from hanok.server.responses_models import InputTokens, ResponseBody, ResponsesRequest, TextOptions
 from hanok.server.route import Route
@@ -33,7 +33,7 @@ async def create(service: Service, request: Request, body: ResponsesRequest) -> 
     talk, (ticket,) = await submitted(service, request, chat_request(body), place="input")
     writer = ResponseWriter(
         id=uuid.uuid5(uuid.NAMESPACE_OID, exchange_of(request).id).hex,
-        model=service.options.model_id,
+        model=answering(body.model, service.options),
         created_at=service.created_now(),
         body=body,
         reads=talk.reads,
