@@ -56,7 +56,7 @@ CHANGES = st.lists(
 )
 
 
-@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(changes=CHANGES)
 def test_any_values_give_a_report(made: Path, tmp_path: Path, changes: list[Any]) -> None:
     folder = tmp_path / "model"

@@ -179,6 +179,7 @@ def _other_weights(folder: Path, used: set[Path]) -> Iterator[Finding]:
             and file not in used
             and not file.name.startswith(".")
             and file.name not in ADAPTER_WEIGHTS
+            and not file.name.startswith(PICKLES.ignored)
         ]
         own_layout = [file for file in stray if file.name.startswith(CONSOLIDATED)]
         if own_layout:

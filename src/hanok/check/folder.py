@@ -4,6 +4,7 @@ Each part of the check gives findings and goes on, so that one fault does not hi
 index and shards, tensors against config.json, tokens, and the values of every weight.
 """
 
+import math
 import os
 import sys
 import threading
@@ -12,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hanok.check.adapter import B
 from hanok.check.files import file_findings, files_in
 from hanok.check.finding import CheckReport, Finding, Skipped, ordered, plural, shown
 from hanok.check.options import CheckOptions
@@ -116,7 +118,7 @@ def _value_findings(
     try:
         found = scan_values(
             refs,
-            with_rows=names.matrices,
+            with_rows=names.matrices | names.products,
             with_twins=names.embeddings,
             threads=threads,
             progress=progress,
@@ -134,8 +136,19 @@ def _value_findings(
         yield from _finite_findings(name, values, is_needed=names.is_needed(name))
         if name in names.embeddings:
             yield from _embedding_findings(name, values, tokens)
-        else:
+        elif name in names.matrices:
             yield from _matrix_findings(name, values, weights)
+    idle = [
+        name for name in names.products if len(found[name].zero_rows) == _num_rows(weights, name)
+    ]
+    if idle and len(idle) == len(names.products):
+        yield Finding(
+            level="warning",
+            kind="idle-adapter",
+            where="adapter",
+            what="every B is zero, so it computes what its base does: it was never trained",
+            advice="get the adapter that was trained",
+        )
     understood = structure.understood
     if understood is not None and understood.tied_head is not None:
         head = understood.tied_head
@@ -187,7 +200,10 @@ class _Names:
             places = ("embed_tokens.weight", "lm_head.weight")
             self.embeddings = {table[place].names[0] for place in places if place in table}
         candidates = self.needed if self.needed is not None else set(tensors)
-        if structure.quantization or (structure.understood is None and _is_adapter(weights)):
+        self.products: set[str] = set()
+        if structure.understood is None and _is_adapter(weights):
+            self.products = {name for name in tensors if name.endswith(B)}
+        if structure.quantization or self.products:
             candidates = set()
         self.matrices = {
             name
@@ -221,9 +237,7 @@ def _finite_findings(name: str, values: "TensorValues", *, is_needed: bool) -> I
 
 
 def _matrix_findings(name: str, values: "TensorValues", weights: Weights) -> Iterator[Finding]:
-    rows = 1
-    for extent in weights.tensors[name].shape[:-1]:
-        rows *= extent
+    rows = _num_rows(weights, name)
     for kind, found, what in (
         ("dead-rows", values.zero_rows, "all zero, so they compute nothing"),
         ("constant-rows", values.constant_rows, "one number throughout"),
@@ -236,6 +250,10 @@ def _matrix_findings(name: str, values: "TensorValues", weights: Weights) -> Ite
                 what=f"{len(found):,} of {plural(rows, 'row')} are {what}: {shown(found)}",
                 advice="compare with the model it was made from",
             )
+
+
+def _num_rows(weights: Weights, name: str) -> int:
+    return math.prod(weights.tensors[name].shape[:-1])
 
 
 def _embedding_findings(name: str, values: "TensorValues", tokens: Tokens) -> Iterator[Finding]:

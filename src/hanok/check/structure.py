@@ -5,11 +5,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from hanok.check.adapter import adapter_findings
 from hanok.check.finding import Finding, Skipped
 from hanok.checkpoint.files import Checkpoint
 from hanok.checkpoint.formats import (
     ADAPTER_CONFIG,
-    ADAPTER_WEIGHTS,
     CONFIG,
     PARAMS,
     quantization_in,
@@ -87,10 +87,9 @@ def _without_config(checkpoint: Checkpoint) -> Structure:
     folder = checkpoint.folder
     if (folder / CONFIG).is_file():  # and it is not JSON, which is another finding
         return Structure(findings=(), skipped=(_not_compared(f"{CONFIG} cannot be read"),))
-    if (folder / ADAPTER_CONFIG).is_file() and {
-        f.name for f in checkpoint.files
-    } <= ADAPTER_WEIGHTS:
-        return Structure(findings=(), skipped=(_not_compared("it is an adapter"),))
+    if (folder / ADAPTER_CONFIG).is_file():
+        found = tuple(adapter_findings(folder, checkpoint.tensors))
+        return Structure(findings=found, skipped=(_not_compared("it is an adapter"),))
     if not checkpoint.files:
         return Structure(findings=(), skipped=(_not_compared("there are no weights"),))
     where = PARAMS if (folder / PARAMS).is_file() else CONFIG

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from hanok.check.adapter import adapter_weights
 from hanok.check.finding import Finding, plural, shown
 from hanok.checkpoint.files import (
     INDEX_SUFFIX,
@@ -62,6 +63,9 @@ NOTHING = Weights(entry=None, files=(), tensors={}, is_whole=False)
 
 def read_weights(folder: Path) -> tuple[Weights, list[Finding]]:
     """Return the weights of a folder as far as they can be read, and what is wrong with them."""
+    adapter = adapter_weights(folder)
+    if adapter is not None:
+        return _one_file(adapter)
     for kind in (SAFETENSORS, PICKLES):
         entries = find_entries(folder, kind)
         if len(entries) > 1:
