@@ -38,7 +38,8 @@ if TYPE_CHECKING:
     from hanok.engine.speculate import Speculation
     from hanok.engine.stats import EngineStats
     from hanok.engine.ticket import Ticket
-    from hanok.hub.options import PushOptions
+    from hanok.hub.options import PullOptions, PushOptions
+    from hanok.hub.pull import PullReport, pull
     from hanok.hub.push import Push, PushReport, push
     from hanok.memory.options import LoadOptions
     from hanok.memory.plan import LoadPlan
@@ -55,6 +56,8 @@ _LAZY = {
     "LoraConfig": "hanok.checkpoint.adapter_files",
     "Model": "hanok.engine.model",
     "PrefixCache": "hanok.engine.generate",
+    "PullOptions": "hanok.hub.options",
+    "PullReport": "hanok.hub.pull",
     "Push": "hanok.hub.push",
     "PushOptions": "hanok.hub.options",
     "PushReport": "hanok.hub.push",
@@ -71,6 +74,7 @@ _LAZY = {
     "measure_quality": "hanok.bench.quality",
     "plan_draft": "hanok.memory.planning",
     "plan_load": "hanok.memory.planning",
+    "pull": "hanok.hub.pull",
     "push": "hanok.hub.push",
 }
 
@@ -92,6 +96,8 @@ __all__ = [
     "Model",
     "OptionError",
     "PrefixCache",
+    "PullOptions",
+    "PullReport",
     "Push",
     "PushOptions",
     "PushReport",
@@ -112,6 +118,7 @@ __all__ = [
     "measure_quality",
     "plan_draft",
     "plan_load",
+    "pull",
     "push",
 ]
 

@@ -1,4 +1,4 @@
-"""Every option of a push, once: for Python, the command line and the documentation."""
+"""Every option of a push and of a pull, once: for Python, the command line and the documentation."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,3 +52,30 @@ class PushOptions:
             raise OptionError(f"patience_s is {self.patience_s}, and must be positive.")
         if self.until is not None and not self.follow:
             raise OptionError("until says when to stop following a folder; it needs follow.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PullOptions:
+    """How a repository is pulled."""
+
+    revision: str = "main"
+    """Branch, tag or commit."""
+    include: tuple[str, ...] = ()
+    """Pull only files that match this pattern ("*.json"). Repeatable."""
+    exclude: tuple[str, ...] = ()
+    """Leave out files that match this pattern. Repeatable."""
+    verify: bool = False
+    """Hash the files that are in the cache already, too."""
+    copy: bool = False
+    """Copy weights to the destination. Without it they are links to the cache (hard links), which must
+    not be written into."""
+    connections: int = 4
+    """Files that are received at a time."""
+    cache_folder: Path | None = None
+    """The cache. None: the one that transformers uses (HF_HUB_CACHE)."""
+    endpoint: str | None = None
+    """Address of the hub. None: HF_ENDPOINT, or https://huggingface.co."""
+
+    def __post_init__(self) -> None:
+        if self.connections < 1:
+            raise OptionError(f"connections is {self.connections}, and must be at least 1.")
