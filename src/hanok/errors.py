@@ -10,7 +10,8 @@ HanokError
 ├── RequestAbortedError  a request was aborted before it was finished
 ├── DeadlineError      a request was not finished before its deadline
 ├── HubError           a hub refused a request, or could not be reached
-└── ClosedError        an engine was stopped, or is about to be, and takes no requests
+├── ClosedError        an engine was stopped, or is about to be, and takes no requests
+└── DataError          rows of training data are missing, damaged, or would teach something else
 
 A message says what happened, with which values, why, and what to do. `exit_code` is what the command
 line returns; `http_status` is what a server answers.
@@ -90,3 +91,10 @@ class ClosedError(HanokError):
 
     exit_code = 10
     http_status = 503
+
+
+class DataError(HanokError):
+    """Rows of training data are missing, damaged, or would teach something else than was meant."""
+
+    exit_code = 12
+    http_status = 422

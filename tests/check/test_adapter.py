@@ -116,7 +116,7 @@ def test_state_of_a_training_next_to_it_is_no_model(adapter: Path) -> None:
             with_tensors(lambda t: t[LORA_B].fill_(float("nan"))),
             "error",
             "not-finite",
-            "128 numbers that are NaN",
+            "128 numbers not finite",
         ),
         (lambda f: (f / CONFIG).unlink(), "error", "adapter", f"{CONFIG} is missing"),
         (lambda f: (f / WEIGHTS).write_bytes(b"x"), "error", "damaged", "holds 1 bytes"),

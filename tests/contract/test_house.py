@@ -61,7 +61,6 @@ CALLED_BY_OTHERS = {
     "_apply": "torch, for .to and its like",
     "find_class": "pickle",
     "persistent_load": "pickle",
-    "render_chat_with_spans": "its users: docs/tokenizers.md",
     "recorded_tokens": "tests, which ask what was recorded",
     "emulated_amx": "tests of tiles on processors without them",
 }

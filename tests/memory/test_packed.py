@@ -11,6 +11,7 @@ import torch
 
 import hanok
 from hanok.attention.base import ForwardBatch
+from hanok.checkpoint import content_hash
 from hanok.checkpoint.files import open_checkpoint
 from hanok.engine.model import Model
 from hanok.errors import CheckpointError
@@ -156,7 +157,7 @@ def test_a_full_disk_is_a_note_and_leaves_nothing(
     cache = tmp_path / "full"
     cache.mkdir()
     (cache / packed.HASHES).write_text(json.dumps({}))
-    monkeypatch.setattr(packed, "write_json", lambda file, values: None)
+    monkeypatch.setattr(content_hash, "write_json", lambda file, values: None)
     model = load(model_folder, cache)
     assert any("No space left on device" in note for note in model.notes)
     assert torch.equal(logits(model), expected)

@@ -90,6 +90,22 @@ def test_a_step_does_not_depend_on_how_it_is_cut(
         assert (gradient - parts[name]).norm() <= 1e-5 * gradient.norm()
 
 
+def test_what_is_computed_again_on_the_way_back_is_the_same(tmp_path: Path) -> None:
+    dropped = replace(OPTIONS, lora=replace(LORA, lora_dropout=0.1), max_steps=3)
+    found = []
+    for index, again in enumerate((False, True)):
+        model = loaded()
+        options = replace(dropped, gradient_checkpointing=again)
+        found.append(Trainer(model, options, tmp_path / str(index)).run(Texts(model)))
+    assert found[0].losses == found[1].losses
+    files = [item.output / "adapter_model.safetensors" for item in found]
+    assert not files[0].exists() or files[0].read_bytes() == files[1].read_bytes()
+    moments = [
+        tmp_path / str(i) / "checkpoints/step-00000003/optimizer.safetensors" for i in (0, 1)
+    ]
+    assert moments[0].read_bytes() == moments[1].read_bytes()
+
+
 @pytest.mark.filterwarnings("ignore")  # of PEFT's
 def test_gradients_are_pefts(tmp_path: Path) -> None:
     ours = first_step(tmp_path / "ours", 1, 8)
@@ -134,12 +150,16 @@ def test_a_loss_goes_down_and_what_was_learnt_is_what_is_loaded(tmp_path: Path) 
     model = loaded()
     texts = Texts(model)
     reports: list[StepReport] = []
-    trainer = Trainer(model, replace(OPTIONS, epochs=20), tmp_path)
+    trainer = Trainer(model, replace(OPTIONS, epochs=20, eval_steps=10), tmp_path)
     before = trainer.evaluate(texts)
     done = trainer.run(texts, texts, on_step=reports.append)
     assert done.is_finished
     assert done.held_out_loss is not None
     assert done.held_out_loss < 0.5 * before
+    held_out = [report.held_out_loss for report in reports]
+    assert [loss is not None for loss in held_out] == [step % 10 == 0 for step in range(1, 41)]
+    assert held_out[-1] == done.held_out_loss
+    assert trainer.parameter_line.startswith("trainable params: ")
     assert [report.step for report in reports] == list(range(1, 41))
     assert max(report.learning_rate for report in reports) <= 1e-3
     theirs = peft.PeftModel.from_pretrained(

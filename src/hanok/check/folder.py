@@ -133,7 +133,8 @@ def _value_findings(
         )
         return
     for name, values in found.items():
-        yield from _finite_findings(name, values, is_needed=names.is_needed(name))
+        shape = weights.tensors[name].shape
+        yield from _finite_findings(name, values, shape, is_needed=names.is_needed(name))
         if name in names.embeddings:
             yield from _embedding_findings(name, values, tokens)
         elif name in names.matrices:
@@ -222,32 +223,43 @@ def _is_adapter(weights: Weights) -> bool:
     return any((file.parent / ADAPTER_CONFIG).is_file() for file in weights.files)
 
 
-def _finite_findings(name: str, values: "TensorValues", *, is_needed: bool) -> Iterator[Finding]:
+def _finite_findings(
+    name: str, values: "TensorValues", shape: tuple[int, ...], *, is_needed: bool
+) -> Iterator[Finding]:
     if values.num_not_finite:
         yield Finding(
             level="error" if is_needed else "note",
             kind="not-finite",
             where=name,
-            what=f"has {plural(values.num_not_finite, 'number')} that are NaN or infinite, the first at "
-            f"index {values.first_not_finite:,}",
+            what=f"{plural(values.num_not_finite, 'number')} not finite (NaN or infinity), the first at "
+            f"{list(_place(values.first_not_finite or 0, shape))}",
             advice="get the file again; if it was saved so, training diverged"
             if is_needed
             else "nothing: the tensor is no part of the model",
         )
 
 
+def _place(index: int, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the indices along each dimension of a number whose index in C order is given."""
+    place: list[int] = []
+    for extent in reversed(shape):
+        index, last = divmod(index, extent)
+        place.insert(0, last)
+    return tuple(place)
+
+
 def _matrix_findings(name: str, values: "TensorValues", weights: Weights) -> Iterator[Finding]:
     rows = _num_rows(weights, name)
     for kind, found, what in (
-        ("dead-rows", values.zero_rows, "all zero, so they compute nothing"),
-        ("constant-rows", values.constant_rows, "one number throughout"),
+        ("dead-rows", values.zero_rows, "rows of zeros, which compute nothing"),
+        ("constant-rows", values.constant_rows, "rows of one number throughout"),
     ):
         if found:
             yield Finding(
                 level="warning",
                 kind=kind,
                 where=name,
-                what=f"{len(found):,} of {plural(rows, 'row')} are {what}: {shown(found)}",
+                what=f"{what}: {len(found):,} of {rows:,} ({shown(found)})",
                 advice="compare with the model it was made from",
             )
 

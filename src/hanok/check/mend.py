@@ -118,9 +118,9 @@ def _generation_config(folder: Path, kinds: Collection[str]) -> dict[str, Any]:
 
 def _json(value: Mapping[str, Any], path: Path) -> bytes:
     """Return JSON that is indented as the file was."""
-    indent = 2
+    indent: int | None = 2
     if path.is_file():
         lines = path.read_text(encoding="utf-8-sig", errors="replace").splitlines()
         depths = [len(line) - len(line.lstrip(" ")) for line in lines[1:2]]
-        indent = depths[0] if depths and depths[0] else indent
+        indent = depths[0] or 2 if depths else None
     return (json.dumps(value, indent=indent, ensure_ascii=False) + "\n").encode()

@@ -278,7 +278,8 @@ def _template_findings(tokens: Tokens, tokenizer: Tokenizer) -> Iterator[Finding
             return
     run = end_of_turn(tokenizer)
     ends = tokens.end_ids or dict.fromkeys(ids_in(tokenizer.eos_token_id), SETTINGS)
-    if run and ends and not ends.keys() & set(run):
+    is_said = tokenizer.eos_token_id in run  # the end that no config has is a finding of its own
+    if run and ends and not is_said and not ends.keys() & set(run):
         yield Finding(
             level="warning",
             kind="end-of-turn",

@@ -204,7 +204,7 @@ def _with_index(index: Path) -> tuple[Weights, list[Finding]]:
                 level="error",
                 kind="shard-missing",
                 where=index.name,
-                what=f"names {plural(len(missing), 'file')} that are missing: {shown(missing)}",
+                what=f"lacks {plural(len(missing), 'file')} of those it names: {shown(missing)}",
                 advice="download them into the folder",
             ),
         )

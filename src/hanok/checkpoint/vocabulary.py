@@ -8,13 +8,15 @@
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import tokenizers
 
 from hanok.checkpoint.byte_level import NO_CLASS, Cuts, byte_alphabet
+from hanok.checkpoint.protobuf import fields
 from hanok.checkpoint.sentencepiece_json import first_difference, read_model, to_library
 from hanok.checkpoint.stream import REPLACEMENT, TokenTexts
 from hanok.checkpoint.token_bounds import TokenBound, library_bound, sentencepiece_bound
@@ -47,6 +49,14 @@ _PLAIN_CLASSES = frozenset(
 """Classes whose ids are those of the SentencePiece model, with the tokens that the files add."""
 
 
+class Located(NamedTuple):
+    """The ids of a text, and where each token lies in it."""
+
+    ids: list[int]
+    spans: list[tuple[int, int]]
+    """(start, end) of each token in characters; tokens that share a character have it in common."""
+
+
 class Vocabulary(Protocol):
     """What `Tokenizer` needs from a library."""
 
@@ -67,6 +77,9 @@ class Vocabulary(Protocol):
 
     def encode_processed(self, text: str) -> list[int]:
         """`encode`, then what the files themselves add (a post-processor)."""
+
+    def encode_located(self, texts: Sequence[str]) -> list[Located]:
+        """`encode` of several texts, with the places of their tokens."""
 
     @property
     def added(self) -> Sequence[AddedToken]:
@@ -220,6 +233,19 @@ class LibraryVocabulary:
     def encode_processed(self, text: str) -> list[int]:
         """See `Vocabulary`."""
         return self._encode(text, adds_special=True)
+
+    def encode_located(self, texts: Sequence[str]) -> list[Located]:
+        """See `Vocabulary`; on all the library's threads."""
+        found = self._locating.encode_batch(list(texts), add_special_tokens=False)
+        return [Located(encoding.ids, encoding.offsets) for encoding in found]
+
+    @cached_property
+    def _locating(self) -> tokenizers.Tokenizer:
+        """The library, or a copy without its post-processor, which may take spaces out of the places."""
+        parts = json.loads(self._library.to_str())
+        if parts["post_processor"] is None:
+            return self._library
+        return tokenizers.Tokenizer.from_str(json.dumps({**parts, "post_processor": None}))
 
     def _encode(self, text: str, *, adds_special: bool) -> list[int]:
         # As a batch of one: the library's `encode` holds the interpreter's lock, so no other thread
@@ -413,6 +439,44 @@ class SentencePieceVocabulary:
                 ids += model.encode(part)
         return ids
 
+    def encode_located(self, texts: Sequence[str]) -> list[Located]:
+        """See `Vocabulary`."""
+        return [self._encode_located(text) for text in texts]
+
+    def _encode_located(self, text: str) -> Located:
+        located = Located([], [])
+        for begin, part in self._parts(text):
+            if isinstance(part, int):
+                located.ids.append(part)
+                located.spans.append((begin, begin + len(self._added[part].text)))
+            elif part:
+                model = self._model if begin == 0 or self._is_legacy else self._bare
+                pieces = list(self._pieces_of(model, part))
+                spans: list[tuple[int, int]] = []
+                for token_id, start, end in reversed(pieces):
+                    if start == end and token_id in self._data and spans:
+                        spans.append(spans[-1])  # of the bytes of a character the last one has it
+                    else:
+                        spans.append((begin + start, begin + end))
+                located.ids.extend(token_id for token_id, _, _ in pieces)
+                located.spans.extend(reversed(spans))
+        return located
+
+    def _pieces_of(self, model: Any, text: str) -> Iterator[tuple[int, int, int]]:
+        """Yield each token's id, and where it begins and ends in the text in characters."""
+        # The one form with places that every version of the library has: a SentencePieceText, whose
+        # field 2 are pieces; of each 2 is the id, 4 and 5 where it begins and ends, in bytes.
+        place_of = {0: 0}
+        place = 0
+        for number, character in enumerate(text, 1):
+            place += len(character.encode())
+            place_of[place] = number
+        for field, message in fields(model.encode(text, out_type="serialized_proto")):
+            if field == 2 and isinstance(message, bytes):
+                values = dict(fields(message))
+                start, end = values.get(4, 0), values.get(5, 0)
+                yield _number(values[2]), place_of[_number(start)], place_of[_number(end)]
+
     def encode_processed(self, text: str) -> list[int]:
         """The same: these files have no post-processor."""
         return self.encode(text)
@@ -454,6 +518,11 @@ class SentencePieceVocabulary:
     def _piece_text(self, token_id: int) -> str:
         piece = self._pieces[token_id]
         return piece if token_id in self._added else piece.replace(_SPACE_MARK, " ")
+
+
+def _number(value: int | bytes) -> int:
+    assert isinstance(value, int)
+    return value
 
 
 def _number_added(

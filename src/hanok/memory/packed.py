@@ -9,8 +9,7 @@ that nothing takes it for a checkpoint, and neither a part of one nor another's 
 import hashlib
 import json
 import struct
-from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -19,11 +18,10 @@ import torch
 from torch import Tensor
 
 from hanok.checkpoint.aside import Batch
+from hanok.checkpoint.content_hash import content_hashes
 from hanok.checkpoint.files import TensorRef
-from hanok.checkpoint.writer import write_json
 from hanok.errors import CheckpointError
 from hanok.kernels.native import native
-from hanok.memory.planning import NUM_READERS
 from hanok.memory.quantize import QuantizedSource
 from hanok.memory.tensors import ALIGNMENT, DTYPE_NAMES, read_bytes
 
@@ -31,7 +29,6 @@ SUFFIX = ".packed"
 MAGIC = b"hanok packed 1\n\0"
 END = b"\0end of hanok packed\n"
 HASHES = "hashes.json"
-BLOCK_BYTES = 2**24
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,41 +123,9 @@ class PackedCopy:
 
     def _hashes(self, files: Iterable[Path]) -> list[str]:
         """Return the hash of each file's contents, and remember those that were not known."""
-        index = self._folder / HASHES
         try:
-            known: Mapping[str, Mapping[str, object]] = json.loads(index.read_text())
-        except (OSError, ValueError):
-            known = {}
-        found = dict(known)
-        for file in files:
-            place, state = str(file.resolve()), _state_of(file)
-            if known.get(place, {}).get("state") != state:
-                found[place] = {"state": state, "hash": _hash_of(file)}
-        if found != known:
-            try:
-                self._folder.mkdir(parents=True, exist_ok=True)
-                write_json(index, found)
-            except OSError as error:
-                raise CheckpointError(
-                    f"packed copies cannot be kept in {self._folder}: {error}. Choose another folder."
-                ) from error
-        return [str(found[str(file.resolve())]["hash"]) for file in files]
-
-
-def _hash_of(file: Path) -> str:
-    """Return the SHA-256 of the SHA-256s of a file's blocks, which several threads can work out."""
-    blocks = range(0, file.stat().st_size, BLOCK_BYTES)
-
-    def hash_block(start: int) -> bytes:
-        with file.open("rb") as opened:
-            opened.seek(start)
-            return hashlib.sha256(opened.read(BLOCK_BYTES)).digest()
-
-    with ThreadPoolExecutor(NUM_READERS) as pool:
-        return hashlib.sha256(b"".join(pool.map(hash_block, blocks))).hexdigest()
-
-
-def _state_of(file: Path) -> list[int]:
-    """Return what changes whenever a file's contents do."""
-    found = file.stat()
-    return [found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns]
+            return content_hashes(files, self._folder / HASHES)
+        except OSError as error:
+            raise CheckpointError(
+                f"packed copies cannot be kept in {self._folder}: {error}. Choose another folder."
+            ) from error

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from hanok.attention.base import ForwardBatch, choose
 from hanok.attention.cache import KVCache
@@ -107,6 +108,9 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.execution = execution or Execution()
+        self.gradient_checkpointing = False
+        """Whether a pass with gradients keeps only what goes into each layer, and computes the rest
+        again on the way back."""
         self.num_weight_changes = 0
         """How often `weights_changed` was called."""
         self.rotaries: dict[Rope, Rotary] = {rope: Rotary(rope) for rope in config.ropes}
@@ -278,7 +282,11 @@ class Decoder(nn.Module):
         for index in blocks:
             rope = self._ropes[index]
             state = cache.states[index] if cache is not None else None
-            x = self.layers[index](x, batch, cos_sin[rope] if rope else None, state)
+            inputs = (x, batch, cos_sin[rope] if rope else None, state)
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(self.layers[index], *inputs, use_reentrant=False)
+            else:
+                x = self.layers[index](*inputs)
         return x
 
     def _normed(self, x: Tensor) -> Tensor:

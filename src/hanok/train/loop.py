@@ -9,7 +9,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -59,8 +59,12 @@ class StepReport:
     gradient_norm: float
     learning_rate: float
     num_tokens: int
+    """Of all documents; there is no padding."""
     num_targets: int
+    tokens_per_s: float
     seconds: float
+    held_out_loss: float | None = None
+    """At those steps that `eval_steps` names."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,11 +102,13 @@ class Trainer:
         self._table = usual_sources(model.checkpoint.config, model.decoder, str(folder))
         self._config = options.lora
         self._writer = CheckpointWriter(output, options.keep_checkpoints)
-        self._first = 0
+        self.first_step = 0
+        """Steps that were done before, in the training that this goes on with."""
         found = find_newest(output)
         self.skipped: tuple[str, ...] = found.skipped if found else ()
         """Checkpoints that a resumed training did not take, with the reason."""
         self._decoder.requires_grad_(False)
+        self._decoder.gradient_checkpointing = options.gradient_checkpointing
         if found is None:
             generator = torch.Generator().manual_seed(options.seed)
             attach_new(self._decoder, self._table, self._config, index=INDEX, generator=generator)
@@ -113,9 +119,19 @@ class Trainer:
         if found is not None:
             state, moments = read_state(found.folder)
             _check_same(state["options"], options)
-            self._first = int(state["step"])
-            self._optimizer.restore(moments, self._first)
+            self.first_step = int(state["step"])
+            self._optimizer.restore(moments, self.first_step)
         activate(self._decoder, INDEX)
+
+    @property
+    def parameter_line(self) -> str:
+        """How many numbers learn, and of how many, in PEFT's words."""
+        count = self._optimizer.num_parameters()
+        total = self._decoder.config.num_parameters() + count
+        return (
+            f"trainable params: {count:,d} || all params: {total:,d} || "
+            f"trainable%: {100 * count / total:.4f}"
+        )
 
     def run(
         self,
@@ -135,6 +151,9 @@ class Trainer:
         for number, packs in self._steps(documents, num_steps):
             report = self._step(documents, packs, number, num_steps)
             losses.append(report.loss)
+            often = self.options.eval_steps
+            if held_out is not None and often and report.step % often == 0:
+                report = replace(report, held_out_loss=self.evaluate(held_out))
             if on_step is not None:
                 on_step(report)
             every = self.options.save_steps
@@ -143,7 +162,7 @@ class Trainer:
             if self.is_told_to_stop:
                 break
         self._decoder.eval()
-        done = self._first + len(losses)
+        done = self.first_step + len(losses)
         self._save(done)
         is_finished = done >= num_steps
         loss = None if held_out is None else self.evaluate(held_out)
@@ -161,13 +180,15 @@ class Trainer:
 
     def evaluate(self, documents: Documents) -> float:
         """Return the mean of -log p of the targets of some documents."""
-        total, count = 0.0, 0
+        total, count, was_training = 0.0, 0, self._decoder.training
+        self._decoder.eval()
         with torch.no_grad():
             for pack in documents.packs(0):
                 batch, rows, targets = _packed(documents, pack, self.model.device)
                 hidden = self._decoder(batch).index_select(0, rows)
                 total += loss_sum(self._decoder, hidden, targets)
                 count += len(targets)
+        self._decoder.train(was_training)
         return total / max(1, count)
 
     def _step(
@@ -191,15 +212,18 @@ class Trainer:
                 f"not changed. The step's documents are {numbers[:20]}. Lower the learning rate, "
                 "or look at these documents."
             )
+        num_tokens = sum(len(batch.token_ids) for batch, _, _ in batches)
+        seconds = time.perf_counter() - began
         return StepReport(
             step=number + 1,
             num_steps=num_steps,
             loss=loss,
             gradient_norm=norm,
             learning_rate=rate,
-            num_tokens=sum(len(batch.token_ids) for batch, _, _ in batches),
+            num_tokens=num_tokens,
             num_targets=num_targets,
-            seconds=time.perf_counter() - began,
+            tokens_per_s=num_tokens / seconds,
+            seconds=seconds,
         )
 
     def _num_steps(self, documents: Documents) -> int:
@@ -215,7 +239,7 @@ class Trainer:
         while number < num_steps:
             packs = documents.packs(epoch)
             for start in range(0, len(packs), size):
-                if self._first <= number < num_steps:
+                if self.first_step <= number < num_steps:
                     yield number, packs[start : start + size]
                 number += 1
             epoch += 1
@@ -249,7 +273,13 @@ def _packed(
 def _check_same(old: dict[str, Any], options: TrainOptions) -> None:
     """Refuse to go on with options that would make another training of it."""
     new = json.loads(json.dumps(asdict(options)))
-    may_change = {"save_steps", "keep_checkpoints", "eval_steps", "max_steps"}
+    may_change = {
+        "save_steps",
+        "keep_checkpoints",
+        "eval_steps",
+        "max_steps",
+        "gradient_checkpointing",
+    }
     for name in new.keys() | old.keys():
         if name not in may_change and new.get(name) != old.get(name):
             raise OptionError(

@@ -39,6 +39,8 @@ class TrainOptions:
     """Of AdamW."""
     max_grad_norm: float = 1.0
     """Longer gradients are scaled down to this length. 0: never."""
+    gradient_checkpointing: bool = False
+    """Keep only what goes into each layer and compute the rest again: less memory, a third slower."""
     seed: int = 0
     """Of the order of documents, of new adapters, and of dropout."""
     save_steps: int = 100
