@@ -23,7 +23,7 @@ from hanok.checkpoint.aside import folder_aside
 from hanok.checkpoint.files import Checkpoint
 from hanok.checkpoint.pooling import Pooling, choose_pooling, pooling_files
 from hanok.checkpoint.tokenizer_files import has_tokenizer
-from hanok.checkpoint.writer import write_json
+from hanok.checkpoint.writer import OnShard, write_json
 from hanok.engine.adapters import Adapters
 from hanok.engine.embed import embed
 from hanok.engine.generate import PrefixCache, TokenStream, generate
@@ -423,9 +423,7 @@ class Model:
             )
         return token_ids
 
-    def save(
-        self, path: str | Path, *, on_shard: Callable[[Path, str], None] | None = None
-    ) -> Path:
+    def save(self, path: str | Path, *, on_shard: OnShard | None = None) -> Path:
         """Write the model to a new folder, in the Hugging Face layout, and return the folder.
 
         Everything is written under a temporary name first and renamed last. `on_shard` gets each file of
@@ -454,16 +452,13 @@ class Model:
         torch.distributed.barrier()
         return folder
 
-    def _save(self, folder: Path, on_shard: Callable[[Path, str], None] | None) -> Path:
+    def _save(self, folder: Path, on_shard: OnShard | None) -> Path:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise CheckpointError(f"{folder} exists and is not empty; choose another folder.")
         with folder_aside(folder) as unfinished:
+            left_out = self._left_out
             save_weights(
-                unfinished,
-                self.decoder,
-                self._sources,
-                left_out=self._left_out,
-                on_shard=on_shard,
+                unfinished, self.decoder, self._sources, left_out=left_out, on_shard=on_shard
             )
             config = dict(self.checkpoint.config)
             spellings = [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]

@@ -16,7 +16,7 @@ from pathlib import Path
 from torch import Tensor
 
 from hanok.checkpoint.files import TensorRef
-from hanok.checkpoint.writer import TensorData, in_reading_order, write_safetensors
+from hanok.checkpoint.writer import OnShard, TensorData, in_reading_order, write_safetensors
 from hanok.errors import UnsupportedError
 from hanok.memory.tensors import DTYPE_NAMES, MappedFiles, to_file_order
 from hanok.models.decoder import Decoder
@@ -30,7 +30,7 @@ def save_weights(
     *,
     left_out: Sequence[TensorRef] = (),
     progress: Callable[[int], None] | None = None,
-    on_shard: Callable[[Path, str], None] | None = None,
+    on_shard: OnShard | None = None,
 ) -> tuple[Path, ...]:
     """Write the weights as safetensors (sharded when large) and return the files.
 
