@@ -14,8 +14,6 @@ import sentencepiece
 import tokenizers
 import torch
 from click.testing import CliRunner
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import (
@@ -35,7 +33,7 @@ from transformers import (
 import hanok
 from hanok.checkpoint.card import steps_of
 from hanok.checkpoint.files import open_checkpoint
-from hanok.checkpoint.rows import read_row, row_bytes, to_bytes
+from hanok.checkpoint.rows import read_row, row_bytes
 from hanok.checkpoint.tokenizer import open_tokenizer
 from hanok.cli.main import cli
 from hanok.engine.equal import compare_logits
@@ -531,6 +529,71 @@ def test_tokens_that_contain_and_overlap_each_other(folder: Path) -> None:
         )
 
 
+def test_a_removed_token_ends_nothing_any_more(folder: Path) -> None:
+    ends = TokenOptions(special=True, eos="<end>", pad="<end>")
+    apply(plan_tokens(folder, ["<end>"], ends))
+    apply(plan_tokens(folder, ["</s>"], TokenOptions(eos="</s>")))
+    with pytest.raises(OptionError, match="'<end>' is the pad_token"):
+        plan_removal(folder, ["<end>"])
+    apply(plan_tokens(folder, ["</s>"], TokenOptions(pad="</s>")))
+    generation = folder / "generation_config.json"
+    assert json.loads(generation.read_text())["eos_token_id"] == [2, VOCABULARY]
+    apply(plan_removal(folder, ["<end>"]))
+    assert json.loads(generation.read_text())["eos_token_id"] == [2]
+    apply(plan_tokens(folder, ["<next>"], TokenOptions()))
+    assert VOCABULARY not in hanok.load(folder).end_ids
+
+
+def test_a_token_with_a_role_in_a_config_alone_stays(folder: Path) -> None:
+    apply(plan_tokens(folder, ["<a>"], TokenOptions()))
+    change_json(folder / "config.json", lambda item: item.update(bos_token_id=VOCABULARY))
+    with pytest.raises(OptionError, match=r"'<a>' is the bos_token_id of config\.json"):
+        plan_removal(folder, ["<a>"])
+
+
+def test_templates_that_write_a_removed_token_are_noted(folder: Path) -> None:
+    apply(plan_tokens(folder, ['<"a">', "<b>", "<c>"], TokenOptions()))
+    change_json(
+        folder / "tokenizer_config.json", lambda item: item.update(chat_template='x<"a">{{ y }}')
+    )
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tool_use.jinja").write_text("<c>")
+    assert plan_removal(folder, ['<"a">', "<b>", "<c>"]).notes == (
+        "the chat template still writes '<\"a\">'",
+        "the chat template still writes '<c>'",
+    )
+
+
+def test_a_spelling_that_other_programs_misread_is_said(folder: Path) -> None:
+    report = apply(plan_tokens(folder, ["naïve", "마당이다"], TokenOptions()))
+    (said,) = [item for item in report.invariants if not item.holds]
+    assert said.name == "other programs decode the new tokens"
+    assert said.detail.startswith("'naïve' becomes 'na\ufffdve'")
+    theirs = AutoTokenizer.from_pretrained(folder)
+    assert theirs.decode([VOCABULARY]) == "na\ufffdve"
+    assert open_tokenizer(folder).decode([VOCABULARY]) == "naïve"
+    assert theirs.decode([VOCABULARY + 1]) == "마당이다"
+
+
+def test_tokens_without_rows_get_some_and_are_no_pieces(folder: Path) -> None:
+    theirs = AutoTokenizer.from_pretrained(folder)
+    theirs.add_tokens(["<old>"])
+    theirs.save_pretrained(folder)
+    with pytest.raises(OptionError, match="'<old>' is 330, and has no row yet"):
+        plan_tokens(folder, ["<a>"], TokenOptions(init="like=<old>"))
+    plan = plan_tokens(folder, ["<old>x"], TokenOptions())
+    like = plan_tokens(folder, ["<a>"], TokenOptions(init="like=x"))
+    for one, other in zip(plan.rows, like.rows, strict=True):
+        assert one.rows == other.rows
+    apply(plan_resize(folder, None))
+    assert open_checkpoint(folder).tensors["lm_head.weight"].shape[0] == VOCABULARY + 1
+
+
+def test_more_rows_than_the_disk_holds_are_refused_at_once(folder: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"GiB are to be written, and .* free there"):
+        apply(plan_resize(folder, 10**13))
+
+
 # What rows begin as
 
 
@@ -564,31 +627,6 @@ def test_rows_begin_as_asked(folder: Path) -> None:
         assert not torch.equal(*drawn)
         for row in drawn:
             assert (row - rows.mean(0)).std() < 0.03 * rows.std()
-
-
-@settings(max_examples=200)
-@given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1, max_size=9))
-def test_numbers_are_rounded_as_torch_rounds_them(numbers: list[float]) -> None:
-    wide = torch.tensor(numbers, dtype=torch.float32)
-    for dtype, name in ((torch.float32, "F32"), (torch.bfloat16, "BF16")):
-        expected = wide.to(dtype).view(torch.int8)
-        assert torch.equal(
-            torch.frombuffer(bytearray(to_bytes(numbers, name)), dtype=torch.int8), expected
-        )
-    halves = [number for number in numbers if abs(number) < 60000] or [0.0]
-    expected = torch.tensor(halves, dtype=torch.float32).half().view(torch.int8)
-    assert torch.equal(
-        torch.frombuffer(bytearray(to_bytes(halves, "F16")), dtype=torch.int8), expected
-    )
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_a_row_is_read_as_torch_reads_it(tmp_path: Path, dtype: torch.dtype) -> None:
-    rows = torch.randn(5, 7, generator=torch.Generator().manual_seed(1)).to(dtype)
-    save_file({"a": torch.ones(3), "rows": rows}, tmp_path / "model.safetensors")
-    ref = open_checkpoint(tmp_path, needs_config=False).tensors["rows"]
-    assert read_row(ref, 3) == rows[3].double().tolist()
-    assert row_bytes(ref) == 7 * dtype.itemsize
 
 
 # Invariants: each is broken once
@@ -715,7 +753,9 @@ def test_an_end_token_that_ends_nothing_is_said(folder: Path) -> None:
     [
         ({"init": "piece"}, "init 'piece' is unknown; did you mean 'pieces'"),
         ({"init": "like=nothing"}, "'nothing' is no token"),
-        ({"init": " "}, "no piece of ' '|init is empty"),
+        ({"init": " "}, "init is empty"),
+        ({"init": "Mean "}, "init 'Mean ' is unknown; did you mean 'mean'"),
+        ({"init": "like= well"}, "' well' is no token of this vocabulary, which spells it 'Ġwe"),
         ({"pad_to_multiple_of": 0}, "pad_to_multiple_of is 0"),
         ({"eos": "<nowhere>"}, "eos_token '<nowhere>' is no token"),
     ],

@@ -91,6 +91,11 @@ class ChatTemplates:
         """The names of the templates, in the order in which they were found."""
         return tuple(self._texts)
 
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The templates, in the order of their names."""
+        return tuple(self._texts.values())
+
     def render(
         self,
         messages: Sequence[Mapping[str, object]],

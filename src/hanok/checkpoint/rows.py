@@ -12,6 +12,7 @@ import os
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -23,6 +24,7 @@ FLOATS = ("F32", "BF16", "F16")
 """What rows may be stored in."""
 COPY_BYTES = 2**26
 COMPARE_BYTES = 2**22
+FILL_BYTES = 2**20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,8 +57,17 @@ class RowEdit:
             yield self.rows[index]
             reached = index + 1
         yield from _range(start + reached * size, (old - reached) * size)
-        for index in range(old, self.num_rows):
-            yield self.rows.get(index, self.filler)
+        reached = old
+        for index in sorted(index for index in self.rows if index >= old):
+            yield from self._filled(index - reached)
+            yield self.rows[index]
+            reached = index + 1
+        yield from self._filled(self.num_rows - reached)
+
+    def _filled(self, count: int) -> Iterator[bytes]:
+        most = max(1, FILL_BYTES // self.row_bytes)
+        for first in range(0, count, most):
+            yield self.filler * min(most, count - first)
 
 
 Part = tuple[int, int] | bytes
@@ -103,7 +114,7 @@ def rewrite(source: Path, file: BinaryIO, edits: Iterable[RowEdit]) -> int:
     tensors, metadata = read_header(source)
     changed = {edit.tensor.name: edit for edit in edits}
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-    parts: list[Part] = []
+    parts: list[Iterable[Part]] = []
     reached = 0
     for ref in sorted(tensors.values(), key=lambda ref: (ref.offset_bytes, ref.size_bytes)):
         edit = changed.get(ref.name)
@@ -115,12 +126,13 @@ def rewrite(source: Path, file: BinaryIO, edits: Iterable[RowEdit]) -> int:
             "data_offsets": [reached, reached + size],
         }
         reached += size
-        parts += edit.parts() if edit else _range(ref.offset_bytes, ref.size_bytes)
+        parts.append(edit.parts() if edit else _range(ref.offset_bytes, ref.size_bytes))
     raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     raw += b" " * (-len(raw) % HEADER_ALIGNMENT)
     start = len(raw).to_bytes(LENGTH_BYTES, "little") + raw
     with source.open("rb") as old:
-        for part in (start, *_joined(parts)):
+        file.write(start)
+        for part in _joined(chain.from_iterable(parts)):
             if isinstance(part, bytes):
                 file.write(part)
             else:
@@ -160,29 +172,21 @@ def _range(start: int, size: int) -> list[Part]:
 
 
 def _joined(parts: Iterable[Part]) -> Iterator[Part]:
-    """Yield the parts with ranges that follow one another, and bytes that do, joined."""
-    ranges: tuple[int, int] | None = None
-    held: list[bytes] = []
+    """Yield the parts, ranges that follow one another joined."""
+    held: tuple[int, int] | None = None
     for part in parts:
-        if isinstance(part, bytes):
-            if ranges is not None:
-                yield ranges
-                ranges = None
-            held.append(part)
+        if held is not None and not isinstance(part, bytes) and sum(held) == part[0]:
+            held = (held[0], held[1] + part[1])
             continue
-        if held:
-            yield b"".join(held)
-            held = []
-        if ranges is not None and sum(ranges) == part[0]:
-            ranges = (ranges[0], ranges[1] + part[1])
+        if held is not None:
+            yield held
+            held = None
+        if isinstance(part, bytes):
+            yield part
         else:
-            if ranges is not None:
-                yield ranges
-            ranges = part
-    if held:
-        yield b"".join(held)
-    if ranges is not None:
-        yield ranges
+            held = part
+    if held is not None:
+        yield held
 
 
 def _copy(source: BinaryIO, target: BinaryIO, start: int, size: int) -> None:

@@ -56,7 +56,9 @@ from hanok.checkpoint.vocabulary import (
     Vocabulary,
     read_library_file,
 )
-from hanok.errors import CheckpointError, RequestError
+from hanok.errors import CheckpointError, OptionError, RequestError
+
+GivenToken = str | AddedToken | tokenizers.AddedToken
 
 
 class Tokenizer:
@@ -225,7 +227,7 @@ class Tokenizer:
 
     def add_tokens(
         self,
-        new_tokens: str | AddedToken | Sequence[str | AddedToken],
+        new_tokens: GivenToken | Sequence[GivenToken],
         special_tokens: bool = False,
     ) -> int:
         """Add tokens to the vocabulary and return how many got a new id; others only get these rules.
@@ -234,14 +236,14 @@ class Tokenizer:
         each: `Model.resize_token_embeddings`. `save` writes the changed files, and nothing else does.
         Not while other threads use the tokenizer. Raises as `tokenizer_edit.with_tokens` does.
         """
-        given = [new_tokens] if isinstance(new_tokens, str | AddedToken) else new_tokens
-        tokens = [
-            AddedToken(text=token, token_id=None, is_special=special_tokens)
-            if isinstance(token, str)
-            else token
-            for token in given
-        ]
-        edit = with_tokens(self.edited_files(), tokens)
+        given = [new_tokens] if isinstance(new_tokens, GivenToken) else new_tokens
+        if not isinstance(given, Sequence) or not all(isinstance(t, GivenToken) for t in given):
+            raise OptionError(
+                f"{given!r:.80} are no tokens to add. Give a text, an AddedToken, or a list of them."
+            )
+        edit = with_tokens(
+            self.edited_files(), [_added_token(token, special_tokens) for token in given]
+        )
         pieces = {
             token_id: tuple(self.encode(text, add_special_tokens=False))
             for text, token_id in edit.new.items()
@@ -252,10 +254,14 @@ class Tokenizer:
         self._added_pieces = {**self._added_pieces, **pieces}
         return len(edit.new)
 
-    def take_added_pieces(self) -> Mapping[int, tuple[int, ...]]:
-        """Return what the texts of tokens added since the last call were before, by their new ids."""
-        taken, self._added_pieces = self._added_pieces, {}
-        return taken
+    @property
+    def added_pieces(self) -> Mapping[int, tuple[int, ...]]:
+        """What the texts of tokens that have no row yet were before, by their new ids."""
+        return self._added_pieces
+
+    def rows_added(self) -> None:
+        """Say that the added tokens have rows now."""
+        self._added_pieces = {}
 
     def changed(self, contents: Mapping[str, bytes]) -> "Tokenizer":
         """Return the tokenizer that these files would make, in place of the folder's own."""
@@ -313,6 +319,11 @@ class Tokenizer:
     def chat_template_names(self) -> tuple[str, ...]:
         """The names that `template` may be, in the order in which they were found."""
         return self._templates.names
+
+    @property
+    def chat_template_texts(self) -> tuple[str, ...]:
+        """The templates themselves, in the order of their names."""
+        return self._templates.texts
 
     def render_chat(
         self,
@@ -433,6 +444,22 @@ def open_tokenizer(folder: Path, *, now: Callable[[], datetime] = datetime.now) 
         settings,
         templates=read_templates(folder, additional, settings, now),
         files=present,
+    )
+
+
+def _added_token(token: "GivenToken", is_special: bool) -> AddedToken:
+    if isinstance(token, AddedToken):
+        return token
+    if isinstance(token, str):
+        return AddedToken(text=token, token_id=None, is_special=is_special)
+    return AddedToken(
+        text=token.content,
+        token_id=None,
+        is_special=token.special or is_special,
+        is_single_word=token.single_word,
+        strips_left=token.lstrip,
+        strips_right=token.rstrip,
+        is_normalized=token.normalized,
     )
 
 

@@ -412,7 +412,8 @@ class Model:
         if largest >= size:
             raise RequestError(
                 f"the tokenizer makes token {largest} of the prompt, and this model's tokens are 0 to "
-                f"{size - 1}: it was added without making the embedding larger. Leave its text out."
+                f"{size - 1}: it was added without making the embedding larger. Call "
+                "resize_token_embeddings, or `hanok tokens resize` on the folder, or leave its text out."
             )
         limit = self.config.max_context_tokens
         if len(token_ids) > limit:

@@ -32,6 +32,8 @@ def resize(
 ) -> None:
     """Give the matrices of a decoder more rows: see `Model.resize_token_embeddings`."""
     TokenOptions(init=init, pad_to_multiple_of=multiple)  # refuses what cannot be
+    if asked is not None and (type(asked) is not int or asked < 0):
+        raise OptionError(f"new_num_tokens is {asked!r}; it must be a number of rows.")
     config = decoder.config
     owners: list[tuple[str, Weighted]] = [("embed_tokens", decoder.embed_tokens)]
     if config.has_head:
@@ -42,7 +44,7 @@ def resize(
     needed = tokenizer.vocab_size if tokenizer is not None else 0
     # Fewer than there are is what callers of other libraries ask for who only count tokens.
     rows = num_rows_for(config.vocab_size, needed, max(asked or 0, config.vocab_size), multiple)
-    starts = _starts(tokenizer, init)
+    starts = _starts(tokenizer, init, config.vocab_size)
     is_tied = config.has_head and decoder.lm_head.weight is decoder.embed_tokens.weight
     with torch.no_grad():
         for _, owner in owners[:1] if is_tied else owners:
@@ -53,6 +55,8 @@ def resize(
             )
     decoder.config = replace(config, vocab_size=rows)
     decoder.tie()
+    if tokenizer is not None:
+        tokenizer.rows_added()
 
 
 def _why_not(owner: Weighted, decoder: Decoder) -> str | None:
@@ -68,17 +72,16 @@ def _why_not(owner: Weighted, decoder: Decoder) -> str | None:
 
 
 def _starts(
-    tokenizer: "Tokenizer | None", init: str
+    tokenizer: "Tokenizer | None", init: str, num_rows: int
 ) -> dict[str, tuple[int, tuple[int, ...] | None]]:
     """Return the id of each added token, and the tokens that its row begins as the mean of."""
     if tokenizer is None:
         return {}
     found: dict[str, tuple[int, tuple[int, ...] | None]] = {}
-    added: Mapping[int, tuple[int, ...]] = tokenizer.take_added_pieces()
-    for token_id, pieces in added.items():
+    for token_id, pieces in tokenizer.added_pieces.items():
         text = tokenizer.spelling(token_id) or str(token_id)
         known = tuple(piece for piece in pieces if piece != tokenizer.unk_token_id)
-        start = known if init == PIECES else pieces_of(text, init, tokenizer)
+        start = known if init == PIECES else pieces_of(text, init, tokenizer, num_rows)
         if start is not None and not start:
             raise OptionError(
                 f"init {init!r}: the vocabulary knew no piece of {text!r}. Choose mean, like=TOKEN or a "
@@ -105,6 +108,7 @@ def _grown(
         if pieces is None:
             values = torch.tensor(apart(mean.tolist(), spread, text), dtype=torch.float64)
         else:
-            values = old[list(pieces)].double().mean(0)
+            # A piece may be a token that was added before this one.
+            values = grown[list(pieces)].double().mean(0)
         grown[token_id] = values.to(grown)
     return grown

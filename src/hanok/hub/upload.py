@@ -2,7 +2,7 @@
 
 After each part its receipt (an ETag) is noted, so a push that was killed continues after the last whole
 part: at most the part that was being sent is sent again, one for each of the connections. Files are
-hashed by another thread while earlier ones are sent.
+hashed by other threads while earlier ones are sent.
 
 Cost: one reading to hash and one to send; memory does not grow with the files.
 """
@@ -22,6 +22,8 @@ from hanok.hub.repository import LFS_HEADERS, Repository, UploadAction
 
 ASKED_AT_ONCE = 16
 """Files that one call asks the hub about, at most; the links in its answer expire."""
+HASHERS = 2
+"""Files that are hashed at a time; more would only wait for the disk."""
 EXPIRED = {HTTPStatus.FORBIDDEN, HTTPStatus.NOT_FOUND, HTTPStatus.GONE}
 
 
@@ -63,7 +65,7 @@ class Uploader:
         `is_known` says whether the repository has a file with this SHA-256 already, so that the hub need
         not be asked. Raises CheckpointError where a file changed meanwhile.
         """
-        with ThreadPoolExecutor(1) as hasher:
+        with ThreadPoolExecutor(HASHERS) as hasher:
             waiting = [(file, hasher.submit(self._hash, file)) for file in files]
             try:
                 while waiting:

@@ -6,10 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import tokenizers
+
 from hanok.checkpoint.files import Checkpoint, open_checkpoint
 from hanok.checkpoint.rows import RowEdit, first_difference
 from hanok.checkpoint.safetensors import read_header
 from hanok.checkpoint.tokenizer import Tokenizer, open_tokenizer
+from hanok.checkpoint.tokenizer_edit import LIBRARY
 from hanok.memory.token_rows import find_matrices
 from hanok.package import BUNDLED
 
@@ -59,6 +62,8 @@ def check_edit(edit: Edited, folder: Path) -> list[Invariant]:
     )
     if edit.rows:
         found.append(_check_bytes(edit, folder, checkpoint))
+    if foreign := {text: i for text, i in edit.found.items() if not text.isascii()}:
+        found.append(_check_library(foreign, folder))
     eos = after.eos_token_id
     ends = _end_ids(checkpoint.generation_config) or _end_ids(checkpoint.config)
     if eos is not None:
@@ -139,6 +144,24 @@ def _check_found(expected: Mapping[str, int], after: Tokenizer) -> list[Invarian
             detail=broken[0] if broken else f"{len(expected)} of them",
         )
     ]
+
+
+def _check_library(expected: Mapping[str, int], folder: Path) -> Invariant:
+    """Return whether the tokenizers library, by which other programs decode, spells tokens right."""
+    library = tokenizers.Tokenizer.from_file(str(folder / LIBRARY))
+    found = {
+        text: library.decode([token_id], skip_special_tokens=False)
+        for text, token_id in expected.items()
+    }
+    wrong = [text for text, spelled in found.items() if spelled.strip() != text.strip()]
+    return Invariant(
+        name="other programs decode the new tokens",
+        holds=not wrong,
+        detail=f"{wrong[0]!r} becomes {found[wrong[0]]!r}, since its letters stand for bytes as well"
+        if wrong
+        else f"{len(expected)} that are not ASCII",
+        is_needed=False,
+    )
 
 
 def _check_bytes(edit: Edited, folder: Path, checkpoint: Checkpoint) -> Invariant:

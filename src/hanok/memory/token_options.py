@@ -41,10 +41,9 @@ class TokenOptions:
             )
         if not self.init.strip():
             raise OptionError("init is empty. Give mean, pieces, like=TOKEN, or a description.")
-        word = self.init.removeprefix(LIKE)
-        if self.init in (MEAN, PIECES) or word != self.init or " " in self.init:
+        if self.init in (MEAN, PIECES) or self.init.startswith(LIKE):
             return
-        if near := get_close_matches(self.init, [MEAN, PIECES]):
+        if near := get_close_matches(self.init.strip().lower(), [MEAN, PIECES, LIKE]):
             raise OptionError(f"init {self.init!r} is unknown; did you mean {near[0]!r}?")
 
     @property

@@ -98,10 +98,11 @@ def num_rows_for(present: int, needed: int, asked: int | None, multiple: int | N
     return rows if multiple is None else -(-rows // multiple) * multiple
 
 
-def pieces_of(text: str, init: str, tokenizer: Tokenizer) -> tuple[int, ...] | None:
+def pieces_of(text: str, init: str, tokenizer: Tokenizer, num_rows: int) -> tuple[int, ...] | None:
     """Return the tokens whose rows a new row begins as the mean of; None for all of them.
 
-    `init` is that of `TokenOptions`; OptionError where it names no token, or no piece is known.
+    `init` is that of `TokenOptions`; OptionError where it names no token that has one of the `num_rows`
+    rows, or no piece is known.
     """
     if init == MEAN:
         return None
@@ -109,11 +110,17 @@ def pieces_of(text: str, init: str, tokenizer: Tokenizer) -> tuple[int, ...] | N
         like = init.removeprefix(LIKE)
         token_id = tokenizer.token_to_id(like)
         if token_id is None:
-            raise OptionError(f"init {init!r}: {like!r} is no token of this vocabulary.")
+            spelled = map(tokenizer.spelling, tokenizer.encode(like, add_special_tokens=False))
+            raise OptionError(
+                f"init {init!r}: {like!r} is no token of this vocabulary, which spells it "
+                f"{' '.join(map(repr, spelled)) or 'with none'}."
+            )
+        if token_id >= num_rows:
+            raise OptionError(f"init {init!r}: {like!r} is {token_id}, and has no row yet.")
         return (token_id,)
     described = text if init == PIECES else init
     pieces = tokenizer.encode(described, add_special_tokens=False)
-    known = tuple(piece for piece in pieces if piece != tokenizer.unk_token_id)
+    known = tuple(piece for piece in pieces if piece != tokenizer.unk_token_id and piece < num_rows)
     if not known:
         raise OptionError(
             f"init {init!r}: the vocabulary knows no piece of {described!r}. Choose mean, like=TOKEN or "

@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import Any
 
 from hanok.checkpoint.aside import folder_aside, folder_exchanged, folder_state, link_files
 from hanok.checkpoint.card import Step, add_step, read_card
@@ -43,7 +44,7 @@ from hanok.checkpoint.tokenizer_edit import (
     without_tokens,
 )
 from hanok.checkpoint.writer import json_bytes
-from hanok.errors import CheckpointError, UnsupportedError
+from hanok.errors import CheckpointError, OptionError, UnsupportedError
 from hanok.memory.account import understand
 from hanok.memory.token_checks import Edited, Invariant, check_edit
 from hanok.memory.token_options import MEAN, TokenOptions
@@ -56,7 +57,7 @@ from hanok.memory.token_rows import (
 )
 from hanok.text_files import unified_diff
 
-CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
+CONFIG, GENERATION = "config.json", "generation_config.json"
 WEIGHTS = frozenset(
     {*SAFETENSORS.suffixes, *PICKLES.suffixes, *(Path(name).suffix for name in FOREIGN)}
 )
@@ -160,18 +161,22 @@ def plan_removal(folder: str | Path, texts: Sequence[str]) -> TokensPlan:
     """
     folder = _folder(Path(folder))
     state = folder_state(folder)
+    checkpoint = open_checkpoint(folder)
     tokenizer = open_tokenizer(folder)
     edit = without_tokens(tokenizer.edited_files(), texts)
-    matrices = find_matrices(open_checkpoint(folder))
-    files = [folder / "chat_template.jinja", folder / "tokenizer_config.json"]
-    written = "".join(
-        edit.contents.get(file.name, b"").decode() or _text_of(file) for file in files
-    )
-    notes = [f"the chat template still writes {text!r}" for text in texts if text in written]
+    matrices = find_matrices(checkpoint)
+    templates = "".join(tokenizer.chat_template_texts)
+    notes = [f"the chat template still writes {text!r}" for text in texts if text in templates]
+    names = {tokenizer.ids[text]: text for text in texts}
+    contents = dict(edit.contents)
+    for name, config in ((CONFIG, checkpoint.config), (GENERATION, checkpoint.generation_config)):
+        changed = _without_ids(config, names, name)
+        if changed != config:
+            contents[name] = json_bytes(changed)
     return TokensPlan(
         folder=folder,
         state=state,
-        contents=edit.contents,
+        contents=contents,
         rows=(),
         new={},
         known={},
@@ -251,6 +256,7 @@ def apply(
             return None
         return target is None or name.suffix in WEIGHTS
 
+    _refuse_little_room(target or plan.folder, shards)
     with (
         _written(target or plan.folder),
         folder_exchanged(plan.folder) if target is None else folder_aside(target) as unfinished,
@@ -307,6 +313,21 @@ def _refuse_target(plan: TokensPlan, target: Path | None) -> None:
         raise CheckpointError(f"{target} is inside of {plan.folder}; choose another folder.")
 
 
+def _refuse_little_room(folder: Path, shards: Mapping[Path, Sequence[RowEdit]]) -> None:
+    there = next(parent for parent in folder.resolve().parents if parent.is_dir())
+    free = shutil.disk_usage(there).free
+    needed = sum(path.stat().st_size + sum(map(_growth, edits)) for path, edits in shards.items())
+    if needed > free:
+        raise CheckpointError(
+            f"{folder}: {needed / 2**30:,.2f} GiB are to be written, and {free / 2**30:,.2f} GiB are "
+            "free there. Nothing was changed; make room, or write to another folder."
+        )
+
+
+def _growth(edit: RowEdit) -> int:
+    return edit.row_bytes * (edit.num_rows - edit.tensor.shape[0])
+
+
 def _refuse_changed(plan: TokensPlan) -> None:
     state = folder_state(plan.folder)
     if state != plan.state:
@@ -356,7 +377,8 @@ def _planned(
     after = tokenizer.changed(edit.contents) if edit.contents else tokenizer
     rows = num_rows_for(matrices.num_rows, after.vocab_size, num_rows, options.pad_to_multiple_of)
     starts = {
-        token_id: pieces_of(text, options.init, tokenizer) for text, token_id in edit.new.items()
+        token_id: pieces_of(text, options.init, tokenizer, matrices.num_rows)
+        for text, token_id in edit.new.items()
     }
     names = {token_id: text for text, token_id in edit.new.items()}
     edits = [row_edit(ref, rows, starts, names, tokenizer.vocab_size) for ref in matrices.all]
@@ -431,14 +453,34 @@ def _config_contents(
     if config != checkpoint.config:
         found[CONFIG] = json_bytes(config)
     if generation != checkpoint.generation_config:
-        found[GENERATION_CONFIG] = json_bytes(generation)
+        found[GENERATION] = json_bytes(generation)
     return found
+
+
+def _without_ids(config: Mapping[str, Any], names: Mapping[int, str], file: str) -> dict[str, Any]:
+    """Return a config whose lists of ids have none of these tokens.
+
+    Raises OptionError where one has a role alone: the next token that gets its id would have it.
+    """
+    kept = dict(config)
+    for key, value in config.items():
+        if isinstance(value, dict):
+            kept[key] = _without_ids(value, names, file)
+        elif key.endswith("_token_id"):
+            ids = value if isinstance(value, list) else [value]
+            left = [item for item in ids if item not in names]
+            if ids and not left:
+                raise OptionError(
+                    f"{names[ids[0]]!r} is the {key} of {file}: give that role to another token first."
+                )
+            kept[key] = left if isinstance(value, list) else value
+    return kept
 
 
 def _index_contents(folder: Path, edits: Sequence[RowEdit]) -> dict[str, bytes]:
     """Return the index with its new sizes, if the weights have one."""
     found = {}
-    grown = sum(edit.row_bytes * (edit.num_rows - edit.tensor.shape[0]) for edit in edits)
+    grown = sum(map(_growth, edits))
     numbers = sum(
         (edit.num_rows - edit.tensor.shape[0]) * prod(edit.tensor.shape[1:]) for edit in edits
     )
