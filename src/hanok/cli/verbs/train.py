@@ -59,7 +59,7 @@ def command() -> None:
 
 
 @command.command(RUN, hidden=True)
-@click.argument("model", type=click.Path(path_type=Path, exists=True))
+@click.argument("model", type=click.Path(path_type=Path))
 @click.argument("data", nargs=-1, required=True, metavar="DATA…")
 @click.option(
     "--output",
