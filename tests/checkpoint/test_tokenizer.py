@@ -557,3 +557,56 @@ def test_nothing_heavy_is_imported():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+# Where tokens lie
+
+
+def covered(tokenizer: Tokenizer, text: str) -> None:
+    """Ids are those of `encode`; places are in order, and outside spaces they cover the text."""
+    (found,) = tokenizer.encode_rendered([text])
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    assert found.ids == ids or ids[:2] == [tokenizer.bos_token_id] * 2
+    assert len(found.spans) == len(found.ids)
+    assert found.spans == sorted(found.spans)
+    seen = {place for start, end in found.spans for place in range(start, end)}
+    bos = "<s>" * (len(ids) - len(found.ids))
+    missing = [text[place] for place in range(len(bos), len(text)) if place not in seen]
+    assert not "".join(missing).strip()
+    for token_id, (start, end) in zip(found.ids, found.spans, strict=True):
+        piece = tokenizer.token_text(token_id)
+        # A part of a character lies at the whole of it.
+        assert piece.strip() in text[start:end] or "\ufffd" in piece
+
+
+@pytest.mark.parametrize("trims", [True, False])
+def test_places_of_the_library(tmp_path, trims):
+    library = byte_level(tmp_path)
+    library.post_processor = processors.ByteLevel(trim_offsets=trims)
+    library.save(str(tmp_path / "tokenizer.json"))
+    write(tmp_path, "tokenizer_config.json", NAMES)
+    tokenizer = open_tokenizer(tmp_path)
+    for text in (*TEXTS, *SENTENCES, "\n\n two  </s>\n"):
+        covered(tokenizer, text)
+    (found,) = tokenizer.encode_rendered(["a  b"])
+    assert {place for start, end in found.spans for place in range(start, end)} == {0, 1, 2, 3}
+
+
+def test_places_of_sentencepiece(tmp_path, model_file):
+    ours = open_tokenizer(sentencepiece_folder(tmp_path, model_file, legacy=False))
+    for text in (*TEXTS, *SENTENCES, "마당🙂</s>🙂 x"):
+        covered(ours, text)
+    (found,) = ours.encode_rendered(["a🙂"])
+    assert found.spans[-4:] == [(1, 2)] * 4
+
+
+def test_a_repeated_bos_at_the_front_has_one_place(tmp_path):
+    byte_level(tmp_path)
+    write(tmp_path, "tokenizer_config.json", NAMES)
+    tokenizer = open_tokenizer(tmp_path)
+    one, three = tokenizer.encode_rendered(["<s>well", "<s><s><s>well"])
+    assert one.ids == three.ids
+    assert one.spans[0] == (0, 3)
+    assert three.spans[0] == (6, 9)
+    with pytest.raises(RequestError, match="half of a surrogate pair"):
+        tokenizer.encode_rendered(["well", "\ud800"])

@@ -21,7 +21,8 @@ def print_preview(dataset: Dataset, numbers: Sequence[int]) -> None:
     for file in report.files:
         for line in _file_lines(file):
             console.print(line, markup=False)
-    for line in [*_data_lines(report), *_length_lines(dataset.lengths)]:
+    notes = [f"Note: {note}" for note in dataset.notes]
+    for line in [*_data_lines(report), *_length_lines(dataset.lengths), *notes]:
         console.print(line, markup=False)
     for number in numbers:
         if number < len(dataset.lengths):

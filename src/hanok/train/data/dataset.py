@@ -131,6 +131,8 @@ class Dataset:
         self.lengths = [place.end - place.start for place in places]
         self.findings: tuple[Finding, ...] = ()
         """What looks wrong, allowed or not."""
+        self.notes: tuple[str, ...] = ()
+        """What serving will not do as the data has it."""
         self.num_truncated = self.num_left_out = 0
         self._epoch: tuple[int, list[list[int]]] | None = None
 
@@ -161,7 +163,9 @@ class Dataset:
             )
         asked = [item if isinstance(item, Source) else read_source(str(item)) for item in sources]
         template = resolve(options.chat_template)
-        renderer = Renderer(tokenizer, template=template, end_ids=end_ids)
+        renderer = Renderer(
+            tokenizer, template=template, end_ids=end_ids, appends_eos=options.append_eos
+        )
         reading = Reading(seed=seed, max_bad_rows=options.max_bad_rows, progress=progress)
         with ExitStack() as stack:
             if cache_folder is None:
@@ -183,6 +187,11 @@ class Dataset:
             template=template,
             pack_tokens=pack_tokens,
             seed=seed,
+        )
+        dataset.notes = tuple(
+            f"The template ends answers with {tokenizer.token_text(token_id)!r}, at which the model "
+            "does not stop when it serves; add it to eos_token_id in generation_config.json."
+            for token_id in sorted(renderer.unserved_ends)
         )
         dataset.findings = found.findings(options.max_truncated)
         dataset.num_truncated, dataset.num_left_out = found.num_truncated, found.num_left_out
@@ -275,7 +284,7 @@ class Dataset:
         """Return what the data consists of."""
         order = self._order(0)
         counts = Counter(order)
-        targets = [sum(self.document(number)[1]) for number in range(len(self.lengths))]
+        targets = [self._num_targets(place) for place in self._places]
         of_file: dict[int, list[int]] = {index: [] for index in range(len(self._files))}
         for number, place in enumerate(self._places):
             of_file[place.file].append(number)
@@ -304,6 +313,10 @@ class Dataset:
             num_truncated=self.num_truncated,
             num_left_out=self.num_left_out,
         )
+
+    def _num_targets(self, place: Place) -> int:
+        found = self._files[place.file][2]
+        return found.targets[place.start + 1 : place.end].tobytes().count(1)
 
     def _order(self, epoch: int) -> list[int]:
         """Return the documents of an epoch, each as often as its source says."""

@@ -86,11 +86,17 @@ class Renderer:
     """Renders with one tokenizer and one template.
 
     `template` is None for the checkpoint's own, a name of one of its templates, or the text of one.
-    `end_ids` are the tokens that end an answer when the model serves.
+    `end_ids` are the tokens that end an answer when the model serves. With `appends_eos`, a last answer
+    after which the template writes no end token gets the tokenizer's.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, *, template: str | None = None, end_ids: Collection[int] = ()
+        self,
+        tokenizer: Tokenizer,
+        *,
+        template: str | None = None,
+        end_ids: Collection[int] = (),
+        appends_eos: bool = False,
     ) -> None:
         self._tokenizer = tokenizer
         self.template = template
@@ -103,7 +109,11 @@ class Renderer:
         )
         self._eos = tokenizer.eos_token_id
         self._ends = set(end_ids) | ({self._eos} if self._eos is not None else set())
-        self._ends |= self._probed_ends()
+        probed = self._probed_ends()
+        self._ends |= probed
+        self.unserved_ends = frozenset(probed.difference(end_ids) if end_ids else ())
+        """Tokens that the template ends answers with, and at which the model does not stop."""
+        self.appends_eos = appends_eos
         self._has_marks = self._probed_marks()
         framed = tokenizer.encode("")
         self._front = framed[:-1] if len(framed) > 1 and framed[-1] == self._eos else framed
@@ -219,7 +229,8 @@ class Renderer:
         core = len(before) + len(self._without_tail(until[len(before) :]))
         if not until.startswith(before) or text[:core] != until[:core]:
             return None
-        return _Answer(start=len(before), core_end=core, end=core, way="prefix", before=before)
+        end = core + _num_equal(until[core:], text[core:])
+        return _Answer(start=len(before), core_end=core, end=end, way="prefix", before=before)
 
     def _by_marker(self, record: Conversation, text: str, index: int) -> _Answer | None:
         """Find an answer as what differs when a marker is in its place."""
@@ -261,18 +272,26 @@ class Renderer:
             first, last = self._range(answer, whole, ids)
             is_prefix = ids is None or whole.ids[: len(ids)] == ids
             encoded.ways.append(answer.way if is_prefix else "offsets")
-            ended = self._end_after(answer, whole, last)
+            ended = self._end_after(answer, draft.text, whole, last)
             encoded.has_end = ended is not None
             last = last if ended is None else ended + 1
             begin = len(front) + first
             encoded.targets[begin : len(front) + last] = b"\1" * max(0, last - first)
-        if isinstance(record, Completion) and self._eos is not None:
-            if encoded.ids[-1] not in self._ends:
-                encoded.ids.append(self._eos)
-                encoded.targets.append(1)
-            encoded.has_end = True
+        self._close(encoded, isinstance(record, Completion))
         encoded.targets[:1] = bytes(len(encoded.targets[:1]))
         return encoded
+
+    def _close(self, encoded: Encoded, is_completion: bool) -> None:
+        """Add the end token where no template is to write it, or where it is asked for."""
+        if encoded.has_end or self._eos is None or 1 not in encoded.targets:
+            return
+        if is_completion and encoded.ids[-1] in self._ends:
+            encoded.has_end = True
+        elif is_completion or self.appends_eos:
+            end = encoded.targets.rindex(1) + 1
+            encoded.ids[end:] = [self._eos]
+            encoded.targets[end:] = b"\1"
+            encoded.has_end = True
 
     def _range(self, answer: _Answer, whole: Located, before: list[int] | None) -> tuple[int, int]:
         """Return the first token of an answer, and the first after it, without an end token."""
@@ -285,7 +304,7 @@ class Renderer:
         first = next((i for i, end in enumerate(ends) if end > answer.start), len(ends))
         return first, max(last, first)
 
-    def _end_after(self, answer: _Answer, whole: Located, place: int) -> int | None:
+    def _end_after(self, answer: _Answer, text: str, whole: Located, place: int) -> int | None:
         """Return which token after an answer ends it; None where none does."""
         special = None
         for index in range(place, len(whole.ids)):
@@ -293,14 +312,11 @@ class Renderer:
             if token_id in self._ends:
                 return index
             if token_id in self._special:
-                if special is None and start < answer.end:
+                if special is None and end <= answer.end:
                     special = index
-            elif start < end and not self._is_space(token_id):
+            elif text[start:end].strip():
                 break
         return special
-
-    def _is_space(self, token_id: int) -> bool:
-        return not self._tokenizer.token_text(token_id).strip()
 
     def _text(self, record: Text, ids: list[int]) -> Encoded:
         front = self._front_of(ids) if record.begins else []
@@ -341,3 +357,9 @@ class Renderer:
         except RequestError:
             return False
         return bool(rendered.generation_spans)
+
+
+def _num_equal(one: str, other: str) -> int:
+    """Return how many characters two texts begin with alike."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))

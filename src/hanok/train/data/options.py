@@ -14,7 +14,7 @@ DOUBLED_BOS, TRUNCATED = "doubled-bos", "truncated"
 FINDINGS = {
     ALL_MASKED: "nothing of it would be learnt",
     NONE_MASKED: "all of it would be learnt, the prompt too",
-    NO_END: "no token ends the answer, so a model would not learn to stop",
+    NO_END: "no token ends the answer, so a model would not learn to stop (append_eos adds one)",
     DOUBLED_BOS: "the beginning-of-sequence token is there twice in a row, as it never is when serving",
     TRUNCATED: "documents longer than max_length are cut: more of them than max_truncated allows",
 }
@@ -28,6 +28,9 @@ class DataOptions:
     chat_template: str | None = None
     """How conversations are rendered: one of the checkpoint's templates by name, vicuna_v1.1, a file, or
     the text of one. None: the checkpoint's own."""
+    append_eos: bool = False
+    """End a conversation with the end-of-sequence token where the template writes no end token after the
+    last answer."""
     max_length: int | None = None
     """Tokens of the longest document: conversations are cut there, plain texts go on in the next one.
     None: those of a pack."""

@@ -65,6 +65,7 @@ def tokenize_file(
             "suffix": file.suffix,
             "template": renderer.template,
             "end_ids": sorted(renderer.end_ids),
+            "append_eos": renderer.appends_eos,
         },
     )
     if not folder.is_dir():
