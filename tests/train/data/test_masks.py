@@ -355,7 +355,7 @@ def test_any_answers_are_learnt_whole(tokenizer: Tokenizer, words: list[str]) ->
 
 
 def test_vicuna_is_the_conversation_of_fastchat(tokenizer: Tokenizer) -> None:
-    """Its rule: a space after system and user, the end token after the assistant, a colon after names."""
+    """Its rule: a space after system and user, the end token after the assistant."""
     given = messages(("system", "Be brief."), *TALK)
     expected = "<s>Be brief."
     marks = [(" ", ""), (" ", "</s>"), ("", ""), (" ", "</s>")]
