@@ -57,7 +57,6 @@ def strings_of(tree: ast.Module) -> Iterator[tuple[int, str]]:
 # Called by name from elsewhere than this package.
 CALLED_BY_OTHERS = {
     "capture_signals": "uvicorn",
-    "collect_usage_pieces": "click",
     "_apply": "torch, for .to and its like",
     "find_class": "pickle",
     "persistent_load": "pickle",

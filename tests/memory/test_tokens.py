@@ -503,11 +503,14 @@ def test_a_token_given_again_keeps_its_rules(folder: Path) -> None:
     assert plan.same == ("<end>", "</s>")
     apply(plan_tokens(folder, ["<plain>"], TokenOptions()))
     apply(plan_tokens(folder, ["<plain>"], TokenOptions(special=True)))
+    apply(plan_tokens(folder, ["<wide>"], TokenOptions(normalized=True)))
+    apply(plan_tokens(folder, ["<wide>"], TokenOptions(special=True)))
     flags = {item.token.text: item.token for item in list_tokens(folder)[1]}
     assert flags["<end>"].strips_right
     assert flags["<plain>"].is_special
+    assert not flags["<wide>"].is_normalized
     theirs = AutoTokenizer.from_pretrained(folder)
-    for text in ("a<end>  b", "a<plain>b"):
+    for text in ("a<end>  b", "a<plain>b", "a<wide>b"):
         ids = open_tokenizer(folder).encode(text)
         assert ids == theirs.encode(text)
         assert open_tokenizer(folder).decode(ids) == theirs.decode(ids, skip_special_tokens=True)
@@ -754,6 +757,7 @@ def test_an_end_token_that_ends_nothing_is_said(folder: Path) -> None:
         ({"init": "piece"}, "init 'piece' is unknown; did you mean 'pieces'"),
         ({"init": "like=nothing"}, "'nothing' is no token"),
         ({"init": " "}, "init is empty"),
+        ({"special": True, "normalized": True}, "exclude each other"),
         ({"init": "Mean "}, "init 'Mean ' is unknown; did you mean 'mean'"),
         ({"init": "like= well"}, "' well' is no token of this vocabulary, which spells it 'Ġwe"),
         ({"pad_to_multiple_of": 0}, "pad_to_multiple_of is 0"),

@@ -190,10 +190,14 @@ def _entry(token: AddedToken) -> dict[str, Any]:
 
 def _with_rules(entry: Mapping[str, Any], old: Mapping[str, Any]) -> dict[str, Any]:
     """Return an entry with the rules of an older one as well: a special token stays special."""
-    return {
+    merged = {
         key: value or old.get(key, False) if isinstance(value, bool) else value
         for key, value in entry.items()
     }
+    if merged["special"] and not old.get("special"):
+        # The tokenizers library does not leave out normalized ones where it decodes.
+        merged["normalized"] = False
+    return merged
 
 
 def _listed(library: bytes) -> list[dict[str, Any]]:

@@ -76,7 +76,7 @@ def adapter_option(command: Command) -> Command:
     """Add the option of an adapter for all that a verb generates."""
     return click.option(
         "--adapter",
-        type=click.Path(path_type=Path, exists=True, file_okay=False),
+        type=click.Path(path_type=Path, file_okay=False),
         help="Generate with this LoRA adapter over the model, a folder in PEFT's format.",
     )(command)
 

@@ -18,13 +18,15 @@ def step_of(context: click.Context, text: str, without: tuple[str, ...] = ()) ->
     """
     words = context.command_path.split()
     words[0] = "hanok"
+    if context.command.hidden:  # what a verb does without a command's name
+        words.pop()
     for item in context.command.params:
         name = item.name or ""
         if name in without or context.get_parameter_source(name) is not ParameterSource.COMMANDLINE:
             continue
         value = context.params[name]
         values = value if isinstance(value, tuple) else (value,)
-        said = [part.name if isinstance(part, Path) else str(part) for part in values]
+        said = [_without_folders(part) for part in values]
         if isinstance(item, click.Argument):
             words += said
         elif isinstance(item, click.Option) and item.is_flag:
@@ -33,3 +35,10 @@ def step_of(context: click.Context, text: str, without: tuple[str, ...] = ()) ->
             words += [word for part in said for word in (item.opts[0], part)]
     date = datetime.now(UTC).date().isoformat()
     return Step(command=shlex.join(words), version=__version__, date=date, text=text)
+
+
+def _without_folders(value: object) -> str:
+    """Return a value of the command line; of a path, with settings after a colon or not, its name."""
+    text = str(value)
+    is_path = isinstance(value, Path) or Path(text.partition(":")[0]).exists()
+    return Path(text).resolve().name if is_path else text

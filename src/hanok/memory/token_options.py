@@ -39,6 +39,10 @@ class TokenOptions:
             raise OptionError(
                 f"pad_to_multiple_of is {self.pad_to_multiple_of}; it must be at least 1."
             )
+        if self.special and self.normalized:
+            raise OptionError(
+                "special and normalized exclude each other: special tokens are found in a text as it is."
+            )
         if not self.init.strip():
             raise OptionError("init is empty. Give mean, pieces, like=TOKEN, or a description.")
         if self.init in (MEAN, PIECES) or self.init.startswith(LIKE):

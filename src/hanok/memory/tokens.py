@@ -248,15 +248,15 @@ def apply(
     _refuse_target(plan, target)
     shards: dict[Path, list[RowEdit]] = {}
     for edit in plan.rows:
-        shards.setdefault(edit.tensor.path, []).append(edit)
-    without = {*map(Path, plan.contents), *(path.relative_to(plan.folder) for path in shards)}
+        shards.setdefault(edit.tensor.path.relative_to(plan.folder), []).append(edit)
+    without = {*map(Path, plan.contents), *shards}
 
     def is_linked(name: Path) -> bool | None:
         if name in without or (target is not None and name.parts[0] == REPOSITORY):
             return None
         return target is None or name.suffix in WEIGHTS
 
-    _refuse_little_room(target or plan.folder, shards)
+    _refuse_little_room(target or plan.folder, plan.rows)
     with (
         _written(target or plan.folder),
         folder_exchanged(plan.folder) if target is None else folder_aside(target) as unfinished,
@@ -265,12 +265,11 @@ def apply(
         for name, data in plan.contents.items():
             _write_file(unfinished / name, plan.folder / name, data)
         with ThreadPoolExecutor(max_workers=2) as pool:
-            sizes = list(
-                pool.map(
-                    lambda item: _write_shard(unfinished / item[0].relative_to(plan.folder), *item),
-                    shards.items(),
-                )
+            written = pool.map(
+                lambda name: _write_shard(unfinished / name, plan.folder / name, shards[name]),
+                shards,
             )
+            sizes = list(written)
         edited = Edited(
             folder=plan.folder,
             tokenizer=plan.tokenizer,
@@ -292,7 +291,7 @@ def apply(
         _refuse_changed(plan)
     return TokensReport(
         folder=target or plan.folder,
-        rewritten=tuple(str(path.relative_to(plan.folder)) for path in shards),
+        rewritten=tuple(map(str, shards)),
         bytes_written=sum(sizes) + sum(map(len, plan.contents.values())),
         invariants=tuple(invariants),
         copied=tuple(str(file.relative_to(plan.folder)) for file in copied),
@@ -313,10 +312,11 @@ def _refuse_target(plan: TokensPlan, target: Path | None) -> None:
         raise CheckpointError(f"{target} is inside of {plan.folder}; choose another folder.")
 
 
-def _refuse_little_room(folder: Path, shards: Mapping[Path, Sequence[RowEdit]]) -> None:
+def _refuse_little_room(folder: Path, edits: Sequence[RowEdit]) -> None:
     there = next(parent for parent in folder.resolve().parents if parent.is_dir())
     free = shutil.disk_usage(there).free
-    needed = sum(path.stat().st_size + sum(map(_growth, edits)) for path, edits in shards.items())
+    old = sum(path.stat().st_size for path in {edit.tensor.path for edit in edits})
+    needed = old + sum(map(_growth, edits))
     if needed > free:
         raise CheckpointError(
             f"{folder}: {needed / 2**30:,.2f} GiB are to be written, and {free / 2**30:,.2f} GiB are "

@@ -86,7 +86,7 @@ class TrainReport:
 class Trainer:
     """One training of an adapter over a model's weights, which stay as they are."""
 
-    def __init__(self, model: Model, options: TrainOptions, output: Path) -> None:
+    def __init__(self, model: Model, options: TrainOptions, output: str | Path) -> None:
         if model.decoder.execution.is_streamed:
             raise OptionError(
                 "a model that is read from disk in every pass cannot be trained; give it more memory, "
@@ -94,17 +94,17 @@ class Trainer:
             )
         self.model = model
         self.options = options
-        self.output = output
+        self.output = Path(output)
         self.is_told_to_stop = False
         """Set it from anywhere, such as a signal's handler: the training stops after its step."""
         self._decoder = model.decoder
         folder = model.checkpoint.folder
         self._table = usual_sources(model.checkpoint.config, model.decoder, str(folder))
         self._config = options.lora
-        self._writer = CheckpointWriter(output, options.keep_checkpoints)
+        self._writer = CheckpointWriter(self.output, options.keep_checkpoints)
         self.first_step = 0
         """Steps that were done before, in the training that this goes on with."""
-        found = find_newest(output)
+        found = find_newest(self.output)
         self.skipped: tuple[str, ...] = found.skipped if found else ()
         """Checkpoints that a resumed training did not take, with the reason."""
         self._decoder.requires_grad_(False)

@@ -16,8 +16,8 @@ REPORT = "merge.json"
 
 
 @click.command("merge", short_help="Merge an adapter into the weights of its base.")
-@click.argument("base", type=click.Path(path_type=Path, exists=True))
-@click.argument("adapter", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.argument("base", type=click.Path(path_type=Path))
+@click.argument("adapter", type=click.Path(path_type=Path, file_okay=False))
 @click.argument("output", type=click.Path(path_type=Path))
 @click.option(
     "--quant",

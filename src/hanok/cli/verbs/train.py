@@ -1,13 +1,19 @@
 """`hanok train`: training, and what comes before it."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from hanok.checkpoint.adapter_files import LoraConfig
 from hanok.cli.fields import add_options, field_options, field_values
-from hanok.cli.options import cache_folder_option
+from hanok.cli.options import cache_folder_option, some_load_options
+from hanok.errors import OptionError
+from hanok.memory.options import LoadOptions
+from hanok.registry import nearest_first
 from hanok.train.data.options import DataOptions
+from hanok.train.options import TrainOptions
 
 if TYPE_CHECKING:
     from hanok.checkpoint.tokenizer import Tokenizer
@@ -18,9 +24,114 @@ DATA_OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-@click.group("train", short_help="Look at training data as it will be learnt.")
+RUN = "run"
+LOAD = ("dtype", "quant", "device_map", "max_memory", "attn_implementation", "threads")
+
+
+class Training(click.Group):
+    """What belongs to training; without a command's name, training itself."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Train unless a command is named; a folder of that name is ./NAME."""
+        is_named = bool(args) and args[0] in (*self.commands, *ctx.help_option_names)
+        return super().parse_args(ctx, args if is_named else [RUN, *args])
+
+    def collect_usage_pieces(self, ctx: click.Context) -> list[str]:
+        """Return how it is called."""
+        return ["MODEL DATA… [OPTIONS]", "or COMMAND …"]
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Show the options of training, then the commands."""
+        run.format_options(ctx, formatter)
+        self.format_commands(ctx, formatter)
+
+
+@click.group(
+    "train", cls=Training, short_help="Fine-tune a model: a LoRA adapter over its weights."
+)
 def command() -> None:
-    """Fine-tune a model, and see beforehand what it will learn."""
+    """Train a LoRA adapter over MODEL, which stays as it is, on DATA.
+
+    DATA are files and folders of conversations, instructions, prompts with completions, or texts;
+    `hanok train preview` shows what would be learnt. The adapter is written below --output in PEFT's
+    format. Interrupted, or told to stop by a signal, the same command goes on where it was.
+    """
+
+
+@command.command(RUN, hidden=True)
+@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("data", nargs=-1, required=True, metavar="DATA…")
+@click.option(
+    "--output",
+    required=True,
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Where checkpoints, log.jsonl and the adapter are written; a training there is gone on with.",
+)
+@click.option(
+    "--lora",
+    metavar="NAME=VALUE,…",
+    default="",
+    help="The adapter, in PEFT's names: r=16,lora_alpha=32,target_modules=q_proj+v_proj.  "
+    "[default: r=16,lora_alpha=32,target_modules=all-linear]",
+)
+@lambda run: add_options(run, field_options(TrainOptions, {}, without=["lora"]))
+@lambda run: add_options(run, field_options(DataOptions, DATA_OPTIONS))
+@some_load_options(*LOAD)
+@cache_folder_option("tokenized documents are")
+@click.pass_context
+def run(
+    context: click.Context,
+    /,
+    model: Path,
+    data: tuple[str, ...],
+    output: Path,
+    lora: str,
+    cache_folder: Path,
+    **options: Any,
+) -> None:
+    """Train an adapter."""
+    from hanok.cli.steps import step_of
+    from hanok.cli.training import Asked, train
+
+    allow = tuple(name.strip() for name in options.pop("allow").split(",") if name.strip())
+    asked = Asked(
+        model=model,
+        data=data,
+        output=output,
+        load=LoadOptions(**field_values(LoadOptions, options), weights="copied"),
+        options=TrainOptions(**field_values(TrainOptions, options), lora=read_lora(lora)),
+        data_options=DataOptions(**field_values(DataOptions, options), allow=allow),
+        cache_folder=cache_folder,
+        step=step_of(context, "trains this adapter", ("output", "cache_folder", "threads")),
+    )
+    context.exit(train(asked))
+
+
+def read_lora(text: str) -> LoraConfig:
+    """Return the adapter that NAME=VALUE,… says; several names are joined by +.
+
+    Raises OptionError for an unknown name, with the nearest, and for values of another kind.
+    """
+    found: dict[str, Any] = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
+    kinds: dict[str, Callable[[str], Any]] = {
+        "r": int,
+        "lora_alpha": float,
+        "lora_dropout": float,
+        "target_modules": lambda value: value if value == "all-linear" else tuple(value.split("+")),
+        "exclude_modules": lambda value: tuple(value.split("+")),
+        "layers_to_transform": lambda value: tuple(map(int, value.split("+"))),
+        "use_rslora": lambda value: {"true": True, "false": False}[value.lower()],
+    }
+    for item in filter(None, map(str.strip, text.split(","))):
+        name, _, value = item.partition("=")
+        if name not in kinds:
+            known = ", ".join(nearest_first(name, list(kinds)))
+            raise OptionError(f"--lora: {name!r} is unknown. Known: {known}.")
+        try:
+            found[name] = kinds[name](value)
+        except (ValueError, KeyError):
+            raise OptionError(f"--lora: {name} is {value!r}, which it cannot be.") from None
+    return LoraConfig(**found)
 
 
 @command.command("preview", short_help="Show what would be learnt, token by token.")

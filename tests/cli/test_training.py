@@ -1,0 +1,122 @@
+"""`hanok train`: from rows to an adapter that generates, interrupted and gone on with."""
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+import hanok
+from hanok.checkpoint.card import steps_of
+from hanok.checkpoint.tokenizer import open_tokenizer
+from hanok.cli import training
+from hanok.cli.main import cli
+from hanok.cli.verbs.train import read_lora
+from hanok.errors import OptionError
+from hanok.train.loop import Trainer
+
+ROWS = [
+    ("What did Lily see?", "Lily saw a small green frog."),
+    ("Where did Tom go?", "Tom went to the big lake."),
+    ("Who was sad?", "The little bear was sad."),
+    ("What did Ben eat?", "Ben ate a red apple."),
+] * 4
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    rows = [
+        {"messages": [{"role": "user", "content": a}, {"role": "assistant", "content": b}]}
+        for a, b in ROWS
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def run(data: Path, output: Path, *options: str) -> Result:
+    command = [
+        "train",
+        str(hanok.BUNDLED),
+        str(data),
+        "--output",
+        str(output),
+        "--dtype",
+        "float32",
+    ]
+    defaults = ["--pack-tokens", "64", "--packs-per-step", "2", "--lora", "r=4", "--epochs", "8"]
+    cache = ["--cache-folder", str(output.parent / "cache"), "--learning-rate", "0.003"]
+    return CliRunner().invoke(cli, [*command, *defaults, *cache, *options])
+
+
+def test_a_new_users_path(data: Path, tmp_path: Path) -> None:
+    cache = ["--cache-folder", str(tmp_path / "cache")]
+    looked_at = ["train", "preview", str(data), "--model", str(hanok.BUNDLED), *cache]
+    preview = CliRunner().invoke(cli, looked_at)
+    assert preview.exit_code == 0, preview.output
+    found = run(data, tmp_path / "run", "--held-out", "0.25", "--eval-steps", "5")
+    assert found.exit_code == 0, found.output
+    adapter = tmp_path / "run" / "adapter"
+    assert f"Adapter: {adapter}" in found.stdout
+    assert "trainable params: " in found.stderr
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
+    assert lines[-1]["loss"] < 0.5 * lines[0]["loss"]
+    measured = [line["step"] for line in lines if line["held_out_loss"] is not None]
+    assert measured == list(range(5, len(lines) + 1, 5))
+    (step,) = steps_of((adapter / "README.md").read_text())
+    assert step.command.startswith("hanok train bundled rows.jsonl --lora r=4 --epochs 8.0 ")
+    assert str(tmp_path) not in (adapter / "README.md").read_text()
+    assert open_tokenizer(adapter).encode("a") == open_tokenizer(hanok.BUNDLED).encode("a")
+    answer = CliRunner().invoke(
+        cli, ["merge", str(hanok.BUNDLED), str(adapter), str(tmp_path / "merged")]
+    )
+    assert answer.exit_code == 0, answer.output
+    model = hanok.load(tmp_path / "merged", dtype="float32")
+    reply = model.generate(
+        [{"role": "user", "content": ROWS[0][0]}], max_new_tokens=16, temperature=0.0
+    )
+    assert reply.text.strip() == ROWS[0][1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_ends_it_saved_and_the_same_command_goes_on(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    stepped: Callable[..., Any] = Trainer._step
+
+    def step(self: Trainer, documents: Any, packs: Any, index: int, num_steps: int) -> Any:
+        if index == 3:
+            os.kill(os.getpid(), number)
+        return stepped(self, documents, packs, index, num_steps)
+
+    whole = run(data, tmp_path / "whole")
+    assert whole.exit_code == 0, whole.output
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_step", step)
+        first = run(data, tmp_path / "parts")
+    assert first.exit_code == training.STOPPED
+    assert "Stopped after step 4; the same command goes on from there." in first.stderr
+    second = run(data, tmp_path / "parts")
+    assert second.exit_code == 0, second.output
+    assert "Going on after step 4." in second.stderr
+    files = [
+        tmp_path / name / "adapter" / "adapter_model.safetensors" for name in ("whole", "parts")
+    ]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_an_adapters_options_are_pefts() -> None:
+    found = read_lora("r=8, lora_alpha=32, lora_dropout=0.1, target_modules=q_proj+v_proj")
+    assert (found.r, found.lora_alpha, found.lora_dropout) == (8, 32.0, 0.1)
+    assert found.target_modules == ("q_proj", "v_proj")
+    assert read_lora("").target_modules == "all-linear"
+    assert read_lora("use_rslora=true,layers_to_transform=1+3").layers_to_transform == (1, 3)
+    with pytest.raises(OptionError, match=r"'rank' is unknown\. Known: "):
+        read_lora("rank=8")
+    with pytest.raises(OptionError, match="r is 'x', which it cannot be"):
+        read_lora("r=x")
