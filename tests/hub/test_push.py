@@ -405,7 +405,7 @@ def test_no_token(hub: FakeHub, pushed: Pusher, monkeypatch: pytest.MonkeyPatch)
         ),
     ],
 )
-def test_who_may_not_write_is_told_before_anything_is_sent(
+def test_an_account_that_may_not_write_is_refused_before_anything_is_sent(
     hub: FakeHub, pushed: Pusher, who: dict[str, object], repo: str, text: str
 ) -> None:
     hub.accounts[TOKEN] = who

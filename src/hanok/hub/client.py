@@ -108,12 +108,12 @@ class Answer:
     what: str
 
     def object(self) -> Any:
-        """Return the JSON value; HubError where it is none."""
+        """Return the JSON value; HubError if the answer is not JSON."""
         try:
             return json.loads(self.body)
         except ValueError as error:
             raise HubError(
-                f"{self.what}: the answer is no JSON, so this is no hub; check HF_ENDPOINT."
+                f"{self.what}: the answer is not JSON, so this is not a hub; check HF_ENDPOINT."
             ) from error
 
 

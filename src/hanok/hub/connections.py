@@ -12,7 +12,7 @@ HTTPS_PORT = 443
 
 
 class Connections:
-    """The connections that are open and in nobody's use; may be used by several threads."""
+    """Open connections that are not in use; may be used by several threads."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

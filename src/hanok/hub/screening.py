@@ -91,5 +91,5 @@ def problems_of(
         if file.name not in allow_secrets and (found := secrets_in(file)):
             yield (
                 f"{file.name}: seems to hold {', '.join(found)}. Remove it, and revoke it if it was "
-                f"ever published; if it is none, allow the file (--allow-secrets {file.name})."
+                f"ever published; if it is not one, allow the file (--allow-secrets {file.name})."
             )
