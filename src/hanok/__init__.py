@@ -45,10 +45,14 @@ if TYPE_CHECKING:
     from hanok.memory.options import LoadOptions
     from hanok.memory.plan import LoadPlan
     from hanok.memory.planning import plan_draft, plan_load
+    from hanok.train.data.dataset import Dataset
+    from hanok.train.data.options import DataOptions
     from hanok.train.loop import Trainer
     from hanok.train.options import TrainOptions
 
 _LAZY = {
+    "DataOptions": "hanok.train.data.options",
+    "Dataset": "hanok.train.data.dataset",
     "Engine": "hanok.engine.engine",
     "EngineStats": "hanok.engine.stats",
     "Generation": "hanok.engine.model",
@@ -85,6 +89,8 @@ __all__ = [
     "CheckpointError",
     "ClosedError",
     "DataError",
+    "DataOptions",
+    "Dataset",
     "DeadlineError",
     "Engine",
     "EngineStats",
