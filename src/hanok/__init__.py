@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from hanok.memory.plan import LoadPlan
     from hanok.memory.planning import plan_draft, plan_load
     from hanok.train.data.dataset import Dataset
-    from hanok.train.data.options import DataOptions
+    from hanok.train.data.options import DataOptions, Source
     from hanok.train.loop import Trainer
     from hanok.train.options import TrainOptions
 
@@ -70,6 +70,7 @@ _LAZY = {
     "Score": "hanok.engine.model",
     "QualityReport": "hanok.bench.quality",
     "Speculation": "hanok.engine.speculate",
+    "Source": "hanok.train.data.options",
     "SpeculationCounts": "hanok.engine.sequence",
     "Ticket": "hanok.engine.ticket",
     "TokenEvent": "hanok.engine.sequence",
@@ -114,6 +115,7 @@ __all__ = [
     "RequestError",
     "SamplingParams",
     "Score",
+    "Source",
     "Speculation",
     "SpeculationCounts",
     "Ticket",

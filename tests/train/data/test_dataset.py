@@ -99,6 +99,39 @@ def test_the_second_time_nothing_is_read(
     assert len(seen) == 2
 
 
+@pytest.mark.parametrize("damage", ["cut off", "absent", "empty"])
+def test_a_damaged_copy_is_made_again(
+    tokenizer: Tokenizer, chats: Path, tmp_path: Path, damage: str
+) -> None:
+    cache = tmp_path / "cache"
+    first = opened(tokenizer, chats, cache_folder=cache)
+    expected = [first.document(i) for i in range(40)]
+    (ids,) = cache.glob("*/ids.bin")
+    if damage == "absent":
+        ids.with_name("targets.bin").unlink()
+    elif damage == "empty":
+        ids.with_name("summary.json").write_text("")
+    else:
+        ids.write_bytes(ids.read_bytes()[:-4])
+    second = opened(tokenizer, chats, cache_folder=cache)
+    assert [second.document(i) for i in range(40)] == expected
+
+
+def test_a_folder_that_cannot_be_written_says_so(
+    tokenizer: Tokenizer, chats: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "cache").write_text("a file")
+    with pytest.raises(DataError, match=r"cannot be read, or its hash not be kept"):
+        opened(tokenizer, chats, cache_folder=tmp_path / "cache")
+
+
+def test_nothing_is_left_of_a_file_that_is_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    file = write_lines(tmp_path / "rows.jsonl", [{"question": "a", "answer": "b"}])
+    with pytest.raises(DataError, match="no known format"):
+        opened(tokenizer, file, cache_folder=tmp_path / "cache")
+    assert [entry.name for entry in (tmp_path / "cache").iterdir()] == ["hashes.json"]
+
+
 def test_bad_rows_are_counted_with_their_lines(tokenizer: Tokenizer, tmp_path: Path) -> None:
     rows: list[Any] = [chat(QUESTIONS[0], "Yes.") for _ in range(8)]
     rows[2:2] = ["{not json", {"messages": [{"role": "user", "content": "no answer"}]}]

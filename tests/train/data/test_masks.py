@@ -352,3 +352,52 @@ def test_any_answers_are_learnt_whole(tokenizer: Tokenizer, words: list[str]) ->
     assert marked.ids == ids
     assert marked.ways == ["marks"] * (len(words) // 2)
     assert [a for a, b in zip(targets, marked.targets, strict=True) if a > b] == []
+
+
+def test_vicuna_is_the_conversation_of_fastchat(tokenizer: Tokenizer) -> None:
+    """Its rule: a space after system and user, the end token after the assistant."""
+    given = messages(("system", "Be brief."), *TALK)
+    expected = "<s>Be brief."
+    marks = [(" ", ""), (" ", "</s>"), ("", ""), (" ", "</s>")]
+    for (role, content), (before, after) in zip(TALK, marks, strict=True):
+        expected += f"{before}{'USER' if role == 'user' else 'ASSISTANT'}: {content}{after}"
+    template = NAMED["vicuna_v1.1"]
+    assert tokenizer.render_chat(given, template=template, add_generation_prompt=False) == expected
+    opened = tokenizer.render_chat(messages(TALK[0]), template=NAMED["vicuna_v1.1"])
+    assert opened.startswith("<s>A chat between a curious user and an artificial intelligence")
+    assert opened.endswith("user's questions. USER: What is a hanok? ASSISTANT:")
+    with pytest.raises(RequestError, match=r"vicuna_v1\.1 knows no role tool"):
+        tokenizer.render_chat(messages(("tool", "x")), template=NAMED["vicuna_v1.1"])
+
+
+def test_the_first_token_is_never_a_target(tokenizer: Tokenizer) -> None:
+    template = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<|end|>"
+        "{% endgeneration %}{% endif %}{% endfor %}"
+    )
+    found = encoded(tokenizer, template, messages(*TALK[:2]))
+    assert list(found.targets) == [0] + [1] * (len(found.ids) - 1)
+
+
+def test_a_token_across_the_beginning_of_an_answer_is_part_of_it(tokenizer: Tokenizer) -> None:
+    """Served, the prompt would be other tokens there, so it is no prefix."""
+    template = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}<|end|>{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    found = encoded(tokenizer, template, messages(("user", "Who?"), ("assistant", "you")))
+    assert found.ways == ["offsets"]
+    assert learnt(tokenizer, found) == [" you<|end|>"]
+
+
+@pytest.mark.parametrize("where", ["before", "after"])
+def test_a_text_that_changes_around_an_answer_is_no_place_for_it(
+    tokenizer: Tokenizer, where: str
+) -> None:
+    turns = "{% for m in messages %}{{ m.role }} {{ m.content }}<|end|>{% endfor %}"
+    size = "{{ messages[1].content | length }}"
+    found = encoded(
+        tokenizer, size + turns if where == "before" else turns + size, messages(*TALK[:2])
+    )
+    assert len(found.dropped) == 1
+    assert not any(found.targets)

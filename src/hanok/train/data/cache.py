@@ -18,6 +18,7 @@ complete, so neither a part of one nor another's is ever read.
 import hashlib
 import json
 import mmap
+import shutil
 import sys
 from array import array
 from collections import Counter
@@ -107,7 +108,7 @@ class TokenWriter:
 
 
 class TokenFile:
-    """The documents of one file, mapped from disk. Raises OSError or ValueError where it is damaged."""
+    """The documents of one file, mapped from disk. OSError, ValueError or TypeError if it is damaged."""
 
     def __init__(self, folder: Path) -> None:
         found = json.loads((folder / _SUMMARY).read_text())
@@ -125,6 +126,10 @@ class TokenFile:
         self.lines = _mapped(folder, "lines")
         self.counts = _mapped(folder, "counts")
         self.flags = _mapped(folder, "flags")
+        num_tokens = self.ends[-1] if len(self) else 0
+        sizes = {len(self.ids), len(self.targets), num_tokens}
+        if len(sizes) > 1 or {len(self.lines), len(self.counts), len(self.flags)} != {len(self)}:
+            raise ValueError(f"the files of {folder} do not fit together")
 
     def __len__(self) -> int:
         """The number of documents."""
@@ -173,10 +178,23 @@ class TokenCache:
                 values = {item.name: getattr(summary, item.name) for item in fields(summary)}
                 (aside / _SUMMARY).write_text(json.dumps(values))
         except OSError as error:
+            if folder.is_dir():
+                return  # another process has written the same meanwhile
             raise DataError(
                 f"tokenized documents cannot be kept in {folder.parent}: {error}. Choose another "
                 "folder for them."
             ) from error
+
+
+def read_tokens(folder: Path) -> TokenFile | None:
+    """Return what a folder of the cache holds; None where nothing is. A damaged one is removed."""
+    if not folder.is_dir():
+        return None
+    try:
+        return TokenFile(folder)
+    except (OSError, ValueError, TypeError, KeyError):
+        shutil.rmtree(folder, ignore_errors=True)
+        return None
 
 
 def _mapped(folder: Path, name: str) -> "memoryview[int]":

@@ -11,6 +11,7 @@ import json
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from heapq import nsmallest
 from operator import itemgetter
 from pathlib import Path
@@ -60,26 +61,32 @@ class JsonLines(Sequence[Row]):
 
     def __init__(self, file: Path) -> None:
         self._file = file
-        self._offsets, self._lines = array("Q"), array("Q")
+
+    @cached_property
+    def _places(self) -> "tuple[array[int], array[int]]":
+        """The offset and the number of each row's line."""
+        offsets, numbers = array("Q"), array("Q")
         offset = 0
-        with file.open("rb") as opened:
+        with self._file.open("rb") as opened:
             for number, line in enumerate(opened, 1):
                 if line.strip():
-                    self._offsets.append(offset)
-                    self._lines.append(number)
+                    offsets.append(offset)
+                    numbers.append(number)
                 offset += len(line)
+        return offsets, numbers
 
     def __len__(self) -> int:
         """The number of rows."""
-        return len(self._offsets)
+        return len(self._places[0])
 
     def __getitem__(self, index: Any) -> Any:
         """Read one row, or those of a slice."""
         if isinstance(index, slice):
             return [self[place] for place in range(*index.indices(len(self)))]
+        offsets, numbers = self._places
         with self._file.open("rb") as opened:
-            opened.seek(self._offsets[index])
-            return _json_row(self._lines[index], opened.readline())
+            opened.seek(offsets[index])
+            return _json_row(numbers[index], opened.readline())
 
     def __iter__(self) -> Iterator[Row]:
         """Read all rows in their order."""

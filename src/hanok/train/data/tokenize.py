@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hanok.errors import DataError
-from hanok.train.data.cache import FileSummary, TokenCache, TokenFile, TokenWriter
+from hanok.train.data.cache import FileSummary, TokenCache, TokenFile, TokenWriter, read_tokens
 from hanok.train.data.formats import (
     SHOWN_ROWS,
     BadRowError,
@@ -68,16 +68,17 @@ def tokenize_file(
             "append_eos": renderer.appends_eos,
         },
     )
-    if not folder.is_dir():
+    found = read_tokens(folder)
+    if found is None:
         rows = read_rows(file)
         if source.cap is not None:
             rows = capped(rows, source.cap, reading.seed)
         summary = FileSummary()
         with cache.writing(folder, summary) as writer:
             _Task(file, source, renderer, writer, summary, reading).run(rows)
+        found = TokenFile(folder)
     else:
         reading.progress(file.stat().st_size)
-    found = TokenFile(folder)
     _check_bad_rows(file, found.summary, reading.max_bad_rows)
     return found
 
