@@ -515,8 +515,7 @@ class FakeHub:
         start = 0 if upload is None else (number - 1) * upload.part_bytes
         with self._opened(key) as file:
             for block in request.blocks():
-                if upload is not None:
-                    self.received[upload.oid] += len(block)
+                self.received["no upload" if upload is None else upload.oid] += len(block)
                 if file is not None:
                     start += os.pwrite(file, block, start)
                 elif not self.discards:

@@ -8,6 +8,8 @@ import pytest
 from safetensors.numpy import save
 from tests.hub.fake_hub import FakeHub
 
+import hanok
+from hanok.checkpoint.writer import TensorData, write_safetensors
 from hanok.errors import HubError, OptionError
 from hanok.hub.client import Patience
 from hanok.hub.options import PushOptions
@@ -171,3 +173,44 @@ def test_a_program_may_add_its_files_itself(hub: FakeHub, folder: Path, tmp_path
         report = running.finish()
     assert set(hub.files("me/model")) == set(report.changed)
     assert report.changed == ("sub/model-00001-of-00002.safetensors", "sub/config.json")
+
+
+def test_a_save_hands_over_each_shard(hub: FakeHub, tmp_path: Path) -> None:
+    """As `Model.save` does: a shard is on the hub before the folder that it belongs to exists."""
+    model = hanok.load(hanok.BUNDLED)
+    target, seen = tmp_path / "copy", []
+    with Push("me/model", state_folder=tmp_path / "state") as running:
+
+        def add(path: Path, name: str) -> None:
+            running.add(path, name)
+            seen.append((name, len(hub.blobs), target.exists()))
+
+        model.save(target, on_shard=add)
+        for path in target.glob("*.json"):
+            running.add(path)
+        running.finish()
+    assert seen == [("model.safetensors", 1, False)]
+    assert hub.files("me/model") == {
+        path.name: path.read_bytes()
+        for path in target.iterdir()
+        if path.suffix in (".json", ".safetensors")
+    }
+
+
+def test_each_shard_of_several_is_handed_over(hub: FakeHub, tmp_path: Path) -> None:
+    tensors = [
+        TensorData(name=f"t{n}", dtype="U8", shape=(2000,), read=lambda n=n: bytes([n]) * 2000)
+        for n in range(3)
+    ]
+    out, counts = tmp_path / "out", []
+    with Push("me/model", state_folder=tmp_path / "state") as running:
+
+        def add(path: Path, name: str) -> None:
+            counts.append((len(hub.blobs), sorted(item.name for item in out.glob("*.safetensors"))))
+            running.add(path, name)
+
+        write_safetensors(out, tensors, max_shard_bytes=2000, on_shard=add)
+        running.add(out / "model.safetensors.index.json")
+        running.finish()
+    assert counts == [(0, []), (1, []), (2, [])]
+    assert hub.files("me/model") == {path.name: path.read_bytes() for path in out.iterdir()}

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from tests.hub.fake_hub import TOKEN, FakeHub, Fault, account
 
 from hanok.errors import CheckpointError, HubError, OptionError
+from hanok.hub import upload
 from hanok.hub.client import Patience
 from hanok.hub.options import PushOptions
 from hanok.hub.push import Push, PushReport, push
@@ -105,10 +106,17 @@ def test_a_blob_that_another_repository_has_is_not_sent(hub: FakeHub, pushed: Pu
     assert hub.files("team/other") == hub.files("me/model")
 
 
-def test_equal_files_are_sent_once(hub: FakeHub, folder: Path, pushed: Pusher) -> None:
+def test_equal_files_are_sent_once(
+    hub: FakeHub, folder: Path, pushed: Pusher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where one call asks the hub about both."""
+    monkeypatch.setattr(
+        upload, "_ready", lambda waiting: ((file, future.result()) for file, future in waiting)
+    )
     (folder / "copy.safetensors").write_bytes((folder / LARGE).read_bytes())
     pushed()
-    assert hub.received[_oid(folder / LARGE)] == (folder / LARGE).stat().st_size
+    sizes = {path.read_bytes(): path.stat().st_size for path in folder.glob("*.safetensors")}
+    assert sum(hub.received.values()) == sum(sizes.values())
     assert hub.files("me/model")["copy.safetensors"] == (folder / LARGE).read_bytes()
 
 
@@ -326,6 +334,33 @@ def test_each_status_says_what_happened_and_what_to_do(
     assert "It says: because … says so" in text
     assert TOKEN not in text
     assert "me/model" not in hub.repos or hub.files("me/model") == {}
+
+
+def test_a_hub_that_does_not_answer_in_time_is_asked_again(
+    hub: FakeHub, folder: Path, tmp_path: Path
+) -> None:
+    lines: list[str] = []
+    fault = hub.add_fault(Fault(method="PUT", path="part/2", kind="hold"))
+    patience = Patience(sleep=lambda seconds: None, timeout_s=0.3)
+    push(folder, "me/model", state_folder=tmp_path / "state", patience=patience, log=lines.append)
+    assert fault.reached.is_set()
+    assert any("no answer in time; trying again in 1 s (2 of 6)" in line for line in lines)
+    assert hub.files("me/model") == contents(folder)
+
+
+def test_what_is_noted_is_for_its_owner_alone(
+    hub: FakeHub, folder: Path, pushed: Pusher, tmp_path: Path
+) -> None:
+    hub.add_fault(Fault(method="PUT", path="/part/4", kind="status", status=400))
+    with pytest.raises(HubError):
+        pushed()
+    state = tmp_path / "state"
+    assert state.stat().st_mode & 0o077 == 0
+    notes = [path.read_text() for path in state.rglob("*.json")]
+    assert any("signature" in note for note in notes)
+    assert not any(TOKEN in note for note in notes)
+    pushed()
+    assert not list((state / "uploads").iterdir())  # a finished upload needs no note
 
 
 def test_a_hub_that_asks_to_wait_for_long_is_not_waited_for(

@@ -26,6 +26,8 @@ METADATA: Mapping[str, str] = MappingProxyType({"format": "pt"})
 """Older versions of transformers refuse a file without it."""
 HEADER_ALIGNMENT = 8
 CHUNK_BYTES = 2**24
+OnShard = Callable[[Path, str], None]
+"""Called with a complete file, where it is until all are renamed, and the name it will have."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,13 +55,14 @@ def write_safetensors(
     metadata: Mapping[str, str] = METADATA,
     progress: Callable[[int], None] | None = None,
     verify: Callable[[Sequence[Path]], None] | None = None,
+    on_shard: OnShard | None = None,
 ) -> tuple[Path, ...]:
     """Write the tensors to `folder` and return the files, the index last if there is one.
 
     Shards are filled in the given order; a tensor larger than `max_shard_bytes` gets one of its
     own. `progress` is called with the bytes written since its last call. `verify` gets the safetensors
-    files before they are renamed; if it raises, nothing remains. Names given twice, an unknown dtype,
-    or a `read` of another length are a CheckpointError.
+    files before they are renamed; if it raises, nothing remains. `on_shard` gets each file once it is
+    complete. Names given twice, an unknown dtype, or a `read` of another length are a CheckpointError.
     """
     if max_shard_bytes < 1:
         raise OptionError(f"max_shard_bytes is {max_shard_bytes}, and must be at least 1")
@@ -79,6 +82,8 @@ def write_safetensors(
             for name, shard in zip(names, shards, strict=True):
                 with batch.open(folder / name) as file:
                     _write_shard(file, shard, metadata, progress)
+                if on_shard is not None:
+                    on_shard(batch.waiting[folder / name], name)
             if verify is not None:
                 verify(tuple(batch.waiting.values()))
             if len(shards) > 1:

@@ -23,7 +23,7 @@ from hanok.checkpoint.aside import folder_aside
 from hanok.checkpoint.files import Checkpoint
 from hanok.checkpoint.pooling import Pooling, choose_pooling, pooling_files
 from hanok.checkpoint.tokenizer_files import has_tokenizer
-from hanok.checkpoint.writer import write_json
+from hanok.checkpoint.writer import OnShard, write_json
 from hanok.engine.adapters import Adapters
 from hanok.engine.embed import embed
 from hanok.engine.generate import PrefixCache, TokenStream, generate
@@ -423,10 +423,12 @@ class Model:
             )
         return token_ids
 
-    def save(self, path: str | Path) -> Path:
+    def save(self, path: str | Path, *, on_shard: OnShard | None = None) -> Path:
         """Write the model to a new folder, in the Hugging Face layout, and return the folder.
 
-        Everything is written under a temporary name first and renamed last. If a model is sharded over
+        Everything is written under a temporary name first and renamed last. `on_shard` gets each file of
+        weights once it is complete, and the name that it will have: `Push.add` uploads it while the next
+        one is written. If a model is sharded over
         processes (FSDP), every process calls this; the first one writes, and all return when it has.
         Raises CheckpointError when the folder exists and is not empty, UnsupportedError when the model
         was quantized while loading.
@@ -442,19 +444,22 @@ class Model:
             )
         folder = Path(path)
         if not is_sharded(self.decoder):
-            return self._save(folder)
+            return self._save(folder, on_shard)
         if torch.distributed.get_rank() == 0:
-            self._save(folder)
+            self._save(folder, on_shard)
         else:
             take_part(self.decoder, self._sources, self._left_out)
         torch.distributed.barrier()
         return folder
 
-    def _save(self, folder: Path) -> Path:
+    def _save(self, folder: Path, on_shard: OnShard | None) -> Path:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise CheckpointError(f"{folder} exists and is not empty; choose another folder.")
         with folder_aside(folder) as unfinished:
-            save_weights(unfinished, self.decoder, self._sources, left_out=self._left_out)
+            left_out = self._left_out
+            save_weights(
+                unfinished, self.decoder, self._sources, left_out=left_out, on_shard=on_shard
+            )
             config = dict(self.checkpoint.config)
             spellings = [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]
             config |= dict.fromkeys(spellings, str(self.dtype).removeprefix("torch."))

@@ -138,6 +138,7 @@ class Push:
     def add(self, path: Path, name: str | None = None) -> None:
         """Upload a complete file, to be called `name` in the repository (default: the file's own name).
 
+        A large file may be renamed or removed afterwards; a small one is read again by `finish`.
         Raises HubError where it must not be published (see `PushOptions`), CheckpointError where it
         changes meanwhile.
         """
@@ -253,12 +254,13 @@ class Push:
         return remote is not None and remote.sha256 == oid
 
     def _addition(self, file: LocalFile) -> Addition:
-        if not file.is_unchanged():
+        oid = self._large.get(file.name)
+        # What was uploaded is named by its hash, and may be renamed or removed since.
+        if not file.is_unchanged() and (oid is None or file.path.exists()):
             raise HubError(
                 f"{file.path}: changed after it was uploaded, and nothing was committed. Push again "
                 "once it is written, or with --follow."
             )
-        oid = self._large.get(file.name)
         content = file.path.read_bytes() if oid is None else None
         return Addition(name=file.name, size=file.size, content=content, sha256=oid)
 

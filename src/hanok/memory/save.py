@@ -16,7 +16,7 @@ from pathlib import Path
 from torch import Tensor
 
 from hanok.checkpoint.files import TensorRef
-from hanok.checkpoint.writer import TensorData, in_reading_order, write_safetensors
+from hanok.checkpoint.writer import OnShard, TensorData, in_reading_order, write_safetensors
 from hanok.errors import UnsupportedError
 from hanok.memory.tensors import DTYPE_NAMES, MappedFiles, to_file_order
 from hanok.models.decoder import Decoder
@@ -30,13 +30,15 @@ def save_weights(
     *,
     left_out: Sequence[TensorRef] = (),
     progress: Callable[[int], None] | None = None,
+    on_shard: OnShard | None = None,
 ) -> tuple[Path, ...]:
     """Write the weights as safetensors (sharded when large) and return the files.
 
+    `progress` and `on_shard` are those of `write_safetensors`.
     Raises UnsupportedError where adapters are attached: the files would be without them.
     """
     tensors = _tensors(decoder, sources, left_out)
-    return write_safetensors(folder, tensors, progress=progress)
+    return write_safetensors(folder, tensors, progress=progress, on_shard=on_shard)
 
 
 def is_sharded(decoder: Decoder) -> bool:
