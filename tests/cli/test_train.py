@@ -69,3 +69,17 @@ def test_nothing_of_it_imports_torch(tmp_path: Path) -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.stdout.splitlines()[-1] == "[]", result.stderr
+
+
+def test_a_terminal_shows_colours_and_nothing_that_the_data_would_do_to_it(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps({"instruction": "Hi\x1b[2J", "output": "Hello"}) + "\n")
+    words = ["train", "preview", str(file), "--model", str(hanok.BUNDLED)]
+    words += ["--cache-folder", str(tmp_path)]
+    colours = {"FORCE_COLOR": "1", "TERM": "xterm-256color", "NO_COLOR": None}
+    result = CliRunner().invoke(cli, words, env=colours)
+    assert result.exit_code == 0, result.output
+    assert "\x1b[1;32mHello" in result.stdout
+    assert "«" not in result.stdout
+    assert "\x1b[2J" not in result.stdout
+    assert "Hi\\x1b[2J" in result.stdout

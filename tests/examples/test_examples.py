@@ -102,6 +102,13 @@ def test_quantize() -> None:
     assert float(sizes["reference"]) > float(sizes["int8"]) > float(sizes["int4"])
 
 
+def test_train() -> None:
+    output = run("train")
+    assert "trainable params: 194,560" in output
+    assert "tales: Lily saw a small green frog." in output
+    assert "None: Lily saw a small green frog." not in output
+
+
 def test_client(server: str) -> None:
     assert len(run("client", server).split()) > 10
 

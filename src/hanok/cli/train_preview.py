@@ -100,12 +100,22 @@ def _painted(
     while begin < len(ids):
         is_target = targets[begin]
         end = next((i for i in range(begin, len(ids)) if targets[i] != is_target), len(ids))
-        words = tokenizer.decode(ids[begin:end], skip_special_tokens=False)
+        words = _shown(tokenizer.decode(ids[begin:end], skip_special_tokens=False))
         if is_target and is_marked:
             words = f"«{words}»"
         text.append(words, style=LEARNT_STYLE if is_target else GIVEN_STYLE)
         begin = end
     return text
+
+
+def _shown(text: str) -> str:
+    """Return a text without characters that would do something to a terminal."""
+    return "".join(
+        character
+        if character.isprintable() or character in "\n\t"
+        else character.encode("unicode_escape").decode()
+        for character in text
+    )
 
 
 def _share(part: int, whole: int) -> str:

@@ -242,6 +242,33 @@ def test_a_part_can_be_held_out(tokenizer: Tokenizer, chats: Path) -> None:
         whole.split(0.001)
 
 
+def test_empty_data_is_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    file = write_lines(tmp_path / "rows.jsonl", [])
+    with pytest.raises(DataError, match=r"rows\.jsonl: there are no rows in this file"):
+        opened(tokenizer, file)
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(
+        DataError, match="no file of training data in this folder; there is nothing"
+    ):
+        opened(tokenizer, tmp_path / "folder")
+
+
+def test_a_template_that_writes_no_answers_is_refused(tokenizer: Tokenizer, chats: Path) -> None:
+    template = (
+        "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}</s>{% endif %}{% endfor %}"
+    )
+    with pytest.raises(DataError) as raised:
+        opened(tokenizer, chats, chat_template=template).check()
+    assert "all-masked: nothing of it would be learnt; 40 documents" in str(raised.value)
+    assert f"{chats}:1:" in str(raised.value)
+
+
+def test_ends_at_which_serving_does_not_stop_are_noted(tokenizer: Tokenizer, chats: Path) -> None:
+    (note,) = opened(tokenizer, chats, end_ids=[5]).notes
+    assert "ends answers with '</s>', at which the model does not stop" in note
+    assert opened(tokenizer, chats, end_ids=[1]).notes == ()
+
+
 def test_conversations_need_a_template(tmp_path: Path, chats: Path) -> None:
     folder = tmp_path / "base"
     folder.mkdir()
