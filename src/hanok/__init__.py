@@ -30,7 +30,7 @@ from hanok.package import BUNDLED, __version__
 
 if TYPE_CHECKING:
     from hanok.bench.quality import QualityReport, measure_quality
-    from hanok.checkpoint.adapter_files import LoraConfig
+    from hanok.checkpoint.lora_config import LoraConfig
     from hanok.engine.engine import Engine
     from hanok.engine.generate import PrefixCache
     from hanok.engine.model import Generation, Model, Score, load
@@ -58,7 +58,7 @@ _LAZY = {
     "Generation": "hanok.engine.model",
     "LoadOptions": "hanok.memory.options",
     "LoadPlan": "hanok.memory.plan",
-    "LoraConfig": "hanok.checkpoint.adapter_files",
+    "LoraConfig": "hanok.checkpoint.lora_config",
     "Model": "hanok.engine.model",
     "PrefixCache": "hanok.engine.generate",
     "PullOptions": "hanok.hub.options",

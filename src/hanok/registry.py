@@ -10,17 +10,22 @@ from difflib import get_close_matches
 from typing import Any
 
 
+def names_in(package: str) -> list[str]:
+    """Return the names of the modules of a package, in alphabetical order, without importing them."""
+    module = importlib.import_module(package)
+    return sorted(info.name for info in pkgutil.iter_modules(module.__path__))
+
+
 def discover(package: str, constant: str) -> dict[str, Any]:
     """Return `{module name: value of the constant}` for the modules of `package` that define it.
 
     Modules are imported in alphabetical order; the names are the last components ("llama").
     """
-    module = importlib.import_module(package)
     found = {}
-    for info in sorted(pkgutil.iter_modules(module.__path__), key=lambda info: info.name):
-        plugin = importlib.import_module(f"{package}.{info.name}")
+    for name in names_in(package):
+        plugin = importlib.import_module(f"{package}.{name}")
         if hasattr(plugin, constant):
-            found[info.name] = getattr(plugin, constant)
+            found[name] = getattr(plugin, constant)
     return found
 
 

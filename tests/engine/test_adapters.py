@@ -7,7 +7,7 @@ import torch
 from click.testing import CliRunner
 
 import hanok
-from hanok.checkpoint.adapter_files import LoraConfig
+from hanok.checkpoint.lora_config import LoraConfig
 from hanok.cli.main import cli
 from hanok.engine.model import Model
 from hanok.errors import OptionError

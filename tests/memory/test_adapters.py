@@ -14,8 +14,9 @@ from tests.models.test_families import CASES, Built, built, hanok_decoder  # noq
 from torch import Tensor
 
 from hanok.attention.base import ForwardBatch
-from hanok.checkpoint.adapter_files import LoraConfig, open_adapter, read_lora_config
+from hanok.checkpoint.adapter_files import open_adapter, read_lora_config
 from hanok.checkpoint.files import open_checkpoint
+from hanok.checkpoint.lora_config import LoraConfig
 from hanok.errors import CheckpointError, OptionError, UnsupportedError
 from hanok.memory.adapters import attach_files, attach_new, save_adapter, usual_sources
 from hanok.models.adapters import activate, attached

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 import hanok
-from hanok.checkpoint.adapter_files import LoraConfig
+from hanok.checkpoint.lora_config import LoraConfig
 from hanok.engine.model import Model
 from hanok.errors import CheckpointError, GenerationError, OptionError
 from hanok.models.adapters import attached

@@ -7,8 +7,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from hanok.check.finding import Finding, plural, shown
-from hanok.checkpoint.adapter_files import PREFIX, LoraConfig, open_adapter
+from hanok.checkpoint.adapter_files import PREFIX, open_adapter
 from hanok.checkpoint.formats import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CONFIG
+from hanok.checkpoint.lora_config import LoraConfig
 from hanok.checkpoint.safetensors import TensorRef
 from hanok.errors import CheckpointError, UnsupportedError
 

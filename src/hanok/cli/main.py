@@ -4,14 +4,16 @@ Verbs import torch and rich when they run, not when they are listed, so `hanok -
 """
 
 import sys
+from importlib import import_module
 from typing import Any
 
 import click
 
 from hanok.errors import HanokError
 from hanok.package import __version__
-from hanok.registry import discover, nearest_first
+from hanok.registry import names_in, nearest_first
 
+VERBS = "hanok.cli.verbs"
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
@@ -20,12 +22,15 @@ class Verbs(click.Group):
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Return the names of all verbs."""
-        return sorted(discover("hanok.cli.verbs", "COMMAND"))
+        return names_in(VERBS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Return a verb's command, None for an unknown one."""
-        found: dict[str, click.Command] = discover("hanok.cli.verbs", "COMMAND")
-        return found.get(cmd_name)
+        # Its file alone is imported: those of all verbs would take longer than a short text.
+        if cmd_name not in self.list_commands(ctx):
+            return None
+        found: click.Command = import_module(f"{VERBS}.{cmd_name}").COMMAND
+        return found
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hanok.checkpoint.adapter_files import PREFIX, WEIGHTS, AdapterFiles, LoraConfig
+from hanok.checkpoint.adapter_files import PREFIX, WEIGHTS, AdapterFiles
 from hanok.checkpoint.aside import folder_aside
 from hanok.checkpoint.formats import ADAPTER_CONFIG
+from hanok.checkpoint.lora_config import LoraConfig
 from hanok.checkpoint.writer import TensorData, write_json, write_tensors
 from hanok.errors import CheckpointError
 from hanok.memory.save import bytes_of

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from hanok.checkpoint.adapter_files import LoraConfig
+from hanok.checkpoint.lora_config import LoraConfig
 from hanok.errors import OptionError
 
 Schedule = Literal["cosine", "linear", "constant"]

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from hanok.checkpoint.adapter_files import LoraConfig
+from hanok.checkpoint.lora_config import LoraConfig
 from hanok.cli.fields import add_options, field_options, field_values
 from hanok.cli.options import cache_folder_option, some_load_options
 from hanok.errors import OptionError
