@@ -1,7 +1,9 @@
 """The command line: what is printed where, exit codes, and that listing verbs costs nothing."""
 
+import errno
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -191,6 +193,19 @@ def test_errors_are_one_message_and_an_exit_code(
     assert message in shown
     assert shown.startswith("hanok: ") or "No model given" in shown
     assert "Traceback" not in shown
+
+
+def test_what_the_system_refuses_is_one_message(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def on_a_full_disk(**_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "report.md")
+
+    monkeypatch.setattr(cli, "main", on_a_full_disk)
+    with pytest.raises(SystemExit) as exit_:
+        main(["quality"])
+    assert exit_.value.code == 1
+    assert capsys.readouterr().err == "hanok: report.md: No space left on device.\n"
 
 
 def test_prompts_are_utf8_wherever_they_come_from(tmp_path: Path) -> None:

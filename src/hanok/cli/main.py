@@ -51,9 +51,15 @@ def cli() -> None:
 
 
 def main(args: list[str] | None = None) -> Any:
-    """Run the command line; hanok's own errors become one message and an exit code."""
+    """Run the command line; hanok's own errors, and files that fail, become one message and a status."""
     try:
         return cli.main(args=args, prog_name="hanok")
     except HanokError as error:
         click.echo(f"hanok: {error}", err=True)
         sys.exit(error.exit_code)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        # What the system refuses: a full disk, a file that may not be read.
+        click.echo(f"hanok: {error.filename}: {error.strerror}.", err=True)
+        sys.exit(HanokError.exit_code)
