@@ -9,7 +9,7 @@ import peft
 import pytest
 import torch
 from click.testing import CliRunner
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tests.engine.test_adapters import written
 from tests.memory.test_adapters import FAMILIES, pefts_config, randomize
 from tests.models.test_families import Built, built  # noqa: F401 (a fixture)
@@ -71,3 +71,13 @@ def test_an_adapter_of_another_base_is_refused_and_nothing_is_left(
     with pytest.raises(CheckpointError, match="is no product of"):
         merge_files(built("gpt2").folder, adapter, tmp_path / "merged")
     assert [item.name for item in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_a_product_without_one_of_its_matrices_is_named(tmp_path: Path) -> None:
+    adapter = written(tmp_path / "adapter", 1, ("q_proj",))
+    file = adapter / "adapter_model.safetensors"
+    tensors = load_file(file)
+    del tensors["base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"]
+    save_file(tensors, file)
+    with pytest.raises(CheckpointError, match=r"q_proj\.lora_B\.weight is absent"):
+        merge_files(hanok.BUNDLED, adapter, tmp_path / "merged")

@@ -1,5 +1,6 @@
 """Training an adapter: PEFT's gradients, steps that do not depend on the cut, resuming exactly."""
 
+import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,7 +17,8 @@ import hanok
 from hanok.checkpoint.lora_config import LoraConfig
 from hanok.engine.model import Model
 from hanok.errors import CheckpointError, GenerationError, OptionError
-from hanok.models.adapters import attached
+from hanok.models.adapters import attached, paths_of, products
+from hanok.train.checkpoint import CheckpointWriter, find_newest, why_incomplete
 from hanok.train.loop import StepReport, Trainer
 from hanok.train.options import TrainOptions
 
@@ -56,17 +58,25 @@ def loaded(quant: str | None = None, dtype: str = "float32") -> Model:
     return hanok.load(hanok.BUNDLED, dtype=dtype, quant=quant, weights="copied")
 
 
-def gradients(trainer: Trainer) -> dict[str, Tensor]:
-    """What a first step's gradients are, by path: the optimizer's first moments are a tenth of them."""
+def gradients(trainer: Trainer) -> dict[str, tuple[Tensor, Tensor]]:
+    """What a first step's gradients of A and B are, by path: ten times the optimizer's first moments."""
+    moments = {name: value * 10 for name, value in trainer._optimizer.state()}
+    names = {id(item): name for name, item in trainer._optimizer.parameters.items()}
+
+    def of(parameter: Tensor) -> Tensor:
+        return moments[f"exp_avg.{names[id(parameter)]}"]
+
     found = {}
-    for name, moment in trainer._optimizer.state():
-        kind, _, path = name.partition(".")
-        if kind == "exp_avg":
-            found[path] = moment * 10
+    for module, source in products(trainer.model.decoder, trainer._table):
+        assert module.lora is not None
+        adapter = module.lora.adapters["0"]
+        of_a = of(adapter.a).split([b.shape[1] for b in adapter.b])
+        for path, a, b in zip(paths_of(source), of_a, adapter.b, strict=True):
+            found[path] = (a, of(b))
     return found
 
 
-def first_step(output: Path, packs_per_step: int, size: int) -> dict[str, Tensor]:
+def first_step(output: Path, packs_per_step: int, size: int) -> dict[str, tuple[Tensor, Tensor]]:
     model = loaded()
     options = replace(OPTIONS, packs_per_step=packs_per_step, max_steps=1, max_grad_norm=0.0)
     trainer = Trainer(model, options, output)
@@ -85,9 +95,10 @@ def test_a_step_does_not_depend_on_how_it_is_cut(
     whole = first_step(tmp_path / "whole", 1, 8)
     parts = first_step(tmp_path / "parts", packs_per_step, size)
     assert whole.keys() == parts.keys()
-    for name, gradient in whole.items():
-        assert gradient.norm() > 0
-        assert (gradient - parts[name]).norm() <= 1e-5 * gradient.norm()
+    for path, both in whole.items():
+        for gradient, other in zip(both, parts[path], strict=True):
+            assert gradient.norm() > 0
+            assert (gradient - other).norm() <= 1e-5 * gradient.norm()
 
 
 def test_what_is_computed_again_on_the_way_back_is_the_same(tmp_path: Path) -> None:
@@ -133,16 +144,12 @@ def test_gradients_are_pefts(tmp_path: Path) -> None:
         losses.append(F.cross_entropy(logits[:-1], labels[1:], reduction="sum"))
         count += sum(is_target)
     (sum(losses) / count).backward()
-    compared = 0
-    for path in parts:
+    assert len(ours) == len(parts) == 35
+    for path, both in ours.items():
         module = theirs.get_submodule(f"base_model.model.{path}")
-        for kind, weight in (("b", module.lora_B["default"].weight),):
-            # Fused products hold the parts' B one by one, in the order of the parts.
-            grads = [g for n, g in ours.items() if f".{kind}." in n and g.shape == weight.shape]
-            nearest = min(float((g - weight.grad).norm()) for g in grads)
-            assert nearest <= 1e-4 * float(weight.grad.norm())
-            compared += 1
-    assert compared == len(parts) == 35
+        expected = (module.lora_A["default"].weight.grad, module.lora_B["default"].weight.grad)
+        for gradient, other in zip(both, expected, strict=True):
+            assert (gradient - other).norm() <= 1e-5 * other.norm(), path
 
 
 @pytest.mark.filterwarnings("ignore")  # of PEFT's
@@ -208,6 +215,45 @@ def test_a_damaged_checkpoint_is_left_for_the_one_before_it(tmp_path: Path) -> N
     shutil.rmtree(checkpoints[0])
     with pytest.raises(CheckpointError, match="no checkpoint is complete"):
         Trainer(loaded(), OPTIONS, tmp_path)
+
+
+def test_a_damaged_checkpoint_is_written_again_and_no_complete_one_is_removed_for_it(
+    tmp_path: Path,
+) -> None:
+    options = replace(OPTIONS, keep_checkpoints=1)
+    model = loaded()
+    Trainer(model, options, tmp_path).run(Texts(model))
+    (last,) = (tmp_path / "checkpoints").iterdir()
+    damaged = last.with_name("step-00000005")
+    last.rename(damaged)
+    shutil.copytree(damaged, last.with_name("step-00000002"))
+    (damaged / "optimizer.safetensors").write_bytes(b"cut off")
+    state = json.loads((last.with_name("step-00000002") / "state.json").read_text())
+    writer = CheckpointWriter(tmp_path, 1)
+    writer.write(4, state, [], lambda folder: None)
+    kept = sorted(item.name for item in (tmp_path / "checkpoints").iterdir())
+    assert kept == ["step-00000004", "step-00000005"]
+    found = find_newest(tmp_path)
+    assert found is not None
+    assert found.folder.name == "step-00000004"
+    writer.write(5, state, [], lambda folder: None)
+    assert why_incomplete(damaged) is None
+
+
+def test_a_training_of_more_steps_replaces_the_adapter(tmp_path: Path) -> None:
+    model = loaded()
+    first = Trainer(model, replace(OPTIONS, max_steps=2), tmp_path).run(Texts(model))
+    before = (first.output / "adapter_model.safetensors").read_bytes()
+    model = loaded()
+    second = Trainer(model, replace(OPTIONS, max_steps=4), tmp_path).run(Texts(model))
+    assert second.num_steps == 4
+    assert (second.output / "adapter_model.safetensors").read_bytes() != before
+
+
+def test_nothing_to_learn_from_is_said(tmp_path: Path) -> None:
+    model = loaded()
+    with pytest.raises(OptionError, match="no documents"):
+        Trainer(model, replace(OPTIONS, max_steps=2), tmp_path).run(Texts(model, texts=()))
 
 
 def test_other_options_are_another_training(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from hanok.errors import CheckpointError, OptionError, UnsupportedError
 
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
+A, B = ".lora_A.weight", ".lora_B.weight"
 # Keys that change what is computed, and what they are where they do not.
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "bias": ("none", None),
@@ -45,6 +46,21 @@ class AdapterFiles:
     config: LoraConfig
     tensors: Mapping[str, TensorRef]
     """By PEFT's names."""
+
+    def paths(self) -> list[str]:
+        """Return its products; CheckpointError where one lacks a matrix, or where others are."""
+        paths = [
+            name.removeprefix(PREFIX).removesuffix(A) for name in self.tensors if name.endswith(A)
+        ]
+        expected = {f"{PREFIX}{path}{end}" for path in paths for end in (A, B)}
+        if expected != self.tensors.keys():
+            odd = min(expected ^ self.tensors.keys())
+            what = "absent" if odd in expected else "not known here"
+            raise CheckpointError(
+                f"{self.folder / WEIGHTS}: {odd} is {what}; every product needs lora_A and lora_B, and "
+                "nothing else may be there."
+            )
+        return paths
 
 
 def open_adapter(folder: str | Path) -> AdapterFiles:

@@ -37,10 +37,10 @@ class PullReport:
 def pull(
     repo: str,
     destination: str | Path | None = None,
-    options: PullOptions = PullOptions(),  # noqa: B008
+    options: PullOptions = PullOptions(),  # noqa: B008 (immutable)
     *,
     token: str | None = None,
-    patience: Patience = Patience(),  # noqa: B008
+    patience: Patience = Patience(),  # noqa: B008 (immutable)
     log: Log = lambda text: None,
     on_start: Callable[[int], None] = lambda total: None,
     progress: Progress = lambda count: None,

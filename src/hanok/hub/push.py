@@ -76,11 +76,11 @@ class Push:
     def __init__(
         self,
         repo: str,
-        options: PushOptions = PushOptions(),  # noqa: B008
+        options: PushOptions = PushOptions(),  # noqa: B008 (immutable)
         *,
         token: str | None = None,
         state_folder: Path | None = None,
-        patience: Patience = Patience(),  # noqa: B008
+        patience: Patience = Patience(),  # noqa: B008 (immutable)
         log: Log = lambda text: None,
         progress: Progress = lambda count: None,
     ) -> None:
@@ -268,11 +268,11 @@ class Push:
 def push(
     folder: str | Path,
     repo: str,
-    options: PushOptions = PushOptions(),  # noqa: B008
+    options: PushOptions = PushOptions(),  # noqa: B008 (immutable)
     *,
     token: str | None = None,
     state_folder: Path | None = None,
-    patience: Patience = Patience(),  # noqa: B008
+    patience: Patience = Patience(),  # noqa: B008 (immutable)
     log: Log = lambda text: None,
     on_start: Callable[[int], None] = lambda total: None,
     progress: Progress = lambda count: None,

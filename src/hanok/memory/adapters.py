@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hanok.checkpoint.adapter_files import PREFIX, WEIGHTS, AdapterFiles
+from hanok.checkpoint.adapter_files import PREFIX, WEIGHTS, A, AdapterFiles, B
 from hanok.checkpoint.aside import folder_aside
 from hanok.checkpoint.formats import ADAPTER_CONFIG
 from hanok.checkpoint.lora_config import LoraConfig
@@ -23,8 +23,6 @@ from hanok.models.adapters import attach, attached, paths_of, products
 from hanok.models.decoder import Decoder
 from hanok.models.family import Source, family_of, sources
 from hanok.models.lora import Part
-
-A, B = ".lora_A.weight", ".lora_B.weight"
 
 
 def usual_sources(config: Mapping[str, Any], decoder: Decoder, where: str) -> dict[str, Source]:
@@ -49,20 +47,9 @@ def attach_files(
     """
     mapped = MappedFiles()
     orders = _orders(decoder, table)
-    paths = {
-        name.removeprefix(PREFIX).removesuffix(A) for name in files.tensors if name.endswith(A)
-    }
-    expected = {f"{PREFIX}{path}{end}" for path in paths for end in (A, B)}
-    if expected != files.tensors.keys():
-        odd = sorted(expected ^ files.tensors.keys())
-        what = "absent" if odd[0] in expected else "not known here"
-        raise CheckpointError(
-            f"{files.folder / WEIGHTS}: {odd[0]} is {what}; "
-            "every product needs lora_A and lora_B, and nothing else may be there."
-        )
     dtype = torch.float32 if trains else decoder.dtype
     parts = {}
-    for path in paths:
+    for path in files.paths():
         a, b = (mapped.view(files.tensors[f"{PREFIX}{path}{end}"]) for end in (A, B))
         source = orders.get(path)
         if source is not None:

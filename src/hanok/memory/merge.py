@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from hanok.checkpoint.adapter_files import PREFIX, AdapterFiles, open_adapter
+from hanok.checkpoint.adapter_files import PREFIX, A, AdapterFiles, B, open_adapter
 from hanok.checkpoint.aside import folder_aside
 from hanok.checkpoint.card import Step, add_step
 from hanok.checkpoint.convert import COMPANION_SUFFIXES
@@ -20,7 +20,6 @@ from hanok.checkpoint.safetensors import TensorRef
 from hanok.checkpoint.writer import TensorData, write_safetensors
 from hanok.errors import CheckpointError
 from hanok.memory.account import Understood, understand
-from hanok.memory.adapters import A, B
 from hanok.memory.save import bytes_of
 from hanok.memory.tensors import MappedFiles
 from hanok.models.family import Source, sources
@@ -43,13 +42,11 @@ def merge_files(
     target = Path(output)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise CheckpointError(f"{target} exists and is not empty; choose another folder.")
-    understood = understand(open_checkpoint(base))
+    checkpoint = open_checkpoint(base)
+    understood = understand(checkpoint)
     files = open_adapter(adapter)
     places = _places(understood)
-    paths = {
-        name.removeprefix(PREFIX).removesuffix(end) for name in files.tensors for end in (A, B)
-    }
-    paths = {path for path in paths if f"{PREFIX}{path}{A}" in files.tensors}
+    paths = set(files.paths())
     if unknown := sorted(paths - places.keys()):
         raise CheckpointError(
             f"{files.folder}: {unknown[0]} is no product of {base}. Check that the adapter was "
@@ -65,7 +62,7 @@ def merge_files(
             shape=ref.shape,
             read=partial(_read, mapped, ref, files, changed.get(ref.name)),
         )
-        for ref in open_checkpoint(base).tensors.values()
+        for ref in checkpoint.tensors.values()
     ]
     folder = understood.checkpoint.folder
     with folder_aside(target) as unfinished:

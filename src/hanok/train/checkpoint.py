@@ -66,7 +66,9 @@ class CheckpointWriter:
         """Write the checkpoint of a step; `save_learnt` writes what was learnt into a folder."""
         target = self._folder / f"step-{step:08}"
         if target.exists():
-            return target
+            if why_incomplete(target) is None:
+                return target
+            shutil.rmtree(target)  # the training went on from the one before it
         with folder_aside(target) as unfinished:
             save_learnt(unfinished)
             tensors = [
@@ -86,7 +88,9 @@ class CheckpointWriter:
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
-        for _, old in _numbered(self._folder)[self._keep :]:
+        # Damaged ones of later steps count for none: this one is complete, and stays.
+        earlier = [folder for number, folder in _numbered(self._folder) if number <= step]
+        for old in earlier[self._keep :]:
             shutil.rmtree(old)
         return target
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from hanok.attention.base import ForwardBatch
 from hanok.checkpoint.adapter_files import open_adapter
+from hanok.checkpoint.aside import folder_exchanged
 from hanok.engine.model import Model
 from hanok.errors import GenerationError, OptionError
 from hanok.memory.adapters import (
@@ -167,7 +168,10 @@ class Trainer:
         is_finished = done >= num_steps
         loss = None if held_out is None else self.evaluate(held_out)
         target = self.output / "adapter"
-        if is_finished and not target.exists():
+        if is_finished and target.exists() and losses:  # of fewer steps
+            with folder_exchanged(target) as unfinished:
+                self._save_learnt(unfinished)
+        elif is_finished and not target.exists():
             save_adapter(target, self._decoder, self._table, self._config, index=INDEX)
         return TrainReport(
             output=target,
@@ -228,6 +232,8 @@ class Trainer:
 
     def _num_steps(self, documents: Documents) -> int:
         per_epoch = -(-len(documents.packs(0)) // self.options.packs_per_step)
+        if not per_epoch:
+            raise OptionError("there are no documents to learn from.")
         wanted = max(1, round(per_epoch * self.options.epochs))
         return wanted if self.options.max_steps is None else self.options.max_steps
 
