@@ -1,5 +1,6 @@
 """One reader for every text that people give: what it takes, and what it says otherwise."""
 
+import difflib
 import io
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hanok.errors import RequestError
-from hanok.text_files import STANDARD_INPUT, decode, read_text
+from hanok.text_files import STANDARD_INPUT, decode, read_text, unified_diff
 
 
 @given(text=st.text(st.characters(exclude_characters="\0\r\ufeff", exclude_categories=["Cs"])))
@@ -53,3 +54,14 @@ def test_files_and_standard_input(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(b"caf\xe9")))
     with pytest.raises(RequestError, match="standard input is not UTF-8 text, at byte 3"):
         read_text(Path("-"))
+
+
+@pytest.mark.parametrize("changed", [[0], [50], [99], [2, 6, 40, 97]])
+@pytest.mark.parametrize("new", [[], ["new"], ["one", "two"]])
+def test_a_diff_of_long_texts_is_the_one_of_the_whole_texts(changed, new):
+    old = [f"line {number}" for number in range(100)]
+    after = [
+        item for number, line in enumerate(old) for item in (new if number in changed else [line])
+    ]
+    whole = difflib.unified_diff(old, after, "old", "new", lineterm="")
+    assert list(unified_diff("\n".join(old), "\n".join(after), "old", "new")) == list(whole)

@@ -1,4 +1,4 @@
-"""Reads text that users give as files or on standard input: UTF-8, with a helpful error if it is not.
+"""Text that users give as files or on standard input, read as UTF-8 or refused helpfully, and compared.
 
 Every verb reads through here, so that a prompt, a text to score, a grid and a trace are the same text
 whatever wrote the file: a byte order mark is dropped, and lines end with a line feed.
@@ -6,6 +6,7 @@ whatever wrote the file: a byte order mark is dropped, and lines end with a line
 
 import codecs
 import difflib
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,6 +21,8 @@ _MARKS = {
     codecs.BOM_UTF16_LE: "UTF-16",
     codecs.BOM_UTF16_BE: "UTF-16",
 }
+# The two line numbers of the head of a hunk.
+_HUNK_START = re.compile(r"([-+])(\d+)(?=[, ])")
 
 
 def read_text(file: Path) -> str:
@@ -73,8 +76,8 @@ def unified_diff(before: str, after: str, from_file: str, to_file: str) -> Itera
         new[first : len(new) - max(0, end - 3)],
     )
     for line in difflib.unified_diff(cut_old, cut_new, from_file, to_file, lineterm=""):
-        if line.startswith("@@") and first:
-            line = f"@@ after line {first} @@"
+        if line.startswith("@@"):  # counted from the cut on
+            line = _HUNK_START.sub(lambda found: f"{found[1]}{int(found[2]) + first}", line)
         yield line
 
 

@@ -4,7 +4,6 @@ A mend is planned first, as the new bytes of each file, so that it can be shown;
 written together or none. Imports no torch.
 """
 
-import difflib
 import json
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from hanok.check.weights import index_of, read_json, read_weights
 from hanok.checkpoint.aside import Batch, remove_leftovers
 from hanok.checkpoint.formats import CONFIG
 from hanok.errors import CheckpointError
+from hanok.text_files import unified_diff
 
 INDEX_KINDS = ("no-index", "index", "index-shard", "index-absent", "index-unlisted", "total-size")
 TOKEN_KINDS = ("no-pad", "no-end", "end-token", "end-of-turn")
@@ -81,10 +81,8 @@ def shown_change(change: Change, folder: Path) -> str:
     name = change.path.relative_to(folder)
     if change.new is None:
         return f"removed {name}"
-    old = (change.old or b"").decode("utf-8", errors="replace").splitlines()
-    new = change.new.decode("utf-8").splitlines()
-    lines = difflib.unified_diff(old, new, f"a/{name}", f"b/{name}", lineterm="")
-    return "\n".join(lines)
+    old = (change.old or b"").decode("utf-8", errors="replace")
+    return "\n".join(unified_diff(old, change.new.decode("utf-8"), f"a/{name}", f"b/{name}"))
 
 
 def _index(folder: Path) -> tuple[Path, dict[str, Any]]:

@@ -9,7 +9,6 @@ it.
 A card says only what there is evidence for: what is not known is left out.
 """
 
-import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +22,7 @@ from hanok.checkpoint.licenses import LICENSES, OTHER
 from hanok.checkpoint.writer import write_bytes
 from hanok.errors import CheckpointError
 from hanok.registry import nearest_first
+from hanok.text_files import unified_diff
 
 CARD = "README.md"
 BEGIN = (
@@ -329,10 +329,7 @@ def add_step(folder: Path, step: Step) -> None:
 
 def diff(old: str | None, new: str) -> str:
     """Return what changes in a card, as a unified diff; empty if nothing does."""
-    lines = difflib.unified_diff(
-        (old or "").splitlines(), new.splitlines(), f"a/{CARD}", f"b/{CARD}", lineterm=""
-    )
-    return "\n".join(lines)
+    return "\n".join(unified_diff(old or "", new, f"a/{CARD}", f"b/{CARD}"))
 
 
 def _cut(text: str) -> tuple[str, str, str]:

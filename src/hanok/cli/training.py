@@ -100,9 +100,13 @@ def _finish(asked: Asked, model: "Model", dataset: "Dataset", report: "TrainRepo
         (report.output / "chat_template.jinja").write_text(dataset.template, encoding="utf-8")
     inferred = {"library_name": "peft", "base_model_relation": "adapter"}
     write_card(report.output, CardContent(inferred=inferred, steps=(asked.step,)))
-    said = "" if report.held_out_loss is None else f", {report.held_out_loss:.4f} held out"
-    last = report.losses[-1] if report.losses else float("nan")
-    click.echo(f"Trained {report.num_steps} steps; loss {last:.4f}{said}. Adapter: {report.output}")
+    losses = [
+        f"loss {loss:.4f}" for loss in report.losses[-1:]
+    ]  # none where it was finished before
+    if report.held_out_loss is not None:
+        losses.append(f"{report.held_out_loss:.4f} held out")
+    said = f"; {', '.join(losses)}" if losses else ""
+    click.echo(f"Trained {report.num_steps} steps{said}. Adapter: {report.output}")
     click.echo(f"Try it: hanok generate {asked.model} --adapter {report.output}", err=True)
     return 0
 
