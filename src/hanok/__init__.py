@@ -45,14 +45,14 @@ if TYPE_CHECKING:
     from hanok.memory.options import LoadOptions
     from hanok.memory.plan import LoadPlan
     from hanok.memory.planning import plan_draft, plan_load
-    from hanok.train.data.dataset import Dataset
-    from hanok.train.data.options import DataOptions, Source
-    from hanok.train.loop import Trainer
-    from hanok.train.options import TrainOptions
+    from hanok.training.data.dataset import Dataset
+    from hanok.training.data.options import DataOptions, Source
+    from hanok.training.loop import Trainer
+    from hanok.training.options import TrainOptions
 
 _LAZY = {
-    "DataOptions": "hanok.train.data.options",
-    "Dataset": "hanok.train.data.dataset",
+    "DataOptions": "hanok.training.data.options",
+    "Dataset": "hanok.training.data.dataset",
     "Engine": "hanok.engine.engine",
     "EngineStats": "hanok.engine.stats",
     "Generation": "hanok.engine.model",
@@ -70,12 +70,12 @@ _LAZY = {
     "Score": "hanok.engine.model",
     "QualityReport": "hanok.bench.quality",
     "Speculation": "hanok.engine.speculate",
-    "Source": "hanok.train.data.options",
+    "Source": "hanok.training.data.options",
     "SpeculationCounts": "hanok.engine.sequence",
     "Ticket": "hanok.engine.ticket",
     "TokenEvent": "hanok.engine.sequence",
-    "TrainOptions": "hanok.train.options",
-    "Trainer": "hanok.train.loop",
+    "TrainOptions": "hanok.training.options",
+    "Trainer": "hanok.training.loop",
     "load": "hanok.engine.model",
     "measure_quality": "hanok.bench.quality",
     "plan_draft": "hanok.memory.planning",

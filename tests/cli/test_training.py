@@ -17,7 +17,7 @@ from hanok.cli import training
 from hanok.cli.main import cli
 from hanok.cli.verbs.train import read_lora
 from hanok.errors import OptionError
-from hanok.train.loop import Trainer
+from hanok.training.loop import Trainer
 
 ROWS = [
     ("What did Lily see?", "Lily saw a small green frog."),

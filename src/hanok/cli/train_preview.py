@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.text import Text
 
 from hanok.checkpoint.tokenizer import Tokenizer
-from hanok.train.data.dataset import DataReport, Dataset, FileReport
+from hanok.training.data.dataset import DataReport, Dataset, FileReport
 
 LEARNT_STYLE, GIVEN_STYLE = "bold green", "dim"
 NUM_BARS = 8

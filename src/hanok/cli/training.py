@@ -13,14 +13,14 @@ import click
 from hanok.cli.progress import bytes_bar, seconds_bar
 from hanok.errors import OptionError
 from hanok.memory.options import LoadOptions
-from hanok.train.data.options import DataOptions, read_source
-from hanok.train.options import TrainOptions
+from hanok.training.data.options import DataOptions, read_source
+from hanok.training.options import TrainOptions
 
 if TYPE_CHECKING:
     from hanok.checkpoint.card import Step
     from hanok.engine.model import Model
-    from hanok.train.data.dataset import Dataset
-    from hanok.train.loop import StepReport, Trainer, TrainReport
+    from hanok.training.data.dataset import Dataset
+    from hanok.training.loop import StepReport, Trainer, TrainReport
 
 STOPPED = 85
 """The exit status of a training that was told to stop: it goes on with the same command."""
@@ -48,7 +48,7 @@ def train(asked: Asked) -> int:
     # Imported here: it brings torch.
     from hanok.engine.model import load
     from hanok.memory.planning import plan_load
-    from hanok.train.loop import Trainer
+    from hanok.training.loop import Trainer
 
     plan = plan_load(asked.model, may_measure=False, **asked.load.planned)
     with bytes_bar(f"Loading {asked.model.name}") as bar:
@@ -69,7 +69,7 @@ def train(asked: Asked) -> int:
 
 
 def _open_data(asked: Asked, model: "Model") -> "Dataset":
-    from hanok.train.data.dataset import Dataset
+    from hanok.training.data.dataset import Dataset
 
     if model.tokenizer is None:
         raise OptionError(f"{asked.model} has no tokenizer, so no text can be learnt from.")

@@ -12,8 +12,8 @@ from hanok.cli.options import cache_folder_option, some_load_options
 from hanok.errors import OptionError
 from hanok.memory.options import LoadOptions
 from hanok.registry import nearest_first
-from hanok.train.data.options import DataOptions
-from hanok.train.options import TrainOptions
+from hanok.training.data.options import DataOptions
+from hanok.training.options import TrainOptions
 
 if TYPE_CHECKING:
     from hanok.checkpoint.tokenizer import Tokenizer
@@ -184,9 +184,9 @@ def preview(
     from hanok.checkpoint.tokenizer import open_tokenizer
     from hanok.cli.progress import bytes_bar
     from hanok.cli.train_preview import print_preview
-    from hanok.train.data.dataset import Dataset
-    from hanok.train.data.options import read_source
-    from hanok.train.data.read import size_of
+    from hanok.training.data.dataset import Dataset
+    from hanok.training.data.options import read_source
+    from hanok.training.data.read import size_of
 
     allow = tuple(name.strip() for name in options.pop("allow").split(",") if name.strip())
     asked = DataOptions(**field_values(DataOptions, options), allow=allow)

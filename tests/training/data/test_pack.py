@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hanok.train.data.pack import pack, pack_epoch, shuffled, take_times
+from hanok.training.data.pack import pack, pack_epoch, shuffled, take_times
 
 LENGTHS = st.lists(st.integers(1, 64), max_size=80)
 

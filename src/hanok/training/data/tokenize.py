@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from hanok.errors import DataError
-from hanok.train.data.cache import FileSummary, TokenCache, TokenFile, TokenWriter, read_tokens
-from hanok.train.data.formats import (
+from hanok.training.data.cache import FileSummary, TokenCache, TokenFile, TokenWriter, read_tokens
+from hanok.training.data.formats import (
     SHOWN_ROWS,
     BadRowError,
     Conversation,
@@ -21,9 +21,9 @@ from hanok.train.data.formats import (
     detect,
     to_record,
 )
-from hanok.train.data.masks import Encoded, Renderer
-from hanok.train.data.options import Source
-from hanok.train.data.read import Row, capped, read_rows
+from hanok.training.data.masks import Encoded, Renderer
+from hanok.training.data.options import Source
+from hanok.training.data.read import Row, capped, read_rows
 
 Progress = Callable[[int], None]
 """Called with numbers of bytes that have been read."""

@@ -20,7 +20,7 @@ from typing import Any
 
 from hanok.errors import DataError, RequestError
 from hanok.text_files import decode
-from hanok.train.data.formats import Text
+from hanok.training.data.formats import Text
 
 LINES, ARRAY, TABLE, TEXT, COLUMNS = "jsonl", "json", "csv", "txt", "parquet"
 SUFFIXES = {

@@ -10,9 +10,9 @@ import pytest
 import hanok
 from hanok.checkpoint.tokenizer import Tokenizer, open_tokenizer
 from hanok.errors import DataError, OptionError
-from hanok.train.data import tokenize
-from hanok.train.data.dataset import Dataset
-from hanok.train.data.options import DataOptions, Source, read_source
+from hanok.training.data import tokenize
+from hanok.training.data.dataset import Dataset
+from hanok.training.data.options import DataOptions, Source, read_source
 
 QUESTIONS = ["What is a hanok?", "Is it warm?", "Who lives there?", "How old is it?"]
 

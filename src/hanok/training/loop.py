@@ -29,10 +29,10 @@ from hanok.memory.adapters import (
     write_adapter,
 )
 from hanok.models.adapters import activate
-from hanok.train.checkpoint import CheckpointWriter, find_newest, read_state
-from hanok.train.loss import backward, loss_sum
-from hanok.train.optimizer import Optimizer, learning_rate
-from hanok.train.options import TrainOptions
+from hanok.training.checkpoint import CheckpointWriter, find_newest, read_state
+from hanok.training.loss import backward, loss_sum
+from hanok.training.optimizer import Optimizer, learning_rate
+from hanok.training.options import TrainOptions
 
 INDEX = 0
 STEP_SEED = 1_000_003

@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hanok.errors import DataError
-from hanok.train.data import read
-from hanok.train.data.formats import Text
-from hanok.train.data.read import JsonLines, Row, capped, find_files, read_rows
+from hanok.training.data import read
+from hanok.training.data.formats import Text
+from hanok.training.data.read import JsonLines, Row, capped, find_files, read_rows
 
 ROWS = [{"text": f"row {i}\nof\t“some”"} for i in range(7)]
 

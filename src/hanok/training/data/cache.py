@@ -35,7 +35,7 @@ from hanok.checkpoint.content_hash import content_hashes
 from hanok.checkpoint.tokenizer import Tokenizer
 from hanok.errors import DataError
 from hanok.package import __version__
-from hanok.train.data.masks import Encoded
+from hanok.training.data.masks import Encoded
 
 IS_TEXT, IS_OPEN, HAS_END, HAS_DOUBLED_BOS = 1, 2, 4, 8
 KEPT_BAD_ROWS = 100

@@ -18,9 +18,9 @@ from hanok.checkpoint.lora_config import LoraConfig
 from hanok.engine.model import Model
 from hanok.errors import CheckpointError, GenerationError, OptionError
 from hanok.models.adapters import attached, paths_of, products
-from hanok.train.checkpoint import CheckpointWriter, find_newest, why_incomplete
-from hanok.train.loop import StepReport, Trainer
-from hanok.train.options import TrainOptions
+from hanok.training.checkpoint import CheckpointWriter, find_newest, why_incomplete
+from hanok.training.loop import StepReport, Trainer
+from hanok.training.options import TrainOptions
 
 TEXTS = (
     "Once upon a time there was a little dog who loved to play.",

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from hanok.errors import DataError
-from hanok.train.data.formats import (
+from hanok.training.data.formats import (
     BadRowError,
     Completion,
     Conversation,

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from hanok.errors import CheckpointError
-from hanok.train.options import TrainOptions
+from hanok.training.options import TrainOptions
 
 STATES = ("exp_avg", "exp_avg_sq")
 

@@ -25,7 +25,7 @@ from typing import Literal
 from hanok.checkpoint.tokenizer import Tokenizer, check_encodable
 from hanok.checkpoint.vocabulary import Located
 from hanok.errors import HanokError, RequestError
-from hanok.train.data.formats import Completion, Conversation, Record, Text
+from hanok.training.data.formats import Completion, Conversation, Record, Text
 
 Way = Literal["marks", "prefix", "offsets"]
 WAYS: tuple[Way, ...] = ("marks", "prefix", "offsets")

@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 
 from hanok.checkpoint.tokenizer import Tokenizer
 from hanok.errors import DataError, OptionError
-from hanok.train.data.cache import (
+from hanok.training.data.cache import (
     HAS_DOUBLED_BOS,
     HAS_END,
     IS_OPEN,
@@ -22,8 +22,8 @@ from hanok.train.data.cache import (
     TokenCache,
     TokenFile,
 )
-from hanok.train.data.masks import Renderer
-from hanok.train.data.options import (
+from hanok.training.data.masks import Renderer
+from hanok.training.data.options import (
     ALL_MASKED,
     DOUBLED_BOS,
     FINDINGS,
@@ -34,10 +34,10 @@ from hanok.train.data.options import (
     Source,
     read_source,
 )
-from hanok.train.data.pack import pack_epoch, shuffled, take_times
-from hanok.train.data.read import find_files
-from hanok.train.data.templates import resolve
-from hanok.train.data.tokenize import Progress, Reading, tokenize_file
+from hanok.training.data.pack import pack_epoch, shuffled, take_times
+from hanok.training.data.read import find_files
+from hanok.training.data.templates import resolve
+from hanok.training.data.tokenize import Progress, Reading, tokenize_file
 
 SHOWN_TOKENS = 60
 

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 import hanok
 from hanok.checkpoint.tokenizer import Tokenizer, open_tokenizer
 from hanok.errors import RequestError
-from hanok.train.data.formats import Completion, Text, to_record
-from hanok.train.data.masks import Encoded, Renderer
-from hanok.train.data.templates import NAMED
+from hanok.training.data.formats import Completion, Text, to_record
+from hanok.training.data.masks import Encoded, Renderer
+from hanok.training.data.templates import NAMED
 
 SPECIAL = ["<|im_start|>", "<|im_end|>", "<|eot|>", "<|head|>", "<|/head|>", "[INST]", "[/INST]"]
 SPECIAL += ["[CALL]", "<turn>", "</turn>", "<|user|>", "<|bot|>", "<|end|>", "<|stop|>"]

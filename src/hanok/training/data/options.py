@@ -7,7 +7,7 @@ from typing import Any
 
 from hanok.errors import OptionError
 from hanok.registry import nearest_first
-from hanok.train.data.formats import FORMATS
+from hanok.training.data.formats import FORMATS
 
 ALL_MASKED, NONE_MASKED, NO_END = "all-masked", "none-masked", "no-end-token"
 DOUBLED_BOS, TRUNCATED = "doubled-bos", "truncated"
