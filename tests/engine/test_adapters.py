@@ -5,13 +5,14 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
+from tests.memory.test_adapters import saved
 
 import hanok
 from hanok.checkpoint.lora_config import LoraConfig
 from hanok.cli.main import cli
 from hanok.engine.model import Model
 from hanok.errors import OptionError
-from hanok.memory.adapters import attach_new, save_adapter, usual_sources
+from hanok.memory.adapters import attach_new, usual_sources
 from hanok.models.adapters import attached
 
 PROMPTS = ("Once upon a time", "Lily saw a", "Tom and his dog", "The sun was")
@@ -24,10 +25,10 @@ def written(folder: Path, seed: int, targets: tuple[str, ...]) -> Path:
     table = usual_sources(model.checkpoint.config, model.decoder, "config.json")
     generator = torch.Generator().manual_seed(seed)
     attach_new(model.decoder, table, config, index=0, generator=generator)
-    for part in attached(model.decoder, table, 0).values():
+    for part in attached(model.decoder, table, 0).parts.values():
         with torch.no_grad():
             part.b.copy_(0.3 * torch.randn(part.b.shape, generator=generator))
-    return save_adapter(folder, model.decoder, table, config, index=0)
+    return saved(folder, model.decoder, table, config, index=0)
 
 
 @pytest.fixture(scope="module")

@@ -11,14 +11,28 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from tests.engine.test_adapters import written
-from tests.memory.test_adapters import FAMILIES, pefts_config, randomize
+from tests.memory.test_adapters import (
+    FAMILIES,
+    OWN,
+    OWN_FAMILIES,
+    TARGETS,
+    pefts_config,
+    randomize,
+    saved,
+    theirs,
+)
 from tests.models.test_families import Built, built  # noqa: F401 (a fixture)
+from transformers import AutoModelForCausalLM
 
 import hanok
 from hanok.checkpoint.card import steps_of
+from hanok.checkpoint.lora_config import LoraConfig
 from hanok.cli.main import cli
 from hanok.errors import CheckpointError
+from hanok.memory.adapters import attach_new, usual_sources
 from hanok.memory.merge import merge_files
+from hanok.models.adapters import attached
+from hanok.models.linear import Embedding, Linear
 
 
 @pytest.mark.filterwarnings("ignore")  # of PEFT's
@@ -32,7 +46,7 @@ def test_the_weights_are_those_of_pefts_merge(
     model = peft.get_peft_model(copy.deepcopy(made.model), pefts_config("patterns", name))
     randomize(model)
     model.save_pretrained(tmp_path / "adapter")
-    count = merge_files(made.folder, tmp_path / "adapter", tmp_path / "merged")
+    count = merge_files(made.folder, tmp_path / "adapter", tmp_path / "merged").num_changed
     model.merge_and_unload().save_pretrained(tmp_path / "theirs")
     ours, theirs, before = (
         load_file(folder / "model.safetensors")
@@ -43,6 +57,101 @@ def test_the_weights_are_those_of_pefts_merge(
     assert len(changed) == count > 0
     for key in changed:
         torch.testing.assert_close(ours[key], theirs[key], atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")  # of PEFT's
+@pytest.mark.parametrize("kind", ["directions", *OWN])
+@pytest.mark.parametrize("name", OWN_FAMILIES)
+def test_a_merged_model_is_base_and_adapter(
+    name: str,
+    kind: str,
+    built: Callable[[str], Built],  # noqa: F811 (the fixture)
+    tmp_path: Path,
+) -> None:
+    """Also where a head that is the embedding becomes another weight."""
+    made = built(name)
+    model = peft.get_peft_model(copy.deepcopy(made.model), pefts_config(kind, name)).eval()
+    randomize(model)
+    model.save_pretrained(tmp_path / "adapter")
+    report = merge_files(made.folder, tmp_path / "adapter", tmp_path / "merged")
+    is_tied = name == "gemma2"
+    assert report.is_untied == (is_tied and kind in ("head", "embedding", "both", "low-rank head"))
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
+    torch.testing.assert_close(
+        theirs(merged, made.tokens), theirs(model, made.tokens), atol=1e-4, rtol=1e-4
+    )
+    ours = hanok.load(tmp_path / "merged", dtype="float32")
+    torch.testing.assert_close(
+        ours.logits(made.tokens), theirs(model, made.tokens), atol=1e-4, rtol=1e-4
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "quant"),
+    [
+        ("llama-biases", "nf4"),
+        ("gemma2", "int4"),
+        ("gpt_neox", "int8"),
+        ("gpt2", "int4:head=none"),
+        ("mixtral", "int8"),
+        ("gemma2", "nf4:embedding=int8"),
+    ],
+)
+def test_what_a_quantized_base_computed_with_is_merged_into(
+    name: str,
+    quant: str,
+    built: Callable[[str], Built],  # noqa: F811 (the fixture)
+    tmp_path: Path,
+) -> None:
+    """Every weight of the result is the quantized model's, dequantized, and the adapter's product."""
+    folder = built(name).folder
+    model = hanok.load(folder, quant=quant, dtype="float32")
+    table = usual_sources(model.checkpoint.config, model.decoder, "config.json")
+    target = TARGETS.get(name, ("q_proj", "o_proj"))
+    config = LoraConfig(r=4, lora_alpha=16, target_modules=target)
+    generator = torch.Generator().manual_seed(0)
+    attach_new(model.decoder, table, config, index=0, generator=generator)
+    for part in attached(model.decoder, table, 0).parts.values():
+        with torch.no_grad():
+            part.b.copy_(0.3 * torch.randn(part.b.shape, generator=generator))
+    adapter = saved(tmp_path / "adapter", model.decoder, table, config, index=0)
+    report = merge_files(folder, adapter, tmp_path / "merged", base_quant=quant)
+    assert report.num_dequantized > report.num_changed > 0
+    merged = hanok.load(tmp_path / "merged", dtype="float32").decoder
+    for path, module in model.decoder.named_modules():
+        if not isinstance(module, Linear | Embedding):
+            continue
+        held = {} if module.lora is None else dict(module.lora.adapters.items())
+        whole = slice(0, getattr(module.weight, "shape")[0])  # noqa: B009
+        expected = held["0"].merged(module) if "0" in held else module.float_rows(whole)
+        found = merged.get_submodule(path)
+        assert isinstance(found, Linear | Embedding)
+        torch.testing.assert_close(
+            found.float_rows(whole), expected, atol=1e-6, rtol=1e-5, msg=path
+        )
+
+
+def test_the_command_merges_into_what_the_adapter_was_trained_over(tmp_path: Path) -> None:
+    adapter = written(tmp_path / "adapter", 1, ("q_proj", "v_proj"))
+    (adapter / "training.json").write_text('{"quant": "int4"}')
+    command = ["merge", str(hanok.BUNDLED), str(adapter)]
+    found = CliRunner().invoke(cli, [*command, str(tmp_path / "trained")])
+    assert found.exit_code == 0, found.output
+    assert "weights are those of int4, dequantized" in found.output
+    other = CliRunner().invoke(cli, [*command, str(tmp_path / "own"), "--base-quant", "none"])
+    assert other.exit_code == 0, other.output
+    assert "dequantized" not in other.output
+    over, own = (
+        json.loads((tmp_path / name / "merge.json").read_text())["merged"]
+        for name in ("trained", "own")
+    )
+    assert own["kl_mean"] < 1e-3
+    assert over["kl_mean"] < 0.02  # the kernel of int4 rounds what it multiplies as well
+    files = [
+        load_file(tmp_path / name / "model.safetensors")["model.layers.0.mlp.up_proj.weight"]
+        for name in ("trained", "own")
+    ]
+    assert not torch.equal(*files)
 
 
 def test_the_command_reports_how_far_the_merged_model_agrees(tmp_path: Path) -> None:
@@ -68,7 +177,7 @@ def test_an_adapter_of_another_base_is_refused_and_nothing_is_left(
     adapter = written(tmp_path / "adapter", 1, ("q_proj",))
     with pytest.raises(CheckpointError, match="Check that the adapter was trained on this base"):
         merge_files(built("mistral").folder, adapter, tmp_path / "merged")
-    with pytest.raises(CheckpointError, match="is no product of"):
+    with pytest.raises(CheckpointError, match="is no module of"):
         merge_files(built("gpt2").folder, adapter, tmp_path / "merged")
     assert [item.name for item in tmp_path.iterdir()] == ["adapter"]
 

@@ -16,7 +16,7 @@ from hanok.engine.speculate import most_exact_tokens
 from hanok.errors import CheckpointError, UnsupportedError
 from hanok.kernels.native import why_not
 from hanok.memory.account import understand
-from hanok.models.adapters import activate, attach, detach, merge
+from hanok.models.adapters import Weights, activate, attach, detach, merge
 from hanok.models.family import Source
 from hanok.models.lora import Part
 
@@ -63,7 +63,7 @@ def test_an_adapter_is_the_merged_weight(sources: Mapping[str, Source], targets:
     model, other = (hanok.load(hanok.BUNDLED, dtype="float32", weights="copied") for _ in range(2))
     base = model.logits([5, 9, 200])
     merged(other, sources, tensors)
-    attach(model.decoder, sources, tensors, index=0)
+    attach(model.decoder, sources, Weights(parts=tensors), index=0)
     assert torch.equal(model.logits([5, 9, 200]), base)  # attached, and nobody's
     activate(model.decoder, 0)
     torch.testing.assert_close(
@@ -80,8 +80,8 @@ def test_half_of_a_batch_over_an_int4_base_uses_an_adapter(sources: Mapping[str,
     """Tokens with one are as if all had it; the others are the base's, bit for bit."""
     model = hanok.load(hanok.BUNDLED, quant="int4", dtype="float32")
     decoder, prompts = model.decoder, [[5, 9, 200], [7, 8], [11, 12, 13, 14]]
-    attach(decoder, sources, drawn(sources, "_proj"), index=0)
-    attach(decoder, sources, drawn(sources, "q_proj|down_proj", seed=1), index=4)
+    attach(decoder, sources, Weights(parts=drawn(sources, "_proj")), index=0)
+    attach(decoder, sources, Weights(parts=drawn(sources, "q_proj|down_proj", seed=1)), index=4)
     with torch.inference_mode():
         alone = {}
         for index in (None, 0, 4):
@@ -103,7 +103,7 @@ def test_merging_adds_the_adapter_to_the_weights(
     model, other = (hanok.load(hanok.BUNDLED, dtype="float32", weights="copied") for _ in range(2))
     tensors = drawn(sources, targets)
     merged(other, sources, tensors)
-    attach(model.decoder, sources, tensors, index=2)
+    attach(model.decoder, sources, Weights(parts=tensors), index=2)
     with pytest.raises(UnsupportedError, match="adapters attached cannot be saved"):
         model.save(tmp_path / "attached")
     merge(model.decoder, 2)
@@ -113,7 +113,7 @@ def test_merging_adds_the_adapter_to_the_weights(
         torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5, msg=name)
     model.save(tmp_path / "merged")
     quantized = hanok.load(hanok.BUNDLED, quant="int4", dtype="float32").decoder
-    attach(quantized, sources, tensors, index=2)
+    attach(quantized, sources, Weights(parts=tensors), index=2)
     with pytest.raises(UnsupportedError, match="cannot be merged into quantized weights"):
         merge(quantized, 2)
 
@@ -122,10 +122,10 @@ def test_adapters_with_targets_of_their_own_come_and_go(sources: Mapping[str, So
     model = hanok.load(hanok.BUNDLED, quant="int4:head=int4", dtype="float32")
     decoder, base = model.decoder, model.logits([5, 9, 200])
     exact = most_exact_tokens(decoder)
-    attach(decoder, sources, drawn(sources, "_proj"), index=0)
-    attach(decoder, sources, drawn(sources, "q_proj", seed=1), index=4)
+    attach(decoder, sources, Weights(parts=drawn(sources, "_proj")), index=0)
+    attach(decoder, sources, Weights(parts=drawn(sources, "q_proj", seed=1)), index=4)
     with pytest.raises(ValueError, match="adapter 4 is attached already"):
-        attach(decoder, sources, drawn(sources, "q_proj"), index=4)
+        attach(decoder, sources, Weights(parts=drawn(sources, "q_proj")), index=4)
     # torch multiplies by adapters: a token's bits depend on the tokens next to it.
     assert most_exact_tokens(decoder) == (1 if why_not() is None else None)
     detach(decoder, 4)
@@ -143,14 +143,14 @@ def test_an_adapter_that_does_not_fit_leaves_nothing_behind(
     last = list(tensors)[-1]
     wrong = replace(tensors[last], b=torch.ones(9, RANK))
     with pytest.raises(CheckpointError):
-        attach(decoder, sources, {**tensors, last: wrong}, index=0)
+        attach(decoder, sources, Weights(parts={**tensors, last: wrong}), index=0)
     assert not any(".lora" in name for name, _ in decoder.named_parameters())
-    attach(decoder, sources, tensors, index=0)
+    attach(decoder, sources, Weights(parts=tensors), index=0)
 
 
 def test_only_the_adapter_gets_gradients(sources: Mapping[str, Source]) -> None:
     model = hanok.load(hanok.BUNDLED, quant="nf4", dtype="float32")
-    attach(model.decoder, sources, drawn(sources, "_proj"), index=0)
+    attach(model.decoder, sources, Weights(parts=drawn(sources, "_proj")), index=0)
     activate(model.decoder, 0)
     hidden = model.decoder(ForwardBatch.of([[5, 9, 200]]))
     model.decoder.logits(hidden).log_softmax(-1)[:, 7].sum().backward()
@@ -168,7 +168,7 @@ def test_tensors_that_belong_nowhere_or_to_another_base_are_named(
     with pytest.raises(
         CheckpointError, match=rf"lora_A of {re.escape(path)} .* lora_B \[9, 3\]; .*"
     ):
-        attach(decoder, sources, {path: wrong}, index=0)
+        attach(decoder, sources, Weights(parts={path: wrong}), index=0)
     strange = {"model.layers.99.mlp.up_proj": tensors[path]}
-    with pytest.raises(CheckpointError, match="1 products of the adapter belong to no projection"):
-        attach(decoder, sources, strange, index=1)
+    with pytest.raises(CheckpointError, match="1 modules of the adapter belong to no projection"):
+        attach(decoder, sources, Weights(parts=strange), index=1)

@@ -10,14 +10,13 @@ import peft
 import pytest
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 import hanok
 from hanok.checkpoint.lora_config import LoraConfig
 from hanok.engine.model import Model
 from hanok.errors import CheckpointError, GenerationError, OptionError
-from hanok.models.adapters import attached, paths_of, products
+from hanok.models.adapters import attached
 from hanok.training.checkpoint import CheckpointWriter, find_newest, why_incomplete
 from hanok.training.loop import StepReport, Trainer
 from hanok.training.options import TrainOptions
@@ -58,34 +57,18 @@ def loaded(quant: str | None = None, dtype: str = "float32") -> Model:
     return hanok.load(hanok.BUNDLED, dtype=dtype, quant=quant, weights="copied")
 
 
-def gradients(trainer: Trainer) -> dict[str, tuple[Tensor, Tensor]]:
-    """What a first step's gradients of A and B are, by path: ten times the optimizer's first moments."""
-    moments = {name: value * 10 for name, value in trainer._optimizer.state()}
-    names = {id(item): name for name, item in trainer._optimizer.parameters.items()}
-
-    def of(parameter: Tensor) -> Tensor:
-        return moments[f"exp_avg.{names[id(parameter)]}"]
-
-    found = {}
-    for module, source in products(trainer.model.decoder, trainer._table):
-        assert module.lora is not None
-        adapter = module.lora.adapters["0"]
-        of_a = of(adapter.a).split([b.shape[1] for b in adapter.b])
-        for path, a, b in zip(paths_of(source), of_a, adapter.b, strict=True):
-            found[path] = (a, of(b))
-    return found
-
-
-def first_step(output: Path, packs_per_step: int, size: int) -> dict[str, tuple[Tensor, Tensor]]:
+def first_step(output: Path, packs_per_step: int, size: int) -> dict[str, Tensor]:
+    """What a first step's gradients are, by the parameters' names: ten times the first moments."""
     model = loaded()
     options = replace(OPTIONS, packs_per_step=packs_per_step, max_steps=1, max_grad_norm=0.0)
     trainer = Trainer(model, options, output)
     with torch.no_grad():  # B begins as zero, and A would have no gradient
         generator = torch.Generator().manual_seed(1)
-        for part in attached(model.decoder, trainer._table, 0).values():
+        for part in attached(model.decoder, trainer.learnt.table, 0).parts.values():
             part.b.copy_(0.1 * torch.randn(part.b.shape, generator=generator))
     trainer.run(Texts(model, size))
-    return gradients(trainer)
+    moments = trainer._optimizer.state()
+    return {name: 10 * value for name, value in moments if name.startswith("exp_avg.")}
 
 
 @pytest.mark.parametrize(("packs_per_step", "size"), [(8, 1), (4, 2), (2, 4)])
@@ -95,10 +78,15 @@ def test_a_step_does_not_depend_on_how_it_is_cut(
     whole = first_step(tmp_path / "whole", 1, 8)
     parts = first_step(tmp_path / "parts", packs_per_step, size)
     assert whole.keys() == parts.keys()
-    for path, both in whole.items():
-        for gradient, other in zip(both, parts[path], strict=True):
-            assert gradient.norm() > 0
-            assert (gradient - other).norm() <= 1e-5 * gradient.norm()
+    differences = {name: gradient - parts[name] for name, gradient in whole.items()}
+    for name, gradient in whole.items():
+        assert gradient.norm() > 0
+        assert differences[name].norm() <= 3e-6 * gradient.norm(), name
+    length, off = (
+        torch.cat([item.flatten() for item in found.values()]).norm()
+        for found in (whole, differences)
+    )
+    assert off <= 1e-6 * length
 
 
 def test_what_is_computed_again_on_the_way_back_is_the_same(tmp_path: Path) -> None:
@@ -115,41 +103,6 @@ def test_what_is_computed_again_on_the_way_back_is_the_same(tmp_path: Path) -> N
         tmp_path / str(i) / "checkpoints/step-00000003/optimizer.safetensors" for i in (0, 1)
     ]
     assert moments[0].read_bytes() == moments[1].read_bytes()
-
-
-@pytest.mark.filterwarnings("ignore")  # of PEFT's
-def test_gradients_are_pefts(tmp_path: Path) -> None:
-    ours = first_step(tmp_path / "ours", 1, 8)
-    model = loaded()
-    theirs = peft.get_peft_model(
-        AutoModelForCausalLM.from_pretrained(hanok.BUNDLED, dtype=torch.float32),
-        peft.LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules="all-linear"),
-    )
-    reference = loaded()
-    trainer = Trainer(reference, OPTIONS, tmp_path / "reference")
-    parts = attached(reference.decoder, trainer._table, 0)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for path, part in parts.items():
-            b = 0.1 * torch.randn(part.b.shape, generator=generator)
-            module = theirs.get_submodule(f"base_model.model.{path}")
-            module.lora_A["default"].weight.copy_(part.a)
-            module.lora_B["default"].weight.copy_(b)
-    losses, count = [], 0
-    texts = Texts(model)
-    for number in range(len(TEXTS)):
-        ids, is_target = texts.document(number)
-        logits = theirs(torch.tensor([ids])).logits[0].float()
-        labels = torch.tensor([t if k else -100 for t, k in zip(ids, is_target, strict=True)])
-        losses.append(F.cross_entropy(logits[:-1], labels[1:], reduction="sum"))
-        count += sum(is_target)
-    (sum(losses) / count).backward()
-    assert len(ours) == len(parts) == 35
-    for path, both in ours.items():
-        module = theirs.get_submodule(f"base_model.model.{path}")
-        expected = (module.lora_A["default"].weight.grad, module.lora_B["default"].weight.grad)
-        for gradient, other in zip(both, expected, strict=True):
-            assert (gradient - other).norm() <= 1e-5 * other.norm(), path
 
 
 @pytest.mark.filterwarnings("ignore")  # of PEFT's
@@ -268,7 +221,7 @@ def test_other_options_are_another_training(tmp_path: Path) -> None:
 def test_a_loss_that_is_no_number_changes_nothing(tmp_path: Path) -> None:
     model = loaded()
     trainer = Trainer(model, OPTIONS, tmp_path)
-    parts = attached(model.decoder, trainer._table, 0)
+    parts = attached(model.decoder, trainer.learnt.table, 0).parts
     with torch.no_grad():
         next(iter(parts.values())).b.fill_(torch.nan)
     kept = {path: part.a.clone() for path, part in parts.items()}

@@ -456,24 +456,26 @@ class Model:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise CheckpointError(f"{folder} exists and is not empty; choose another folder.")
         with folder_aside(folder) as unfinished:
-            left_out = self._left_out
-            save_weights(
-                unfinished, self.decoder, self._sources, left_out=left_out, on_shard=on_shard
-            )
-            config = dict(self.checkpoint.config)
-            spellings = [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]
-            config |= dict.fromkeys(spellings, str(self.dtype).removeprefix("torch."))
-            write_json(unfinished / "config.json", config)
-            if self.checkpoint.generation_config:
-                values = dict(self.checkpoint.generation_config)
-                write_json(unfinished / "generation_config.json", values)
-            if self.tokenizer is not None:
-                self.tokenizer.save(unfinished)
-            for file in pooling_files(self.checkpoint.folder):
-                target = unfinished / file.relative_to(self.checkpoint.folder)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(file, target)
+            self.write(unfinished, on_shard=on_shard)
         return folder
+
+    def write(self, folder: Path, *, on_shard: OnShard | None = None) -> None:
+        """Write the model's files into a folder that is there, and that the caller renames."""
+        left_out = self._left_out
+        save_weights(folder, self.decoder, self._sources, left_out=left_out, on_shard=on_shard)
+        config = dict(self.checkpoint.config)
+        spellings = [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]
+        config |= dict.fromkeys(spellings, str(self.dtype).removeprefix("torch."))
+        write_json(folder / "config.json", config)
+        if self.checkpoint.generation_config:
+            values = dict(self.checkpoint.generation_config)
+            write_json(folder / "generation_config.json", values)
+        if self.tokenizer is not None:
+            self.tokenizer.save(folder)
+        for file in pooling_files(self.checkpoint.folder):
+            target = folder / file.relative_to(self.checkpoint.folder)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, target)
 
     def sequence(self, prompt: Prompt, options: SamplingOptions) -> GenerationSequence:
         """Return a prompt with its options, checked, of which nothing is generated yet."""

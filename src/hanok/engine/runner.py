@@ -82,12 +82,16 @@ class Runner:
             if chunk.is_last and request.pooling is None
             for row in range(end, end + 1 + len(chunk.draft))
         ]
-        logits = self._decoder.logits(hidden[last]) if last else None
+        own = batch.adapters
+        logits = None
+        if last:
+            logits = self._decoder.logits(hidden[last], None if own is None else own[last])
         scores: list[tuple[PromptScore, ...]] = []
         vectors: list[Tensor | None] = []
         for chunk, end, request in zip(chunks, ends, requests, strict=True):
             mine = hidden[end + 1 - chunk.count : end + 1]
-            scores.append(() if request.scored is None else self._scores(chunk, mine, request))
+            scored = () if request.scored is None else self._scores(chunk, mine, request, own)
+            scores.append(scored)
             vectors.append(None if request.pooling is None else pooled(mine, request.pooling))
         if len(batch.token_ids) >= LONG_PASS_TOKENS:
             del batch, hidden
@@ -97,14 +101,23 @@ class Runner:
     def _hidden_states(self, batch: ForwardBatch) -> Tensor:
         return self._passes.run(batch, may_record=len(batch.token_ids) <= RECORDED_TOKENS)
 
-    def _scores(self, chunk: Chunk, hidden: Tensor, request: Request) -> tuple[PromptScore, ...]:
-        """Score the prompt's tokens after a chunk's, as far as there are any."""
+    def _scores(
+        self, chunk: Chunk, hidden: Tensor, request: Request, adapters: Tensor | None
+    ) -> tuple[PromptScore, ...]:
+        """Score the prompt's tokens after a chunk's, as far as there are any.
+
+        adapters: those of the batch, None where no token of it has one
+        """
         prompt, number = request.sequence.prompt_ids, request.scored or 0
         following = prompt[chunk.start + 1 : chunk.start + chunk.count + 1]
         found: list[PromptScore] = []
         for start in range(0, len(following), LOGIT_ROWS):
             tokens = following[start : start + LOGIT_ROWS]
-            logprobs = self._decoder.logits(hidden[start : start + len(tokens)]).log_softmax(-1)
+            own = adapters
+            if own is not None:
+                own = own.new_full((len(tokens),), chunk.row.adapter)
+            rows = hidden[start : start + len(tokens)]
+            logprobs = self._decoder.logits(rows, own).log_softmax(-1)
             for row, token in zip(logprobs, tokens, strict=True):
                 top = ranked(row, number) if number else ()
                 rank = 1 + int((row > row[token]).sum())

@@ -51,6 +51,8 @@ class LoadReport:
 
     mapped_bytes: int
     copied_bytes: int
+    quant: str | None
+    """How weights were quantized, as it was asked for."""
     quantized_bytes: int
     attention: Mapping[str, int]
     """How many layers use which attention backend."""
@@ -147,6 +149,7 @@ def load_decoder(
     report = LoadReport(
         mapped_bytes=mapped_bytes,
         copied_bytes=sum(parameter.nbytes for parameter in decoder.parameters()) - mapped_bytes,
+        quant=options.quant,
         quantized_bytes=sum(item.stored.nbytes for item in swapped.quantized),
         attention=used,
         notes=tuple(notes),

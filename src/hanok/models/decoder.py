@@ -19,8 +19,8 @@ from hanok.attention.base import ForwardBatch, choose
 from hanok.attention.cache import KVCache
 from hanok.kernels.native import native_for
 from hanok.models.config import LayerConfig, ModelConfig, Rope
-from hanok.models.layers import NormLayer, added, mlp_of
-from hanok.models.linear import Embedding, Linear, Weight, Weighted
+from hanok.models.layers import NoNorm, NormLayer, added, mlp_of
+from hanok.models.linear import Embedding, Linear, Rows, Weight, Weighted
 from hanok.models.mixers.base import MixerModule, State, block_of, mixer_of
 from hanok.models.rotary import Rotary
 
@@ -45,21 +45,22 @@ class Block(nn.Module):
         self.mlp = mlp_of(config.hidden_size, layer.mlp)
         for name in ("attention_norm", "attention_post_norm", "mlp_norm", "mlp_post_norm"):
             is_used = name in layer.norm_names()
-            norm = NormLayer(config.norm, config.hidden_size) if is_used else nn.Identity()
+            norm = NormLayer(config.norm, config.hidden_size) if is_used else NoNorm()
             self.add_module(name, norm)
 
     def forward(
         self, x: Tensor, batch: ForwardBatch, cos_sin: Tensor | None, state: State
     ) -> Tensor:
         """(tokens, hidden) -> (tokens, hidden)."""
-        normed = self.attention_norm(x)
+        normed = self.attention_norm(x, batch)
         attended = self.self_attn(normed, batch, cos_sin, state)
         if self.is_parallel:
-            inner = self.mlp(normed if self.shares_norm else self.mlp_norm(x), batch)
+            inner = self.mlp(normed if self.shares_norm else self.mlp_norm(x, batch), batch)
             output: Tensor = added(added(x, attended), inner)
             return output
-        x = added(x, self._scaled(self.attention_post_norm(attended)))
-        return added(x, self._scaled(self.mlp_post_norm(self.mlp(self.mlp_norm(x), batch))))
+        x = added(x, self._scaled(self.attention_post_norm(attended, batch)))
+        inner = self.mlp(self.mlp_norm(x, batch), batch)
+        return added(x, self._scaled(self.mlp_post_norm(inner, batch)))
 
     def _scaled(self, x: Tensor) -> Tensor:
         return x if self.residual_scale == 1.0 else x * self.residual_scale
@@ -249,11 +250,11 @@ class Decoder(nn.Module):
         """Compute a stage's blocks where they are, and the last norm after the last one."""
         batch, x = batch.to(stage.device), x.to(stage.device)
         x = self._run(stage.blocks, x, batch, self.cos_sin(batch, x.dtype), cache)
-        return self._normed(x) if stage.blocks.stop == len(self.layers) else x
+        return self._normed(x, batch) if stage.blocks.stop == len(self.layers) else x
 
     def embed(self, batch: ForwardBatch) -> Tensor:
         """Return what the first block gets, (tokens, hidden)."""
-        x: Tensor = self.embed_tokens(batch.token_ids)
+        x: Tensor = self.embed_tokens(batch.token_ids, batch)
         if self.config.embedding_scale != 1.0:
             # Rounded to the weights' dtype first, as Gemma was trained.
             x = x * torch.tensor(self.config.embedding_scale, dtype=x.dtype)
@@ -269,7 +270,7 @@ class Decoder(nn.Module):
         self, x: Tensor, batch: ForwardBatch, cos_sin: Mapping[Rope, Tensor], cache: KVCache | None
     ) -> Tensor:
         """Run all blocks and the last norm, (tokens, hidden) -> (tokens, hidden)."""
-        return self._normed(self._run(range(len(self.layers)), x, batch, cos_sin, cache))
+        return self._normed(self._run(range(len(self.layers)), x, batch, cos_sin, cache), batch)
 
     def _run(
         self,
@@ -289,18 +290,19 @@ class Decoder(nn.Module):
                 x = self.layers[index](*inputs)
         return x
 
-    def _normed(self, x: Tensor) -> Tensor:
-        output: Tensor = self.norm(x.to(self.norm.weight.device))
+    def _normed(self, x: Tensor, batch: ForwardBatch) -> Tensor:
+        output: Tensor = self.norm(x.to(self.norm.weight.device), batch)
         return output
 
-    def logits(self, hidden: Tensor) -> Tensor:
+    def logits(self, hidden: Tensor, adapters: Tensor | None = None) -> Tensor:
         """Return the scores of the next token, (rows, vocab) float32, of some hidden states.
 
+        adapters: (rows,), those of `ForwardBatch.adapters` that belong to these rows
         Only a decoder with a head has any.
         """
         if self.layout is not None:
             hidden = hidden.to(self.layout.head_device)
-        scores: Tensor = self.lm_head(hidden)
+        scores: Tensor = self.lm_head(hidden, None if adapters is None else Rows(adapters))
         kernels = native_for(scores)
         scores = scores.float() if kernels is None else kernels.widen(scores)
         if self.config.logit_scale != 1.0:

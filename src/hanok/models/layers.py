@@ -14,7 +14,8 @@ from hanok.attention.base import ForwardBatch
 from hanok.kernels.fused import fused_for
 from hanok.kernels.native import GATE_ACTIVATIONS, native_for
 from hanok.models.config import Activation, Experts, Mlp, Norm
-from hanok.models.linear import Linear
+from hanok.models.linear import Chosen, Linear
+from hanok.models.lora import Lora
 
 ACTIVATIONS: Mapping[Activation, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -38,6 +39,7 @@ class NormLayer(nn.Module):
     """RMSNorm (arXiv 1910.07467) or LayerNorm over the last axis, computed in float32."""
 
     bias: nn.Parameter | None
+    lora: Lora | None
 
     def __init__(self, norm: Norm, size: int, *, has_bias: bool | None = None) -> None:
         super().__init__()
@@ -45,18 +47,34 @@ class NormLayer(nn.Module):
         self.weight = nn.Parameter(torch.empty(size))
         with_bias = norm.has_bias if has_bias is None else has_bias
         self.bias = nn.Parameter(torch.empty(size)) if with_bias else None
+        self.lora = None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(…, size) -> (…, size)."""
+    def forward(self, x: Tensor, batch: Chosen | None = None) -> Tensor:
+        """(tokens, …, size) -> (tokens, …, size); `batch` is what the tokens are part of."""
+        found = self.computed(x, self.weight, self.bias)
+        if self.lora is not None:
+            found = self.lora(x, found, None if batch is None else batch.adapters, self)
+        return found
+
+    def computed(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Return what the norm gives with these weights."""
         shape, eps = (x.shape[-1],), self.norm.eps
         if self.norm.kind == "layer":
-            return F.layer_norm(x, shape, self.weight, self.bias, eps)
-        kernels = fused_for(x, self.weight)
+            return F.layer_norm(x, shape, weight, bias, eps)
+        kernels = fused_for(x, weight)
         if kernels is not None:
-            return kernels.rms_norm(x, self.weight, eps, unit_offset=self.norm.unit_offset)
+            return kernels.rms_norm(x, weight, eps, unit_offset=self.norm.unit_offset)
         if self.norm.unit_offset:  # 1 + weight is rounded away in bfloat16
-            return F.rms_norm(x.float(), shape, 1.0 + self.weight.float(), eps).type_as(x)
-        return F.rms_norm(x, shape, self.weight, eps)
+            return F.rms_norm(x.float(), shape, 1.0 + weight.float(), eps).type_as(x)
+        return F.rms_norm(x, shape, weight, eps)
+
+
+class NoNorm(nn.Module):
+    """Stands where a block has no norm."""
+
+    def forward(self, x: Tensor, batch: Chosen | None = None) -> Tensor:
+        """Return x."""
+        return x
 
 
 class MlpLayer(nn.Module):

@@ -18,14 +18,13 @@ never depends on a stopwatch:
 | not built                 | without        | more   | weights widened, a block of rows at a time   |
 """
 
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from hanok.attention.base import ForwardBatch
 from hanok.kernels.native import native
 from hanok.kernels.processor import is_x86, multiplies
 from hanok.models.lora import Lora
@@ -182,16 +181,39 @@ class Weight(Protocol):
         """Return why a product needs the CPU to look at numbers, which a CUDA graph cannot; or None."""
 
 
+class Chosen(Protocol):
+    """Tokens of which each may have an adapter; a `ForwardBatch` is one."""
+
+    @property
+    def adapters(self) -> Tensor | None:
+        """(tokens,) int64, the number of each token's adapter, -1 for none; None where none is named."""
+
+
+class Rows(NamedTuple):
+    """The adapters of some rows alone."""
+
+    adapters: Tensor | None
+
+
 class Weighted(nn.Module):
     """What has a weight (out, in), in floats or quantized, always under the path `weight`."""
 
     weight: nn.Parameter | Weight
+    lora: Lora | None
 
     @property
     def stored(self) -> Weight | None:
         """The quantized weight; None where it is floats."""
         weight = self.weight
         return None if isinstance(weight, Tensor) else weight
+
+    def float_rows(self, rows: slice) -> Tensor:
+        """Return some rows of the weight, (rows, in) float32: dequantized where it is quantized."""
+        weight = self.weight
+        if isinstance(weight, Tensor):
+            return weight[rows].float()
+        ids = torch.arange(rows.start, rows.stop, device=getattr(weight, "device", None))
+        return weight.rows(ids, torch.float32)
 
     def set_weight(self, weight: nn.Parameter | Weight) -> None:
         """Take another weight in place of the one that is there."""
@@ -203,7 +225,6 @@ class Linear(Weighted):
     """A weight (out, in) and perhaps a bias (out,)."""
 
     bias: nn.Parameter | None
-    lora: Lora | None
 
     def __init__(self, in_features: int, out_features: int, *, has_bias: bool = False) -> None:
         super().__init__()
@@ -211,7 +232,7 @@ class Linear(Weighted):
         self.bias = nn.Parameter(torch.empty(out_features)) if has_bias else None
         self.lora = None
 
-    def forward(self, x: Tensor, batch: ForwardBatch | None = None) -> Tensor:
+    def forward(self, x: Tensor, batch: Chosen | None = None) -> Tensor:
         """(tokens, in) -> (tokens, out); `batch` is what the tokens are part of."""
         weight = self.weight
         if isinstance(weight, Tensor):
@@ -219,8 +240,12 @@ class Linear(Weighted):
         else:
             product = weight.matmul(x, self.bias)
         if self.lora is not None:
-            product = self.lora(x, product, batch)
+            product = self.lora(x, product, None if batch is None else batch.adapters, self)
         return product
+
+    def computed(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Return the product with other weights."""
+        return dense(x, weight, bias)
 
     @property
     def exact_tokens(self) -> int | None:
@@ -252,10 +277,19 @@ class Embedding(Weighted):
         self.weight = nn.Parameter(torch.empty(num_rows, size))
         # Holds nothing: its dtype, which `.to` changes, is that of rows from a quantized weight.
         self.register_buffer("like", torch.empty(0), persistent=False)
+        self.lora = None
 
-    def forward(self, ids: Tensor) -> Tensor:
-        """(tokens,) int64 -> (tokens, size)."""
+    def forward(self, ids: Tensor, batch: Chosen | None = None) -> Tensor:
+        """(tokens,) int64 -> (tokens, size); `batch` is what the tokens are part of."""
         weight = self.weight
         if isinstance(weight, Tensor):
-            return F.embedding(ids, weight)
-        return weight.rows(ids, self.like.dtype)
+            found = F.embedding(ids, weight)
+        else:
+            found = weight.rows(ids, self.like.dtype)
+        if self.lora is not None:
+            found = self.lora(ids, found, None if batch is None else batch.adapters, self)
+        return found
+
+    def computed(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Return the rows of other weights."""
+        return F.embedding(x, weight)

@@ -2,12 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hanok.attention.base import ForwardBatch
+BLOCK_ROWS = 1024  # of a weight in float32 at a time
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,6 +20,22 @@ class Part:
     b: Tensor
     """(rows, rank)"""
     scale: float
+    magnitude: Tensor | None = None
+    """(rows,), of DoRA (arXiv 2402.09353): W + scale x B A is scaled to rows of these lengths."""
+    initial: tuple[Tensor, Tensor] | None = None
+    """A and B at the start, whose product is taken away again (PiSSA, arXiv 2404.02948): they do not
+    learn, and the base's weights stay as they are."""
+
+
+class Base(Protocol):
+    """The product that an adapter changes."""
+
+    @property
+    def bias(self) -> Tensor | None:
+        """(out,)."""
+
+    def float_rows(self, rows: slice) -> Tensor:
+        """Return some rows of the weight, (rows, in) float32."""
 
 
 class Adapter(nn.Module):
@@ -27,6 +44,8 @@ class Adapter(nn.Module):
     `rows` are those of each part. The parts' A are one matrix, so that x is read once; its numbers and
     those of B are kept as they are given, float32 while they learn, and multiplied in the dtype of x.
     """
+
+    initial_a: Tensor | None
 
     def __init__(
         self, parts: Sequence[Part | None], rows: Sequence[int], *, dropout: float = 0.0
@@ -40,52 +59,141 @@ class Adapter(nn.Module):
                 )
         self.a = nn.Parameter(torch.cat([part.a for part in used]))
         self.b = nn.ParameterList([nn.Parameter(part.b) for part in used])
+        lengths = [part.magnitude for part in used if part.magnitude is not None]
+        self.magnitudes = nn.ParameterList([nn.Parameter(item) for item in lengths])
+        initial = [part.initial for part in used if part.initial is not None]
+        self.register_buffer("initial_a", torch.cat([a for a, _ in initial]) if initial else None)
+        self.initial_b = [b for _, b in initial]
         self.scales = [part.scale for part in used]
         self.dropout = dropout
         self._ranks = [part.a.shape[0] for part in used]
         self._rows = list(rows)
         self._is_used = [part is not None for part in parts]
+        self._lengths: Tensor | None = None
+        self._lengths_of: tuple[int, ...] = ()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(tokens, in) -> (tokens, out): what the adapter adds to the product."""
+    def forward(self, x: Tensor, product: Tensor, base: Base) -> Tensor:
+        """Return the product (tokens, out) of the base and x (tokens, in) with what the adapter adds.
+
+        DoRA's lengths of rows get no gradient, as in its paper; dropout is that of x in A x.
+        """
+        added = self._added(x)
+        if not len(self.magnitudes):
+            return product + added
+        factor = self._factor(base).to(product.dtype)
+        plain = product if base.bias is None else product - base.bias
+        return product + (factor - 1) * plain + factor * added
+
+    def _added(self, x: Tensor) -> Tensor:
         if self.training and self.dropout:
             x = F.dropout(x, self.dropout)
-        inner = F.linear(x, self.a.to(x.dtype)).split(self._ranks, dim=1)  # type: ignore[no-untyped-call]  # torch's
-        made = iter(zip(inner, self.b, self.scales, strict=True))
-        parts = []
-        for is_used, rows in zip(self._is_used, self._rows, strict=True):
-            if is_used:
-                part, b, scale = next(made)
-                parts.append(F.linear(part, b.to(x.dtype)) * scale)
-            else:
-                parts.append(x.new_zeros(x.shape[0], rows))
+        made = zip(self._inner(x, self.a), self.b, self.scales, strict=True)
+        products = [F.linear(inner, b.to(x.dtype)) * scale for inner, b, scale in made]
+        if self.initial_a is not None:
+            taken = zip(self._inner(x, self.initial_a), self.initial_b, self.scales, strict=True)
+            products = [
+                product - F.linear(inner, b.to(x.dtype)) * scale
+                for product, (inner, b, scale) in zip(products, taken, strict=True)
+            ]
+        found = iter(products)
+        parts = [
+            next(found) if is_used else x.new_zeros(x.shape[0], rows)
+            for is_used, rows in zip(self._is_used, self._rows, strict=True)
+        ]
         return torch.cat(parts, dim=1)
+
+    def _inner(self, x: Tensor, a: Tensor) -> Sequence[Tensor]:
+        found: Sequence[Tensor] = F.linear(x, a.to(x.dtype)).split(self._ranks, dim=1)  # type: ignore[no-untyped-call]  # torch's
+        return found
 
     def parts(self) -> list[Part | None]:
         """Return the parts, views of the parameters."""
         inner = self.a.split(self._ranks)  # type: ignore[no-untyped-call]  # torch's
-        made = iter(zip(inner, self.b, self.scales, strict=True))
-        return [
-            Part(a=item[0], b=item[1], scale=item[2]) if is_used and (item := next(made)) else None
-            for is_used in self._is_used
-        ]
+        first = [] if self.initial_a is None else self.initial_a.split(self._ranks)  # type: ignore[no-untyped-call]  # torch's
+        made = iter(
+            Part(
+                a=inner[index],
+                b=self.b[index],
+                scale=scale,
+                magnitude=self.magnitudes[index] if len(self.magnitudes) else None,
+                initial=(first[index], self.initial_b[index]) if first else None,
+            )
+            for index, scale in enumerate(self.scales)
+        )
+        return [next(made) if is_used else None for is_used in self._is_used]
 
-    def delta(self) -> Tensor:
-        """Return what the adapter adds to the weight, (out, in) float32."""
-        found = [
-            self.a.new_zeros(rows, self.a.shape[1], dtype=torch.float32)
-            if part is None
-            else part.b.float() @ part.a.float() * part.scale
-            for part, rows in zip(self.parts(), self._rows, strict=True)
-        ]
+    def merged(self, base: Base) -> Tensor:
+        """Return the weight with the adapter in it, (out, in) float32."""
+        found, start = [], 0
+        for part, rows in zip(self.parts(), self._rows, strict=True):
+            weight = base.float_rows(slice(start, start + rows))
+            found.append(weight if part is None else merged(weight, part))
+            start += rows
         return torch.cat(found)
+
+    def _factor(self, base: Base) -> Tensor:
+        """Return what each row of the product is multiplied by, (out,): DoRA's m / |W + scale x B A|."""
+        lengths = self._lengths_now(base).split(self._rows)  # type: ignore[no-untyped-call]  # torch's
+        found = iter(self.magnitudes)
+        return torch.cat(
+            [
+                next(found) / length if is_used else torch.ones_like(length)
+                for is_used, length in zip(self._is_used, lengths, strict=True)
+            ]
+        )
+
+    @torch.no_grad()
+    def _lengths_now(self, base: Base) -> Tensor:
+        """Return the lengths of the rows of W + scale x B A; computed again once A or B has changed."""
+        versions = (self.a._version, *(b._version for b in self.b))
+        if self._lengths is None or self._lengths_of != versions:
+            found, start = [], 0
+            for part, rows in zip(self.parts(), self._rows, strict=True):
+                if part is None:
+                    found.append(self.a.new_ones(rows, dtype=torch.float32))
+                else:
+                    found.append(row_lengths(base, part, start))
+                start += rows
+            self._lengths, self._lengths_of = torch.cat(found), versions
+        return self._lengths
+
+
+def merged(weight: Tensor, part: Part) -> Tensor:
+    """Return a part's weight, (rows, in) float32, with its adapter in it."""
+    found = weight + part.b.float() @ part.a.float() * part.scale
+    if part.initial is not None:
+        a, b = part.initial
+        found = found - b.float() @ a.float() * part.scale
+    if part.magnitude is not None:
+        found = found * (part.magnitude.float() / found.norm(dim=1))[:, None]
+    return found
+
+
+def row_lengths(base: Base, part: Part, start: int) -> Tensor:
+    """Return the lengths of the rows of a part's W + scale x B A, whose first is row `start` of W."""
+    rows = part.b.shape[0]
+    found = []
+    for first in range(0, rows, BLOCK_ROWS):
+        some = slice(first, min(rows, first + BLOCK_ROWS))
+        weight = base.float_rows(slice(start + some.start, start + some.stop))
+        initial = None if part.initial is None else (part.initial[0], part.initial[1][some])
+        block = Part(a=part.a, b=part.b[some], scale=part.scale, initial=initial)
+        found.append(merged(weight, block).norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny))
+    return torch.cat(found)
+
+
+class Change(Protocol):
+    """What one adapter makes of what a module gives."""
+
+    def __call__(self, x: Tensor, output: Tensor, base: Any) -> Tensor:
+        """Return the adapter's output (tokens, …), given x and the output of the module `base`."""
 
 
 class Lora(nn.Module):
-    """The adapters of one product, by index.
+    """The adapters of one module, by index: of a product, an embedding, or a norm.
 
     A token's is the one that the batch names; where it names none at all, `active` is every token's.
-    Tokens without an adapter get the product of the base alone, bit for bit.
+    Tokens without an adapter get the output of the base alone, bit for bit.
     """
 
     def __init__(self) -> None:
@@ -93,20 +201,23 @@ class Lora(nn.Module):
         self.adapters = nn.ModuleDict()
         self.active: int | None = None
 
-    def add(self, index: int, adapter: Adapter) -> None:
-        """Hold an adapter under an index that no other has."""
+    def add(self, index: int, adapter: nn.Module) -> None:
+        """Hold an adapter, a `Change`, under an index that no other has."""
         if str(index) in self.adapters:
             raise ValueError(f"adapter {index} is there already")
         self.adapters[str(index)] = adapter
 
-    def forward(self, x: Tensor, product: Tensor, batch: ForwardBatch | None) -> Tensor:
-        """Return the base's product with what the tokens' adapters add, (tokens, out)."""
-        chosen = None if batch is None else batch.adapters
+    def forward(self, x: Tensor, output: Tensor, chosen: Tensor | None, base: nn.Module) -> Tensor:
+        """Return what the tokens' adapters make of the output of `base` for x, (tokens, …).
+
+        chosen: (tokens,), the index of each token's adapter; None: `active` is that of all
+        """
         if chosen is None:
             name = str(self.active)
-            return product + self.adapters[name](x) if name in self.adapters else product
+            return self.adapters[name](x, output, base) if name in self.adapters else output
         for name, adapter in self.adapters.items():
             mine = (chosen == int(name)).nonzero()[:, 0]
             if len(mine):
-                product = product.index_add(0, mine, adapter(x[mine]).to(product.dtype))
-        return product
+                changed = adapter(x[mine], output[mine], base)
+                output = output.index_copy(0, mine, changed.to(output.dtype))
+        return output

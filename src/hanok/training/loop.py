@@ -17,24 +17,15 @@ import torch
 from torch import Tensor
 
 from hanok.attention.base import ForwardBatch
-from hanok.checkpoint.adapter_files import open_adapter
-from hanok.checkpoint.aside import folder_exchanged
+from hanok.checkpoint.aside import folder_aside, folder_exchanged
 from hanok.engine.model import Model
 from hanok.errors import GenerationError, OptionError
-from hanok.memory.adapters import (
-    attach_files,
-    attach_new,
-    save_adapter,
-    usual_sources,
-    write_adapter,
-)
-from hanok.models.adapters import activate
 from hanok.training.checkpoint import CheckpointWriter, find_newest, read_state
+from hanok.training.learnt import Learnt, LearntAdapter, LearntWeights
 from hanok.training.loss import backward, loss_sum
 from hanok.training.optimizer import Optimizer, learning_rate
 from hanok.training.options import TrainOptions
 
-INDEX = 0
 STEP_SEED = 1_000_003
 
 
@@ -73,7 +64,7 @@ class TrainReport:
     """What a training did."""
 
     output: Path
-    """The adapter's folder."""
+    """The folder of the adapter, or of the model where all weights learnt."""
     num_steps: int
     num_parameters: int
     """That learnt."""
@@ -85,7 +76,7 @@ class TrainReport:
 
 
 class Trainer:
-    """One training of an adapter over a model's weights, which stay as they are."""
+    """One training: of an adapter over a model's weights, which stay as they are, or of the weights."""
 
     def __init__(self, model: Model, options: TrainOptions, output: str | Path) -> None:
         if model.decoder.execution.is_streamed:
@@ -99,36 +90,33 @@ class Trainer:
         self.is_told_to_stop = False
         """Set it from anywhere, such as a signal's handler: the training stops after its step."""
         self._decoder = model.decoder
-        folder = model.checkpoint.folder
-        self._table = usual_sources(model.checkpoint.config, model.decoder, str(folder))
-        self._config = options.lora
+        lora = options.lora
+        self.learnt: Learnt = LearntWeights(model) if lora is None else LearntAdapter(model, lora)
+        """What learns."""
         self._writer = CheckpointWriter(self.output, options.keep_checkpoints)
         self.first_step = 0
         """Steps that were done before, in the training that this goes on with."""
         found = find_newest(self.output)
         self.skipped: tuple[str, ...] = found.skipped if found else ()
         """Checkpoints that a resumed training did not take, with the reason."""
-        self._decoder.requires_grad_(False)
         self._decoder.gradient_checkpointing = options.gradient_checkpointing
         if found is None:
-            generator = torch.Generator().manual_seed(options.seed)
-            attach_new(self._decoder, self._table, self._config, index=INDEX, generator=generator)
+            self.learnt.begin(options.seed)
+            self._optimizer = Optimizer(self._decoder, options)
         else:
-            files = open_adapter(found.folder)
-            attach_files(self._decoder, self._table, files, index=INDEX, trains=True)
-        self._optimizer = Optimizer(self._decoder, options)
-        if found is not None:
             state, moments = read_state(found.folder)
             _check_same(state["options"], options)
+            self.learnt.restore(found.folder)
+            self._optimizer = Optimizer(self._decoder, options)
             self.first_step = int(state["step"])
             self._optimizer.restore(moments, self.first_step)
-        activate(self._decoder, INDEX)
 
     @property
     def parameter_line(self) -> str:
         """How many numbers learn, and of how many, in PEFT's words."""
         count = self._optimizer.num_parameters()
-        total = self._decoder.config.num_parameters() + count
+        own = 0 if self.options.lora is None else count
+        total = self._decoder.config.num_parameters() + own
         return (
             f"trainable params: {count:,d} || all params: {total:,d} || "
             f"trainable%: {100 * count / total:.4f}"
@@ -167,12 +155,13 @@ class Trainer:
         self._save(done)
         is_finished = done >= num_steps
         loss = None if held_out is None else self.evaluate(held_out)
-        target = self.output / "adapter"
+        target = self.output / self.learnt.folder
         if is_finished and target.exists() and losses:  # of fewer steps
             with folder_exchanged(target) as unfinished:
-                self._save_learnt(unfinished)
+                self.learnt.write(unfinished)
         elif is_finished and not target.exists():
-            save_adapter(target, self._decoder, self._table, self._config, index=INDEX)
+            with folder_aside(target) as unfinished:
+                self.learnt.write(unfinished)
         return TrainReport(
             output=target,
             num_steps=done,
@@ -212,8 +201,8 @@ class Trainer:
         if not math.isfinite(norm):
             numbers = sorted(number for pack in packs for number in pack)
             raise GenerationError(
-                f"step {number + 1}: the loss is {loss} and the gradients' norm {norm}; the adapter was "
-                f"not changed. The step's documents are {numbers[:20]}. Lower the learning rate, "
+                f"step {number + 1}: the loss is {loss} and the gradients' norm {norm}; nothing "
+                f"was changed. The step's documents are {numbers[:20]}. Lower the learning rate, "
                 "or look at these documents."
             )
         num_tokens = sum(len(batch.token_ids) for batch, _, _ in batches)
@@ -252,10 +241,7 @@ class Trainer:
 
     def _save(self, step: int) -> None:
         state = {"step": step, "options": json.loads(json.dumps(asdict(self.options)))}
-        self._writer.write(step, state, self._optimizer.state(), self._save_learnt)
-
-    def _save_learnt(self, folder: Path) -> None:
-        write_adapter(folder, self._decoder, self._table, self._config, index=INDEX)
+        self._writer.write(step, state, self._optimizer.state(), self.learnt.write)
 
 
 def _packed(

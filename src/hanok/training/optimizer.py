@@ -1,4 +1,8 @@
-"""AdamW over what learns, its learning rate by the step, and its state as tensors by name."""
+"""AdamW over what learns, its learning rate by the step, and its state as tensors by name.
+
+Parameters in fewer bits than float32 have a float32 master each: gradients are added up in float32, the
+master moves, and the parameter is the master rounded.
+"""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -10,18 +14,25 @@ from hanok.errors import CheckpointError
 from hanok.training.options import TrainOptions
 
 STATES = ("exp_avg", "exp_avg_sq")
+MASTER = "master"
 
 
 def learning_rate(options: TrainOptions, step: int, num_steps: int) -> float:
     """Return the learning rate of a step, the first being 0: a linear warm-up, then the schedule."""
-    warmup = math.ceil(options.warmup_ratio * num_steps)
+    peak, warmup = options.peak_rate, math.ceil(options.warmup_ratio * num_steps)
     if step < warmup:
-        return options.learning_rate * (step + 1) / warmup
-    if options.schedule == "constant":
-        return options.learning_rate
+        return peak * (step + 1) / warmup
     left = 1 - (step - warmup) / max(1, num_steps - warmup)
-    share = left if options.schedule == "linear" else (1 - math.cos(math.pi * left)) / 2
-    return options.learning_rate * share
+    match options.schedule:
+        case "constant":
+            return peak
+        case "linear":
+            return peak * left
+        case "wsd":  # arXiv 2404.06395
+            decay = max(1, math.ceil(options.decay_ratio * num_steps))
+            return peak * min(1.0, (num_steps - step) / decay)
+        case _:
+            return peak * (1 - math.cos(math.pi * left)) / 2
 
 
 class Optimizer:
@@ -31,17 +42,33 @@ class Optimizer:
         self.parameters = {
             name: item for name, item in module.named_parameters() if item.requires_grad
         }
-        matrices = [item for item in self.parameters.values() if item.dim() > 1]
-        others = [item for item in self.parameters.values() if item.dim() <= 1]
-        groups = [
-            {"params": params, "weight_decay": decay}
-            for params, decay in ((matrices, options.weight_decay), (others, 0.0))
-            if params
-        ]
+        self._masters: dict[str, Tensor] = {}
+        for name, parameter in self.parameters.items():
+            if parameter.dtype != torch.float32:
+                self._masters[name] = _master_of(parameter)
+        self._moved = {
+            name: self._masters.get(name, item) for name, item in self.parameters.items()
+        }
         self._max_norm = options.max_grad_norm
         self._adam = torch.optim.AdamW(
-            groups, lr=0.0, betas=(options.adam_beta1, options.adam_beta2), fused=True
+            self._groups(options),
+            lr=0.0,
+            betas=(options.adam_beta1, options.adam_beta2),
+            fused=True,
         )
+
+    def _groups(self, options: TrainOptions) -> list[dict[str, object]]:
+        """Return the parameters in groups: matrices decay, and an adapter's B has a rate of its own."""
+        groups: dict[tuple[float, float], list[Tensor]] = {}
+        for name, item in self._moved.items():
+            is_b = ".lora.adapters." in name and ".b." in name
+            ratio = options.loraplus_lr_ratio if is_b else 1.0
+            decay = options.weight_decay if item.dim() > 1 else 0.0
+            groups.setdefault((decay, ratio), []).append(item)
+        return [
+            {"params": params, "weight_decay": decay, "ratio": ratio}
+            for (decay, ratio), params in groups.items()
+        ]
 
     def num_parameters(self) -> int:
         """Return how many numbers learn."""
@@ -52,35 +79,60 @@ class Optimizer:
 
         Where the norm is not finite nothing moves. The gradients are dropped.
         """
-        norm = float(
-            torch.nn.utils.clip_grad_norm_(
-                list(self.parameters.values()), self._max_norm or math.inf
-            )
-        )
+        moved = list(self._moved.values())
+        norm = float(torch.nn.utils.clip_grad_norm_(moved, self._max_norm or math.inf))
         if math.isfinite(norm):
             for group in self._adam.param_groups:
-                group["lr"] = rate
+                group["lr"] = rate * group["ratio"]
             self._adam.step()
+            self._round()
         self._adam.zero_grad(set_to_none=True)
         return norm
 
+    @torch.no_grad()
+    def _round(self) -> None:
+        for name, master in self._masters.items():
+            self.parameters[name].copy_(master)
+
     def state(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield the moments of each parameter: "exp_avg." and "exp_avg_sq." with its name."""
-        for name, parameter in self.parameters.items():
+        """Yield what each parameter has: "exp_avg.", "exp_avg_sq." and "master." with its name."""
+        for name, item in self._moved.items():
             for kind in STATES:
-                if (found := self._adam.state[parameter].get(kind)) is not None:
+                if (found := self._adam.state[item].get(kind)) is not None:
                     yield f"{kind}.{name}", found
+            if name in self._masters:
+                yield f"{MASTER}.{name}", item
 
     def restore(self, state: Mapping[str, Tensor], num_steps: int) -> None:
-        """Take the moments that `state` yielded after so many steps; CheckpointError where one lacks."""
-        for name, parameter in self.parameters.items():
+        """Take what `state` yielded after so many steps; CheckpointError where something lacks."""
+        for name, item in self._moved.items():
             kept = {"step": torch.tensor(float(num_steps))}
-            for kind in STATES:
+            for kind in (*STATES, *((MASTER,) if name in self._masters else ())):
                 found = state.get(f"{kind}.{name}")
-                if found is None or found.shape != parameter.shape:
+                if found is None or found.shape != item.shape:
                     raise CheckpointError(
-                        f"the optimizer's state has no {kind} of {name} with {list(parameter.shape)} "
+                        f"the optimizer's state has no {kind} of {name} with {list(item.shape)} "
                         "numbers: it is of another training. Start anew, or choose its checkpoint."
                     )
-                kept[kind] = found.clone()
-            self._adam.state[parameter] = kept
+                if kind == MASTER:
+                    item.copy_(found)
+                else:
+                    kept[kind] = found.to(item.device, copy=True)
+            self._adam.state[item] = kept
+        self._round()
+
+
+def _master_of(parameter: nn.Parameter) -> Tensor:
+    """Return a float32 copy to which the parameter's gradients are added as soon as they are there."""
+    master = parameter.detach().float()
+
+    def add(owner: Tensor) -> None:
+        assert owner.grad is not None
+        if master.grad is None:
+            master.grad = owner.grad.float()
+        else:
+            master.grad += owner.grad
+        owner.grad = None
+
+    parameter.register_post_accumulate_grad_hook(add)  # type: ignore[no-untyped-call]  # torch's
+    return master

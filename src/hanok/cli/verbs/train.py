@@ -47,14 +47,17 @@ class Training(click.Group):
 
 
 @click.group(
-    "train", cls=Training, short_help="Fine-tune a model: a LoRA adapter over its weights."
+    "train",
+    cls=Training,
+    short_help="Fine-tune a model: an adapter over its weights, or all of them.",
 )
 def command() -> None:
-    """Train a LoRA adapter over MODEL, which stays as it is, on DATA.
+    """Train a LoRA adapter over MODEL, which stays as it is, on DATA; with --full, all weights.
 
     DATA are files and folders of conversations, instructions, prompts with completions, or texts;
     `hanok train preview` shows what would be learnt. The adapter is written below --output in PEFT's
-    format. Interrupted, or told to stop by a signal, the same command goes on where it was.
+    format, a model as a whole checkpoint. Interrupted, or told to stop by a signal, the same command
+    goes on where it was.
     """
 
 
@@ -74,6 +77,9 @@ def command() -> None:
     help="The adapter, in PEFT's names: r=16,lora_alpha=32,target_modules=q_proj+v_proj.  "
     "[default: r=16,lora_alpha=32,target_modules=all-linear]",
 )
+@click.option(
+    "--full", is_flag=True, help="Let all weights learn, in place of an adapter over them."
+)
 @lambda run: add_options(run, field_options(TrainOptions, {}, without=["lora"]))
 @lambda run: add_options(run, field_options(DataOptions, DATA_OPTIONS))
 @some_load_options(*LOAD)
@@ -86,23 +92,34 @@ def run(
     data: tuple[str, ...],
     output: Path,
     lora: str,
+    full: bool,
     cache_folder: Path,
     **options: Any,
 ) -> None:
-    """Train an adapter."""
+    """Train an adapter, or all weights."""
     from hanok.cli.steps import step_of
     from hanok.cli.training import Asked, train
 
+    if full and lora:
+        raise OptionError(
+            "--full and --lora are both given: all weights learn, or an adapter does."
+        )
     allow = tuple(name.strip() for name in options.pop("allow").split(",") if name.strip())
     asked = Asked(
         model=model,
         data=data,
         output=output,
         load=LoadOptions(**field_values(LoadOptions, options), weights="copied"),
-        options=TrainOptions(**field_values(TrainOptions, options), lora=read_lora(lora)),
+        options=TrainOptions(
+            **field_values(TrainOptions, options), lora=None if full else read_lora(lora)
+        ),
         data_options=DataOptions(**field_values(DataOptions, options), allow=allow),
         cache_folder=cache_folder,
-        step=step_of(context, "trains this adapter", ("output", "cache_folder", "threads")),
+        step=step_of(
+            context,
+            "trains all weights" if full else "trains this adapter",
+            ("output", "cache_folder", "threads"),
+        ),
     )
     context.exit(train(asked))
 
@@ -120,7 +137,14 @@ def read_lora(text: str) -> LoraConfig:
         "target_modules": lambda value: value if value == "all-linear" else tuple(value.split("+")),
         "exclude_modules": lambda value: tuple(value.split("+")),
         "layers_to_transform": lambda value: tuple(map(int, value.split("+"))),
-        "use_rslora": lambda value: {"true": True, "false": False}[value.lower()],
+        "use_rslora": _flag,
+        "use_dora": _flag,
+        "init_lora_weights": lambda value: True if value.lower() == "true" else value,
+        "modules_to_save": lambda value: tuple(value.split("+")),
+        "trainable_token_indices": lambda value: tuple(map(int, value.split("+"))),
+        "ensure_weight_tying": _flag,
+        "rank_pattern": lambda value: _pattern(value, int),
+        "alpha_pattern": lambda value: _pattern(value, float),
     }
     for item in filter(None, map(str.strip, text.split(","))):
         name, _, value = item.partition("=")
@@ -132,6 +156,16 @@ def read_lora(text: str) -> LoraConfig:
         except (ValueError, KeyError):
             raise OptionError(f"--lora: {name} is {value!r}, which it cannot be.") from None
     return LoraConfig(**found)
+
+
+def _flag(value: str) -> bool:
+    return {"true": True, "false": False}[value.lower()]
+
+
+def _pattern(value: str, kind: Callable[[str], Any]) -> dict[str, Any]:
+    """Read NAME:NUMBER+NAME:NUMBER."""
+    pairs = (item.rpartition(":") for item in value.split("+"))
+    return {name: kind(number) for name, _, number in pairs}
 
 
 @command.command("preview", short_help="Show what would be learnt, token by token.")

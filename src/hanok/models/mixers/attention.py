@@ -55,7 +55,7 @@ class Attention(MixerModule):
             qk = self._rotated(qk, cos_sin)
             q, k = qk[:, : spec.num_heads], qk[:, spec.num_heads :]
         else:
-            q, k = self._normed(qk[:, : spec.num_heads], qk[:, spec.num_heads :])
+            q, k = self._normed(qk[:, : spec.num_heads], qk[:, spec.num_heads :], batch)
             if self.grows and cos_sin is not None:
                 q, k = self._rotated(q, cos_sin[2:]), self._rotated(k, cos_sin[:2])
             else:
@@ -64,13 +64,13 @@ class Attention(MixerModule):
         output: Tensor = self.o_proj(scored.reshape(num_tokens, -1), batch)
         return output
 
-    def _normed(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    def _normed(self, q: Tensor, k: Tensor, batch: ForwardBatch) -> tuple[Tensor, Tensor]:
         if self.qk_norm is None:
             return q, k
         shapes = q.shape, k.shape
         if self.qk_norm == "full":
             q, k = q.reshape(q.shape[0], -1), k.reshape(k.shape[0], -1)
-        return self.q_norm(q).view(shapes[0]), self.k_norm(k).view(shapes[1])
+        return self.q_norm(q, batch).view(shapes[0]), self.k_norm(k, batch).view(shapes[1])
 
     def _rotated(self, heads: Tensor, cos_sin: Tensor | None) -> Tensor:
         if self.rotary is None or cos_sin is None:
