@@ -12,6 +12,7 @@ largest value. Memory speed is the rate at which torch adds up a tensor much lar
 import argparse
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import shlex
@@ -126,20 +127,29 @@ def interleave(
     runs: int,
     guard: Guard,
     log: Callable[[Row], None] = lambda row: None,
+    done: int = 0,
+    budget_s: float = math.inf,
 ) -> dict[str, list[Row]]:
     """Run all actions `runs` times in turn and return what each gave; a round begins one further on.
 
-    Each row gets "foreign" and "is_disturbed"; rows of one index belong to one round.
+    Each row gets "foreign" and "is_disturbed"; rows of one index belong to one round. The first `done`
+    rounds were run before. A round but the first of these begins only if one as long as the longest so
+    far would end within the budget.
     """
     names = list(actions)
     rows: dict[str, list[Row]] = {name: [] for name in names}
-    for index in range(runs):
+    end, longest = time.monotonic() + budget_s, 0.0
+    for index in range(done, runs):
+        began = time.monotonic()
+        if index > done and began + longest > end:
+            break
         first = index % len(names)
         for name in names[first:] + names[:first]:
             run = guard.run(actions[name])
             row = run.result | {"foreign": round(run.foreign, 3), "is_disturbed": run.is_disturbed}
             rows[name].append(row)
             log({"name": name, "round": index, "at": time.time(), **row})
+        longest = max(longest, time.monotonic() - began)
     return rows
 
 
