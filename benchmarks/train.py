@@ -33,7 +33,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -46,12 +46,14 @@ from train_worker import Asked
 
 from hanok.bench.intervals import LEVEL, paired_ratio
 from hanok.bench.spread import Spread
+from hanok.checkpoint.tokenizer import open_tokenizer
 from hanok.package import BUNDLED
 
 HERE = Path(__file__).parent
 SHAPE = "qwen-0.5b"
 CHAT_DOCUMENTS, CHAT_PACK = 24, 1024  # trl's default length
 FULL_DOCUMENTS = 640
+ADDED_TOKENS = 8  # transformers adds one for padding
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "vocab.json")
 TOKENIZER_FILES += ("merges.txt", "tokenizer.model", "special_tokens_map.json", "added_tokens.json")
 AVX2 = {  # as in the Makefile
@@ -234,9 +236,10 @@ class Material:
         if name == "bundled":
             return BUNDLED
         shape = checkpoints.SHAPES[self._options.shape]
-        found = checkpoints.make_checkpoint(shape, self._folder)
         if name == "chat":
-            found = self._with_tokenizer(found)
+            found = self._with_tokenizer(shape)
+        else:
+            found = checkpoints.make_checkpoint(shape, self._folder)
         generate.warm_page_cache(found)
         return found
 
@@ -259,8 +262,12 @@ class Material:
         path.write_text("".join(json.dumps(item) + "\n" for item in items), encoding="utf-8")
         return path
 
-    def _with_tokenizer(self, checkpoint: Path) -> Path:
+    def _with_tokenizer(self, shape: checkpoints.Shape) -> Path:
         source: Path = self._options.tokenizer
+        size = open_tokenizer(source).vocab_size + ADDED_TOKENS
+        if size > shape.vocab_size:  # of the tiny shape
+            shape = replace(shape, name=f"{shape.name}-{size}", vocab_size=size)
+        checkpoint = checkpoints.make_checkpoint(shape, self._folder)
         folder = checkpoint.with_name(f"{checkpoint.name}-{source.name}")
         folder.mkdir(exist_ok=True)
         files = [path for name in TOKENIZER_FILES if (path := source / name).is_file()]
