@@ -3,7 +3,7 @@
     python benchmarks/gpu.py [--budget 540] [--output FILE.md]
     python benchmarks/gpu.py --dry          the same program on a CPU; its figures mean nothing
 
-Four parts, each with a share of the time; what one leaves is for those behind it. What does not fit is
+Five parts, each with a share of the time; what one leaves is for those behind it. What does not fit is
 left out, and the report says so. It is written anew after every part, and every single result goes at
 once into a file of JSON lines beside it.
 
@@ -13,6 +13,8 @@ once into a file of JSON lines beside it.
 3. Decoding, in rounds in which all take turns, copies within the device among them: bfloat16, int8 and
    int4 with and without CUDA graphs, and transformers; each token to the CPU and back included.
 4. Calls of 256 tokens without a cache, in rounds likewise.
+5. Steps of LoRA and QLoRA, ours and peft's, in rounds likewise (`gpu_training.py`); the models of the
+   other parts are gone by then.
 
 Each row of the first part and each contestant is a process of its own: none breaks another. Bytes read
 are those of all weights but the embedding, once for each step; keys and values are not counted.
@@ -20,11 +22,12 @@ are those of all weights but the embedding, once for each step; keys and values 
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import gpu_interpreter
 import gpu_report
+import gpu_training
 import measure
 import torch
 from gpu_checks import DRY, REAL, rows, send_row
@@ -39,11 +42,19 @@ from gpu_contestants import (
     Turn,
     serve,
 )
-from gpu_parts import Clock, Contender, Log, check_kernels, make_contestants, take_rounds
+from gpu_parts import (
+    Clock,
+    Contender,
+    Log,
+    Start,
+    check_kernels,
+    make_contestants,
+    take_rounds,
+)
 from gpu_report import Report
 from gpu_workers import Worker
 
-SHARES = {"kernels": 0.4, "contestants": 0.3, "decoding": 0.25, "calls": 0.05}
+SHARES = {"kernels": 0.3, "contestants": 0.25, "decoding": 0.2, "calls": 0.05, "training": 0.2}
 DRY_DEFAULTS = {
     "shape": SMALLEST.name,
     "batches": [1, 2],
@@ -51,6 +62,8 @@ DRY_DEFAULTS = {
     "tokens": 2,
     "call_tokens": 20,
     "copy_bytes": 2**16,
+    "train_tokens": 12,
+    "product_side": 16,
     "runs": 2,
 }
 
@@ -71,6 +84,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--tokens", type=int, default=64, help="tokens of one turn")
     made.add_argument("--call-tokens", type=int, default=256, help="tokens of a call")
     made.add_argument("--copy-bytes", type=int, default=2**31, help="size of the copies")
+    made.add_argument("--train-tokens", type=int, default=2048, help="tokens of a training step")
+    made.add_argument("--product-side", type=int, default=8192, help="rows of the large matrices")
     made.add_argument(
         "--processes", type=int, default=min(12, measure.num_cores()), help="kernels at a time"
     )
@@ -122,6 +137,21 @@ def check(options: argparse.Namespace, report: Report, clock: Clock, log: Log) -
     return failed
 
 
+def starting(target: Callable[..., None], options: argparse.Namespace) -> Start:
+    """Return what starts the process of a contestant."""
+    sizes = Sizes(
+        shape=options.shape,
+        prompt=options.prompt,
+        tokens=options.tokens,
+        call_tokens=options.call_tokens,
+        copy_bytes=options.copy_bytes,
+        train_tokens=options.train_tokens,
+        product_side=options.product_side,
+    )
+    device = "cpu" if options.dry else "cuda"
+    return lambda name: Worker(target, name, sizes, device, is_dry=options.dry)
+
+
 def make(
     options: argparse.Namespace,
     turns: Mapping[str, Sequence[Turn]],
@@ -129,18 +159,7 @@ def make(
     clock: Clock,
 ) -> list[Contender]:
     """Do the second part."""
-    sizes = Sizes(
-        shape=options.shape,
-        prompt=options.prompt,
-        tokens=options.tokens,
-        call_tokens=options.call_tokens,
-        copy_bytes=options.copy_bytes,
-    )
-
-    def start(name: str) -> Worker:
-        return Worker(serve, name, sizes, "cpu" if options.dry else "cuda", is_dry=options.dry)
-
-    contenders = make_contestants(turns, start, clock)
+    contenders = make_contestants(turns, starting(serve, options), clock)
     report.add(
         "Contestants",
         clock,
@@ -190,6 +209,37 @@ def measure_rounds(
     report.add("What was asked for", None, asked, gpu_report.bullets(gpu_report.notes(contenders)))
 
 
+def measure_training(
+    options: argparse.Namespace, report: Report, clock: Clock, log: Log
+) -> list[str]:
+    """Do the fifth part and return what failed."""
+    turns = gpu_training.turns_of()
+    learners = make_contestants(turns, starting(gpu_training.serve, options), clock)
+    listed = [turn for items in turns.values() for turn in items]
+    try:
+        rounds = take_rounds(learners, listed, options.runs, clock, log)
+    finally:
+        for item in learners:
+            item.worker.end()
+    absent = filter(None, map(gpu_training.why_not, (*gpu_training.OURS, *gpu_training.THEIRS)))
+    report.add(
+        "Training",
+        clock,
+        f"{options.shape} with random weights, {options.train_tokens} tokens a step, adapters of rank "
+        f"{gpu_training.RANK} on all linear products, activations computed again.",
+        gpu_training.products_line(turns, rounds),
+        gpu_training.training_table(turns, rounds, GPU_SHAPES[options.shape]),
+        gpu_report.bullets(
+            [
+                *absent,
+                *gpu_report.notes(learners),
+                *gpu_report.rounds_left_out(listed, rounds, options.runs),
+            ]
+        ),
+    )
+    return gpu_report.contestant_failures(learners)
+
+
 def run(options: argparse.Namespace) -> list[str]:
     """Do all parts and return what failed."""
     clock, log = Clock(options.budget), measure.log_of(options)
@@ -202,6 +252,7 @@ def run(options: argparse.Namespace) -> list[str]:
     finally:
         for item in contenders:
             item.worker.end()
+    failed += measure_training(options, report, clock.part("training", SHARES), log)
     return failed + gpu_report.contestant_failures(contenders)
 
 

@@ -66,6 +66,8 @@ class Sizes:
     tokens: int
     call_tokens: int
     copy_bytes: int
+    train_tokens: int = 2048
+    product_side: int = 8192
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +75,7 @@ class Turn:
     """What one contestant does once in each round."""
 
     contestant: str
-    kind: Literal["decode", "call", "copy"]
+    kind: Literal["decode", "call", "copy", "train", "memory", "products"]
     batch: int = 1
     graphs: bool = False
 
@@ -97,16 +99,25 @@ class Contestant(Protocol):
         """Return tokens per second; of copies GB per second, each byte counted once."""
 
 
+Make = Callable[[str, Sizes, torch.device], Contestant]
+
+
 # Processes
 
 
-def serve(connection: Connection, name: str, sizes: Sizes, device_type: str) -> None:
+def serve(
+    connection: Connection,
+    name: str,
+    sizes: Sizes,
+    device_type: str,
+    make: "Make | None" = None,
+) -> None:
     """Make a contestant, send its bytes, then answer ("prepare" or "take", turn) with a number.
 
-    An exception is answered with a `Failure`.
+    `make` makes it by its name; None: `contestant_of`. An exception is answered with a `Failure`.
     """
     device = torch.device(device_type)
-    made = _answer(lambda: contestant_of(name, sizes, device))
+    made = _answer(lambda: (make or contestant_of)(name, sizes, device))
     connection.send(made if isinstance(made, Failure) else made.bytes_per_step)
     while not isinstance(made, Failure):
         try:

@@ -27,7 +27,7 @@ class Report:
     """A heading and sections; each is printed when it comes, and all are written to the file."""
 
     def __init__(self, output: Path | None, *, note: str, is_dry: bool) -> None:
-        title = "One GPU: kernels, decoding and calls of an 8B-shaped model"
+        title = "One GPU: kernels, decoding, calls and training of an 8B-shaped model"
         self._output, self._is_dry = output, is_dry
         self._parts: list[str] = []
         self._append(

@@ -4,10 +4,10 @@
 
 Models (the bundled one, and those that are named) learn a style: the reports of `corpus/harbour.py`,
 written for this. Both sides have the same documents in the same order, the same steps, and the same
-options: AdamW, a warm-up and a cosine, clipping, float32. An adapter begins as hanok's, which peft reads
-from its files; there is no dropout. hanok learns from packs (`learning_hanok.py`); the other side is a
-plain loop of torch over padded rows (`learning_peft.py`). The loss of a step is the sum over its targets,
-divided by their number; the held-out loss is that of documents that nobody learns from.
+options: AdamW, a warm-up and a cosine, clipping, float32. An adapter begins as hanok's, which peft
+reads from its files; there is no dropout. hanok learns from packs (`learning_hanok.py`); the other side
+is a plain loop of torch over padded rows (`learning_peft.py`). The loss of a step is the sum over its
+targets, divided by their number; the held-out loss is that of documents that nobody learns from.
 
 Every result is appended to FILE.jsonl at once, beside it the curves as FILE-NAME.svg; what is there is
 not computed again without --again. Nothing here is a matter of speed: other programs may run.
@@ -70,7 +70,9 @@ def lesson_file(lesson: Lesson, options: argparse.Namespace) -> dict[str, object
     documents, held_out = ids[: options.documents], ids[options.documents :]
     lengths = [len(item) for item in documents]
     if max(lengths) > options.pack:
-        raise ValueError(f"a document has {max(lengths)} tokens, a pack {options.pack}: give --pack")
+        raise ValueError(
+            f"a document has {max(lengths)} tokens, a pack {options.pack}: give --pack"
+        )
     epochs = [
         pack_epoch(lengths, options.pack, range(len(documents)), lesson.seed, epoch)
         for epoch in range(options.epochs)
@@ -121,6 +123,7 @@ def learn(lesson: Lesson, options: argparse.Namespace) -> measure.Row:
         "options": told["options"],
         "num_tokens": sum(map(len, documents)),
         "num_documents": len(documents),
+        "num_held_out": options.held_out,
         "num_epochs": options.epochs,
         "sides": found,
     }
@@ -133,8 +136,8 @@ def report(lines: Sequence[measure.Row], options: argparse.Namespace) -> str:
     """Return the page, and write its curves beside it."""
     parts = [
         measure.heading("Learning a style", options.threads),
-        f"Held-out losses are means of -log p over all tokens but the first of {options.held_out} documents "
-        "that nobody learns from, in nats. Met: the last ones of both sides differ by at most "
+        "Held-out losses are means of -log p over all tokens but the first of documents that nobody "
+        "learns from, in nats. Met: the last ones of both sides differ by at most "
         f"{ASKED:.0%}, and both are below {LEARNT} of the first.",
         summary_table(lines),
     ]
@@ -143,7 +146,9 @@ def report(lines: Sequence[measure.Row], options: argparse.Namespace) -> str:
             parts.append(f"## {line['lesson']}\n\nNot computed: {line['failed']}")
             continue
         picture = options.output.with_name(f"{options.output.stem}-{line['lesson']}.svg")
-        picture.write_text(svg(held_out_of(line), f"{line['lesson']}: held-out loss"), encoding="utf-8")
+        picture.write_text(
+            svg(held_out_of(line), f"{line['lesson']}: held-out loss"), encoding="utf-8"
+        )
         parts.append(lesson_section(line, picture.name))
     return "\n\n".join(parts)
 
@@ -179,7 +184,7 @@ def summary_table(lines: Sequence[measure.Row]) -> str:
                 line["lesson"],
                 f"{theirs[0][1]:.4f}",
                 *(f"{item[-1][1]:.4f}" for item in (ours, theirs)),
-                f"{difference:+.3%} (steps: at most {max(map(abs, steps)):.3%})",
+                f"{difference:+.1e} (steps: at most {max(map(abs, steps)):.1e})",
                 f"≤ {ASKED:.0%}",
                 "yes" if is_met else "no",
             )
@@ -198,12 +203,19 @@ def lesson_section(line: measure.Row, picture: str) -> str:
             step,
             f"{loss:.5f}",
             f"{other:.5f}",
-            f"{differences([loss], [other])[0]:+.4%}",
+            f"{differences([loss], [other])[0]:+.1e}",
             *((f"{item[step - 1]:.5f}" for item in losses) if step else ("–", "–")),
         )
         for (step, loss), (_, other) in zip(ours, theirs, strict=True)
     ]
-    header = ("step", "held-out, hanok", "held-out, peft", "difference", "step's, hanok", "step's, peft")
+    header = (
+        "step",
+        "held-out, hanok",
+        "held-out, peft",
+        "difference",
+        "step's, hanok",
+        "step's, peft",
+    )
     asked = ", ".join(f"{key} {value}" for key, value in line["options"].items())
     each = "\n".join(
         " ".join(f"{item:+.1e}" for item in part)
@@ -214,7 +226,7 @@ def lesson_section(line: measure.Row, picture: str) -> str:
         [
             f"## {line['lesson']}",
             f"{line['num_documents']} documents of {line['num_tokens']:,} tokens, {line['num_epochs']} "
-            f"epochs, {len(losses[0])} steps; {asked}. Learning rates differ by at most {rates:.1e}. "
+            f"epochs, {len(losses[0])} steps, {line['num_held_out']} documents held out; {asked}. Learning rates differ by at most {rates:.1e}. "
             f"{sides[1]['version']}.",
             f"![Held-out losses of both sides]({picture})",
             measure.table(header, shown),
@@ -233,7 +245,7 @@ def svg(curves: Mapping[str, Sequence[tuple[int, float]]], title: str) -> str:
     """Return a picture of curves: steps to the right, losses upwards from zero."""
     width, height, left, below = 640, 320, 48, 36
     last = max(step for curve in curves.values() for step, _ in curve) or 1
-    top = max(loss for curve in curves.values() for _, loss in curve) * 1.05
+    top = math.ceil(max(loss for curve in curves.values() for _, loss in curve)) or 1
 
     def place(step: float, loss: float) -> tuple[float, float]:
         x = left + (width - left - 12) * step / last
@@ -245,11 +257,12 @@ def svg(curves: Mapping[str, Sequence[tuple[int, float]]], title: str) -> str:
         f'<rect width="{width}" height="{height}" fill="white"/>',
         f'<text x="{left}" y="18">{escape(title)}</text>',
     ]
-    for index in range(5):
-        loss, step = top * index / 4, last * index / 4
+    for loss in range(top + 1):
         x, y = place(0, loss)
         parts.append(f'<path d="M{x} {y}H{width - 12}" stroke="#ddd"/>')
-        parts.append(f'<text x="{x - 6}" y="{y + 4}" text-anchor="end">{loss:.2f}</text>')
+        parts.append(f'<text x="{x - 6}" y="{y + 4}" text-anchor="end">{loss}</text>')
+    for index in range(5):
+        step = last * index / 4
         parts.append(
             f'<text x="{place(step, 0)[0]}" y="{height - below + 18}" text-anchor="middle">'
             f"{step:.0f}</text>"
@@ -270,7 +283,9 @@ def svg(curves: Mapping[str, Sequence[tuple[int, float]]], title: str) -> str:
 
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description="Compare what is learnt with transformers + peft.")
-    made.add_argument("models", nargs="*", type=Path, metavar="MODEL", help="beside the bundled one")
+    made.add_argument(
+        "models", nargs="*", type=Path, metavar="MODEL", help="beside the bundled one"
+    )
     made.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS))
     made.add_argument("--seeds", nargs="+", type=int, default=[0])
     made.add_argument("--documents", type=int, default=360, help="documents that are learnt from")

@@ -37,11 +37,15 @@ class Documents:
 def main() -> None:
     lesson = json.loads(Path(sys.argv[1]).read_text())
     asked = lesson["options"]
-    model = hanok.load(lesson["model"], dtype="float32", weights="copied", threads=lesson["threads"])
+    model = hanok.load(
+        lesson["model"], dtype="float32", weights="copied", threads=lesson["threads"]
+    )
     lora = None if lesson["is_full"] else hanok.LoraConfig(**lesson["lora"])
     options = hanok.TrainOptions(lora=lora, epochs=len(lesson["epochs"]), save_steps=0, **asked)
     documents = Documents(lesson["documents"], lesson["epochs"])
-    held_out = Documents(lesson["held_out"], [[[number] for number in range(len(lesson["held_out"]))]])
+    held_out = Documents(
+        lesson["held_out"], [[[number] for number in range(len(lesson["held_out"]))]]
+    )
     losses: list[float] = []
     rates: list[float] = []
     points: list[tuple[int, float]] = []

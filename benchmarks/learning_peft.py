@@ -1,4 +1,4 @@
-"""transformers + peft in one process of benchmarks/learning.py: the same lesson in a plain loop of torch.
+"""transformers + peft in one process of benchmarks/learning.py: the same lesson, a plain loop of torch.
 
     python learning_peft.py LESSON.json START [TIME]     prints one JSON object
 

@@ -111,7 +111,9 @@ class Row:
 
 
 def ours(name: str, *, model: str = SHAPE, **settings: object) -> Contestant:
-    return Contestant(name=f"hanok {name}", program="train_hanok.py", settings=settings, model=model)
+    return Contestant(
+        name=f"hanok {name}", program="train_hanok.py", settings=settings, model=model
+    )
 
 
 def rows() -> dict[str, Row]:
@@ -166,8 +168,8 @@ def rows() -> dict[str, Row]:
             demands=(demand("hanok bfloat16", "peft float32", "peak_gib", most=0.65),),
         ),
         "chat": Row(
-            about=f"{CHAT_DOCUMENTS} conversations, one epoch, documents of up to {CHAT_PACK} tokens; the "
-            "answers are targets. hanok packs them; trl pads batches of 8, its default. Documented: "
+            about=f"{CHAT_DOCUMENTS} conversations, one epoch, documents of up to {CHAT_PACK} tokens; "
+            "the answers are targets. hanok packs them; trl pads batches of 8, its default. Documented: "
             "mixed precision in bfloat16 and activations computed again, trl's defaults; float32: "
             "neither.",
             contestants=(
@@ -404,9 +406,7 @@ def measure_row(
         results.append({"row": name, **line})
 
     try:
-        actions = {
-            item.name: action_of(item, row, material, options) for item in row.contestants
-        }
+        actions = {item.name: action_of(item, row, material, options) for item in row.contestants}
         measure.interleave(
             actions,
             runs=options.runs,
@@ -550,7 +550,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--steps", type=int, default=3, help="measured steps of a process")
     made.add_argument("--chat", type=Path, help="conversations in Alpaca's format")
     made.add_argument("--chat-documents", type=int, default=CHAT_DOCUMENTS)
-    made.add_argument("--tokenizer", type=Path, default=BUNDLED, help="folder of the chat's tokenizer")
+    made.add_argument(
+        "--tokenizer", type=Path, default=BUNDLED, help="folder of the chat's tokenizer"
+    )
     made.add_argument("--trl-python", type=Path, help="a Python that has trl")
     made.add_argument("--quick", action="store_true", help="a tiny shape, two rounds: does it run?")
     measure.add_common_options(made, runs=5)

@@ -1,6 +1,5 @@
 """hanok in one cold process of benchmarks/train.py, as its user would write it."""
 
-import dataclasses
 import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any

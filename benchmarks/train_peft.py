@@ -25,9 +25,6 @@ def train(asked: train_worker.Asked, log: train_worker.Log) -> Mapping[str, Any]
     )
     model = peft.get_peft_model(base, config)
     model.train()
-    if asked.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.enable_input_require_grads()
     learnt = [item for item in model.parameters() if item.requires_grad]
     optimizer = torch.optim.AdamW(learnt, lr=1e-4, weight_decay=0.0, fused=True)
     documents = asked.documents()

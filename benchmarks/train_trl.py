@@ -1,8 +1,9 @@
 """peft + trl's SFTTrainer in one cold process of benchmarks/train.py, in an environment of its own.
 
-`dtype` "documented": its defaults, that is automatic mixed precision in bfloat16 and activations computed
-again. "float32": neither, which is faster on processors without bfloat16 instructions. All else is as
-trl's documentation has it: conversations with a prompt and a completion, padded to the longest of a batch.
+`dtype` "documented": its defaults, that is automatic mixed precision in bfloat16, and activations
+computed again. "float32": neither, which is faster on processors without bfloat16 instructions. All else
+is as trl's documentation has it: conversations with a prompt and a completion, each batch padded to its
+longest.
 """
 
 import tempfile

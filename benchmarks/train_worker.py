@@ -56,14 +56,16 @@ class Asked:
         return None if self.steps is None else self.warmup + self.steps
 
     def documents(self) -> list[tuple[list[int], list[bool]]]:
-        """Return random documents, one for each step: token ids, and which are targets, never the first."""
+        """Return random documents, one a step: token ids, and which are targets, never the first."""
         vocab = json.loads((Path(self.model) / "config.json").read_text())["vocab_size"]
         numbers = random.Random(0)
         length = self.pack_tokens
         others = max(1, length - round(self.target_share * length))
         targets = [index >= others for index in range(length)]
         count = self.max_steps or 0
-        return [([numbers.randrange(3, vocab) for _ in range(length)], targets) for _ in range(count)]
+        return [
+            ([numbers.randrange(3, vocab) for _ in range(length)], targets) for _ in range(count)
+        ]
 
 
 @dataclass(slots=True)
@@ -103,8 +105,12 @@ class Log:
         """Return the row: rates of all measured steps together."""
         measured = self.steps[warmup:]
         if not measured:
-            raise SystemExit(f"{len(self.steps)} steps, of which {warmup} are not measured: none is left")
-        total = {key: sum(step[key] for step in measured) for key in ("seconds", "cpu_seconds", "tokens")}
+            raise SystemExit(
+                f"{len(self.steps)} steps, of which {warmup} are not measured: none is left"
+            )
+        total = {
+            key: sum(step[key] for step in measured) for key in ("seconds", "cpu_seconds", "tokens")
+        }
         peak = engine_worker.memory_gib("VmHWM")
         return {
             "tokens_per_s": total["tokens"] / total["seconds"],

@@ -24,7 +24,7 @@ from hanok.quant.recipe import read_recipe
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 MODULES = (
     *("gpu", "gpu_checks", "gpu_contestants", "gpu_interpreter", "gpu_parts", "gpu_report"),
-    *("gpu_workers", "measure", "checkpoints"),
+    *("gpu_training", "gpu_workers", "measure", "checkpoints"),
 )
 CPU = torch.device("cpu")
 TINY = {"shape": "tiny", "prompt": 3, "tokens": 2, "call_tokens": 8, "copy_bytes": 2**10}
@@ -84,9 +84,11 @@ def test_a_dry_run_takes_every_turn(dry_run: DryRun, gpu: SimpleNamespace) -> No
     options = gpu.program.options_of(["--dry"])
     turns = [turn for items in gpu.program.turns_of(options).values() for turn in items]
     assert len(turns) == 1 + 3 * 5 + 3
+    learning = [turn for items in gpu.training.turns_of().values() for turn in items]
     taken = [line["turn"] for line in dry_run.log if "turn" in line]
-    assert sorted(taken) == sorted([str(turn) for turn in turns] * options.runs)
-    assert all(line["value"] > 0 for line in dry_run.log if "turn" in line)
+    assert sorted(taken) == sorted([str(turn) for turn in turns + learning] * options.runs)
+    timed = [line for line in dry_run.log if "turn" in line and "memory" not in line["turn"]]
+    assert all(line["value"] > 0 for line in timed)
     decoding = cells(dry_run.section("Decoding"))[2:]
     assert [row[:3] for row in decoding] == [
         [turn.contestant, str(turn.batch), "yes" if turn.graphs else "no"]
@@ -98,11 +100,13 @@ def test_a_dry_run_takes_every_turn(dry_run: DryRun, gpu: SimpleNamespace) -> No
     for name in ("bfloat16", "int8", "int4"):
         row = next(row for row in contestants if row[0] == name)
         assert float(row[3]) <= float(row[4])
+    trained = [row[0] for row in cells(dry_run.section("Training"))[2:]]
+    assert trained == [name for name in gpu.training.turns_of() if name != "products"]
 
 
 def test_a_dry_run_says_what_it_is(dry_run: DryRun, gpu: SimpleNamespace) -> None:
     sections = dry_run.page.split("\n## ")[1:]
-    assert len(sections) == 5
+    assert len(sections) == 6
     assert all(gpu.report.DRY_NOTE in section for section in sections)
     for line in ("- Date: ", "- Machine: ", "- Versions: ", "- GPU: none", "- Note: abc"):
         assert line in dry_run.page
@@ -121,7 +125,7 @@ def test_what_the_budget_has_no_room_for_is_left_out(
     rows = gpu.checks.rows(gpu.checks.DRY)
     cases = sum(map(len, rows.values()))
     assert f"Left out for want of time: {cases} shapes in {len(rows)} rows" in page
-    assert page.count("Left out: 2 of 2 rounds") == 2
+    assert page.count("Left out: 2 of 2 rounds") == 3
     assert "bfloat16, batch 1; " in page
     assert "ok" not in {row[-1] for row in cells(page)}
 
@@ -411,6 +415,60 @@ def test_recorded_logits_that_differ_fail(gpu: SimpleNamespace) -> None:
     assert gpu.report.contestant_failures([contender]) == [
         "FAILED: int4, batch 1, CUDA graphs: recorded logits are wrong, error 0.5 > 0.016"
     ]
+
+
+# Training
+
+
+def test_what_learns_is_that_of_the_counted_shape(gpu: SimpleNamespace) -> None:
+    """One step of ours: the adapter has moved, and nothing else is there to learn."""
+    shape = gpu.contestants.GPU_SHAPES["tiny"]
+    learner = gpu.training.Ours(shape, None, 8, CPU)
+    learnt = {name for name, item in learner._decoder.named_parameters() if item.requires_grad}
+    assert learnt
+    assert all(".lora." in name for name in learnt)
+    turn = gpu.contestants.Turn(contestant="hanok bfloat16", kind="train")
+    assert learner.prepare(turn) is None
+    moved = [item for item in learner._decoder.parameters() if item.requires_grad]
+    assert any(item.abs().sum() > 0 for item in moved if item.shape[-1] == gpu.training.RANK)
+    assert learner.take(turn) > 0
+    # q, k, v, o and three matrices of the MLP in two layers, and the head.
+    layer = 64 * 128 + 64 * 64 + 3 * 64 * 160
+    assert gpu.training.multiplied_weights(shape) == 2 * layer + 512 * 64 + 2 * 128
+
+
+def test_training_is_a_share_of_products_and_a_multiple_of_peft(gpu: SimpleNamespace) -> None:
+    turns = {
+        "products": [gpu.contestants.Turn(contestant="products", kind="products")],
+        **{
+            name: [gpu.contestants.Turn(contestant=name, kind=kind) for kind in ("train", "memory")]
+            for name in ("hanok bfloat16", "hanok nf4", "peft bfloat16")
+        },
+    }
+    shape = gpu.contestants.LLAMA_8B
+    work = 4 * gpu.training.multiplied_weights(shape)
+    found = {turns["products"][0]: 2000.0 * work}
+    for name, rate in (
+        ("hanok bfloat16", 1500.0),
+        ("hanok nf4", 1000.0),
+        ("peft bfloat16", 1250.0),
+    ):
+        found |= dict(zip(turns[name], (rate, 20.0), strict=True))
+    rows = cells(gpu.training.training_table(turns, [found], shape))[2:]
+    assert rows == [
+        ["hanok bfloat16", "1500", "1.20", "20.0", "0.750"],
+        ["hanok nf4", "1000", "–", "20.0", "0.500"],
+        ["peft bfloat16", "1250", "–", "20.0", "0.625"],
+    ]
+
+
+def test_who_cannot_train_is_left_out_with_the_reason(
+    gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu.training, "find_spec", lambda name: None)
+    assert list(gpu.training.turns_of()) == ["products", *gpu.training.OURS]
+    assert gpu.training.why_not("hanok nf4") is None
+    assert gpu.training.why_not("peft nf4") == "peft nf4 is left out: peft is not installed"
 
 
 # Rounds
