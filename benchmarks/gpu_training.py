@@ -28,6 +28,7 @@ from hanok.bench.spread import Spread
 from hanok.checkpoint.lora_config import LoraConfig
 from hanok.memory.adapters import attach_new, usual_sources
 from hanok.models.adapters import activate
+from hanok.models.family import read_config
 from hanok.quant.recipe import read_recipe
 from hanok.training.loss import backward
 from hanok.training.optimizer import Optimizer
@@ -263,7 +264,7 @@ def products_line(turns: Mapping[str, Sequence[Turn]], rounds: Sequence[Round]) 
 
 def multiplied_weights(shape: Shape) -> int:
     """Return the weights that a token is multiplied with: all matrices, the embedding only as a head."""
-    config = gpu_contestants.read_config(shape.config(), shape.name)[1]
+    config = read_config(shape.config(), shape.name)[1]
     embedding = 0 if shape.is_tied else shape.vocab_size * shape.hidden_size
     norms = (2 * shape.num_layers + 1) * shape.hidden_size
     return config.num_parameters() - embedding - norms

@@ -226,7 +226,8 @@ def lesson_section(line: measure.Row, picture: str) -> str:
         [
             f"## {line['lesson']}",
             f"{line['num_documents']} documents of {line['num_tokens']:,} tokens, {line['num_epochs']} "
-            f"epochs, {len(losses[0])} steps, {line['num_held_out']} documents held out; {asked}. Learning rates differ by at most {rates:.1e}. "
+            f"epochs, {len(losses[0])} steps, {line['num_held_out']} documents held out; {asked}. "
+            f"Learning rates differ by at most {rates:.1e}. "
             f"{sides[1]['version']}.",
             f"![Held-out losses of both sides]({picture})",
             measure.table(header, shown),
