@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import hanok
-from hanok.memory.adapters import save_adapter, usual_sources
-from hanok.training.loop import INDEX, StepReport
+from hanok.training.loop import StepReport
 
 
 class Documents:
@@ -59,8 +58,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as output:
         trainer = hanok.Trainer(model, options, output)
         if lora is not None:
-            table = usual_sources(model.checkpoint.config, model.decoder, lesson["model"])
-            save_adapter(sys.argv[2], model.decoder, table, lora, index=INDEX)
+            start = Path(sys.argv[2])
+            start.mkdir()
+            trainer.learnt.write(start)
         points.append((0, trainer.evaluate(held_out)))
         found = trainer.run(documents, held_out, on_step=took)
     if points[-1][0] != len(losses):

@@ -44,14 +44,16 @@ def in_this_process(
 
 
 @pytest.mark.filterwarnings("ignore")  # of PEFT's
+@pytest.mark.parametrize("kind", ["lora", "full"])
 def test_both_sides_learn_the_same(
     programs: SimpleNamespace,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
+    kind: str,
 ) -> None:
     output = tmp_path / "report.md"
-    words = ["--quick", "--kinds", "lora", "--epochs", "2", "--documents", "9", "--held-out", "2"]
+    words = ["--quick", "--kinds", kind, "--epochs", "2", "--documents", "9", "--held-out", "2"]
     arguments = ["learning.py", *words, "--output", str(output), "--threads", "1"]
     in_this_process(programs, monkeypatch, capsys)
     for _ in range(2):  # the second time nothing is computed
@@ -67,8 +69,8 @@ def test_both_sides_learn_the_same(
     assert losses[-1] < losses[0] - 1
     assert (steps[0], steps[-1]) == (0, len(ours["losses"]))
     page = output.read_text()
-    assert "| bundled-lora-0 |" in page
-    picture = ElementTree.fromstring((tmp_path / "report-bundled-lora-0.svg").read_text())
+    assert f"| bundled-{kind}-0 |" in page
+    picture = ElementTree.fromstring((tmp_path / f"report-bundled-{kind}-0.svg").read_text())
     assert len(picture.findall("{http://www.w3.org/2000/svg}polyline")) == 2
 
 
