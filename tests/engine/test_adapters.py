@@ -12,8 +12,9 @@ from hanok.checkpoint.lora_config import LoraConfig
 from hanok.cli.main import cli
 from hanok.engine.model import Model
 from hanok.errors import OptionError
-from hanok.memory.adapters import attach_new, usual_sources
+from hanok.memory.adapters import attach_new
 from hanok.models.adapters import attached
+from hanok.models.family import family_of, usual_sources
 
 PROMPTS = ("Once upon a time", "Lily saw a", "Tom and his dog", "The sun was")
 
@@ -22,7 +23,7 @@ def written(folder: Path, seed: int, targets: tuple[str, ...]) -> Path:
     """An adapter that says something else than its base."""
     model = hanok.load(hanok.BUNDLED, dtype="float32")
     config = LoraConfig(r=4, lora_alpha=16, target_modules=targets)
-    table = usual_sources(model.checkpoint.config, model.decoder, "config.json")
+    table = usual_sources(family_of(model.checkpoint.config, "config.json"), model.config)
     generator = torch.Generator().manual_seed(seed)
     attach_new(model.decoder, table, config, index=0, generator=generator)
     for part in attached(model.decoder, table, 0).parts.values():

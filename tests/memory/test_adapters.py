@@ -18,10 +18,10 @@ from hanok.checkpoint.adapter_files import open_adapter, read_lora_config
 from hanok.checkpoint.files import open_checkpoint
 from hanok.checkpoint.lora_config import LoraConfig
 from hanok.errors import CheckpointError, OptionError, UnsupportedError
-from hanok.memory.adapters import attach_files, attach_new, usual_sources, write_adapter
+from hanok.memory.adapters import attach_files, attach_new, write_adapter
 from hanok.models.adapters import activate, attached
 from hanok.models.decoder import Decoder
-from hanok.models.family import Source
+from hanok.models.family import Source, family_of, usual_sources
 
 TOLERANCE = 1e-5
 FAMILIES = ("llama-biases", "qwen2", "gpt_neox", "phi3", "gemma2", "gpt2")
@@ -61,7 +61,7 @@ def saved(
 
 
 def table_of(folder: Path, decoder: Decoder) -> dict[str, Source]:
-    return usual_sources(open_checkpoint(folder).config, decoder, str(folder))
+    return usual_sources(family_of(open_checkpoint(folder).config, str(folder)), decoder.config)
 
 
 def logits(decoder: Decoder, tokens: list[int]) -> Tensor:

@@ -29,9 +29,10 @@ from hanok.checkpoint.card import steps_of
 from hanok.checkpoint.lora_config import LoraConfig
 from hanok.cli.main import cli
 from hanok.errors import CheckpointError
-from hanok.memory.adapters import attach_new, usual_sources
+from hanok.memory.adapters import attach_new
 from hanok.memory.merge import merge_files
 from hanok.models.adapters import attached
+from hanok.models.family import family_of, usual_sources
 from hanok.models.linear import Embedding, Linear
 
 
@@ -106,7 +107,7 @@ def test_what_a_quantized_base_computed_with_is_merged_into(
     """Every weight of the result is the quantized model's, dequantized, and the adapter's product."""
     folder = built(name).folder
     model = hanok.load(folder, quant=quant, dtype="float32")
-    table = usual_sources(model.checkpoint.config, model.decoder, "config.json")
+    table = usual_sources(family_of(model.checkpoint.config, "config.json"), model.config)
     target = TARGETS.get(name, ("q_proj", "o_proj"))
     config = LoraConfig(r=4, lora_alpha=16, target_modules=target)
     generator = torch.Generator().manual_seed(0)

@@ -215,11 +215,13 @@ class Machine:
         built: bool,
         machine: str = "x86_64",
         bfloat16: bool = False,
+        halves: bool = False,
         dense_tokens: int = NATIVE_TOKENS,
     ) -> None:
         kernels = SimpleNamespace(dense_tokens=dense_tokens) if built else None
         self.patch.setattr(linear, "native", lambda: kernels)
         self.patch.setattr(processor, "has_bfloat16_instructions", lambda: bfloat16)
+        self.patch.setattr(processor, "halves_bfloat16", lambda: halves)
         self.patch.setattr(platform, "machine", lambda: machine)
 
 
@@ -255,6 +257,14 @@ def test_the_processor_the_build_and_the_tokens_choose_the_product(
     assert choose_product(weight.float(), tokens) == ("native" if product == "native" else "torch")
     assert choose_product(weight.to("meta"), tokens) == "torch"
     assert choose_product(weight.clone().requires_grad_(), tokens) == product
+
+
+@pytest.mark.parametrize(("tokens", "product"), [(8, "native"), (32, "torch"), (33, "widened")])
+def test_many_tokens_are_widened_where_bfloat16_has_half_the_rate(
+    on: Machine, tokens: int, product: Product
+) -> None:
+    on(built=True, bfloat16=True, halves=True)
+    assert choose_product(random(4, 8, seed=1), tokens) == product
 
 
 @pytest.mark.parametrize("tokens", [1, 9, 512])

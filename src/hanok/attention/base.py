@@ -398,7 +398,7 @@ def packed_keys(
 
 def multipliable(rows: int, q: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, ...]:
     """Return q, keys and values in a dtype whose products of `rows` rows this device is fast at."""
-    if multiplies(q.dtype, q.device) or rows <= FEW_ROWS:
+    if multiplies(q.dtype, q.device, rows) or rows <= FEW_ROWS:
         return q, keys, values
     return q.float(), keys.float(), values.float()
 

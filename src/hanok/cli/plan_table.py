@@ -22,12 +22,13 @@ def rows(plan: "LoadPlan") -> list[tuple[str, ...]]:
         if not tier.modules and not tier.stream_bytes and place.kind != "cpu":
             continue
         work = tier.work_bytes + tier.stream_bytes
+        beside = tier.learning.total if plan.training is not None else tier.cache_bytes
         found.append(
             (
                 place.title,
                 holds(tier.modules),
                 size(tier.weight_bytes),
-                size(tier.cache_bytes),
+                size(beside),
                 size(work) if place.kind != "disk" else "–",
                 size(tier.peak_bytes) if place.kind != "disk" else "–",
                 size(budget.num_bytes) if budget else "–",
@@ -80,14 +81,18 @@ def print_plan(plan: "LoadPlan") -> None:
     from rich.table import Table
 
     table = Table(box=None, padding=(0, 1))
-    for index, name in enumerate(HEADER):
+    header = HEADER if plan.training is None else [*HEADER[:3], "training", *HEADER[4:]]
+    for index, name in enumerate(header):
         table.add_column(name, justify="left" if index in (0, 1, len(HEADER) - 1) else "right")
     for row in rows(plan):
         table.add_row(*row)
     console = Console()
     console = console if console.is_terminal else Console(width=PIPED_WIDTH)
     console.print(table)
-    click.echo(f"\n{prediction_line(plan)}")
+    click.echo("" if plan.training is not None else f"\n{prediction_line(plan)}")
+    if plan.training is not None:
+        for line in training_lines(plan):
+            click.echo(line)
     for place in (tier.place for tier in plan.tiers):
         if place.is_host and place.cpus is not None:
             click.echo(host_line(place, place.cpus))
@@ -106,6 +111,21 @@ def print_plan(plan: "LoadPlan") -> None:
         click.echo("What lies on disk is read again for every token.")
     for line in advice(plan):
         click.echo(line)
+
+
+def training_lines(plan: "LoadPlan") -> list[str]:
+    """Return what a training holds on each place, by what it is for."""
+    found = []
+    for tier in plan.tiers:
+        learning = tier.learning
+        if learning.total:
+            found.append(
+                f"Training on {tier.place.title}: beside the weights {size(learning.learnt)} that learn, "
+                f"{size(learning.gradients)} of gradients, {size(learning.optimizer)} of the optimizer, "
+                f"{size(learning.activations)} of activations; work is a chunk of logits, or what a layer "
+                "computes again."
+            )
+    return found
 
 
 def prediction_line(plan: "LoadPlan") -> str:

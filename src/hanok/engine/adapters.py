@@ -6,10 +6,10 @@ from typing import Any
 
 from hanok.checkpoint.adapter_files import open_adapter
 from hanok.errors import OptionError
-from hanok.memory.adapters import attach_files, usual_sources
+from hanok.memory.adapters import attach_files
 from hanok.models.adapters import activate, detach
 from hanok.models.decoder import Decoder
-from hanok.models.family import Source
+from hanok.models.family import Source, family_of, usual_sources
 from hanok.registry import nearest_first
 
 
@@ -69,4 +69,4 @@ class Adapters:
         return self._indices[name]
 
     def _table(self) -> dict[str, Source]:
-        return usual_sources(self._config, self._decoder, self._where)
+        return usual_sources(family_of(self._config, self._where), self._decoder.config)

@@ -238,11 +238,15 @@ class Native:
         where = ctypes.byref(weight)
         _done(self._pack_codes(self._table, where, start, codes.shape[0], codes.data_ptr()))
 
-    def unpack(self, weight: Panels, start: int, count: int) -> Tensor:
-        """Return rows [start, start + count), `start` a multiple of 16: (count, in) float32."""
+    def unpack(self, weight: Panels, start: int, count: int, into: Tensor | None = None) -> Tensor:
+        """Return rows [start, start + count), `start` a multiple of 16: (count, in) float32.
+
+        `into`: (count or more, in) float32, overwritten; None: memory of its own
+        """
         if start % 16 or not 0 <= start <= start + count <= weight.rows:
             raise ValueError(f"rows {start} to {start + count} are not those of {weight.rows}")
-        rows = torch.empty(count, weight.columns)
+        is_room = into is not None and into.shape[0] >= count
+        rows = into[:count] if into is not None and is_room else torch.empty(count, weight.columns)
         _done(
             self._unpack(
                 self._table,

@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,31 +39,12 @@ from hanok.models.adapters import (
     products,
 )
 from hanok.models.decoder import Decoder
-from hanok.models.family import Source, family_of, sources
+from hanok.models.family import Source
 from hanok.models.linear import Linear, Weighted
 from hanok.models.lora import Part, row_lengths
 
 # PiSSA's rough search looks at this many directions more than it keeps.
 MORE_DIRECTIONS = 2
-
-
-def usual_sources(config: Mapping[str, Any], decoder: Decoder, where: str) -> dict[str, Source]:
-    """Return the sources of a decoder's parameters by the names that transformers gives modules.
-
-    A head that is tied to the embedding is among them. `config` is the base's config.json, which `where`
-    names in errors.
-    """
-    family = family_of(config, where)
-    found = sources(family, decoder.config, ())
-    if decoder.config.has_head and "lm_head.weight" not in found:
-        shape = found["embed_tokens.weight"].shape
-        found["lm_head.weight"] = Source(
-            names=(f"{family.names['lm_head']}.weight",),
-            rows=(shape[0],),
-            shape=shape,
-            head_rows=1,
-        )
-    return found
 
 
 def attach_files(

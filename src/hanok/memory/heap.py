@@ -3,6 +3,9 @@
 import ctypes
 from functools import cache
 
+M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
+MAPPED_BYTES = 2**20
+
 
 @cache
 def _trim() -> "ctypes._FuncPointer | None":
@@ -11,6 +14,18 @@ def _trim() -> "ctypes._FuncPointer | None":
         return ctypes.CDLL(None).malloc_trim
     except (OSError, AttributeError):
         return None
+
+
+def give_back_at_once() -> None:
+    """Let blocks of a mebibyte and more be given back as soon as they are freed, from now on.
+
+    glibc keeps freed blocks for later ones of their size. Those of a training have so many sizes and
+    lives that what is kept grew to several times what was used (6.3 GB where 3.8 are enough).
+    """
+    try:
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, MAPPED_BYTES)
+    except (OSError, AttributeError):
+        return  # another library allocates
 
 
 def trim_heap() -> None:

@@ -13,6 +13,7 @@ from typing import Protocol
 from hanok.attention.state import FLOAT_BYTES
 from hanok.checkpoint.files import TensorRef
 from hanok.errors import OptionError
+from hanok.memory.learning import NOTHING, Learning, LearningNeeds
 from hanok.memory.plan import Needs, Unit
 from hanok.models.config import ModelConfig
 from hanok.models.family import Family, Source
@@ -94,6 +95,8 @@ class Use:
     cache_dtype: str = "auto"
     may_map: bool = True
     """Whether weights that need no conversion may stay in their files."""
+    learning: Learning | None = None
+    """How it will be trained; None: it generates."""
 
 
 def needs_of(
@@ -120,6 +123,9 @@ def needs_of(
     head = "lm_head" if "lm_head" in grouped else "embed_tokens"
     head_path = str(family.names_in(tensors)["lm_head"])
     order = ["embed_tokens", *(f"layers.{index}" for index in range(config.num_layers)), "norm"]
+    learning = None
+    if use.learning is not None:
+        learning = LearningNeeds(family, config, use.learning, use.dtype)
     units = []
     for unit in order + (["lm_head"] if head == "lm_head" else []):
         names = tuple(grouped[unit])
@@ -135,7 +141,10 @@ def needs_of(
                 stream_bytes=sum(size.stream_bytes for size in mine),
                 mapped_bytes=sum(size.mapped_bytes for size in mine),
                 cache_bytes=_cache_bytes(config, unit, use),
-                work_bytes=_logits_bytes(config, use) if unit == head and config.has_head else 0,
+                work_bytes=_head_bytes(config, use, learning)
+                if unit == head and config.has_head
+                else 0,
+                learning=learning.of_unit(unit, names) if learning else NOTHING,
             )
         )
     return Needs(
@@ -167,12 +176,15 @@ def choose_dtype(
     return "bfloat16" if name == "float16" and is_on_cpu else name
 
 
-def activation_bytes(config: ModelConfig, use: Use) -> int:
+def activation_bytes(family: Family, config: ModelConfig, use: Use) -> int:
     """Return what one pass holds besides weights and cache, with the holes it leaves in the heap.
 
-    The most is held inside a mixer or an MLP, besides four rows of hidden states: a block's input, what
-    the mixer made of it, their sum, its norm.
+    In training that is what is held for a moment on the way back. Else the most is held inside a mixer
+    or an MLP, besides four rows of hidden states: a block's input, what the mixer made of it, their sum,
+    its norm.
     """
+    if use.learning is not None:
+        return LearningNeeds(family, config, use.learning, use.dtype).layer_bytes
     tokens = min(PREFILL_TOKENS, use.context * use.batch)
     hidden = config.hidden_size
     widths = 4 * hidden + max(layer.active_size(hidden) for layer in config.layers)
@@ -265,15 +277,20 @@ def _token_bytes(name: str, source: Source, config: ModelConfig, weight_bytes: i
 
 def _cache_bytes(config: ModelConfig, unit: str, use: Use) -> int:
     """Return the bytes of what a unit's layer keeps of all sequences."""
-    if not unit.startswith("layers."):
+    if not unit.startswith("layers.") or use.learning is not None:
         return 0
     state = config.layers[int(unit.removeprefix("layers."))].mixer.state()
     dtype = "int8" if use.cache_dtype == "int8" else use.dtype
     return use.batch * state.nbytes(use.context, dtype) if state is not None else 0
 
 
-def _logits_bytes(config: ModelConfig, use: Use) -> int:
-    """Return the bytes of one row of scores for each sequence, as computed and in float32."""
+def _head_bytes(config: ModelConfig, use: Use, learning: LearningNeeds | None) -> int:
+    """Return the bytes of one row of scores for each sequence, as computed and in float32.
+
+    In training those of a chunk of rows, as far as a layer does not hold as much at another moment.
+    """
+    if learning is not None:
+        return max(0, learning.head_bytes - learning.layer_bytes)
     return use.batch * config.vocab_size * (FLOAT_BYTES[use.dtype] + 4)
 
 

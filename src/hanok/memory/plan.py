@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Literal
 from hanok.errors import OptionError
 from hanok.memory.budget import Budget, device_name
 from hanok.memory.cpus import CpuBudget
+from hanok.memory.learning import NOTHING, Learning, LearningBytes
 from hanok.memory.options import DeviceMap, LoadOptions
 
 if TYPE_CHECKING:
@@ -53,6 +54,8 @@ class Unit:
     """Keys and values of all sequences."""
     work_bytes: int = 0
     """Claimed while it computes and given back: the logits of a head."""
+    learning: LearningBytes = NOTHING
+    """Of a training."""
 
     @property
     def is_block(self) -> bool:
@@ -62,7 +65,7 @@ class Unit:
     @property
     def resident_bytes(self) -> int:
         """What its place must have room for."""
-        return self.weight_bytes + self.cache_bytes + self.work_bytes
+        return self.weight_bytes + self.cache_bytes + self.work_bytes + self.learning.total
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,13 +148,15 @@ class Tier:
     """Buffers for what is streamed through here."""
     load_bytes: int
     """Claimed only while loading."""
+    learning: LearningBytes = NOTHING
+    """Of a training."""
 
     @property
     def steady_bytes(self) -> int:
         """Held between two steps."""
         if self.place.kind == "disk":
             return 0
-        held = self.weight_bytes + self.cache_bytes + self.stream_bytes
+        held = self.weight_bytes + self.cache_bytes + self.stream_bytes + self.learning.total
         return held + self.place.held_bytes
 
     @property
@@ -207,6 +212,8 @@ class LoadPlan:
     """The checkpoint that was planned, as a load goes on with it; None where there was none."""
     notes: tuple[str, ...] = ()
     """What is unusual about the checkpoint's files, and how it was taken."""
+    training: Learning | None = None
+    """How the model will be trained; None: it generates."""
 
     @property
     def uses_disk(self) -> bool:
@@ -547,6 +554,7 @@ def _tier(index: int, places: Sequence[Place], needs: Needs, chosen: Sequence[in
         else 0,
         stream_bytes=STREAM_BUFFERS * most_streamed if is_runner else 0,
         load_bytes=needs.load_bytes if place.is_host else 0,
+        learning=sum((unit.learning for unit in computed), NOTHING),
     )
 
 

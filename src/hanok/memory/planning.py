@@ -20,6 +20,7 @@ from hanok.checkpoint.formats import foreign_weights, refuse_other_layouts
 from hanok.errors import BudgetError, CheckpointError, HanokError, OptionError
 from hanok.memory.account import Opened, Understood, check_head, understand
 from hanok.memory.budget import device_name, parse_max_memory
+from hanok.memory.learning import Learning
 from hanok.memory.needs import (
     DRAFTED_SEQUENCES,
     KNOWN_RECIPES,
@@ -61,6 +62,7 @@ def plan_load(
     may_measure: bool = True,
     is_running: bool = True,
     draft: LoadPlan | None = None,
+    training: Learning | None = None,
     **options: Unpack[PlanArguments],
 ) -> LoadPlan:
     """Return where every byte of a checkpoint would live, without reading a weight.
@@ -74,7 +76,8 @@ def plan_load(
     `rates_file` keeps what was measured of memory and disk; without `may_measure` what it does not hold
     is assumed. `is_running` says that Python and torch are loaded already, so that their memory is no
     part of the plan. `draft` is the plan of a model that will draft for this one and is not loaded yet:
-    what it takes is not there for this one. Raises OptionError and CheckpointError.
+    what it takes is not there for this one. `training` says how the model will be trained: then all of
+    that is planned, in place of keys and values. Raises OptionError and CheckpointError.
     """
     asked = LoadOptions.of(options)
     opened = path if isinstance(path, Opened) else open_model(path)
@@ -92,7 +95,8 @@ def plan_load(
         batch=asked.batch,
         recipe=read_bits(quant) if quant is not None else None,
         cache_dtype=asked.cache_dtype,
-        may_map=asked.weights != "copied",
+        may_map=asked.weights != "copied" and training is None,
+        learning=training,
     )
     runtime_bytes = FIRST_USE_BYTES + (0 if is_running else RUNTIME_BYTES)
     runtime_bytes += GPU_LIBRARY_BYTES if has_gpus else 0
@@ -101,7 +105,7 @@ def plan_load(
         # What streams through the page cache would push mapped weights out of it.
         use, asked = replace(use, may_map=False), asked.updated(weights="copied")
         plan = _plan(described, use, places, asked.device_map, runtime_bytes)
-    plan = replace(plan, options=asked, opened=opened, notes=described.notes)
+    plan = replace(plan, options=asked, opened=opened, notes=described.notes, training=training)
     if plan.fits and not plan.uses_disk:
         return plan
     in_memory = [place for place in places if place.kind != "disk"]
@@ -253,12 +257,14 @@ def _plan(
         num_readers=NUM_READERS,
         file_bytes_per_s=file_bytes_per_s or places[-1].bytes_per_s,
     )
-    work = activation_bytes(described.config, use)
+    work = activation_bytes(described.family, described.config, use)
     return make_plan(needs, [with_work(place, work, runtime_bytes) for place in places], device_map)
 
 
 def _changes(use: Use, quant: str | None) -> list[tuple[str, Use]]:
     """Return what could be changed, the least harmful first."""
+    if use.learning is not None:
+        return _training_changes(use, use.learning, quant)
     found = []
     if use.cache_dtype != "int8":
         found.append(("--cache-dtype int8", replace(use, cache_dtype="int8")))
@@ -274,6 +280,24 @@ def _changes(use: Use, quant: str | None) -> list[tuple[str, Use]]:
             found.append((f"--quant {name}", replace(use, recipe=recipe)))
             both = replace(use, recipe=recipe, cache_dtype="int8")
             found.append((f"--quant {name} --cache-dtype int8", both))
+    return found
+
+
+def _training_changes(use: Use, learning: Learning, quant: str | None) -> list[tuple[str, Use]]:
+    found, made = [], []
+    if not learning.gradient_checkpointing:
+        learning = replace(learning, gradient_checkpointing=True)
+        made.append("--gradient-checkpointing")
+        found.append((" ".join(made), replace(use, learning=learning)))
+    tokens = learning.pack_tokens // 2
+    while tokens >= SMALLEST_CONTEXT:
+        smaller = replace(learning, pack_tokens=tokens)
+        found.append((" ".join([*made, f"--pack-tokens {tokens}"]), replace(use, learning=smaller)))
+        tokens //= 2
+    if learning.lora is not None and quant is None:
+        for name in ("int8", "nf4"):
+            with_fewer = replace(use, recipe=KNOWN_RECIPES[name], learning=learning)
+            found.append((" ".join([*made, f"--quant {name}"]), with_fewer))
     return found
 
 

@@ -9,7 +9,7 @@ layers lie below; wrappers of single modules are left out of their names. Import
 
 import re
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Literal
 
@@ -217,6 +217,19 @@ def sources(family: Family, config: ModelConfig, present: Collection[str]) -> di
             layout=family.layouts.get(pattern, "rows"),
             head_rows=mixer.head_rows if mixer else 1,
             stack=stack,
+        )
+    return found
+
+
+def usual_sources(family: Family, config: ModelConfig) -> dict[str, Source]:
+    """Return the sources of every parameter by the names that transformers gives modules.
+
+    A head that is tied to the embedding is among them.
+    """
+    found = sources(family, config, ())
+    if config.has_head and "lm_head.weight" not in found:
+        found["lm_head.weight"] = replace(
+            found["embed_tokens.weight"], names=(f"{family.names['lm_head']}.weight",)
         )
     return found
 

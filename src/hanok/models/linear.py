@@ -10,7 +10,8 @@ never depends on a stopwatch:
 |---------------------------|----------------|--------|----------------------------------------------|
 | portable, AVX2, AVX-VNNI  | x86            | any    | ours: a token's is the same in any company   |
 | AVX-512, those of ARM     | any            | 1 to 8 | ours                                         |
-| AVX-512                   | with bfloat16  | more   | torch (oneDNN)                               |
+| AVX-512                   | with bfloat16  | more   | torch (oneDNN); on Intel's without AMX up to |
+|                           |                |        | 32, beyond as without                        |
 | AVX-512                   | without        | more   | weights widened, a block of rows at a time   |
 | not built                 | with bfloat16  | 1      | torch, oneDNN off                            |
 | not built                 | with bfloat16  | more   | torch (oneDNN)                               |
@@ -45,7 +46,7 @@ def choose_product(weight: Tensor, num_tokens: int) -> Product:
     is_known = weight.dtype in (torch.bfloat16, torch.float32) and weight.is_contiguous()
     if is_known and kernels is not None and 0 < num_tokens <= kernels.dense_tokens:
         return "native"
-    if multiplies(weight.dtype, weight.device):
+    if multiplies(weight.dtype, weight.device, num_tokens):
         is_torch_slow = weight.dtype is torch.bfloat16 and num_tokens == 1 and is_x86()
         return "torch without oneDNN" if is_torch_slow else "torch"
     return "vector" if num_tokens == 1 else "widened"
@@ -90,9 +91,11 @@ def _back(gradient: Tensor, weight: Tensor) -> Tensor:
         return gradient @ weight
     found = torch.zeros(len(gradient), weight.shape[1])
     wide = gradient.float()
+    buffer = torch.empty(min(MANY_TOKENS_ROWS, weight.shape[0]), weight.shape[1])
     for start in range(0, weight.shape[0], MANY_TOKENS_ROWS):
-        rows = slice(start, start + MANY_TOKENS_ROWS)
-        found.addmm_(wide[:, rows], weight[rows].float())
+        block = weight[start : start + MANY_TOKENS_ROWS]
+        widened = buffer[: block.shape[0]].copy_(block)
+        found.addmm_(wide[:, start : start + MANY_TOKENS_ROWS], widened)
     return found.to(gradient.dtype)
 
 

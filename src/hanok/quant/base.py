@@ -313,10 +313,10 @@ class StoredWeight(nn.Module):
         """Return some rows likewise."""
         raise NotImplementedError
 
-    def _block(self, start: int, count: int) -> Tensor:
+    def _block(self, start: int, count: int, into: Tensor | None = None) -> Tensor:
         """Return rows [start, start + count) likewise, (count, in) float32.
 
-        `start` is a multiple of BLOCK_ROWS.
+        `start` is a multiple of BLOCK_ROWS. `into` is what an earlier call gave, to be used again.
         """
         raise NotImplementedError
 
@@ -341,9 +341,11 @@ class _Product(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             wide = gradient.float()
             found = torch.zeros(len(gradient), weight.shape[1], device=gradient.device)
+            block: Tensor | None = None
             for start in range(0, weight.shape[0], BLOCK_ROWS):
                 count = min(BLOCK_ROWS, weight.shape[0] - start)
-                found.addmm_(wide[:, start : start + count], weight._block(start, count))
+                block = weight._block(start, count, block)
+                found.addmm_(wide[:, start : start + count], block)
             of_x = found.to(gradient.dtype)
         return of_x, gradient.sum(0) if ctx.needs_input_grad[1] else None, None
 

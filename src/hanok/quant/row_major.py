@@ -103,5 +103,5 @@ class RowMajorWeight(StoredWeight):
     def _rows(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
         return self._part(ids).dequantize().to(dtype)
 
-    def _block(self, start: int, count: int) -> Tensor:
+    def _block(self, start: int, count: int, into: Tensor | None = None) -> Tensor:
         return self._part(slice(start, start + count)).dequantize()

@@ -10,8 +10,9 @@ from hanok.checkpoint.lora_config import LoraConfig
 from hanok.checkpoint.writer import write_json
 from hanok.engine.model import Model, load
 from hanok.errors import OptionError
-from hanok.memory.adapters import attach_files, attach_new, usual_sources, write_adapter
+from hanok.memory.adapters import attach_files, attach_new, write_adapter
 from hanok.models.adapters import activate
+from hanok.models.family import family_of, usual_sources
 
 INDEX = 0
 
@@ -45,7 +46,7 @@ class LearntAdapter:
         }
         where = model.checkpoint.folder
         self._config = config
-        self.table = usual_sources(model.checkpoint.config, model.decoder, str(where))
+        self.table = usual_sources(family_of(model.checkpoint.config, str(where)), model.config)
         self._decoder.requires_grad_(False)
 
     def begin(self, seed: int) -> None:

@@ -20,6 +20,7 @@ from hanok.attention.base import ForwardBatch
 from hanok.checkpoint.aside import folder_aside, folder_exchanged
 from hanok.engine.model import Model
 from hanok.errors import GenerationError, OptionError
+from hanok.memory.heap import give_back_at_once
 from hanok.training.checkpoint import CheckpointWriter, find_newest, read_state
 from hanok.training.learnt import Learnt, LearntAdapter, LearntWeights
 from hanok.training.loss import backward, loss_sum
@@ -134,6 +135,7 @@ class Trainer:
         Raises GenerationError where the loss or a gradient is not a finite number: nothing is lost, the
         last checkpoint stays.
         """
+        give_back_at_once()
         num_steps = self._num_steps(documents)
         losses: list[float] = []
         self._decoder.train()

@@ -11,13 +11,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from hanok.engine.sequence import totals_and_likeliest
+from hanok.memory.learning import LOGITS_BYTES
 from hanok.models.decoder import Decoder
-
-CHUNK_BYTES = 2**26  # of float32 logits
 
 
 def log_probabilities(logits: Tensor, token_ids: Tensor) -> Tensor:
-    """Return the log-probability of one token for each row.
+    """Return the log-probability of one token for each row; the way back overwrites the logits.
 
     logits: (rows, vocab) float32   token_ids: (rows,) int64   returns: (rows,) float32
     """
@@ -57,7 +56,7 @@ def backward(decoder: Decoder, hidden: Tensor, token_ids: Tensor, weight: float)
 
 
 def _chunks(decoder: Decoder, hidden: Tensor, token_ids: Tensor) -> list[tuple[Tensor, Tensor]]:
-    rows = max(1, CHUNK_BYTES // (4 * decoder.config.vocab_size))
+    rows = max(1, LOGITS_BYTES // (4 * decoder.config.vocab_size))
     return list(zip(hidden.split(rows), token_ids.split(rows), strict=True))  # type: ignore[no-untyped-call]  # torch's
 
 
@@ -72,6 +71,7 @@ class _LogProbability(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         logits, token_ids, totals = ctx.saved_tensors
-        found = (logits - totals[:, None]).exp_().mul_(-gradient[:, None])
+        # In place: they are as large as all else that is held then.
+        found = logits.sub_(totals[:, None]).exp_().mul_(-gradient[:, None])
         found.scatter_add_(1, token_ids[:, None], gradient[:, None])
         return found, None

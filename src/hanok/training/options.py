@@ -5,6 +5,7 @@ from typing import Literal
 
 from hanok.checkpoint.lora_config import LoraConfig
 from hanok.errors import OptionError
+from hanok.memory.learning import Learning
 
 Schedule = Literal["cosine", "linear", "constant", "wsd"]
 LORA_RATE, FULL_RATE = 2e-4, 2e-5
@@ -73,6 +74,15 @@ class TrainOptions:
                 raise OptionError(f"{name} is {getattr(self, name)}; it must be at least 0.")
         if self.max_steps is not None and self.max_steps < 1:
             raise OptionError(f"max_steps is {self.max_steps}; it must be at least 1.")
+
+    @property
+    def learning(self) -> Learning:
+        """What a plan of memory needs to know."""
+        return Learning(
+            lora=self.lora,
+            pack_tokens=self.pack_tokens,
+            gradient_checkpointing=bool(self.gradient_checkpointing),
+        )
 
     @property
     def peak_rate(self) -> float:

@@ -204,16 +204,18 @@ class PanelWeight(StoredWeight):
     def _rows(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
         return self._kernels.look_up(self._panels, ids, dtype)
 
-    def _block(self, start: int, count: int) -> Tensor:
-        return self._kernels.unpack(self._panels, start, count)
+    def _block(self, start: int, count: int, into: Tensor | None = None) -> Tensor:
+        return self._kernels.unpack(self._panels, start, count, into)
 
     def _multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
         if rounds_x(self.format) or x.shape[0] <= FLOAT_TOKENS:
             return self._kernels.product(x, self._panels, bias)
         output, wide = x.new_empty(x.shape[0], self.shape[0]), x.float()
+        block: Tensor | None = None
         for start in range(0, self.shape[0], BLOCK_ROWS):
             count = min(BLOCK_ROWS, self.shape[0] - start)
-            product = wide @ self._block(start, count).t()
+            block = self._block(start, count, block)
+            product = wide @ block.t()
             if bias is not None:
                 product += bias[start : start + count]
             output[:, start : start + count] = product

@@ -69,7 +69,7 @@ class TritonWeight(RowMajorWeight):
 
         return dequantize_rows(self._weight(), ids, dtype)
 
-    def _block(self, start: int, count: int) -> Tensor:
+    def _block(self, start: int, count: int, into: Tensor | None = None) -> Tensor:
         from hanok.kernels.triton_linear import dequantize
 
         block = torch.empty(count, self.shape[1], device=self.device)
