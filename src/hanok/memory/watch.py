@@ -31,6 +31,14 @@ def claimed_bytes() -> int:
     return found
 
 
+def peak_resident_bytes() -> int:
+    """Return the most memory that this process ever had, pages of files included; 0 where none tells."""
+    if not STATUS.is_file():
+        return 0
+    lines = STATUS.read_text().splitlines()
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), 0)
+
+
 class Watchdog:
     """A context in which no more than `planned_bytes` should be claimed; None: it only measures.
 

@@ -8,8 +8,9 @@ checkpoint computes what one without a break would have computed.
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,11 +21,13 @@ from hanok.attention.base import ForwardBatch
 from hanok.checkpoint.aside import folder_aside, folder_exchanged
 from hanok.engine.model import Model
 from hanok.errors import GenerationError, OptionError
+from hanok.memory.watch import peak_resident_bytes
 from hanok.training.checkpoint import CheckpointWriter, find_newest, read_state
 from hanok.training.learnt import Learnt, LearntAdapter, LearntWeights
 from hanok.training.loss import backward, loss_sum
 from hanok.training.optimizer import Optimizer, learning_rate
 from hanok.training.options import TrainOptions
+from hanok.training.speed import StepSpeed
 
 STEP_SEED = 1_000_003
 
@@ -55,8 +58,17 @@ class StepReport:
     num_targets: int
     tokens_per_s: float
     seconds: float
+    data_wait_s: float
+    """Of these, waiting for the data: packing an epoch, and reading documents."""
+    peak_share: float
+    """Operations of the step in its seconds, as a share of the best rate of the model's products,
+    measured once (`training/speed.py`)."""
+    memory_bytes: int
+    """The most that the process had in memory so far; of a GPU, that its allocator held."""
+    epoch: float = 0.0
+    """Epochs done after it; 1.5 is half of the second."""
     held_out_loss: float | None = None
-    """At those steps that `eval_steps` names."""
+    """At those steps that `eval_steps` names, and at the last."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,8 +83,22 @@ class TrainReport:
     losses: tuple[float, ...]
     """Of the steps of this process."""
     held_out_loss: float | None
+    """After the last step; None without held-out documents, and where it was told to stop."""
     is_finished: bool
     """False where it was told to stop."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Turn:
+    """A step that is left."""
+
+    number: int
+    """From 0 on."""
+    packs: Sequence[Sequence[int]]
+    epoch: float
+    """Epochs done after it."""
+    wait_s: float
+    """How long its packs took to make."""
 
 
 class Trainer:
@@ -87,6 +113,10 @@ class Trainer:
         self.model = model
         self.options = options
         self.output = Path(output)
+        self.asked: Mapping[str, Any] = {}
+        """What else is asked for, such as data and where each option comes from: kept in checkpoints."""
+        self.asked_before: Mapping[str, Any] = {}
+        """The same of the training that this goes on with."""
         self.is_told_to_stop = False
         """Set it from anywhere, such as a signal's handler: the training stops after its step."""
         self._decoder = model.decoder
@@ -109,7 +139,12 @@ class Trainer:
             self.learnt.restore(found.folder)
             self._optimizer = Optimizer(self._decoder, options)
             self.first_step = int(state["step"])
+            self.asked_before = state.get("asked", {})
             self._optimizer.restore(moments, self.first_step)
+
+    @cached_property
+    def _speed(self) -> StepSpeed:
+        return StepSpeed(self._decoder, self.options.pack_tokens)
 
     @property
     def parameter_line(self) -> str:
@@ -136,13 +171,20 @@ class Trainer:
         """
         num_steps = self._num_steps(documents)
         losses: list[float] = []
+        loss: float | None = None
         self._decoder.train()
-        for number, packs in self._steps(documents, num_steps):
-            report = self._step(documents, packs, number, num_steps)
+        for turn in self._steps(documents, num_steps):
+            report = self._step(documents, turn.packs, turn.number, num_steps)
+            report = replace(
+                report,
+                epoch=turn.epoch,
+                data_wait_s=report.data_wait_s + turn.wait_s,
+                seconds=report.seconds + turn.wait_s,
+            )
             losses.append(report.loss)
-            often = self.options.eval_steps
-            if held_out is not None and often and report.step % often == 0:
-                report = replace(report, held_out_loss=self.evaluate(held_out))
+            if held_out is not None and self.evaluates_after(report.step, num_steps):
+                loss = self.evaluate(held_out)
+                report = replace(report, held_out_loss=loss)
             if on_step is not None:
                 on_step(report)
             every = self.options.save_steps
@@ -154,7 +196,10 @@ class Trainer:
         done = self.first_step + len(losses)
         self._save(done)
         is_finished = done >= num_steps
-        loss = None if held_out is None else self.evaluate(held_out)
+        if not is_finished:
+            loss = None
+        elif held_out is not None and not losses:  # it was finished before
+            loss = self.evaluate(held_out)
         target = self.output / self.learnt.folder
         if is_finished and target.exists() and losses:  # of fewer steps
             with folder_exchanged(target) as unfinished:
@@ -170,6 +215,11 @@ class Trainer:
             held_out_loss=loss,
             is_finished=is_finished,
         )
+
+    def evaluates_after(self, step: int, num_steps: int) -> bool:
+        """Return whether held-out documents and samples are looked at after a step."""
+        often = self.options.eval_steps
+        return step == num_steps or bool(often and step % often == 0)
 
     def evaluate(self, documents: Documents) -> float:
         """Return the mean of -log p of the targets of some documents."""
@@ -191,6 +241,7 @@ class Trainer:
         torch.manual_seed(self.options.seed * STEP_SEED + number)
         batches = [_packed(documents, pack, self.model.device) for pack in packs]
         num_targets = sum(len(targets) for _, _, targets in batches)
+        data_wait_s = time.perf_counter() - began
         total = 0.0
         for batch, rows, targets in batches:
             hidden = self._decoder(batch).index_select(0, rows)
@@ -207,6 +258,7 @@ class Trainer:
             )
         num_tokens = sum(len(batch.token_ids) for batch, _, _ in batches)
         seconds = time.perf_counter() - began
+        lengths = [length for batch, _, _ in batches for length in batch.host.query_lengths]
         return StepReport(
             step=number + 1,
             num_steps=num_steps,
@@ -217,6 +269,9 @@ class Trainer:
             num_targets=num_targets,
             tokens_per_s=num_tokens / seconds,
             seconds=seconds,
+            data_wait_s=data_wait_s,
+            peak_share=self._speed.share(lengths, num_targets, seconds),
+            memory_bytes=_peak_bytes(self.model.device),
         )
 
     def _num_steps(self, documents: Documents) -> int:
@@ -226,21 +281,25 @@ class Trainer:
         wanted = max(1, round(per_epoch * self.options.epochs))
         return wanted if self.options.max_steps is None else self.options.max_steps
 
-    def _steps(
-        self, documents: Documents, num_steps: int
-    ) -> Iterator[tuple[int, Sequence[Sequence[int]]]]:
-        """Yield the number of each step that is left, from 0 on, and its packs."""
+    def _steps(self, documents: Documents, num_steps: int) -> Iterator[_Turn]:
+        """Yield each step that is left."""
         size, number, epoch = self.options.packs_per_step, 0, 0
         while number < num_steps:
+            began = time.perf_counter()
             packs = documents.packs(epoch)
+            wait_s = time.perf_counter() - began
             for start in range(0, len(packs), size):
                 if self.first_step <= number < num_steps:
-                    yield number, packs[start : start + size]
+                    done = epoch + min(1.0, (start + size) / len(packs))
+                    part = packs[start : start + size]
+                    yield _Turn(number=number, packs=part, epoch=done, wait_s=wait_s)
+                    wait_s = 0.0
                 number += 1
             epoch += 1
 
     def _save(self, step: int) -> None:
-        state = {"step": step, "options": json.loads(json.dumps(asdict(self.options)))}
+        options = json.loads(json.dumps(asdict(self.options)))
+        state = {"step": step, "options": options, "asked": self.asked}
         self._writer.write(step, state, self._optimizer.state(), self.learnt.write)
 
 
@@ -260,6 +319,12 @@ def _packed(
         start += len(token_ids)
     batch = ForwardBatch.of(sequences, device=device)
     return batch, torch.tensor(rows, device=device), torch.tensor(targets, device=device)
+
+
+def _peak_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return peak_resident_bytes()
 
 
 def _check_same(old: dict[str, Any], options: TrainOptions) -> None:

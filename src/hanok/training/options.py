@@ -53,7 +53,8 @@ class TrainOptions:
     keep_checkpoints: int = 2
     """Complete checkpoints that are kept."""
     eval_steps: int = 0
-    """Steps between losses of the held-out documents. 0: at the end only."""
+    """Steps between losses of the held-out documents, and between samples. 0: before the first and after
+    the last one only."""
     held_out: float = 0.0
     """Share of the documents that are held out, drawn by the seed."""
 
