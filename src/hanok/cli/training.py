@@ -105,4 +105,4 @@ class _Shown(TrainCallback):
         self._show_steps(said, self._done_s, total_s)
 
     def on_sample(self, sample: Sample) -> None:
-        click.echo(f"After step {sample.step}: {sample.prompt} → {sample.text}", err=True)
+        click.echo(f"After step {sample.step}: {sample.prompt} → {sample.text.strip()}", err=True)

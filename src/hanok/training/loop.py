@@ -175,11 +175,13 @@ class Trainer:
         self._decoder.train()
         for turn in self._steps(documents, num_steps):
             report = self._step(documents, turn.packs, turn.number, num_steps)
+            seconds = report.seconds + turn.wait_s
             report = replace(
                 report,
                 epoch=turn.epoch,
                 data_wait_s=report.data_wait_s + turn.wait_s,
-                seconds=report.seconds + turn.wait_s,
+                seconds=seconds,
+                tokens_per_s=report.num_tokens / seconds,
             )
             losses.append(report.loss)
             if held_out is not None and self.evaluates_after(report.step, num_steps):

@@ -17,7 +17,7 @@ from hanok.models.decoder import Decoder
 
 PROBE_S = 0.8  # of all products together; what a first call costs comes on top
 FEWEST_TOKENS = 64
-CALLS, CALLS_S = 5, 0.01  # of each product at least, as far as the time allows; the best counts
+CALLS, CALLS_S = 5, 0.02  # of each product at least, as far as the time allows; the best counts
 MOST_WEIGHTS = 2**24  # of a product that is timed: rows beyond them would not make it faster
 LEARNING_PASSES = 3  # over a matrix that learns: its product, and the gradients of both sides
 
