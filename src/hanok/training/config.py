@@ -157,7 +157,9 @@ def unknown(where: str, name: str, known: list[str]) -> str:
 
 def converted(value: Any, hint: Any, name: str) -> Any:
     """Return a value of YAML or JSON in a field's type; OptionError where it is of another kind."""
-    for kind in _kinds(hint):
+    for kind in sorted(
+        _kinds(hint), key=lambda kind: kind is not str
+    ):  # a text that may be one stays one
         try:
             return _as(value, kind, name)
         except TypeError:

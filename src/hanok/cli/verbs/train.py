@@ -1,6 +1,6 @@
 """`hanok train`: training, and what comes before it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_origin, get_type_hints
@@ -100,6 +100,19 @@ def command() -> None:
     help="YAML with model, data, output and options by their names; options given as flags count more.",
 )
 @click.option(
+    "--from",
+    "foreign",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="YAML of axolotl or LLaMA-Factory, in place of --config: what becomes of each key is listed.",
+)
+@click.option(
+    "--ignore",
+    metavar="KEY,…",
+    default="",
+    callback=_read_names,
+    help="Keys of --from that cannot be translated, and are to be left out.",
+)
+@click.option(
     "--lora",
     metavar="NAME=VALUE,…",
     default="",
@@ -120,6 +133,8 @@ def run(
     /,
     full: bool,
     config: Path | None,
+    foreign: Path | None,
+    ignore: tuple[str, ...],
     cache_folder: Path,
     **options: Any,
 ) -> None:
@@ -140,11 +155,31 @@ def run(
         flags[LORA] = read_lora(flags[LORA])
     if full:
         flags[LORA] = None
-    layers = [(FILE, read_config(config))] if config is not None else []
+    layers = _files(config, foreign, ignore)
     asked = resolve([*layers, (FLAG, flags)], cache_folder / CACHE)
     text = "trains all weights" if asked.options.lora is None else "trains this adapter"
     step = step_of(context, text, ("output", "cache_folder", "threads"))
     context.exit(train(asked, step))
+
+
+def _files(
+    config: Path | None, foreign: Path | None, ignored: Sequence[str]
+) -> list[tuple[str, Mapping[str, Any]]]:
+    """Return what a file says, hanok's or another trainer's."""
+    if config is not None and foreign is not None:
+        raise OptionError("--config and --from are both given; give one of them.")
+    if config is not None:
+        return [(FILE, read_config(config))]
+    if foreign is None:
+        return []
+    # Imported here: few trainings have such a file.
+    from hanok.training.foreign import translate
+
+    found = translate(foreign, ignored)
+    click.echo(f"{foreign} is a file of {found.trainer}:", err=True)
+    for note in found.notes:
+        click.echo(f"  {note}", err=True)
+    return [(FILE, found.values)]
 
 
 def read_lora(text: str) -> dict[str, Any]:
