@@ -168,10 +168,18 @@ def converted(value: Any, hint: Any, name: str) -> Any:
 
 
 def from_text(text: str, hint: Any, name: str) -> Any:
-    """Return a value given as text: of several the parts are joined by +, true and false are words."""
+    """Return a value given as text: the parts of several are joined by +, those of a mapping NAME:VALUE.
+
+    true, false and none are words.
+    """
     words: dict[str, Any] = {"true": True, "false": False, "none": None}
-    kinds = [kind for kind in _kinds(hint) if get_origin(kind) is not Mapping]
-    for kind in sorted(kinds, key=lambda kind: kind is str):
+    for kind in sorted(_kinds(hint), key=lambda kind: kind is str):
+        if get_origin(kind) is Mapping:
+            pairs = [part.rpartition(":") for part in text.split("+")]
+            if all(pattern for pattern, _, _ in pairs):
+                inside = get_args(kind)[1]
+                return {key: from_text(value, inside, name) for key, _, value in pairs}
+            continue
         inner = get_args(kind)[0] if get_origin(kind) is tuple else kind
         parts: list[Any] = [words.get(text.lower(), text)]
         if inner is not kind:
@@ -272,8 +280,10 @@ def resolve(
             f"{' and '.join(lacking)} must be named: on the command line, or in the file of --config."
         )
     if isinstance(values.get(LORA), Mapping):
-        base = TrainOptions().lora
-        values[LORA] = replace(base, **values[LORA])
+        usual = TrainOptions().lora
+        values[LORA] = (
+            LoraConfig(**values[LORA]) if usual is None else replace(usual, **values[LORA])
+        )
 
     def made(owner: Callable[..., Any], only: Collection[str] | None = None, **own: Any) -> Any:
         names = [item.name for item in fields(owner)] if only is None else only  # type: ignore[arg-type]  # a record

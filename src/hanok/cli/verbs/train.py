@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 import click
 from click.core import ParameterSource
@@ -183,17 +183,16 @@ def _files(
 
 
 def read_lora(text: str) -> dict[str, Any]:
-    """Return the options of an adapter that NAME=VALUE,… says; several names are joined by +.
+    """Return the options of an adapter that NAME=VALUE,… says; several values are joined by +.
 
     Raises OptionError for an unknown name, with the nearest, and for values of another kind.
     """
     hints = get_type_hints(LoraConfig)
-    known = [name for name, hint in hints.items() if get_origin(hint) is not Mapping]
-    found = {}
+    found: dict[str, Any] = {}
     for item in filter(None, map(str.strip, text.split(","))):
         name, _, value = item.partition("=")
-        if name not in known:
-            raise OptionError(unknown("--lora", name, known))
+        if name not in hints:
+            raise OptionError(unknown("--lora", name, list(hints)))
         is_word = value == ALL_LINEAR
         found[name] = value if is_word else from_text(value, hints[name], f"--lora: {name}")
     return found
