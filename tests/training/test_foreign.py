@@ -171,6 +171,17 @@ def test_llama_factorys_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     )
 
 
+def test_all_weights_learn_where_they_do_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = "base_model: s\ndatasets: [{path: rows.jsonl, type: chat_template}]\n"
+    assert config_of(translated(tmp_path, text)).options.lora is None
+    text = LLAMA_FACTORY.replace("finetuning_type: lora", "finetuning_type: full")
+    text = "\n".join(line for line in text.splitlines() if not line.startswith("lora_"))
+    assert config_of(translated(tmp_path, text)).options.lora is None
+
+
 def test_their_defaults_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     text = "model_name_or_path: stories\ndataset: identity\noutput_dir: out\n"

@@ -280,6 +280,19 @@ def test_a_loaded_model_has_what_it_learnt(data: Path, tmp_path: Path) -> None:
         hanok.train(model, data, tmp_path / "other", load_options=FLOAT32)
 
 
+def test_all_weights_become_a_model_that_serves(data: Path, tmp_path: Path) -> None:
+    options = replace(OPTIONS, lora=None, learning_rate=1e-3)
+    report = run(data, tmp_path / "run", options=options)
+    assert report.held_out_loss is not None
+    card = (report.output / "README.md").read_text()
+    assert "base_model_relation: finetune" in card
+    assert "trainable params: 4,459,264 || all params: 4,459,264" in card
+    model = hanok.load(report.output, dtype="float32")
+    question = [{"role": "user", "content": PAIRS[2][0]}]
+    reply = model.generate(question, max_new_tokens=12, temperature=0.0)
+    assert reply.text.strip() == PAIRS[2][1]
+
+
 def test_options_that_cannot_be() -> None:
     with pytest.raises(
         OptionError, match=r"report_to: 'tensorbord' is unknown\. Known: tensorboard"

@@ -64,6 +64,18 @@ def test_documents_do_not_see_each_other_and_masked_rows_never_reach_the_head() 
     assert speed.share([24], 10, 0.5) == pytest.approx(2 * half)
 
 
+def test_a_head_of_its_own_learns() -> None:
+    found = []
+    for saved in ((), ("lm_head",)):
+        model = hanok.load(hanok.BUNDLED, dtype="float32", weights="copied")
+        model.decoder.requires_grad_(False)
+        table = usual_sources(model.checkpoint.config, model.decoder, "bundled")
+        lora = hanok.LoraConfig(r=4, modules_to_save=saved)
+        attach_new(model.decoder, table, lora, index=0, generator=torch.Generator())
+        found.append(StepSpeed(model.decoder, LENGTH).flops([LENGTH], 1))
+    assert found[1] - found[0] == 2 * model.config.vocab_size * model.config.hidden_size
+
+
 def test_layers_below_what_learns_are_passed_once() -> None:
     model = hanok.load(hanok.BUNDLED, dtype="float32", weights="copied")
     model.decoder.requires_grad_(False)

@@ -40,8 +40,11 @@ def train(config: TrainConfig, step: "Step") -> int:
     if report.held_out_loss is not None:
         losses.append(f"{report.held_out_loss:.4f} held out")
     said = f"; {', '.join(losses)}" if losses else ""
-    click.echo(f"Trained {report.num_steps} steps{said}. Adapter: {report.output}")
-    click.echo(f"Try it: hanok generate {config.model} --adapter {report.output}", err=True)
+    is_adapter = config.options.lora is not None
+    kind = "Adapter" if is_adapter else "Model"
+    click.echo(f"Trained {report.num_steps} steps{said}. {kind}: {report.output}")
+    how = f"{config.model} --adapter {report.output}" if is_adapter else f"{report.output}"
+    click.echo(f"Try it: hanok generate {how}", err=True)
     return 0
 
 

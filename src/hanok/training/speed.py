@@ -4,12 +4,14 @@ The operations are those of the formula, whatever computes them: what is compute
 (`gradient_checkpointing`) counts once, and so do products of a quantized weight.
 """
 
+import re
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 
 import torch
+from torch import Tensor
 
 from hanok.kernels.processor import multiplies
 from hanok.models.config import Mixer, ModelConfig
@@ -28,21 +30,18 @@ class StepSpeed:
     def __init__(self, decoder: Decoder, tokens: int) -> None:
         """`tokens` are those of a pack. What learns must need gradients by now."""
         config = decoder.config
-        learning = {name for name, item in decoder.named_parameters() if item.requires_grad}
+        learning = {name: item for name, item in decoder.named_parameters() if item.requires_grad}
         # Below the first layer where something learns no gradient is needed.
         first = min((_layer_of(name) for name in learning), default=0)
         self._token_passes = sum(
             2 * size * _passes(_layer_of(name) >= first, name in learning)
             for name, size in _active_sizes(config).items()
-        ) + sum(
-            2 * item.numel() * LEARNING_PASSES
-            for name, item in decoder.named_parameters()
-            if name in learning and ".lora." in name
-        )
+        ) + _adapter_passes(learning, "layers.")
         head = "embed_tokens.weight" if config.tie_embeddings else "lm_head.weight"
-        self._target_passes = (
-            2 * config.vocab_size * config.hidden_size * _passes(True, head in learning)
-        )
+        own = any(re.fullmatch(r"lm_head\.lora\..*\.weight", name) for name in learning)
+        self._target_passes = 2 * config.vocab_size * config.hidden_size * _passes(
+            True, own or head in learning
+        ) + _adapter_passes(learning, "lm_head.")
         mixers = Counter[tuple[Mixer, int]](
             (layer.mixer, 3 if index >= first else 1) for index, layer in enumerate(config.layers)
         )
@@ -79,6 +78,16 @@ class StepSpeed:
 def _passes(is_above: bool, is_learning: bool) -> int:
     """Return the passes over a matrix: its product, and the gradients of its inputs and of itself."""
     return 1 + is_above + is_learning
+
+
+def _adapter_passes(learning: Mapping[str, Tensor], part: str) -> int:
+    """Return the operations of a part's adapters, those beside its weights, for one row."""
+    return sum(
+        2 * item.numel() * LEARNING_PASSES
+        for name, item in learning.items()
+        if name.startswith(part) and ".lora." in name
+        if item.dim() == 2 and not name.endswith(".weight")  # such stand in place of a weight
+    )
 
 
 def _layer_of(name: str) -> int:
@@ -150,7 +159,7 @@ def _product_rate(
         count = min(tokens, fitting, 8 * count)
 
 
-def _timed(values: torch.Tensor, weight: torch.Tensor) -> float:
+def _timed(values: Tensor, weight: Tensor) -> float:
     start = time.perf_counter()
     torch.mm(values, weight.t())
     if values.device.type != "cpu":
