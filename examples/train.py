@@ -26,25 +26,23 @@ with tempfile.TemporaryDirectory() as name:
     ]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
-    model = hanok.load(path, dtype="float32", weights="copied")
-    options = hanok.TrainOptions(
-        lora=hanok.LoraConfig(r=8, target_modules="all-linear"),
-        learning_rate=3e-3,
-        epochs=40,
-        pack_tokens=256,
-        packs_per_step=1,
+    report = hanok.train(
+        path,
+        folder / "rows.jsonl",
+        folder / "run",
+        options=hanok.TrainOptions(
+            lora=hanok.LoraConfig(r=8, target_modules="all-linear"),
+            learning_rate=3e-3,
+            epochs=40,
+            pack_tokens=256,
+            packs_per_step=1,
+        ),
+        load_options=hanok.LoadOptions(dtype="float32"),
+        report_options=hanok.ReportOptions(samples=("What did Lily see?",)),
     )
-    data = hanok.Dataset.open(
-        [folder / "rows.jsonl"],
-        model.tokenizer,
-        hanok.DataOptions(),
-        pack_tokens=options.pack_tokens,
-        end_ids=model.end_ids,
-    )
-    trainer = hanok.Trainer(model, options, folder / "run")
-    print(trainer.parameter_line)
-    report = trainer.run(data)
+    print(f"{report.num_parameters:,} numbers learnt in {report.num_steps} steps")
     print(f"loss {report.losses[0]:.2f} at first, {report.losses[-1]:.3f} in the end")
+    print((folder / "run" / "samples.jsonl").read_text())
 
     served = hanok.load(path)
     served.adapters.load("tales", report.output)

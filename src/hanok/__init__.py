@@ -45,10 +45,13 @@ if TYPE_CHECKING:
     from hanok.memory.options import LoadOptions
     from hanok.memory.plan import LoadPlan
     from hanok.memory.planning import plan_draft, plan_load
+    from hanok.training.callback import TrainCallback
     from hanok.training.data.dataset import Dataset
     from hanok.training.data.options import DataOptions, Source
     from hanok.training.loop import Trainer
     from hanok.training.options import TrainOptions
+    from hanok.training.report_options import ReportOptions
+    from hanok.training.run import train
 
 _LAZY = {
     "DataOptions": "hanok.training.data.options",
@@ -66,6 +69,7 @@ _LAZY = {
     "Push": "hanok.hub.push",
     "PushOptions": "hanok.hub.options",
     "PushReport": "hanok.hub.push",
+    "ReportOptions": "hanok.training.report_options",
     "SamplingParams": "hanok.engine.params",
     "Score": "hanok.engine.model",
     "QualityReport": "hanok.bench.quality",
@@ -74,6 +78,7 @@ _LAZY = {
     "SpeculationCounts": "hanok.engine.sequence",
     "Ticket": "hanok.engine.ticket",
     "TokenEvent": "hanok.engine.sequence",
+    "TrainCallback": "hanok.training.callback",
     "TrainOptions": "hanok.training.options",
     "Trainer": "hanok.training.loop",
     "load": "hanok.engine.model",
@@ -82,6 +87,7 @@ _LAZY = {
     "plan_load": "hanok.memory.planning",
     "pull": "hanok.hub.pull",
     "push": "hanok.hub.push",
+    "train": "hanok.training.run",
 }
 
 __all__ = [
@@ -111,6 +117,7 @@ __all__ = [
     "PushOptions",
     "PushReport",
     "QualityReport",
+    "ReportOptions",
     "RequestAbortedError",
     "RequestError",
     "SamplingParams",
@@ -120,6 +127,7 @@ __all__ = [
     "SpeculationCounts",
     "Ticket",
     "TokenEvent",
+    "TrainCallback",
     "TrainOptions",
     "Trainer",
     "UnsupportedError",
@@ -130,6 +138,7 @@ __all__ = [
     "plan_load",
     "pull",
     "push",
+    "train",
 ]
 
 

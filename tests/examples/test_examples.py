@@ -104,7 +104,7 @@ def test_quantize() -> None:
 
 def test_train() -> None:
     output = run("train")
-    assert "trainable params: 194,560" in output
+    assert "194,560 numbers learnt in 40 steps" in output
     assert "tales: Lily saw a small green frog." in output
     assert "None: Lily saw a small green frog." not in output
 

@@ -167,9 +167,9 @@ def test_what_is_computed_in(tmp_path: Path) -> None:
 
 
 def test_activations_grow_with_tokens_up_to_one_pass() -> None:
-    config = read_config(MOE, "config.json")[1]
+    family, config = read_config(MOE, "config.json")
     sizes = [
-        activation_bytes(config, replace(USE, context=context, batch=1))
+        activation_bytes(family, config, replace(USE, context=context, batch=1))
         for context in (100, 200, 2048, 9999)
     ]
     assert sizes[1] == 2 * sizes[0]

@@ -39,6 +39,13 @@ def rows(plan: "LoadPlan") -> list[tuple[str, ...]]:
     return found
 
 
+def header(plan: "LoadPlan") -> tuple[str, ...]:
+    """Return the table's head: a training has no keys and values."""
+    return tuple(
+        "training" if name == "KV cache" and plan.training is not None else name for name in HEADER
+    )
+
+
 def holds(modules: tuple[str, ...]) -> str:
     """Return module names with runs of blocks as one: "embed_tokens, layers 0–19"."""
     parts: list[str] = []
@@ -81,29 +88,24 @@ def print_plan(plan: "LoadPlan") -> None:
     from rich.table import Table
 
     table = Table(box=None, padding=(0, 1))
-    header = HEADER if plan.training is None else [*HEADER[:3], "training", *HEADER[4:]]
-    for index, name in enumerate(header):
+    for index, name in enumerate(header(plan)):
         table.add_column(name, justify="left" if index in (0, 1, len(HEADER) - 1) else "right")
     for row in rows(plan):
         table.add_row(*row)
     console = Console()
     console = console if console.is_terminal else Console(width=PIPED_WIDTH)
     console.print(table)
-    click.echo("" if plan.training is not None else f"\n{prediction_line(plan)}")
-    if plan.training is not None:
-        for line in training_lines(plan):
-            click.echo(line)
+    click.echo()
+    for line in training_lines(plan) or [prediction_line(plan)]:
+        click.echo(line)
     for place in (tier.place for tier in plan.tiers):
         if place.is_host and place.cpus is not None:
             click.echo(host_line(place, place.cpus))
     for tier in plan.tiers:
         if tier.missing_bytes:
             click.echo(f"It does not fit: {tier.place.name} lacks {size(tier.missing_bytes)}.")
-    for place in (tier.place for tier in plan.tiers):
-        if place.draft_bytes:
-            click.echo(
-                f"The model that drafts holds {size(place.draft_bytes)} of {place.title}'s peak."
-            )
+    for line in _draft_lines(plan):
+        click.echo(line)
     mapped = sum(tier.mapped_bytes for tier in plan.tiers)
     if mapped:
         click.echo(f"{size(mapped)} of the weights stay in their files, shared between processes.")
@@ -113,6 +115,14 @@ def print_plan(plan: "LoadPlan") -> None:
         click.echo(line)
 
 
+def _draft_lines(plan: "LoadPlan") -> list[str]:
+    places = [tier.place for tier in plan.tiers if tier.place.draft_bytes]
+    return [
+        f"The model that drafts holds {size(place.draft_bytes)} of {place.title}'s peak."
+        for place in places
+    ]
+
+
 def training_lines(plan: "LoadPlan") -> list[str]:
     """Return what a training holds on each place, by what it is for."""
     found = []
@@ -120,10 +130,10 @@ def training_lines(plan: "LoadPlan") -> list[str]:
         learning = tier.learning
         if learning.total:
             found.append(
-                f"Training on {tier.place.title}: beside the weights {size(learning.learnt)} that learn, "
+                f"Training on {tier.place.title}: {size(learning.learnt)} learn beside the weights, "
                 f"{size(learning.gradients)} of gradients, {size(learning.optimizer)} of the optimizer, "
-                f"{size(learning.activations)} of activations; work is a chunk of logits, or what a layer "
-                "computes again."
+                f"{size(learning.activations)} of activations; work is a chunk of logits, or what a "
+                "layer computes again."
             )
     return found
 

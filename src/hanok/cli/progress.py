@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Protocol
 
 
@@ -51,6 +51,26 @@ def bytes_bar(title: str) -> Iterator[Bar]:
                 display.advance(task, count)
 
         yield Shown()
+
+
+@contextmanager
+def bytes_bars() -> Iterator[Callable[[str, int, int], None]]:
+    """Show one bar after another; yields what is called with a title, bytes done and those of all."""
+    with ExitStack() as stack:
+        shown, before = "", 0
+        bar: Bar = _Silent()
+
+        def show(title: str, done: int, total: int) -> None:
+            nonlocal bar, shown, before
+            if title != shown:
+                stack.close()
+                bar = stack.enter_context(bytes_bar(title))
+                bar.start(total)
+                shown, before = title, 0
+            bar.advance(done - before)
+            before = done
+
+        yield show
 
 
 @contextmanager

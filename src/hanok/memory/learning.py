@@ -96,7 +96,7 @@ class LearningNeeds:
 
     @property
     def layer_bytes(self) -> int:
-        """Held for a moment on the way back through a layer; with checkpointing its activations, too."""
+        """Held for a moment on the way back through a layer; its activations as well, if made again."""
         return max(map(self._moment, range(self._config.num_layers)))
 
     @property
@@ -161,7 +161,6 @@ class LearningNeeds:
         widths = _norm_widths(layer, self._config.hidden_size)
         lora = self._learning.lora
         dropout = 0.0 if lora is None else lora.lora_dropout
-        masks = 0
         for name, source in self._table.items():
             if not name.startswith(f"layers.{index}.") or not name.endswith("_proj.weight"):
                 continue
@@ -173,9 +172,10 @@ class LearningNeeds:
                 widths += int(source.shape[1] * (share if "experts" in name else 1))
             if mine and lora is not None:
                 widths += sum(map(lora.rank_of, mine))
-                masks += source.shape[1] * (1 + self._size) if dropout else 0
+                if dropout:  # its mask, in the dtype of x
+                    widths += source.shape[1]
         widths += _mixer_widths(layer) + _mlp_widths(layer)
-        return tokens * (widths * self._size + masks)
+        return tokens * widths * self._size
 
 
 def _paths(source: Source) -> list[str]:

@@ -31,6 +31,23 @@ def claimed_bytes() -> int:
     return found
 
 
+def resident_bytes() -> int:
+    """Return the memory of this process, pages of files included; 0 where none tells."""
+    return _status_bytes("VmRSS:")
+
+
+def peak_resident_bytes() -> int:
+    """Return the most memory that this process ever had, pages of files included; 0 where none tells."""
+    return _status_bytes("VmHWM:")
+
+
+def _status_bytes(name: str) -> int:
+    if not STATUS.is_file():
+        return 0
+    lines = STATUS.read_text().splitlines()
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(name)), 0)
+
+
 class Watchdog:
     """A context in which no more than `planned_bytes` should be claimed; None: it only measures.
 

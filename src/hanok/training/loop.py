@@ -8,8 +8,9 @@ checkpoint computes what one without a break would have computed.
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,11 +22,13 @@ from hanok.checkpoint.aside import folder_aside, folder_exchanged
 from hanok.engine.model import Model
 from hanok.errors import GenerationError, OptionError
 from hanok.memory.heap import give_back_at_once
+from hanok.memory.watch import peak_resident_bytes
 from hanok.training.checkpoint import CheckpointWriter, find_newest, read_state
 from hanok.training.learnt import Learnt, LearntAdapter, LearntWeights
 from hanok.training.loss import backward, loss_sum
 from hanok.training.optimizer import Optimizer, learning_rate
 from hanok.training.options import TrainOptions
+from hanok.training.speed import StepSpeed
 
 STEP_SEED = 1_000_003
 
@@ -56,8 +59,17 @@ class StepReport:
     num_targets: int
     tokens_per_s: float
     seconds: float
+    data_wait_s: float
+    """Of these, waiting for the data: packing an epoch, and reading documents."""
+    peak_share: float
+    """Operations of the step in its seconds, as a share of the best rate of the model's products,
+    measured once (`training/speed.py`)."""
+    memory_bytes: int
+    """The most that the process had in memory so far; of a GPU, that its allocator held."""
+    epoch: float = 0.0
+    """Epochs done after it; 1.5 is half of the second."""
     held_out_loss: float | None = None
-    """At those steps that `eval_steps` names."""
+    """At those steps that `eval_steps` names, and at the last."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,8 +84,26 @@ class TrainReport:
     losses: tuple[float, ...]
     """Of the steps of this process."""
     held_out_loss: float | None
+    """After the last step; None without held-out documents, and where it was told to stop."""
     is_finished: bool
     """False where it was told to stop."""
+    peak_bytes: int = 0
+    """The most memory that the process had, on a GPU that torch had there."""
+    planned_bytes: int | None = None
+    """What was planned of it; None: no plan was made for this training."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Turn:
+    """A step that is left."""
+
+    number: int
+    """From 0 on."""
+    packs: Sequence[Sequence[int]]
+    epoch: float
+    """Epochs done after it."""
+    wait_s: float
+    """How long its packs took to make."""
 
 
 class Trainer:
@@ -88,6 +118,10 @@ class Trainer:
         self.model = model
         self.options = options
         self.output = Path(output)
+        self.asked: Mapping[str, Any] = {}
+        """What else is asked for, such as data and where each option comes from: kept in checkpoints."""
+        self.asked_before: Mapping[str, Any] = {}
+        """The same of the training that this goes on with."""
         self.is_told_to_stop = False
         """Set it from anywhere, such as a signal's handler: the training stops after its step."""
         self._decoder = model.decoder
@@ -100,7 +134,7 @@ class Trainer:
         found = find_newest(self.output)
         self.skipped: tuple[str, ...] = found.skipped if found else ()
         """Checkpoints that a resumed training did not take, with the reason."""
-        self._decoder.gradient_checkpointing = options.gradient_checkpointing
+        self._decoder.gradient_checkpointing = bool(options.gradient_checkpointing)
         if found is None:
             self.learnt.begin(options.seed)
             self._optimizer = Optimizer(self._decoder, options)
@@ -110,7 +144,12 @@ class Trainer:
             self.learnt.restore(found.folder)
             self._optimizer = Optimizer(self._decoder, options)
             self.first_step = int(state["step"])
+            self.asked_before = state.get("asked", {})
             self._optimizer.restore(moments, self.first_step)
+
+    @cached_property
+    def _speed(self) -> StepSpeed:
+        return StepSpeed(self._decoder, self.options.pack_tokens)
 
     @property
     def parameter_line(self) -> str:
@@ -138,13 +177,22 @@ class Trainer:
         give_back_at_once()
         num_steps = self._num_steps(documents)
         losses: list[float] = []
+        loss: float | None = None
         self._decoder.train()
-        for number, packs in self._steps(documents, num_steps):
-            report = self._step(documents, packs, number, num_steps)
+        for turn in self._steps(documents, num_steps):
+            report = self._step(documents, turn.packs, turn.number, num_steps)
+            seconds = report.seconds + turn.wait_s
+            report = replace(
+                report,
+                epoch=turn.epoch,
+                data_wait_s=report.data_wait_s + turn.wait_s,
+                seconds=seconds,
+                tokens_per_s=report.num_tokens / seconds,
+            )
             losses.append(report.loss)
-            often = self.options.eval_steps
-            if held_out is not None and often and report.step % often == 0:
-                report = replace(report, held_out_loss=self.evaluate(held_out))
+            if held_out is not None and self.evaluates_after(report.step, num_steps):
+                loss = self.evaluate(held_out)
+                report = replace(report, held_out_loss=loss)
             if on_step is not None:
                 on_step(report)
             every = self.options.save_steps
@@ -156,7 +204,10 @@ class Trainer:
         done = self.first_step + len(losses)
         self._save(done)
         is_finished = done >= num_steps
-        loss = None if held_out is None else self.evaluate(held_out)
+        if not is_finished:
+            loss = None
+        elif held_out is not None and not losses:  # it was finished before
+            loss = self.evaluate(held_out)
         target = self.output / self.learnt.folder
         if is_finished and target.exists() and losses:  # of fewer steps
             with folder_exchanged(target) as unfinished:
@@ -171,7 +222,13 @@ class Trainer:
             losses=tuple(losses),
             held_out_loss=loss,
             is_finished=is_finished,
+            peak_bytes=_peak_bytes(self.model.device),
         )
+
+    def evaluates_after(self, step: int, num_steps: int) -> bool:
+        """Return whether held-out documents and samples are looked at after a step."""
+        often = self.options.eval_steps
+        return step == num_steps or bool(often and step % often == 0)
 
     def evaluate(self, documents: Documents) -> float:
         """Return the mean of -log p of the targets of some documents."""
@@ -193,6 +250,7 @@ class Trainer:
         torch.manual_seed(self.options.seed * STEP_SEED + number)
         batches = [_packed(documents, pack, self.model.device) for pack in packs]
         num_targets = sum(len(targets) for _, _, targets in batches)
+        data_wait_s = time.perf_counter() - began
         total = 0.0
         for batch, rows, targets in batches:
             hidden = self._decoder(batch).index_select(0, rows)
@@ -209,6 +267,7 @@ class Trainer:
             )
         num_tokens = sum(len(batch.token_ids) for batch, _, _ in batches)
         seconds = time.perf_counter() - began
+        lengths = [length for batch, _, _ in batches for length in batch.host.query_lengths]
         return StepReport(
             step=number + 1,
             num_steps=num_steps,
@@ -219,6 +278,9 @@ class Trainer:
             num_targets=num_targets,
             tokens_per_s=num_tokens / seconds,
             seconds=seconds,
+            data_wait_s=data_wait_s,
+            peak_share=self._speed.share(lengths, num_targets, seconds),
+            memory_bytes=_peak_bytes(self.model.device),
         )
 
     def _num_steps(self, documents: Documents) -> int:
@@ -228,21 +290,25 @@ class Trainer:
         wanted = max(1, round(per_epoch * self.options.epochs))
         return wanted if self.options.max_steps is None else self.options.max_steps
 
-    def _steps(
-        self, documents: Documents, num_steps: int
-    ) -> Iterator[tuple[int, Sequence[Sequence[int]]]]:
-        """Yield the number of each step that is left, from 0 on, and its packs."""
+    def _steps(self, documents: Documents, num_steps: int) -> Iterator[_Turn]:
+        """Yield each step that is left."""
         size, number, epoch = self.options.packs_per_step, 0, 0
         while number < num_steps:
+            began = time.perf_counter()
             packs = documents.packs(epoch)
+            wait_s = time.perf_counter() - began
             for start in range(0, len(packs), size):
                 if self.first_step <= number < num_steps:
-                    yield number, packs[start : start + size]
+                    done = epoch + min(1.0, (start + size) / len(packs))
+                    part = packs[start : start + size]
+                    yield _Turn(number=number, packs=part, epoch=done, wait_s=wait_s)
+                    wait_s = 0.0
                 number += 1
             epoch += 1
 
     def _save(self, step: int) -> None:
-        state = {"step": step, "options": json.loads(json.dumps(asdict(self.options)))}
+        options = json.loads(json.dumps(asdict(self.options)))
+        state = {"step": step, "options": options, "asked": self.asked}
         self._writer.write(step, state, self._optimizer.state(), self.learnt.write)
 
 
@@ -262,6 +328,12 @@ def _packed(
         start += len(token_ids)
     batch = ForwardBatch.of(sequences, device=device)
     return batch, torch.tensor(rows, device=device), torch.tensor(targets, device=device)
+
+
+def _peak_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return peak_resident_bytes()
 
 
 def _check_same(old: dict[str, Any], options: TrainOptions) -> None:

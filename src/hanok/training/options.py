@@ -45,8 +45,9 @@ class TrainOptions:
     """Of AdamW."""
     max_grad_norm: float = 1.0
     """Longer gradients are scaled down to this length. 0: never."""
-    gradient_checkpointing: bool = False
-    """Keep only what goes into each layer and compute the rest again: less memory, a third slower."""
+    gradient_checkpointing: bool | None = None
+    """Keep only what goes into each layer and compute the rest again: less memory, a third slower. None:
+    where it does not fit otherwise."""
     seed: int = 0
     """Of the order of documents, of new adapters, and of dropout."""
     save_steps: int = 100
@@ -54,7 +55,8 @@ class TrainOptions:
     keep_checkpoints: int = 2
     """Complete checkpoints that are kept."""
     eval_steps: int = 0
-    """Steps between losses of the held-out documents. 0: at the end only."""
+    """Steps between losses of the held-out documents, and between samples. 0: before the first and after
+    the last one only."""
     held_out: float = 0.0
     """Share of the documents that are held out, drawn by the seed."""
 

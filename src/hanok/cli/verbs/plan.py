@@ -2,19 +2,27 @@
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from hanok.cli.fields import add_options, field_options, field_values
+from hanok.cli.learnt import learnt_options, read_learnt
 from hanok.cli.options import cache_folder_option, plan_options
 from hanok.cli.plan_table import print_plan
 from hanok.errors import BudgetError
+from hanok.memory.learning import NOTHING, Learning
 from hanok.memory.options import LoadOptions
 from hanok.package import BUNDLED
+from hanok.training.options import TrainOptions
 
 if TYPE_CHECKING:
     from hanok.memory.plan import LoadPlan
+
+TRAINING = ("pack_tokens", "gradient_checkpointing")
+"""The options of a training that its memory depends on, besides what learns."""
 
 
 @click.command("plan", short_help="Say where every byte would live, before one is read.")
@@ -33,12 +41,22 @@ if TYPE_CHECKING:
     type=click.Path(path_type=Path),
     help="A draft model, with the same options but for --device-map and --cache-dtype.",
 )
+@click.option(
+    "--train",
+    is_flag=True,
+    help="Plan a training, with the options below; without it a generation or a server.",
+)
+@learnt_options
+@lambda plan: add_options(plan, field_options(TrainOptions, {}, only=TRAINING))
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object (docs/plan.md).")
 def command(
     path: Path | None,
     draft: Path | None,
     devices: tuple[str, ...],
     cache_folder: Path,
+    train: bool,
+    lora: str,
+    full: bool,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -49,7 +67,8 @@ def command(
     # Imported here: `hanok --help` reads no checkpoint.
     from hanok.memory.planning import plan_draft, plan_load
 
-    asked, draft_plan = LoadOptions(**options), None
+    asked, draft_plan = LoadOptions(**field_values(LoadOptions, options)), None
+    training = _training(options, read_learnt(lora, full=full)) if train else None
     if draft is not None:
         own = asked.for_draft().planned
         draft_plan = plan_draft(draft, devices=devices, is_running=False, **own)
@@ -59,6 +78,7 @@ def command(
         rates_file=cache_folder / "rates.json",
         is_running=False,
         draft=draft_plan,
+        training=training,
         **asked.planned,
     )
     if as_json:
@@ -67,6 +87,14 @@ def command(
         print_plan(plan)
     if not plan.fits:
         sys.exit(BudgetError.exit_code)
+
+
+def _training(options: Mapping[str, Any], learnt: Mapping[str, Any]) -> Learning:
+    from hanok.training.config import lora_of
+
+    values = field_values(TrainOptions, options)
+    values |= {name: value and lora_of(value) for name, value in learnt.items()}
+    return TrainOptions(**values).learning
 
 
 def plan_object(plan: "LoadPlan") -> dict[str, Any]:
@@ -107,6 +135,7 @@ def plan_object(plan: "LoadPlan") -> dict[str, Any]:
         ],
         "hf_device_map": plan.hf_device_map,
         "reasons": {item.unit.modules[0]: item.reason for item in plan.placements},
+        "training": _training_object(plan),
         "load_s": plan.prediction.load_s,
         "first_token_s": plan.prediction.first_token_s,
         "tokens_per_s": plan.prediction.tokens_per_s if generates else None,
@@ -120,6 +149,22 @@ def plan_object(plan: "LoadPlan") -> dict[str, Any]:
             }
             for remedy in plan.remedies
         ],
+    }
+
+
+def _training_object(plan: "LoadPlan") -> dict[str, Any] | None:
+    if plan.training is None:
+        return None
+    used = [tier for tier in plan.tiers if tier.place.kind != "disk"]
+    total = sum((tier.learning for tier in used), NOTHING)
+    return {
+        "peak_bytes": sum(tier.peak_bytes for tier in used if tier.modules),
+        "learnt_bytes": total.learnt,
+        "gradient_bytes": total.gradients,
+        "optimizer_bytes": total.optimizer,
+        "activation_bytes": total.activations,
+        "pack_tokens": plan.training.pack_tokens,
+        "gradient_checkpointing": plan.training.gradient_checkpointing,
     }
 
 

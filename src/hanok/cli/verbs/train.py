@@ -1,31 +1,54 @@
 """`hanok train`: training, and what comes before it."""
 
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
-from hanok.checkpoint.lora_config import LoraConfig
 from hanok.cli.fields import add_options, field_options, field_values
+from hanok.cli.learnt import learnt_options, read_learnt
 from hanok.cli.options import cache_folder_option, some_load_options
 from hanok.errors import OptionError
-from hanok.memory.options import LoadOptions
-from hanok.registry import nearest_first
+from hanok.training.config import (
+    FILE,
+    FLAG,
+    LOAD,
+    LORA,
+    read_config,
+    resolve,
+)
 from hanok.training.data.options import DataOptions
 from hanok.training.options import TrainOptions
+from hanok.training.report_options import TARGETS, ReportOptions
 
 if TYPE_CHECKING:
     from hanok.checkpoint.tokenizer import Tokenizer
 
+
+def _read_names(context: click.Context, parameter: click.Parameter, value: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in value.split(",") if name.strip())
+
+
 DATA_OPTIONS: dict[str, dict[str, Any]] = {
     "chat_template": {"metavar": "NAME|FILE|TEXT"},
-    "allow": {"metavar": "NAME,…", "multiple": False, "default": "", "type": str},
+    "allow": {
+        "metavar": "NAME,…",
+        "multiple": False,
+        "default": "",
+        "type": str,
+        "callback": _read_names,
+    },
 }
-
-
+REPORT_OPTIONS: dict[str, dict[str, Any]] = {
+    "samples": {"flag": "--sample", "metavar": "PROMPT"},
+    "report_to": {"type": click.Choice(TARGETS)},
+}
 RUN = "run"
-LOAD = ("dtype", "quant", "device_map", "max_memory", "attn_implementation", "threads")
+CACHE = "train"
+"""The folder of tokenized documents in hanok's cache folder."""
 
 
 class Training(click.Group):
@@ -62,25 +85,34 @@ def command() -> None:
 
 
 @command.command(RUN, hidden=True)
-@click.argument("model", type=click.Path(path_type=Path))
-@click.argument("data", nargs=-1, required=True, metavar="DATA…")
+@click.argument("model", type=click.Path(path_type=Path), required=False)
+@click.argument("data", nargs=-1, metavar="DATA…")
 @click.option(
     "--output",
-    required=True,
     type=click.Path(path_type=Path, file_okay=False),
-    help="Where checkpoints, log.jsonl and the adapter are written; a training there is gone on with.",
+    help="Where checkpoints, log.jsonl and the result are written; a training there is gone on with.",
 )
 @click.option(
-    "--lora",
-    metavar="NAME=VALUE,…",
+    "--config",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="YAML with model, data, output and options by their names; options given as flags count more.",
+)
+@click.option(
+    "--from",
+    "foreign",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="YAML of axolotl or LLaMA-Factory, in place of --config: what becomes of each key is listed.",
+)
+@click.option(
+    "--ignore",
+    metavar="KEY,…",
     default="",
-    help="The adapter, in PEFT's names: r=16,lora_alpha=32,target_modules=q_proj+v_proj.  "
-    "[default: r=16,lora_alpha=32,target_modules=all-linear]",
+    callback=_read_names,
+    help="Keys of --from that cannot be translated, and are to be left out.",
 )
-@click.option(
-    "--full", is_flag=True, help="Let all weights learn, in place of an adapter over them."
-)
+@learnt_options
 @lambda run: add_options(run, field_options(TrainOptions, {}, without=["lora"]))
+@lambda run: add_options(run, field_options(ReportOptions, REPORT_OPTIONS))
 @lambda run: add_options(run, field_options(DataOptions, DATA_OPTIONS))
 @some_load_options(*LOAD)
 @cache_folder_option("tokenized documents are")
@@ -88,84 +120,48 @@ def command() -> None:
 def run(
     context: click.Context,
     /,
-    model: Path,
-    data: tuple[str, ...],
-    output: Path,
-    lora: str,
     full: bool,
+    config: Path | None,
+    foreign: Path | None,
+    ignore: tuple[str, ...],
     cache_folder: Path,
     **options: Any,
 ) -> None:
     """Train an adapter, or all weights."""
     from hanok.cli.steps import step_of
-    from hanok.cli.training import Asked, train
+    from hanok.cli.training import train
 
-    if full and lora:
-        raise OptionError(
-            "--full and --lora are both given: all weights learn, or an adapter does."
-        )
-    allow = tuple(name.strip() for name in options.pop("allow").split(",") if name.strip())
-    asked = Asked(
-        model=model,
-        data=data,
-        output=output,
-        load=LoadOptions(**field_values(LoadOptions, options), weights="copied"),
-        options=TrainOptions(
-            **field_values(TrainOptions, options), lora=None if full else read_lora(lora)
-        ),
-        data_options=DataOptions(**field_values(DataOptions, options), allow=allow),
-        cache_folder=cache_folder,
-        step=step_of(
-            context,
-            "trains all weights" if full else "trains this adapter",
-            ("output", "cache_folder", "threads"),
-        ),
-    )
-    context.exit(train(asked))
-
-
-def read_lora(text: str) -> LoraConfig:
-    """Return the adapter that NAME=VALUE,… says; several names are joined by +.
-
-    Raises OptionError for an unknown name, with the nearest, and for values of another kind.
-    """
-    found: dict[str, Any] = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
-    kinds: dict[str, Callable[[str], Any]] = {
-        "r": int,
-        "lora_alpha": float,
-        "lora_dropout": float,
-        "target_modules": lambda value: value if value == "all-linear" else tuple(value.split("+")),
-        "exclude_modules": lambda value: tuple(value.split("+")),
-        "layers_to_transform": lambda value: tuple(map(int, value.split("+"))),
-        "use_rslora": _flag,
-        "use_dora": _flag,
-        "init_lora_weights": lambda value: True if value.lower() == "true" else value,
-        "modules_to_save": lambda value: tuple(value.split("+")),
-        "trainable_token_indices": lambda value: tuple(map(int, value.split("+"))),
-        "ensure_weight_tying": _flag,
-        "rank_pattern": lambda value: _pattern(value, int),
-        "alpha_pattern": lambda value: _pattern(value, float),
+    flags = {
+        name: value
+        for name, value in options.items()
+        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE
     }
-    for item in filter(None, map(str.strip, text.split(","))):
-        name, _, value = item.partition("=")
-        if name not in kinds:
-            known = ", ".join(nearest_first(name, list(kinds)))
-            raise OptionError(f"--lora: {name!r} is unknown. Known: {known}.")
-        try:
-            found[name] = kinds[name](value)
-        except (ValueError, KeyError):
-            raise OptionError(f"--lora: {name} is {value!r}, which it cannot be.") from None
-    return LoraConfig(**found)
+    flags |= read_learnt(flags.pop(LORA, None), full=full)
+    layers = _files(config, foreign, ignore)
+    asked = resolve([*layers, (FLAG, flags)], cache_folder / CACHE)
+    text = "trains all weights" if asked.options.lora is None else "trains this adapter"
+    step = step_of(context, text, ("output", "cache_folder", "threads"))
+    context.exit(train(asked, step))
 
 
-def _flag(value: str) -> bool:
-    return {"true": True, "false": False}[value.lower()]
+def _files(
+    config: Path | None, foreign: Path | None, ignored: Sequence[str]
+) -> list[tuple[str, Mapping[str, Any]]]:
+    """Return what a file says, hanok's or another trainer's."""
+    if config is not None and foreign is not None:
+        raise OptionError("--config and --from are both given; give one of them.")
+    if config is not None:
+        return [(FILE, read_config(config))]
+    if foreign is None:
+        return []
+    # Imported here: few trainings have such a file.
+    from hanok.training.foreign import translate
 
-
-def _pattern(value: str, kind: Callable[[str], Any]) -> dict[str, Any]:
-    """Read NAME:NUMBER+NAME:NUMBER."""
-    pairs = (item.rpartition(":") for item in value.split("+"))
-    return {name: kind(number) for name, _, number in pairs}
+    found = translate(foreign, ignored)
+    click.echo(f"{foreign} is a file of {found.trainer}:", err=True)
+    for note in found.notes:
+        click.echo(f"  {note}", err=True)
+    return [(FILE, found.values)]
 
 
 @command.command("preview", short_help="Show what would be learnt, token by token.")
@@ -216,27 +212,21 @@ def preview(
     """
     # Imported here: tokenizers and rich are slow to import.
     from hanok.checkpoint.tokenizer import open_tokenizer
-    from hanok.cli.progress import bytes_bar
+    from hanok.cli.progress import bytes_bars
     from hanok.cli.train_preview import print_preview
     from hanok.training.data.dataset import Dataset
-    from hanok.training.data.options import read_source
-    from hanok.training.data.read import size_of
 
-    allow = tuple(name.strip() for name in options.pop("allow").split(",") if name.strip())
-    asked = DataOptions(**field_values(DataOptions, options), allow=allow)
     tokenizer = open_tokenizer(folder)
-    sources = [read_source(item) for item in data]
-    with bytes_bar("Tokenizing") as bar:
-        bar.start(sum(size_of(source.path) for source in sources))
+    with bytes_bars() as show:
         dataset = Dataset.open(
-            sources,
+            data,
             tokenizer,
-            asked,
+            DataOptions(**field_values(DataOptions, options)),
             pack_tokens=pack_tokens,
             seed=seed,
             end_ids=_end_ids(folder, tokenizer),
-            cache_folder=cache_folder / "train",
-            progress=bar.advance,
+            cache_folder=cache_folder / CACHE,
+            progress=partial(show, "Tokenizing"),
         )
     print_preview(dataset, range(start, start + rows))
     dataset.check()

@@ -6,7 +6,7 @@ epoch (`pack.py`). What looks wrong is found then, and `check` refuses it.
 """
 
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,11 +35,13 @@ from hanok.training.data.options import (
     read_source,
 )
 from hanok.training.data.pack import pack_epoch, shuffled, take_times
-from hanok.training.data.read import find_files
+from hanok.training.data.read import find_files, size_of
 from hanok.training.data.templates import resolve
-from hanok.training.data.tokenize import Progress, Reading, tokenize_file
+from hanok.training.data.tokenize import Reading, tokenize_file
 
 SHOWN_TOKENS = 60
+CONVERSATIONS = ("messages", "sharegpt", "alpaca")
+"""The formats whose rows are rendered by a chat template."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,13 +149,14 @@ class Dataset:
         seed: int = 0,
         end_ids: Collection[int] = (),
         cache_folder: Path | None = None,
-        progress: Progress = lambda num_bytes: None,
+        progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> "Dataset":
         """Read, tokenize and mask `sources`: files, folders, or texts as `read_source` reads them.
 
         `end_ids` are the tokens at which the model stops when it serves. With `cache_folder` the
-        documents are kept there, and a second call reads no row again. `progress` is called with
-        numbers of bytes that have been read. Raises DataError or OptionError, each with what to do.
+        documents are kept there, and a second call reads no row again. `progress` is called with the
+        bytes that have been read and those of all files. Raises DataError or OptionError, each with
+        what to do.
         """
         length = pack_tokens if options.max_length is None else options.max_length
         if length > pack_tokens:
@@ -166,7 +169,14 @@ class Dataset:
         renderer = Renderer(
             tokenizer, template=template, end_ids=end_ids, appends_eos=options.append_eos
         )
-        reading = Reading(seed=seed, max_bad_rows=options.max_bad_rows, progress=progress)
+        total, done = sum(size_of(source.path) for source in asked), 0
+
+        def advance(num_bytes: int) -> None:
+            nonlocal done
+            done += num_bytes
+            progress(done, total)
+
+        reading = Reading(seed=seed, max_bad_rows=options.max_bad_rows, progress=advance)
         with ExitStack() as stack:
             if cache_folder is None:
                 # What is mapped stays readable after its files are gone.
@@ -196,6 +206,11 @@ class Dataset:
         dataset.findings = found.findings(options.max_truncated)
         dataset.num_truncated, dataset.num_left_out = found.num_truncated, found.num_left_out
         return dataset
+
+    @property
+    def has_conversations(self) -> bool:
+        """Whether a chat template renders any of it."""
+        return any(found.summary.format in CONVERSATIONS for _, _, found in self._files)
 
     def check(self) -> None:
         """Raise DataError for what looks wrong and is not allowed by name, with the document."""
