@@ -127,18 +127,27 @@ def _best_per_s(
     flops = seconds = 0.0
     limit_s = PROBE_S / max(1, len(shapes))
     for (rows, columns), count in shapes.items():
-        rate = _product_rate(
-            min(rows, MOST_WEIGHTS // columns), columns, tokens, dtype, device, limit_s
-        )
+        fewer, threads = min(rows, MOST_WEIGHTS // columns), torch.get_num_threads()
+        rate = _product_rate((fewer, columns), tokens, dtype, device, limit_s, threads)
         flops += count * rows * columns
         seconds += count * rows * columns / rate
     return flops / seconds if seconds else float("inf")
 
 
+@cache
 def _product_rate(
-    rows: int, columns: int, tokens: int, dtype: torch.dtype, device: torch.device, limit_s: float
+    shape: tuple[int, int],
+    tokens: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    limit_s: float,
+    threads: int,
 ) -> float:
-    """Return the best rate of one product with as many of the tokens as fit into the time."""
+    """Return the best rate of one product with as many of the tokens as fit into the time.
+
+    It is measured once in a process, for a number of threads.
+    """
+    rows, columns = shape
     weight = torch.full((rows, columns), 0.01, dtype=dtype, device=device)
     count, best, began = min(FEWEST_TOKENS, tokens), 0.0, time.perf_counter()
     while True:
