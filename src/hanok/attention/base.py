@@ -242,6 +242,10 @@ class ForwardBatch:
         moved = self.token_ids.to(device), self.positions.to(device)
         return ForwardBatch(*moved, self._host, lengths, adapters)
 
+    def with_adapters(self, adapters: Tensor) -> "ForwardBatch":
+        """Return the same tokens with other adapters."""
+        return ForwardBatch(self.token_ids, self.positions, self._host, self._lengths, adapters)
+
     def last_tokens(self) -> list[int]:
         """Return the index of each sequence's last token."""
         return [end - 1 for end in accumulate(self.host.query_lengths)]

@@ -10,8 +10,9 @@ many tokens and keys it has and in which blocks.
 
 While a pass is recorded every function of torch is watched. Views and new buffers need nothing, sums
 and copies become calls of our kernels, and any other function would be missing from the recording: then
-passes over so many tokens are not recorded again. A pass with adapters never is: which products they
-change depends on the batch. A recording keeps its buffers, so the least recently used is dropped.
+passes over so many tokens are not recorded again. Where adapters are attached their kernel is called for
+each product that has some, and looks for each token's in a buffer as well. A recording keeps its buffers, so
+the least recently used is dropped.
 """
 
 from collections import OrderedDict
@@ -19,12 +20,14 @@ from collections.abc import Mapping, Sequence
 from ctypes import addressof, c_int64
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from hanok.attention.base import ForwardBatch
 from hanok.attention.cache import KVCache
 from hanok.kernels.native import FLOATS, AttentionCall, Native, Recording, Step, native, recording
+from hanok.models.adapters import activated
 from hanok.models.decoder import Decoder
 
 # torch's functions by name. What asks for no numbers of a tensor and makes none:
@@ -70,6 +73,8 @@ class NativeSteps:
         self._passes: OrderedDict[int, _Pass] = OrderedDict()
         self._seen: set[int] = set()
         self._addresses: tuple[int, ...] = ()
+        self._tables: list[Mapping[str, Tensor | None]] = []
+        self._listed = -1
 
     @property
     def recorded_tokens(self) -> list[int]:
@@ -92,12 +97,12 @@ class NativeSteps:
         """
         count = len(batch.token_ids)
         # Weights may move while the model works (memory/promote.py); a recording has the old places.
-        addresses = tuple(parameter.data_ptr() for parameter in self._decoder.parameters())
+        addresses = tuple(item.data_ptr() for item in self._weights())
         if self._addresses != addresses:
             self._addresses = addresses
             self._passes.clear()
             self._seen.clear()
-        is_kept = count <= KEPT_TOKENS and count not in self.obstacles and batch.adapters is None
+        is_kept = count <= KEPT_TOKENS and count not in self.obstacles
         if not is_kept or count not in self._seen:
             self._seen.add(count)
             hidden: Tensor = self._decoder(batch, self._cache)
@@ -115,6 +120,14 @@ class NativeSteps:
         while sum(self._passes) > KEPT_TOKENS:
             self._seen.discard(self._passes.popitem(last=False)[0])
         return found.hidden
+
+    def _weights(self) -> list[Tensor]:
+        """Return the decoder's parameters: of the modules that there are since weights last changed."""
+        if self._listed != self._decoder.num_weight_changes:
+            self._listed = self._decoder.num_weight_changes
+            tables = [module._parameters for module in self._decoder.modules()]
+            self._tables = [table for table in tables if table]
+        return [item for table in self._tables for item in table.values() if item is not None]
 
 
 class _Pass:
@@ -134,6 +147,12 @@ class _Pass:
         self._cos_sin = {
             rope: values.clone() for rope, values in decoder.cos_sin(batch, self._x.dtype).items()
         }
+        self._default_adapter = activated(decoder)
+        self._adapters: Tensor | None = None
+        if self._default_adapter is not None:
+            self._adapters = torch.empty_like(batch.token_ids)
+            self._choose(batch)
+            batch = batch.with_adapters(self._adapters)
         with recording() as found, _Watch(kernels) as watch:
             self.hidden = decoder.blocks(self._x, batch, self._cos_sin, cache)
         self.obstacle = watch.obstacle
@@ -156,6 +175,7 @@ class _Pass:
         self._x.copy_(self._decoder.embed(batch))
         for rope, values in self._decoder.cos_sin(batch, self._x.dtype).items():
             self._cos_sin[rope].copy_(values)
+        self._choose(batch)
         host = batch.host
         num_sequences = len(host.blocks)
         if self._calls and self._calls[0].num_sequences != num_sequences:
@@ -167,6 +187,15 @@ class _Pass:
             self._blocks[start : start + len(blocks)] = list(blocks)
         self._kernels.run(self._steps)
         return self.hidden
+
+    def _choose(self, batch: ForwardBatch) -> None:
+        """Write each token's adapter where the recorded calls look."""
+        if self._adapters is None or self._default_adapter is None:
+            return
+        if batch.adapters is None:
+            self._adapters.fill_(self._default_adapter)
+        else:
+            self._adapters.copy_(batch.adapters)
 
 
 class _Watch(TorchFunctionMode):

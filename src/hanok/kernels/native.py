@@ -44,7 +44,7 @@ PANEL_KINDS: dict[PanelKind, int] = {
 Quantizer = Literal["int8", "int4", "table", "float8"]
 QUANTIZERS: dict[Quantizer, int] = {"int8": 0, "int4": 1, "table": 2, "float8": 3}
 GATE_ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
-DENSE, PRODUCT, ATTEND, RMS_NORM, ROTATE, GATE, ADD, COPY, WIDEN = range(9)
+DENSE, PRODUCT, ATTEND, RMS_NORM, ROTATE, GATE, ADD, COPY, WIDEN, ADD_LORA = range(10)
 
 
 class Panels(ctypes.Structure):
@@ -81,6 +81,25 @@ class AttentionCall(ctypes.Structure):
         ("softcap", c_float),
         ("type", c_int32),
         ("cache_type", c_int32),
+    )
+
+
+class LoraPart(ctypes.Structure):
+    """A part of an adapter, as the library takes it (cpp/kernels.h)."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("a", "b")),
+        *((name, c_int64) for name in ("number", "first_row", "rows", "rank")),
+        ("scale", c_float),
+    )
+
+
+class LoraCall(ctypes.Structure):
+    """The adapters of one product, as the library takes them (cpp/kernels.h)."""
+
+    _fields_ = (
+        ("parts", c_void_p),
+        *((name, c_int64) for name in ("num_parts", "rows", "columns")),
     )
 
 
@@ -358,6 +377,33 @@ class Native:
             Step((x.data_ptr(),), y.data_ptr(), (x.numel(),), 0.0, WIDEN, 0, item_type), x, y
         )
         return y
+
+    def add_lora(
+        self, call: LoraCall, x: Tensor, chosen: Tensor, product: Tensor, *kept: object
+    ) -> None:
+        """Add what the tokens' adapters add, in place; each token's result is that of the token alone.
+
+        x: (tokens, in)   product: (tokens, out)   both bfloat16 or both float32, on the CPU, as is what
+        `call`, whose addresses point into `kept`, says.   chosen: (tokens,) int64, numbers of adapters;
+        a number that `call` does not have is none.
+        """
+        x = x.contiguous()
+        tokens = x.shape[0]
+        shapes = (x.shape, product.shape, chosen.shape)
+        if shapes != ((tokens, call.columns), (tokens, call.rows), (tokens,)):
+            raise ValueError(
+                f"x is {tuple(x.shape)}, the product {tuple(product.shape)}, chosen "
+                f"{tuple(chosen.shape)} and the adapters are of a weight {call.rows} x {call.columns}"
+            )
+        if x.dtype != product.dtype or not product.is_contiguous() or not product.is_cpu:
+            raise ValueError(
+                f"x is {x.dtype}, the product {product.dtype}, strides {product.stride()}"
+            )
+        if chosen.dtype is not torch.int64 or not chosen.is_cpu or not chosen.is_contiguous():
+            raise ValueError(f"chosen is {chosen.dtype} on {chosen.device}, not int64 in a row")
+        inputs = (x.data_ptr(), ctypes.addressof(call), chosen.data_ptr())
+        step = Step(inputs, product.data_ptr(), (tokens,), 0.0, ADD_LORA, 0, _type(x))
+        self._call(step, x, call, chosen, product, kept)
 
     def log_sum_exp(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Return the logarithm of each row's sum of exponentials, and its first largest entry.

@@ -26,6 +26,7 @@ from hanok.checkpoint.lora_config import LoraConfig
 from hanok.checkpoint.safetensors import TensorRef
 from hanok.checkpoint.writer import TensorData, write_json, write_tensors
 from hanok.errors import CheckpointError, OptionError
+from hanok.kernels.lora import by_columns
 from hanok.memory.save import bytes_of
 from hanok.memory.tensors import DTYPE_NAMES, MappedFiles, from_file_order, to_file_order
 from hanok.models.adapters import (
@@ -83,6 +84,8 @@ def attach_files(
         parts[path] = part
         if training is not None and training.is_pissa:
             parts[path] = _split(part, training.rank_of(path))
+        if training is None:  # an optimizer wants rows
+            parts[path] = replace(part, b=by_columns(part.b))
     whole = {}
     for path in files.whole:
         weight, bias = files.of(path, ".weight"), files.of(path, ".bias")

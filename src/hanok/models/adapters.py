@@ -191,6 +191,15 @@ def activate(decoder: Decoder, index: int | None) -> None:
     decoder.weights_changed()
 
 
+def activated(decoder: Decoder) -> int | None:
+    """Return which adapter is that of tokens whose batch names none, or -1.
+
+    None where no product has any.
+    """
+    found = [module.active for module in decoder.modules() if isinstance(module, Lora)]
+    return next((index for index in found if index is not None), -1) if found else None
+
+
 def detach(decoder: Decoder, index: int) -> None:
     """Remove an adapter from every module that has it."""
     for module in decoder.modules():

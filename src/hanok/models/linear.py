@@ -253,7 +253,7 @@ class Linear(Weighted):
     @property
     def exact_tokens(self) -> int | None:
         """How many tokens of a pass our CPU kernels compute as each alone is; None: any number."""
-        if self.lora is not None:
+        if self.lora is not None and not self.lora.is_exact:
             return 1  # torch multiplies by the adapter
         stored, kernels = self.stored, native()
         if stored is not None:

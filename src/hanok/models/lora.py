@@ -2,11 +2,15 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from hanok.kernels.lora import LoraTable, TablePart, add_differentiably, by_columns, why_not
+from hanok.kernels.native import Native, native
 
 BLOCK_ROWS = 1024  # of a weight in float32 at a time
 
@@ -106,6 +110,37 @@ class Adapter(nn.Module):
         found: Sequence[Tensor] = F.linear(x, a.to(x.dtype)).split(self._ranks, dim=1)  # type: ignore[no-untyped-call]  # torch's
         return found
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether it adds scale x B A x to the product and nothing else, as our kernel does."""
+        return not len(self.magnitudes) and self.initial_a is None
+
+    @property
+    def first_rows(self) -> list[int]:
+        """Return the first row of each part that is used."""
+        starts = accumulate(self._rows, initial=0)
+        return [start for start, is_used in zip(starts, self._is_used, strict=False) if is_used]
+
+    def added(self, x: Tensor, product: Tensor, kernels: Native) -> Tensor:
+        """Return the product, changed in place, with what is added to all tokens; differentiable."""
+        if self.training and self.dropout:
+            x = F.dropout(x, self.dropout)
+        weights = self.a, list(self.b)
+        return add_differentiably(kernels, x, product, *weights, self.first_rows, self.scales)
+
+    def table_parts(self, number: int, dtype: torch.dtype) -> list[TablePart]:
+        """Return the parts as our kernel takes them, in a dtype."""
+        a = self.a.detach().to(dtype).split(self._ranks)  # type: ignore[no-untyped-call]  # torch's
+        b = [by_columns(item.detach().to(dtype)) for item in self.b]
+        made = zip(self.first_rows, a, b, self.scales, strict=True)
+        return [TablePart(number, *item) for item in made]
+
+    def is_in_place(self, dtype: torch.dtype) -> bool:
+        """Whether `table_parts` are the parameters themselves, so that they may change."""
+        return all(item.dtype is dtype for item in (self.a, *self.b)) and all(
+            by_columns(item) is item for item in self.b
+        )
+
     def parts(self) -> list[Part | None]:
         """Return the parts, views of the parameters."""
         inner = self.a.split(self._ranks)  # type: ignore[no-untyped-call]  # torch's
@@ -200,6 +235,7 @@ class Lora(nn.Module):
         super().__init__()
         self.adapters = nn.ModuleDict()
         self.active: int | None = None
+        self._table: tuple[Any, LoraTable] | None = None
 
     def add(self, index: int, adapter: nn.Module) -> None:
         """Hold an adapter, a `Change`, under an index that no other has."""
@@ -212,12 +248,68 @@ class Lora(nn.Module):
 
         chosen: (tokens,), the index of each token's adapter; None: `active` is that of all
         """
+        name = str(self.active)
+        if chosen is None and name not in self.adapters:
+            return output
+        compiled = self._compiled(x, output, chosen)
+        if compiled is not None:
+            return compiled
         if chosen is None:
-            name = str(self.active)
-            return self.adapters[name](x, output, base) if name in self.adapters else output
+            whole: Tensor = self.adapters[name](x, output, base)
+            return whole
         for name, adapter in self.adapters.items():
             mine = (chosen == int(name)).nonzero()[:, 0]
             if len(mine):
                 changed = adapter(x[mine], output[mine], base)
                 output = output.index_copy(0, mine, changed.to(output.dtype))
         return output
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether a token's result is that of the token alone: our kernel multiplies, on a CPU."""
+        return self._kernels() is not None
+
+    def _kernels(self) -> Native | None:
+        """Return the kernels where they multiply by all adapters there are."""
+        for adapter in self.adapters.values():
+            if not isinstance(adapter, Adapter) or not adapter.is_plain:
+                return None
+            if why_not([adapter.a, *adapter.b]) is not None:
+                return None
+        return native()
+
+    def _compiled(self, x: Tensor, product: Tensor, chosen: Tensor | None) -> Tensor | None:
+        """Return the product, changed in place by our kernel; None where torch has to multiply."""
+        kernels = self._kernels()
+        if kernels is None or why_not([x, product]) is not None:
+            return None
+        needs = (x, product, *self.parameters())
+        if torch.is_grad_enabled() and any(item.requires_grad for item in needs):
+            adapter = self.adapters[str(self.active)] if chosen is None else None
+            return adapter.added(x, product, kernels) if isinstance(adapter, Adapter) else None
+        if chosen is None:
+            chosen = x.new_full((len(x),), self.active or 0, dtype=torch.int64)
+        self._table_for(x, product).add(kernels, x, chosen, product)
+        return product
+
+    def _table_for(self, x: Tensor, product: Tensor) -> LoraTable:
+        """Return the adapters as the kernel takes them: kept, unless it takes copies."""
+        key = x.dtype, tuple(self.adapters), [item.data_ptr() for item in self.parameters()]
+        if self._table is not None and self._table[0] == key:
+            return self._table[1]
+        found = {
+            int(name): item for name, item in self.adapters.items() if isinstance(item, Adapter)
+        }
+        parts = [
+            part
+            for number, adapter in found.items()
+            for part in adapter.table_parts(number, x.dtype)
+        ]
+        table = LoraTable(parts, product.shape[1], x.shape[1])
+        if all(adapter.is_in_place(x.dtype) for adapter in found.values()):
+            self._table = key, table
+        return table
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out addresses, for copies."""
+        return self.__dict__ | {"_table": None}

@@ -29,13 +29,6 @@ INLINE void wide_x(const Item* x, float* to, int64_t runs) {
             to[run * kRun + i % kStep * kLanes + i / kStep] = widen(x[run * kRun + i]);
 }
 
-INLINE void wide_run(const uint16_t* from, Floats (&to)[2]) {
-    const Words words = Words::load(from);
-    to[0] = reinterpret<Floats>(words << 16);
-    to[1] = reinterpret<Floats>(words & Words::all(0xffff0000u));
-}
-INLINE void wide_run(const float* from, Floats (&to)[1]) { to[0] = load(from); }
-
 template <class Item>
 struct Dense {
     const float* wide;  // (tokens, runs, columns of a run)
@@ -60,7 +53,7 @@ INLINE void dense_rows(const Dense<Item>& d, int64_t row) {
         for (int r = 0; r < kRows; ++r) {
             const Item* from = d.weight + (row + r) * d.columns + run * kRun;
             __builtin_prefetch(from + kPrefetchItems);
-            wide_run(from, weight[r]);
+            widen_run(from, weight[r]);
         }
         for (int t = 0; t < kTokens; ++t)
             for (int v = 0; v < kVectors; ++v) {

@@ -64,6 +64,21 @@ struct Attention {
     std::int32_t type, cache_type;
 };
 
+// A part of an adapter: scale * B A, for rows [first_row, first_row + rows) of a product.
+struct LoraPart {
+    const void* a;  // (rank, columns of the product's weight)
+    const void* b;  // (rank, rows): the columns of B one after the other
+    std::int64_t number;  // of the adapter; all parts of one follow one another
+    std::int64_t first_row, rows, rank;
+    float scale;
+};
+
+// The adapters of one product with a weight (rows, columns).
+struct Lora {
+    const LoraPart* parts;
+    std::int64_t num_parts, rows, columns;
+};
+
 // One instruction set's kernels. All return 0, or 1 where memory could not be had.
 struct Kernels {
     const char *key, *name;      // for programs, for people
@@ -90,6 +105,8 @@ struct Kernels {
     int (*widen)(const void* x, void* y, std::int64_t count, int threads);
     int (*log_sum_exp)(const void* x, float* totals, std::int64_t* likeliest, std::int64_t rows,
                        std::int64_t columns, int threads);
+    int (*add_lora)(const Lora* lora, const void* x, const std::int64_t* chosen, void* y,
+                    std::int64_t tokens, int type, int threads);
 };
 
 // One call of a kernel as data, so that many can be kept and made in turn.
@@ -103,6 +120,7 @@ enum Operation {
     kAdd = 6,      // a, b; count
     kCopy = 7,     // from; rows, bytes of a row, bytes from row to row
     kWiden = 8,    // x; count
+    kAddLora = 9,  // x, Lora, each token's adapter; tokens
 };
 struct Step {
     const void* inputs[3];

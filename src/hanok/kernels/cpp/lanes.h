@@ -267,6 +267,14 @@ INLINE Words load_halves(const uint16_t* from) {
 INLINE Floats load(const float* from) { return Floats::load(from); }
 INLINE Floats load(const uint16_t* from) { return reinterpret<Floats>(load_halves(from) << 16); }
 
+// 64 bytes: of bfloat16 the even columns first, as a 32-bit word holds two.
+INLINE void widen_run(const uint16_t* from, Floats (&to)[2]) {
+    const Words words = Words::load(from);
+    to[0] = reinterpret<Floats>(words << 16);
+    to[1] = reinterpret<Floats>(words & Words::all(0xffff0000u));
+}
+INLINE void widen_run(const float* from, Floats (&to)[1]) { to[0] = load(from); }
+
 INLINE Floats load(const int8_t* from) {
     Floats v;
     FOR_PARTS {

@@ -153,6 +153,10 @@ int call(const Kernels& kernels, const Step& step, int threads) {
             return kernels.copy(in[0], step.output, n[0], n[1], n[2]);
         case kWiden:
             return kernels.widen(in[0], step.output, n[0], threads);
+        case kAddLora:
+            return kernels.add_lora(static_cast<const Lora*>(in[1]), in[0],
+                                    static_cast<const std::int64_t*>(in[2]), step.output, n[0], step.type,
+                                    threads);
     }
     return 2;
 }
@@ -207,7 +211,8 @@ std::int64_t hanok_dense_tokens(const Kernels* kernels) { return kernels->dense_
 // columns), bias (rows), y (tokens, rows). product: the same with a quantized weight, for any number of
 // tokens, at most 8 where x is left as it is. rms_norm: x (rows, columns), weight (columns). rotate: heads (tokens,
 // heads, head_dim), cos and sin (tokens, rotary_dim). gate: (rows, 2 x columns) to (rows, columns) =
-// activation(first half) * second half.
+// activation(first half) * second half. add_lora: to the product in `output`, (tokens, rows), what the adapters
+// of x (tokens, columns) add; a token whose number no part has keeps what it has.
 int hanok_run(const Kernels* kernels, const Step* steps, std::int64_t count, int threads) {
     for (std::int64_t i = 0; i < count; ++i) {
         const int status = call(*kernels, steps[i], threads);
