@@ -10,9 +10,8 @@ many tokens and keys it has and in which blocks.
 
 While a pass is recorded every function of torch is watched. Views and new buffers need nothing, sums
 and copies become calls of our kernels, and any other function would be missing from the recording: then
-passes over so many tokens are not recorded again. Where adapters are attached their kernel is called for
-each product that has some, and looks for each token's in a buffer as well. A recording keeps its buffers, so
-the least recently used is dropped.
+passes over so many tokens are not recorded again. Where adapters are attached, their kernel looks for
+each token's in a buffer as well. A recording keeps its buffers, so the least recently used is dropped.
 """
 
 from collections import OrderedDict
