@@ -20,10 +20,11 @@ import torch
 
 import hanok
 from hanok.bench.spread import Spread
+from hanok.checkpoint.aside import folder_aside
 from hanok.checkpoint.lora_config import LoraConfig
 from hanok.engine.engine import Engine
 from hanok.engine.model import Model
-from hanok.memory.adapters import attach_new, save_adapter, usual_sources
+from hanok.memory.adapters import attach_new, usual_sources, write_adapter
 from hanok.models.adapters import attached, detach
 
 ASKED = 0.85  # of the speed without adapters
@@ -44,9 +45,10 @@ def make_adapters(model: Model, count: int, rank: int, folder: Path) -> list[Pat
         generator = torch.Generator().manual_seed(number)
         attach_new(model.decoder, table, config, index=number, generator=generator)
         with torch.no_grad():
-            for part in attached(model.decoder, table, number).values():
+            for part in attached(model.decoder, table, number).parts.values():
                 part.b.normal_(0.0, STANDARD_DEVIATION, generator=generator)
-        save_adapter(path, model.decoder, table, config, index=number)
+        with folder_aside(path) as unfinished:
+            write_adapter(unfinished, model.decoder, table, config, index=number)
         detach(model.decoder, number)
     return found
 

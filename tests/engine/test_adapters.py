@@ -11,7 +11,8 @@ import hanok
 from hanok.checkpoint.lora_config import LoraConfig
 from hanok.cli.main import cli
 from hanok.engine.model import Model
-from hanok.errors import OptionError
+from hanok.engine.passes import WeightVersion
+from hanok.errors import ClosedError, OptionError
 from hanok.memory.adapters import attach_new
 from hanok.models.adapters import attached
 from hanok.models.family import family_of, usual_sources
@@ -123,3 +124,41 @@ def test_names_come_and_go(folders: dict[str, Path]) -> None:
     assert not any(".lora" in name for name, _ in model.decoder.named_parameters())
     with pytest.raises(OptionError, match="none is loaded"):
         model.use_adapter("one")
+
+
+def test_an_adapter_that_comes_or_goes_leaves_what_others_computed(
+    folders: dict[str, Path],
+) -> None:
+    model = hanok.load(hanok.BUNDLED, dtype="float32")
+    prompt = [index % 900 + 3 for index in range(200)]
+
+    def cached(engine: hanok.Engine, name: str | None = None) -> int:
+        ticket = engine.submit(prompt, adapter=name, max_new_tokens=2)
+        list(ticket)
+        return ticket.num_cached_tokens
+
+    with hanok.Engine(model, cache_tokens=4096) as engine:
+        assert cached(engine) == 0
+        engine.load_adapter("one", folders["one"])
+        assert [cached(engine), cached(engine, "one"), cached(engine, "one")] == [192, 0, 192]
+        engine.unload_adapter("one")
+        with pytest.raises(OptionError, match="there is no adapter 'one'"):
+            engine.submit(prompt, adapter="one")
+        engine.load_adapter("one", folders["two"])
+        assert [cached(engine), cached(engine, "one")] == [192, 0]
+        engine.unload_adapter("one")
+        assert engine.drain(60)
+    version = WeightVersion(model.decoder)
+    before = version.number()
+    with torch.no_grad():
+        model.decoder.norm.weight.mul_(1.5)
+    model.adapters.load("one", folders["one"])
+    changed = version.number()
+    assert changed > before
+    model.adapters.unload("one")
+    assert version.number() == changed
+    model.adapters.load("two", folders["two"])
+    model.use_adapter("two")  # of everything: what was computed is not its
+    assert version.number() > changed
+    with pytest.raises(ClosedError):
+        engine.load_adapter("late", folders["one"])

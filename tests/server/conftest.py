@@ -81,15 +81,22 @@ def stop(server: Server) -> int:
     return status
 
 
-@pytest.fixture(scope="session")
-def server() -> Iterator[Server]:
-    found = start_server()
+@contextmanager
+def running(*options: str) -> Iterator[Server]:
+    """A server that is ready, and that has to end well."""
+    found = start_server(*options)
     try:
         wait_until_ready(found)
         yield found
     finally:
         status = stop(found)
     assert status == 0
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[Server]:
+    with running() as found:
+        yield found
 
 
 @pytest.fixture

@@ -6,8 +6,8 @@ from typing import Any
 
 from hanok.checkpoint.adapter_files import open_adapter
 from hanok.errors import OptionError
-from hanok.memory.adapters import attach_files
-from hanok.models.adapters import activate, detach
+from hanok.memory.adapters import read_files
+from hanok.models.adapters import Weights, activate, attach, detach
 from hanok.models.decoder import Decoder
 from hanok.models.family import Source, family_of, usual_sources
 from hanok.registry import nearest_first
@@ -40,21 +40,41 @@ class Adapters:
         Raises CheckpointError where it does not fit the model, UnsupportedError for one of another kind,
         OptionError for a name that is taken.
         """
-        if name in self._indices:
-            raise OptionError(
-                f"there is an adapter {name!r} already. Choose another name, or unload it."
-            )
-        attach_files(self._decoder, self._table(), open_adapter(folder), index=self._next)
-        self._indices[name] = self._next
-        self._next += 1
+        self.add(name, self.read(name, folder))
 
     def unload(self, name: str) -> None:
         """Remove an adapter; what named none and used it uses the weights alone."""
+        self.remove(self.retire(name))
+
+    def read(self, name: str, folder: str | Path) -> Weights:
+        """Return the weights of an adapter that is to have a name; others may compute meanwhile.
+
+        Raises as `load` does, but for shapes of another base.
+        """
+        self._check_free(name)
+        return read_files(self._decoder, self._table(), open_adapter(folder))
+
+    def add(self, name: str, weights: Weights) -> None:
+        """Add an adapter that was read; raises as `load` does, and then nothing has changed."""
+        self._check_free(name)
+        attach(self._decoder, self._table(), weights, index=self._next)
+        self._indices[name] = self._next
+        self._next += 1
+
+    def retire(self, name: str) -> int:
+        """Forget a name, and return the number of its adapter, which is there until `remove`.
+
+        Raises OptionError for an unknown name.
+        """
         index = self.index_of(name)
         if self.active == name:
             self.use(None)
-        detach(self._decoder, index)
         del self._indices[name]
+        return index
+
+    def remove(self, index: int) -> None:
+        """Remove an adapter that was retired."""
+        detach(self._decoder, index)
 
     def use(self, name: str | None) -> None:
         """Let an adapter be that of everything that names none; None: the weights alone."""
@@ -67,6 +87,12 @@ class Adapters:
             known = ", ".join(nearest_first(name, list(self._indices))) or "none is loaded"
             raise OptionError(f"there is no adapter {name!r}. Known: {known}.")
         return self._indices[name]
+
+    def _check_free(self, name: str) -> None:
+        if name in self._indices:
+            raise OptionError(
+                f"there is an adapter {name!r} already. Choose another name, or unload it."
+            )
 
     def _table(self) -> dict[str, Source]:
         return usual_sources(family_of(self._config, self._where), self._decoder.config)

@@ -13,9 +13,11 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import asdict, replace
 from itertools import count
+from pathlib import Path
 from types import TracebackType
 from typing import Literal, Protocol, Unpack
 
@@ -132,8 +134,10 @@ class Engine:
         self.observer: StepObserver | None = None
         """Hears of each step; to be set before the work begins."""
         self._open: dict[int, Ticket] = {}
-        self._inbox: deque[Ticket | int] = deque()
-        """Submitted, or the number of what was given up."""
+        self._inbox: deque[Ticket | int | Callable[[], None]] = deque()
+        """Submitted, or the number of what was given up, or to be done between two steps."""
+        self._retired: set[int] = set()
+        """Adapters that are removed once no request has them."""
         self._wake = threading.Condition()
         self._thread: threading.Thread | None = None
         self._state: Literal["open", "draining", "closed"] = "open"
@@ -188,7 +192,11 @@ class Engine:
                 f"{self.max_tokens} of one request. Shorten the prompt, or start the engine with more "
                 "cache_tokens."
             )
-        name = request.adapter or self.model.adapters.active
+        with self._wake:  # no adapter is retired in between
+            return self._queued(request)
+
+    def _queued(self, request: Request) -> Ticket:
+        sequence, name = request.sequence, request.adapter or self.model.adapters.active
         adapter = -1 if name is None else self.model.adapters.index_of(name)
         number = next(self._numbers)
         row = Row(
@@ -205,6 +213,40 @@ class Engine:
             raise ClosedError("the engine is stopping and takes no more requests.")
         self._post(ticket)
         return ticket
+
+    def load_adapter(self, name: str, folder: str | Path) -> None:
+        """Read an adapter while the work goes on, and add it between two steps; from any thread.
+
+        Returns when requests may name it. Raises as `Adapters.load` does, and ClosedError.
+        """
+        if self._state == "closed":
+            raise ClosedError("the engine was stopped and takes no adapters.")
+        adapters = self.model.adapters
+        weights = adapters.read(name, folder)
+        done: Future[None] = Future()
+
+        def add() -> None:
+            try:
+                adapters.add(name, weights)
+            except BaseException as error:
+                done.set_exception(error)
+            else:
+                done.set_result(None)
+
+        if self._thread is None:
+            add()
+        else:
+            self._post(add)
+        done.result()
+
+    def unload_adapter(self, name: str) -> None:
+        """Take no more requests with an adapter, from any thread; OptionError for an unknown name.
+
+        It is removed, and its memory free, when the requests that have it are finished.
+        """
+        with self._wake:
+            self._retired.add(self.model.adapters.retire(name))
+            self._wake.notify_all()
 
     def weights_changed(self) -> None:
         """Say that weights of the model were changed: see `Model.weights_changed`; from any thread.
@@ -269,7 +311,11 @@ class Engine:
 
     def step(self) -> bool:
         """Plan, compute and commit once; return whether there was anything to do."""
+        retired = set(self._retired)  # whose requests are all in the inbox by now
         self._drain_inbox()
+        for index in retired - {ticket.row.adapter for ticket in self._open.values()}:
+            self.model.adapters.remove(index)
+            self._retired.discard(index)
         self._drop_late()
         if self._runner.notice_weights():
             self._scheduler.restart_all()
@@ -292,9 +338,9 @@ class Engine:
 
     @property
     def _has_work(self) -> bool:
-        return bool(self._inbox or self._open)
+        return bool(self._inbox or self._open or self._retired)
 
-    def _post(self, item: Ticket | int) -> None:
+    def _post(self, item: Ticket | int | Callable[[], None]) -> None:
         with self._wake:
             self._inbox.append(item)
             self._wake.notify_all()
@@ -322,6 +368,8 @@ class Engine:
                 item.row.leader = ahead.row if ahead is not None else None
                 self._open[item.row.id] = item
                 self._scheduler.add(item.row)
+            elif callable(item):
+                item()
             elif item in self._open:
                 ticket = self._open[item]
                 self._counts.cancelled += 1

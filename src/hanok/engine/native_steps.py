@@ -73,7 +73,7 @@ class NativeSteps:
         self._seen: set[int] = set()
         self._addresses: tuple[int, ...] = ()
         self._tables: list[Mapping[str, Tensor | None]] = []
-        self._listed = -1
+        self._listed = (-1, -1)
 
     @property
     def recorded_tokens(self) -> list[int]:
@@ -121,9 +121,9 @@ class NativeSteps:
         return found.hidden
 
     def _weights(self) -> list[Tensor]:
-        """Return the decoder's parameters: of the modules that there are since weights last changed."""
-        if self._listed != self._decoder.num_weight_changes:
-            self._listed = self._decoder.num_weight_changes
+        """Return the decoder's parameters: of the modules that there are since they last changed."""
+        if self._listed != self._decoder.num_changes:
+            self._listed = self._decoder.num_changes
             tables = [module._parameters for module in self._decoder.modules()]
             self._tables = [table for table in tables if table]
         return [item for table in self._tables for item in table.values() if item is not None]

@@ -43,7 +43,7 @@ class Passes:
         self._blocks_per_sequence = blocks_per_sequence
         self._computed_with: dict[int, int] = {}
         """By slot: the version of the weights that its keys and values were computed with."""
-        self._recorded_at = -1
+        self._recorded_at = (-1, -1)
         self._recorder: DecodeGraphs | NativeSteps | None = None
 
     def weights_changed(self) -> None:
@@ -53,8 +53,8 @@ class Passes:
     @property
     def recorded(self) -> DecodeGraphs | NativeSteps | None:
         """What replays passes over the weights there are; None where nothing can."""
-        if self._recorded_at != self.decoder.num_weight_changes:
-            self._recorded_at = self.decoder.num_weight_changes
+        if self._recorded_at != self.decoder.num_changes:
+            self._recorded_at = self.decoder.num_changes
             self._recorder = self._record()
         return self._recorder
 
@@ -191,6 +191,8 @@ class Passes:
 class WeightVersion:
     """A number that grows whenever the parameters of a decoder turn out to be others than before.
 
+    Parameters of adapters that come or go do not count as such: no other request sees them.
+
     It notices what torch counts (any change in place that does not go through `.data`) and parameters
     that were replaced, in modules that were there at first or since `Decoder.weights_changed`. What
     quantized weights hold counts as parameters do.
@@ -199,32 +201,44 @@ class WeightVersion:
     def __init__(self, decoder: Decoder) -> None:
         self._decoder = decoder
         self._tables: list[Mapping[str, Tensor | None]] = []
-        self._listed = -1
+        self._listed = (-1, -1)
         self._seen: tuple[int, ...] = ()
         self._number = 0
 
     def number(self) -> int:
         """Return it; a few microseconds for a small model."""
-        if self._listed != self._decoder.num_weight_changes:
-            self._listed = self._decoder.num_weight_changes
-            modules = list(self._decoder.modules())
-            holders = [item for item in modules if isinstance(item, Weighted)]
-            held = [
-                part for item in holders for child in item.children() for part in child.modules()
-            ]
-            tables: list[Mapping[str, Tensor | None]] = [item._parameters for item in modules]
-            tables += [item._buffers for item in held]
-            self._tables = [table for table in tables if table]
-            self._seen = ()
+        if self._listed != self._decoder.num_changes:
+            if self._listed[0] == self._decoder.num_weight_changes:  # only adapters came or went
+                self._compare()
+                self._list()
+                self._seen = self._found()
+            else:
+                self._list()
+                self._seen = ()
+            self._listed = self._decoder.num_changes
+        self._compare()
+        return self._number
+
+    def _list(self) -> None:
+        modules = list(self._decoder.modules())
+        holders = [item for item in modules if isinstance(item, Weighted)]
+        held = [part for item in holders for child in item.children() for part in child.modules()]
+        tables: list[Mapping[str, Tensor | None]] = [item._parameters for item in modules]
+        tables += [item._buffers for item in held]
+        self._tables = [table for table in tables if table]
+
+    def _found(self) -> tuple[int, ...]:
         weights = [item for table in self._tables for item in table.values() if item is not None]
-        seen = (
+        return (
             *[id(item) for item in weights],
             *[item._version for item in weights if not item.is_inference()],
         )
+
+    def _compare(self) -> None:
+        seen = self._found()
         if seen != self._seen:
             self._seen = seen
             self._number += 1
-        return self._number
 
 
 def has_hooks(decoder: Decoder) -> bool:

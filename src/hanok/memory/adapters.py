@@ -56,10 +56,22 @@ def attach_files(
     index: int,
     training: LoraConfig | None = None,
 ) -> None:
-    """Read an adapter into a decoder: in its dtype to serve, in float32 to train it further.
+    """Read an adapter into a decoder, as `read_files` does; CheckpointError where it does not fit."""
+    weights = read_files(decoder, table, files, training=training)
+    dropout = 0.0 if training is None else training.lora_dropout
+    attach(decoder, table, weights, index=index, dropout=dropout)
 
-    `training` is what it was begun with, if it is to be trained further. Raises CheckpointError where it
-    does not fit the base.
+
+def read_files(
+    decoder: Decoder,
+    table: Mapping[str, Source],
+    files: AdapterFiles,
+    *,
+    training: LoraConfig | None = None,
+) -> Weights:
+    """Read an adapter for a decoder: in its dtype to serve, in float32 to train it further.
+
+    `training` is what it was begun with, if it is to be trained further.
     """
     mapped = MappedFiles()
     dtype = decoder.dtype if training is None else torch.float32
@@ -98,9 +110,7 @@ def attach_files(
         token_rows[path] = token_rows_of(path, files, kept(ref))
     if training is not None and training.ensure_weight_tying:
         whole = _tied(decoder, table, whole)
-    weights = Weights(parts=parts, whole=whole, token_rows=token_rows)
-    dropout = 0.0 if training is None else training.lora_dropout
-    attach(decoder, table, weights, index=index, dropout=dropout)
+    return Weights(parts=parts, whole=whole, token_rows=token_rows)
 
 
 def attach_new(

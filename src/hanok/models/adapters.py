@@ -1,6 +1,6 @@
 """Adapters of a whole decoder: modules by the names that files have, fused weights included."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -99,7 +99,7 @@ def attach(
         if module.lora is None:
             module.lora = Lora()
         module.lora.add(index, adapter)
-    decoder.weights_changed()
+    _changed(decoder, index, [module.lora for module, _ in made])
 
 
 Held = Embedding | Linear | NormLayer
@@ -202,13 +202,23 @@ def activated(decoder: Decoder) -> int | None:
 
 def detach(decoder: Decoder, index: int) -> None:
     """Remove an adapter from every module that has it."""
+    changed = []
     for module in decoder.modules():
         if isinstance(module, Held) and module.lora is not None:
             if str(index) in module.lora.adapters:
+                changed.append(module.lora)
                 del module.lora.adapters[str(index)]
             if not module.lora.adapters:
                 module.lora = None
-    decoder.weights_changed()
+    _changed(decoder, index, changed)
+
+
+def _changed(decoder: Decoder, index: int, loras: Sequence[Lora | None]) -> None:
+    """Say what came or went: nothing that others have computed, unless all used that adapter."""
+    if any(item is not None and item.active == index for item in loras):
+        decoder.weights_changed()
+    else:
+        decoder.adapters_changed()
 
 
 def merge(decoder: Decoder, index: int) -> None:
@@ -238,6 +248,7 @@ def merge(decoder: Decoder, index: int) -> None:
                 assert isinstance(item.weight, Tensor)
                 item.weight.copy_(adapter.merged(item))
     detach(decoder, index)
+    decoder.weights_changed()
 
 
 def _held(module: Held, index: int) -> nn.Module | None:

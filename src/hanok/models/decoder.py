@@ -114,6 +114,8 @@ class Decoder(nn.Module):
         again on the way back."""
         self.num_weight_changes = 0
         """How often `weights_changed` was called."""
+        self.num_adapter_changes = 0
+        """How often `adapters_changed` was called."""
         self.rotaries: dict[Rope, Rotary] = {rope: Rotary(rope) for rope in config.ropes}
         self._ropes = [layer.mixer.rotation() for layer in config.layers]
         hidden = config.hidden_size
@@ -169,6 +171,15 @@ class Decoder(nn.Module):
         and quantized weights are not.
         """
         self.num_weight_changes += 1
+
+    def adapters_changed(self) -> None:
+        """Say that an adapter came or went: recordings are dropped, but keys and values stay right."""
+        self.num_adapter_changes += 1
+
+    @property
+    def num_changes(self) -> tuple[int, int]:
+        """How often weights and adapters have changed; with the same numbers modules are the same."""
+        return self.num_weight_changes, self.num_adapter_changes
 
     def initialise(self, std: float, generator: torch.Generator) -> None:
         """Draw matrices from N(0, std²) and set norms to one: the start of a training run."""

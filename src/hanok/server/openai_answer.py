@@ -61,7 +61,7 @@ def head_of(service: Service, request: Request, kind: str, prefix: str, asked: s
         id=f"{prefix}-{uuid.uuid5(uuid.NAMESPACE_OID, exchange_of(request).id).hex}",
         object=kind,
         created=service.created_now(),
-        model=answering(asked, service.options),
+        model=answering(asked, service),
     )
 
 

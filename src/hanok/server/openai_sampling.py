@@ -6,6 +6,7 @@ from hanok.engine.params import SamplingOptions, SamplingParams
 from hanok.server.errors import ServerError, invalid
 from hanok.server.openai_models import NOT_SERVED, ChatRequest, Sampling
 from hanok.server.options import ServerOptions
+from hanok.server.service import Service
 
 DRAWING = ("top_k", "top_p", "min_p", "typical_p")
 """Options of sampling, without effect at temperature 0."""
@@ -42,7 +43,7 @@ def check(asked: Sampling, options: ServerOptions) -> None:
         raise invalid("`stop` sequences cannot be empty", "stop")
 
 
-def check_model(name: str | None, options: ServerOptions) -> str | None:
+def check_model(name: str | None, service: Service) -> str | None:
     """Return the adapter that a request names as its model; None: the model itself.
 
     Raises ServerError for one that is not served; no other one replaces it.
@@ -50,23 +51,30 @@ def check_model(name: str | None, options: ServerOptions) -> str | None:
     Clients written for TGI call the model "tgi", huggingface_hub's "dummy", and @huggingface/inference
     sends the server's address as its name.
     """
-    if name in (None, "", "tgi", "dummy") or str(name).startswith(("http://", "https://")):
+    if _is_base(name, service):
         return None
-    if name in options.adapter_folders:
-        return str(name)
-    if name not in options.model_names:
-        raise unknown_model(str(name), options)
-    return None
+    if name not in service.adapter_names:
+        raise unknown_model(str(name), service)
+    return name
 
 
-def answering(name: str | None, options: ServerOptions) -> str:
-    """Return what an answer calls the model: its first name, or the adapter that was asked for."""
-    return check_model(name, options) or options.model_id
+def answering(name: str | None, service: Service) -> str:
+    """Return what an answer calls the model: its first name, or the adapter that was asked for.
+
+    One that was unloaded meanwhile keeps its name.
+    """
+    return service.options.model_id if _is_base(name, service) else str(name)
 
 
-def unknown_model(name: str, options: ServerOptions) -> ServerError:
+def _is_base(name: str | None, service: Service) -> bool:
+    if name in (None, "", "tgi", "dummy", *service.options.model_names):
+        return True
+    return str(name).startswith(("http://", "https://"))
+
+
+def unknown_model(name: str, service: Service) -> ServerError:
     """Return the error of a model that is not served."""
-    served = ", ".join(map(repr, (*options.model_names, *options.adapter_folders)))
+    served = ", ".join(map(repr, (*service.options.model_names, *service.adapter_names)))
     return ServerError(
         f"the model {name!r} does not exist; this server has {served}",
         kind="model_not_found",

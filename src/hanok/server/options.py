@@ -34,6 +34,9 @@ class ServerOptions:
     adapters: tuple[str, ...] = ()
     """LoRA adapters over the model, NAME=FOLDER each; a request chooses one as its model, or as TGI's
     `adapter_id`. Repeatable."""
+    adapters_below: tuple[str, ...] = ()
+    """Folder below which adapters lie that may be loaded and unloaded while the server runs
+    (POST /v1/load_lora_adapter). Repeatable; without one none may."""
     host: str = "127.0.0.1"
     """Where to listen."""
     port: int = 8080

@@ -167,6 +167,13 @@ class Service:
         return found
 
     @property
+    def adapter_names(self) -> tuple[str, ...]:
+        """The adapters that requests may name; before the model is loaded those it will have."""
+        if self.model is None:
+            return tuple(self.options.adapter_folders)
+        return self.model.adapters.names
+
+    @property
     def max_total_tokens(self) -> int:
         """Tokens of one request, prompt and answer."""
         held = self.engine.max_tokens if self.engine is not None else 1

@@ -29,7 +29,7 @@ async def submitted(
     """
     options = service.options
     check(body, options)
-    adapter = check_model(body.model, options)
+    adapter = check_model(body.model, service)
     if body.top_logprobs is not None and not body.logprobs:
         raise invalid("`top_logprobs` needs `logprobs` to be true", "top_logprobs")
     wanted = body.max_completion_tokens or body.max_tokens

@@ -16,6 +16,7 @@ from hanok.server.options import ServerOptions
 SERVER_OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "api_key": {"envvar": "HANOK_API_KEY", "show_envvar": True},
     "adapters": {"flag": "--adapter", "metavar": "NAME=FOLDER"},
+    "adapters_below": {"metavar": "FOLDER"},
     "cors_allow_origins": {"flag": "--cors-allow-origin"},
     "timeout_s": {"flag": "--timeout"},
     "logs_json": {"flag": "--json-log"},

@@ -71,7 +71,7 @@ class Embeddings(BaseModel):
 
 async def embeddings(service: Service, request: Request, body: EmbeddingRequest) -> Response:
     """Answer with the vector of each text."""
-    check_model(body.model, service.options)
+    check_model(body.model, service)
     if isinstance(service.pooling, HanokError):
         raise ServerError(f"this model makes no embeddings: {service.pooling}", parameter="model")
     if body.truncate_prompt_tokens is not None:

@@ -86,7 +86,7 @@ async def infill(service: Service, request: Request, body: InfillRequest) -> Res
     """Answer with the text between two others."""
     asked = _completion_of(body)
     check(asked, service.options)
-    check_model(asked.model, service.options)
+    check_model(asked.model, service)
     markers = service.needed_infill
     prompt_ids = await gapped(
         service,

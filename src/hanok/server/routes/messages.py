@@ -45,7 +45,7 @@ async def messages(service: Service, request: Request, body: MessagesRequest) ->
     talk, (ticket,) = await submitted(service, request, chat_request(body), is_shortened=True)
     writer = MessageWriter(
         id=f"msg_{uuid.uuid5(uuid.NAMESPACE_OID, exchange_of(request).id).hex}",
-        model=answering(body.model, service.options),
+        model=answering(body.model, service),
         max_tokens=body.max_tokens,
         reads=talk.reads,
         ticket=ticket,
@@ -219,7 +219,7 @@ class MessageWriter:
 
 async def count_tokens(service: Service, request: Request, body: CountTokensRequest) -> Response:
     """Answer with how many tokens a conversation is."""
-    check_model(body.model, service.options)
+    check_model(body.model, service)
     asked = chat_request(body)
     talk = await service.aside(conversation_of, service.needed_tokenizer, asked)
     return Json(TokenCount(input_tokens=len(talk.prompt_ids)).model_dump())

@@ -42,7 +42,7 @@ async def completions(service: Service, request: Request, body: CompletionReques
     """Complete prompts."""
     options = service.options
     check(body, options)
-    adapter = check_model(body.model, options)
+    adapter = check_model(body.model, service)
     infill = infill_of(service, body)
     given = prompts_of(service, body)
     count = body.n or 1
@@ -278,7 +278,7 @@ def _offsets(texts: Sequence[str], total: int) -> list[int]:
 
 async def models(service: Service, request: Request, body: None) -> Response:
     """Answer with the one model there is, under each of its names."""
-    names = (*service.options.model_names, *service.options.adapter_folders)
+    names = (*service.options.model_names, *service.adapter_names)
     cards = [card_of(service, name) for name in names]
     return Json({"object": "list", "data": cards})
 
@@ -286,14 +286,14 @@ async def models(service: Service, request: Request, body: None) -> Response:
 async def model(service: Service, request: Request, body: None) -> Response:
     """Answer with the model of a name, which may have slashes."""
     name = request.path_params["model"]
-    if name not in (*service.options.model_names, *service.options.adapter_folders):
-        raise unknown_model(name, service.options)
+    if name not in (*service.options.model_names, *service.adapter_names):
+        raise unknown_model(name, service)
     return Json(card_of(service, name))
 
 
 def card_of(service: Service, name: str) -> dict[str, Any]:
     """Return what /v1/models says of the model under one of its names."""
-    is_adapter = name in service.options.adapter_folders
+    is_adapter = name in service.adapter_names
     return {
         "id": name,
         "object": "model",

@@ -33,7 +33,7 @@ async def create(service: Service, request: Request, body: ResponsesRequest) -> 
     talk, (ticket,) = await submitted(service, request, chat_request(body), place="input")
     writer = ResponseWriter(
         id=uuid.uuid5(uuid.NAMESPACE_OID, exchange_of(request).id).hex,
-        model=answering(body.model, service.options),
+        model=answering(body.model, service),
         created_at=service.created_now(),
         body=body,
         reads=talk.reads,
@@ -306,7 +306,7 @@ def _text_options(given: TextOptions | None) -> dict[str, Any]:
 
 async def count_tokens(service: Service, request: Request, body: ResponsesRequest) -> Response:
     """Answer with how many tokens a conversation is."""
-    check_model(body.model, service.options)
+    check_model(body.model, service)
     asked = chat_request(body)
     talk = await service.aside(conversation_of, service.needed_tokenizer, asked)
     return Json(InputTokens(input_tokens=len(talk.prompt_ids)).model_dump())

@@ -16,7 +16,6 @@ from hanok.server.chat import conversation_of
 from hanok.server.errors import ServerError, flat_body, invalid
 from hanok.server.logprobs import num_scores, text_of
 from hanok.server.openai_models import ChatRequest
-from hanok.server.options import ServerOptions
 from hanok.server.prompts import batch_too_large
 from hanok.server.route import Route
 from hanok.server.service import Prepared, Service
@@ -58,7 +57,7 @@ async def asked_of(
     parameters = body.parameters or Parameters(do_sample=True)
     max_input, max_total = service.max_input_tokens, service.max_total_tokens
     limits.check(parameters, service.options, max_input=max_input, streams=streams)
-    adapter = check_adapter(parameters.adapter_id, service.options)
+    adapter = check_adapter(parameters.adapter_id, service)
     if not body.inputs:
         raise invalid("`inputs` cannot be empty", "inputs")
     check = partial(limits.check_lengths, parameters, max_input=max_input, max_total=max_total)
@@ -109,14 +108,14 @@ def origin_of(asked: Parameters, name: str) -> str:
     return "default" if given in (None, False) else "request"
 
 
-def check_adapter(name: str | None, options: ServerOptions) -> str | None:
+def check_adapter(name: str | None, service: Service) -> str | None:
     """Return the adapter that a request names, if any; ServerError for an unknown one.
 
     The base model never replaces it, but for its own names, which TGI takes as well.
     """
-    if name is None or name in options.model_names:
+    if name is None or name in service.options.model_names:
         return None
-    if name not in options.adapter_folders:
+    if name not in service.adapter_names:
         raise ServerError(
             f"there is no adapter {name!r}", kind="adapter_not_found", status=404, code="not_found"
         )

@@ -66,7 +66,7 @@ async def tokenize(service: Service, request: Request, body: TokenizeRequest) ->
     given = [name for name in ONE_OF if getattr(body, name) is not None]
     if len(given) != 1:
         raise invalid(f"exactly one of {', '.join(ONE_OF)} must be given, not {len(given)}")
-    check_model(body.model, service.options)
+    check_model(body.model, service)
     tokenizer = service.needed_tokenizer
     if body.inputs is not None:
         ids = await service.encoded(body.inputs)
@@ -91,7 +91,7 @@ async def tokenize(service: Service, request: Request, body: TokenizeRequest) ->
 
 async def detokenize(service: Service, request: Request, body: DetokenizeRequest) -> Response:
     """Answer with the text of tokens, special ones spelled out."""
-    check_model(body.model, service.options)
+    check_model(body.model, service)
     tokenizer, size = service.needed_tokenizer, service.needed_model.config.vocab_size
     check_ids(body.tokens, size, "tokens")
     text = await service.aside(tokenizer.decode, body.tokens, skip_special_tokens=False)
