@@ -24,8 +24,9 @@ from hanok.checkpoint.aside import folder_aside
 from hanok.checkpoint.lora_config import LoraConfig
 from hanok.engine.engine import Engine
 from hanok.engine.model import Model
-from hanok.memory.adapters import attach_new, usual_sources, write_adapter
+from hanok.memory.adapters import attach_new, write_adapter
 from hanok.models.adapters import attached, detach
+from hanok.models.family import family_of, usual_sources
 
 ASKED = 0.85  # of the speed without adapters
 BUNDLED = "bundled"
@@ -34,7 +35,8 @@ STANDARD_DEVIATION = 0.02  # of B
 
 def make_adapters(model: Model, count: int, rank: int, folder: Path) -> list[Path]:
     """Write adapters that add something where they are not there; return their folders."""
-    table = usual_sources(model.checkpoint.config, model.decoder, "config.json")
+    family = family_of(model.checkpoint.config, "config.json")
+    table = usual_sources(family, model.decoder.config)
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
     found = []
     for number in range(count):

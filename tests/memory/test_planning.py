@@ -8,12 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from click.testing import CliRunner
 
 import hanok
+from hanok.checkpoint.adapter_files import AdapterFiles, open_adapter
+from hanok.checkpoint.lora_config import LoraConfig
+from hanok.cli.main import cli
 from hanok.errors import BudgetError, CheckpointError, OptionError
+from hanok.memory.adapters import attach_new, write_adapter
 from hanok.memory.needs import DRAFTED_SEQUENCES
 from hanok.memory.plan import LoadPlan
 from hanok.memory.planning import plan_draft, plan_load
+from hanok.models.family import family_of, usual_sources
 
 LLAMA_70B: dict[str, Any] = {
     "model_type": "llama",
@@ -228,3 +235,45 @@ def test_a_draft_model_guesses_for_few_at_a_time(rates: Path) -> None:
 def test_a_draft_model_has_to_be_in_memory(tmp_path: Path, rates: Path) -> None:
     with pytest.raises(BudgetError, match=r"model, the model that drafts, does not fit.*context"):
         plan_draft(folder_of(tmp_path, LLAMA_70B), max_memory="cpu=20GiB")
+
+
+def written(folder: Path, rank: int) -> AdapterFiles:
+    """An adapter of the bundled model on all products."""
+    model = hanok.load(hanok.BUNDLED)
+    table = usual_sources(family_of(model.checkpoint.config, "config.json"), model.config)
+    config, generator = LoraConfig(r=rank, target_modules="all-linear"), torch.Generator()
+    attach_new(model.decoder, table, config, index=0, generator=generator)
+    write_adapter(folder, model.decoder, table, config, index=0)
+    return open_adapter(folder)
+
+
+def test_adapters_are_held_where_tokens_go_in(tmp_path: Path) -> None:
+    """As many bytes as their numbers take in the dtype of activations."""
+    files = written(tmp_path, 4)
+    model = hanok.load(hanok.BUNDLED, dtype="bfloat16")
+    model.adapters.load("one", tmp_path)
+    held = sum(item.nbytes for name, item in model.decoder.named_parameters() if ".lora." in name)
+    options: Any = {"dtype": "bfloat16", "max_memory": "cpu=1GiB"}
+    without = plan_load(hanok.BUNDLED, may_measure=False, **options)
+    plan = plan_load(hanok.BUNDLED, may_measure=False, adapters=[files, files], **options)
+    assert plan.tiers[0].peak_bytes - without.tiers[0].peak_bytes == 2 * held
+    assert [tier.place.adapter_bytes for tier in plan.tiers] == [2 * held, 0]
+    arguments = ["plan", str(hanok.BUNDLED), "--adapter", str(tmp_path), "--dtype", "bfloat16"]
+    shown = CliRunner().invoke(cli, arguments)
+    assert shown.exit_code == 0, shown.output
+    assert "Adapters hold " in shown.output
+
+
+def test_an_adapter_beyond_the_plan_is_refused_while_serving(tmp_path: Path) -> None:
+    files = written(tmp_path, 64)
+    asked: Any = {"dtype": "bfloat16", "may_measure": False}
+    most = plan_load(hanok.BUNDLED, adapters=[files], **asked).tiers[0].peak_bytes
+    plan = plan_load(hanok.BUNDLED, adapters=[files], max_memory=f"cpu={most / 1e6:.6f}MB", **asked)
+    model = hanok.load(plan=plan)
+    with hanok.Engine(model) as engine:
+        engine.load_adapter("one", tmp_path)
+        with pytest.raises(BudgetError, match=r"the adapter takes [\d,]+ bytes, and 0 of cpu's"):
+            engine.load_adapter("two", tmp_path)
+        engine.unload_adapter("one")
+        assert engine.drain(60)
+    model.adapters.read("two", tmp_path, is_limited=True)

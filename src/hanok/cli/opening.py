@@ -1,12 +1,13 @@
 """From the options of a verb to loaded models: planned together, loaded with a progress bar."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from hanok.checkpoint.adapter_files import AdapterFiles, open_adapter
 from hanok.cli.options import Drafting, load_options, read_drafting
 from hanok.cli.progress import bytes_bar
 from hanok.cli.units import size
@@ -50,7 +51,13 @@ def open_subjects(path: Path, drafting: Drafting) -> Subjects:
     return Subjects(model=model, draft=draft)
 
 
-def plan_subjects(subjects: Subjects, options: LoadOptions, *, drafted: int | None = None) -> Plans:
+def plan_subjects(
+    subjects: Subjects,
+    options: LoadOptions,
+    *,
+    drafted: int | None = None,
+    adapters: Sequence[AdapterFiles] = (),
+) -> Plans:
     """Plan the loads; the draft model guesses for `drafted` sequences at a time (default: `batch`)."""
     from hanok.memory.planning import plan_draft, plan_load
 
@@ -59,7 +66,9 @@ def plan_subjects(subjects: Subjects, options: LoadOptions, *, drafted: int | No
         batch = options.batch if drafted is None else drafted
         own = options.updated(batch=batch).for_draft()
         draft = plan_draft(subjects.draft, **own.planned)
-    model = plan_load(subjects.model, may_measure=False, draft=draft, **options.planned)
+    model = plan_load(
+        subjects.model, may_measure=False, draft=draft, adapters=adapters, **options.planned
+    )
     return Plans(model=model, draft=draft)
 
 
@@ -101,7 +110,8 @@ def open_model(path: Path | None, options: Mapping[str, Any]) -> "tuple[Model, S
     subjects = open_subjects(path, drafting)
     check_profile(options["profile"], subjects.model, asked.threads)
     check_head(path, has_head=subjects.model.understood.config.has_head)
-    plans = plan_subjects(subjects, asked)
+    adapter = options["adapter"]
+    plans = plan_subjects(subjects, asked, adapters=[open_adapter(adapter)] if adapter else [])
     speculation = open_speculation(drafting, asked, plans.draft)
     with bytes_bar(f"Loading {path.name}") as bar:
         bar.start(sum(tier.weight_bytes for tier in plans.model.tiers if tier.place.kind != "disk"))
@@ -115,7 +125,7 @@ def open_model(path: Path | None, options: Mapping[str, Any]) -> "tuple[Model, S
     )
     for note in model.notes:
         click.echo(note, err=True)
-    if adapter := options["adapter"]:
+    if adapter:
         model.adapters.load(adapter.name, adapter)
         model.use_adapter(adapter.name)
     return model, speculation

@@ -104,7 +104,7 @@ def print_plan(plan: "LoadPlan") -> None:
     for tier in plan.tiers:
         if tier.missing_bytes:
             click.echo(f"It does not fit: {tier.place.name} lacks {size(tier.missing_bytes)}.")
-    for line in _draft_lines(plan):
+    for line in _beside_lines(plan):
         click.echo(line)
     mapped = sum(tier.mapped_bytes for tier in plan.tiers)
     if mapped:
@@ -115,12 +115,15 @@ def print_plan(plan: "LoadPlan") -> None:
         click.echo(line)
 
 
-def _draft_lines(plan: "LoadPlan") -> list[str]:
-    places = [tier.place for tier in plan.tiers if tier.place.draft_bytes]
-    return [
-        f"The model that drafts holds {size(place.draft_bytes)} of {place.title}'s peak."
-        for place in places
-    ]
+def _beside_lines(plan: "LoadPlan") -> list[str]:
+    found = []
+    for place in (tier.place for tier in plan.tiers):
+        if place.draft_bytes:
+            drafts = size(place.draft_bytes)
+            found.append(f"The model that drafts holds {drafts} of {place.title}'s peak.")
+        if place.adapter_bytes:
+            found.append(f"Adapters hold {size(place.adapter_bytes)} of {place.title}'s peak.")
+    return found
 
 
 def training_lines(plan: "LoadPlan") -> list[str]:
@@ -176,6 +179,7 @@ def plan_facts(plan: "LoadPlan") -> list[dict[str, Any]]:
                 "kv_bytes": tier.cache_bytes,
                 "reserve_bytes": tier.work_bytes + tier.stream_bytes,
                 "draft_bytes": tier.place.draft_bytes,
+                "adapter_bytes": tier.place.adapter_bytes,
                 "budget_bytes": budget,
                 "free_bytes": None if budget is None else budget - tier.peak_bytes,
             }

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from hanok.checkpoint.adapter_files import open_adapter
 from hanok.cli.opening import (
     Plans,
     check_profile,
@@ -86,9 +87,12 @@ def plan_for(asked: Asked) -> tuple[Plans, int]:
     subjects = open_subjects(asked.path, asked.drafting)
     check_profile(asked.profile, subjects.model, asked.load.threads)
 
+    adapters = [open_adapter(folder) for folder in asked.server.adapter_folders.values()]
+
     def planned(users: int) -> Plans:
         options = asked.load.updated(batch=users)
-        return plan_subjects(subjects, options, drafted=min(users, asked.engine.max_running))
+        drafted = min(users, asked.engine.max_running)
+        return plan_subjects(subjects, options, drafted=drafted, adapters=adapters)
 
     users = asked.engine.users or 1
     plans = planned(users)

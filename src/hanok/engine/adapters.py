@@ -4,9 +4,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hanok.checkpoint.adapter_files import open_adapter
-from hanok.errors import OptionError
+from torch import Tensor
+
+from hanok.checkpoint.adapter_files import AdapterFiles, open_adapter
+from hanok.errors import BudgetError, OptionError
 from hanok.memory.adapters import read_files
+from hanok.memory.needs import adapter_bytes
+from hanok.memory.plan import LoadPlan
 from hanok.models.adapters import Weights, activate, attach, detach
 from hanok.models.decoder import Decoder
 from hanok.models.family import Source, family_of, usual_sources
@@ -20,8 +24,16 @@ class Adapters:
     something is computed.
     """
 
-    def __init__(self, decoder: Decoder, config: Mapping[str, Any], where: str) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        config: Mapping[str, Any],
+        where: str,
+        plan: LoadPlan | None = None,
+    ) -> None:
         self._decoder = decoder
+        self._plan = plan
+        self._bytes: dict[int, int] = {}
         self._config = config
         self._where = where
         self._indices: dict[str, int] = {}
@@ -46,19 +58,25 @@ class Adapters:
         """Remove an adapter; what named none and used it uses the weights alone."""
         self.remove(self.retire(name))
 
-    def read(self, name: str, folder: str | Path) -> Weights:
+    def read(self, name: str, folder: str | Path, *, is_limited: bool = False) -> Weights:
         """Return the weights of an adapter that is to have a name; others may compute meanwhile.
 
-        Raises as `load` does, but for shapes of another base.
+        Raises as `load` does, but for shapes of another base. With `is_limited` also BudgetError, where
+        the plan of the load leaves less memory than the adapter takes.
         """
         self._check_free(name)
-        return read_files(self._decoder, self._table(), open_adapter(folder))
+        files = open_adapter(folder)
+        if is_limited:
+            self._check_room(files)
+        return read_files(self._decoder, self._table(), files)
 
     def add(self, name: str, weights: Weights) -> None:
         """Add an adapter that was read; raises as `load` does, and then nothing has changed."""
         self._check_free(name)
         attach(self._decoder, self._table(), weights, index=self._next)
         self._indices[name] = self._next
+        held = _tensors_of(weights)
+        self._bytes[self._next] = sum(item.nbytes for item in held)
         self._next += 1
 
     def retire(self, name: str) -> int:
@@ -75,6 +93,7 @@ class Adapters:
     def remove(self, index: int) -> None:
         """Remove an adapter that was retired."""
         detach(self._decoder, index)
+        self._bytes.pop(index, None)
 
     def use(self, name: str | None) -> None:
         """Let an adapter be that of everything that names none; None: the weights alone."""
@@ -94,5 +113,32 @@ class Adapters:
                 f"there is an adapter {name!r} already. Choose another name, or unload it."
             )
 
+    def _check_room(self, files: AdapterFiles) -> None:
+        if self._plan is None:
+            return
+        name = self._plan.placements[0].device
+        tier = next(tier for tier in self._plan.tiers if tier.place.name == name)
+        if tier.place.budget is None:
+            return
+        free = tier.place.budget.num_bytes - tier.peak_bytes + tier.place.adapter_bytes
+        free -= sum(self._bytes.values())
+        needed = adapter_bytes([files], str(self._decoder.dtype).removeprefix("torch."))
+        if needed > free:
+            raise BudgetError(
+                f"the adapter takes {needed:,} bytes, and {max(0, free):,} of {tier.place.title}'s "
+                f"budget are left ({tier.place.budget.source}). Unload another one, or start with fewer "
+                "users, a shorter context or more memory."
+            )
+
     def _table(self) -> dict[str, Source]:
         return usual_sources(family_of(self._config, self._where), self._decoder.config)
+
+
+def _tensors_of(weights: Weights) -> list[Tensor]:
+    found: list[Tensor | None] = []
+    for part in weights.parts.values():
+        found += [part.a, part.b, part.magnitude]
+    for whole in weights.whole.values():
+        found += [whole.weight, whole.bias]
+    found += [item.rows for item in weights.token_rows.values()]
+    return [item for item in found if item is not None]

@@ -217,12 +217,13 @@ class Engine:
     def load_adapter(self, name: str, folder: str | Path) -> None:
         """Read an adapter while the work goes on, and add it between two steps; from any thread.
 
-        Returns when requests may name it. Raises as `Adapters.load` does, and ClosedError.
+        Returns when requests may name it. Raises as `Adapters.load` does, BudgetError where the plan of
+        the load leaves too little memory, and ClosedError.
         """
         if self._state == "closed":
             raise ClosedError("the engine was stopped and takes no adapters.")
         adapters = self.model.adapters
-        weights = adapters.read(name, folder)
+        weights = adapters.read(name, folder, is_limited=True)
         done: Future[None] = Future()
 
         def add() -> None:

@@ -142,7 +142,7 @@ class Model:
         self._sources = loaded.sources
         self._left_out = loaded.left_out
         self._promotion = loaded.promotion
-        self.adapters = Adapters(self.decoder, checkpoint.config, str(checkpoint.folder))
+        self.adapters = Adapters(self.decoder, checkpoint.config, str(checkpoint.folder), plan)
         """Adapters over its weights, by name."""
         self.pipeline_depth = pipeline_depth
         """Groups of sequences on their way over several devices; None: one for each stage."""

@@ -4,13 +4,14 @@ Only headers and config.json are read. Where there are no headers (a config alon
 to hold what config.json declares.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
 from typing import Protocol
 
 from hanok.attention.state import FLOAT_BYTES
+from hanok.checkpoint.adapter_files import MAGNITUDE, AdapterFiles
 from hanok.checkpoint.files import TensorRef
 from hanok.errors import OptionError
 from hanok.memory.learning import NOTHING, Learning, LearningNeeds
@@ -189,6 +190,15 @@ def activation_bytes(family: Family, config: ModelConfig, use: Use) -> int:
     hidden = config.hidden_size
     widths = 4 * hidden + max(layer.active_size(hidden) for layer in config.layers)
     return round(HEAP_SLACK * tokens * widths * FLOAT_BYTES[use.dtype])
+
+
+def adapter_bytes(adapters: Iterable[AdapterFiles], dtype: str) -> int:
+    """Return what adapters hold that are served in a dtype."""
+    return sum(
+        prod(ref.shape) * (4 if name.endswith(MAGNITUDE) else FLOAT_BYTES[dtype])
+        for adapter in adapters
+        for name, ref in adapter.tensors.items()
+    )
 
 
 def stays_as_it_is(source: Source, tensors: Mapping[str, TensorRef], dtype: str) -> bool:

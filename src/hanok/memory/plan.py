@@ -84,6 +84,8 @@ class Place:
     """Always held: a GPU's context, Python and torch where they are not loaded yet."""
     draft_bytes: int = 0
     """Always held by a model that drafts: its weights, keys and values."""
+    adapter_bytes: int = 0
+    """Always held by adapters, which are where tokens go in."""
     activation_bytes: int = 0
     """Held while computing, whatever the units: activations and kernels' workspace."""
     cpus: CpuBudget | None = None
@@ -99,7 +101,7 @@ class Place:
     @property
     def held_bytes(self) -> int:
         """Held whatever is placed here."""
-        return self.runtime_bytes + self.draft_bytes
+        return self.runtime_bytes + self.draft_bytes + self.adapter_bytes
 
     @property
     def title(self) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from shlex import quote
 from typing import Unpack
 
+from hanok.checkpoint.adapter_files import AdapterFiles
 from hanok.checkpoint.files import (
     Checkpoint,
     open_checkpoint,
@@ -27,6 +28,7 @@ from hanok.memory.needs import (
     Use,
     WeightBits,
     activation_bytes,
+    adapter_bytes,
     choose_dtype,
     needs_of,
 )
@@ -62,6 +64,7 @@ def plan_load(
     may_measure: bool = True,
     is_running: bool = True,
     draft: LoadPlan | None = None,
+    adapters: Sequence[AdapterFiles] = (),
     training: Learning | None = None,
     **options: Unpack[PlanArguments],
 ) -> LoadPlan:
@@ -76,8 +79,9 @@ def plan_load(
     `rates_file` keeps what was measured of memory and disk; without `may_measure` what it does not hold
     is assumed. `is_running` says that Python and torch are loaded already, so that their memory is no
     part of the plan. `draft` is the plan of a model that will draft for this one and is not loaded yet:
-    what it takes is not there for this one. `training` says how the model will be trained: then all of
-    that is planned, in place of keys and values. Raises OptionError and CheckpointError.
+    what it takes is not there for this one. `adapters` are those that will be served. `training` says
+    how the model will be trained: then all of that is planned, in place of keys and values. Raises
+    OptionError and CheckpointError.
     """
     asked = LoadOptions.of(options)
     opened = path if isinstance(path, Opened) else open_model(path)
@@ -100,7 +104,13 @@ def plan_load(
     )
     runtime_bytes = FIRST_USE_BYTES + (0 if is_running else RUNTIME_BYTES)
     runtime_bytes += GPU_LIBRARY_BYTES if has_gpus else 0
+    held = adapter_bytes(adapters, use.dtype)
+    places = _with_adapters(places, places[0].name, held)
     plan = _plan(described, use, places, asked.device_map, runtime_bytes)
+    first = plan.placements[0].device
+    if held and first != places[0].name:
+        places = _with_adapters(places, first, held)
+        plan = _plan(described, use, places, asked.device_map, runtime_bytes)
     if plan.uses_disk and asked.weights == "auto":
         # What streams through the page cache would push mapped weights out of it.
         use, asked = replace(use, may_map=False), asked.updated(weights="copied")
@@ -138,6 +148,13 @@ def _places(
     places = [*gpus, *host, disk_place(largest, rates)]
     _check_places(opened.path, asked.max_memory, allowed, places)
     return places
+
+
+def _with_adapters(places: Sequence[Place], name: str, num_bytes: int) -> list[Place]:
+    """Return the places, of which one holds what adapters take."""
+    return [
+        replace(place, adapter_bytes=num_bytes if place.name == name else 0) for place in places
+    ]
 
 
 def _check_context(asked: LoadOptions, config: ModelConfig) -> None:

@@ -42,6 +42,13 @@ TRAINING = ("pack_tokens", "gradient_checkpointing")
     help="A draft model, with the same options but for --device-map and --cache-dtype.",
 )
 @click.option(
+    "--adapter",
+    "adapters",
+    multiple=True,
+    type=click.Path(path_type=Path, file_okay=False),
+    help="A LoRA adapter that will be served. Repeatable.",
+)
+@click.option(
     "--train",
     is_flag=True,
     help="Plan a training, with the options below; without it a generation or a server.",
@@ -53,6 +60,7 @@ def command(
     path: Path | None,
     draft: Path | None,
     devices: tuple[str, ...],
+    adapters: tuple[Path, ...],
     cache_folder: Path,
     train: bool,
     lora: str,
@@ -65,6 +73,7 @@ def command(
     Only headers are read. Ends with status 6 when it does not fit.
     """
     # Imported here: `hanok --help` reads no checkpoint.
+    from hanok.checkpoint.adapter_files import open_adapter
     from hanok.memory.planning import plan_draft, plan_load
 
     asked, draft_plan = LoadOptions(**field_values(LoadOptions, options)), None
@@ -79,6 +88,7 @@ def command(
         is_running=False,
         draft=draft_plan,
         training=training,
+        adapters=[open_adapter(folder) for folder in adapters],
         **asked.planned,
     )
     if as_json:
@@ -118,6 +128,7 @@ def plan_object(plan: "LoadPlan") -> dict[str, Any]:
                 "work_bytes": tier.work_bytes,
                 "runtime_bytes": tier.place.runtime_bytes,
                 "draft_bytes": tier.place.draft_bytes,
+                "adapter_bytes": tier.place.adapter_bytes,
                 "load_bytes": tier.load_bytes,
                 "steady_bytes": tier.steady_bytes,
                 "peak_bytes": tier.peak_bytes,

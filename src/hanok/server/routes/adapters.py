@@ -11,7 +11,7 @@ from pydantic import BaseModel, Field
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
-from hanok.errors import CheckpointError, OptionError, UnsupportedError
+from hanok.errors import BudgetError, CheckpointError, OptionError, UnsupportedError
 from hanok.server.errors import ServerError, invalid
 from hanok.server.options import ServerOptions
 from hanok.server.route import Route
@@ -46,7 +46,7 @@ async def load(service: Service, request: Request, body: LoadAdapterRequest) -> 
         await service.aside(engine.load_adapter, name, folder)
     except OptionError as error:
         raise invalid(str(error), "lora_name") from error
-    except (CheckpointError, UnsupportedError) as error:
+    except (BudgetError, CheckpointError, UnsupportedError) as error:
         raise invalid(str(error), "lora_path") from error
     LOG.info("adapter %r loaded from %s", name, folder)
     return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
