@@ -26,9 +26,9 @@ from torch import nn
 from hanok.attention.base import ForwardBatch
 from hanok.bench.spread import Spread
 from hanok.checkpoint.lora_config import LoraConfig
-from hanok.memory.adapters import attach_new, usual_sources
+from hanok.memory.adapters import attach_new
 from hanok.models.adapters import activate
-from hanok.models.family import read_config
+from hanok.models.family import family_of, read_config, usual_sources
 from hanok.quant.recipe import read_recipe
 from hanok.training.loss import backward
 from hanok.training.optimizer import Optimizer
@@ -143,7 +143,7 @@ class Ours(Learner):
         recipe = None if quant is None else read_recipe(quant)
         self._decoder = make_decoder(shape, recipe, device)
         config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear")
-        table = usual_sources(shape.config(), self._decoder, shape.name)
+        table = usual_sources(family_of(shape.config(), shape.name), self._decoder.config)
         generator = torch.Generator().manual_seed(0)
         attach_new(self._decoder, table, config, index=0, generator=generator)
         activate(self._decoder, 0)

@@ -325,31 +325,14 @@ def action_of(
             raise RuntimeError("no trl: name a Python that has it by --trl-python")
         python = str(options.trl_python)
     asked = asked_of(item, material, options)
-    more = {"planned_gib": planned_gib(asked)} if row.plans else {}
     command = [python, str(HERE / item.program), json.dumps(asdict(asked))]
 
     def run() -> measure.Row:
-        found = measure.run_cold(
+        return measure.run_cold(
             command, threads=options.threads, timeout_s=options.limit, environment=row.environment
         )
-        return {**found, **more}
 
     return run
-
-
-def planned_gib(asked: Asked) -> float:
-    """Return the peak that `hanok plan` tells of a training; RuntimeError where it tells none."""
-    lora = f"r={asked.rank},lora_alpha={2 * asked.rank},target_modules=all-linear"
-    command = [sys.executable, "-m", "hanok", "plan", asked.model, "--train", "--json"]
-    command += ["--dtype", asked.dtype, "--pack-tokens", str(asked.pack_tokens)]
-    command += ["--quant", asked.quant] if asked.quant else []
-    command += ["--full"] if asked.is_full else ["--lora", lora]
-    command += ["--gradient-checkpointing"] if asked.gradient_checkpointing else []
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        last = (done.stderr.strip() or "nothing was said").splitlines()[-1]
-        raise RuntimeError(f"hanok plan ended with status {done.returncode}: {last}")
-    return float(json.loads(done.stdout)["training"]["peak_bytes"]) / 2**30
 
 
 class Results:

@@ -25,10 +25,8 @@ class RandomDocuments:
 def train(asked: train_worker.Asked, log: train_worker.Log) -> Mapping[str, Any]:
     import hanok
     from hanok.bench.machine import machine_facts
+    from hanok.training.run import planned_bytes
 
-    model = hanok.load(
-        asked.model, dtype=asked.dtype, quant=asked.quant, weights="copied", threads=asked.threads
-    )
     lora = hanok.LoraConfig(r=asked.rank, lora_alpha=2 * asked.rank, target_modules="all-linear")
     options = hanok.TrainOptions(
         lora=None if asked.is_full else lora,
@@ -41,6 +39,16 @@ def train(asked: train_worker.Asked, log: train_worker.Log) -> Mapping[str, Any]
         save_steps=0,
         gradient_checkpointing=asked.gradient_checkpointing,
     )
+    plan = hanok.plan_load(
+        asked.model,
+        training=options.learning,
+        dtype=asked.dtype,
+        quant=asked.quant,
+        weights="copied",
+        may_measure=False,
+    )
+    planned_gib = planned_bytes(plan) / 2**30
+    model = hanok.load(plan=plan, threads=asked.threads)
     documents: Any = RandomDocuments(asked)
     if asked.rows is not None:
         assert model.tokenizer is not None
@@ -63,7 +71,7 @@ def train(asked: train_worker.Asked, log: train_worker.Log) -> Mapping[str, Any]
         trainer = hanok.Trainer(model, options, output)
         log.loaded()
         trainer.run(documents, on_step=took)
-    return {"kernels": machine_facts()["hanok's kernels"]}
+    return {"kernels": machine_facts()["hanok's kernels"], "planned_gib": planned_gib}
 
 
 if __name__ == "__main__":

@@ -14,8 +14,8 @@ import hanok
 from hanok.checkpoint.card import steps_of
 from hanok.checkpoint.tokenizer import open_tokenizer
 from hanok.cli import training
+from hanok.cli.learnt import read_lora
 from hanok.cli.main import cli
-from hanok.cli.verbs.train import read_lora
 from hanok.errors import OptionError
 from hanok.training.loop import Trainer
 

@@ -22,7 +22,7 @@ from hanok.errors import OptionError
 from hanok.models.adapters import attached
 from hanok.models.lora import Adapter
 from hanok.training.loop import StepReport, Trainer
-from hanok.training.optimizer import learning_rate
+from hanok.training.optimizer import Optimizer, learning_rate
 from hanok.training.options import TrainOptions
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -220,6 +220,45 @@ def test_b_of_an_adapter_may_have_a_rate_of_its_own(tmp_path: Path) -> None:
     ratios = torch.stack(moved[16.0]) / torch.stack(moved[1.0])
     torch.testing.assert_close(ratios[:, 0], torch.ones(len(ratios)), atol=1e-3, rtol=0)
     torch.testing.assert_close(ratios[:, 1], torch.full((len(ratios),), 16.0), atol=0.01, rtol=0)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_the_optimizer_is_torchs_adamw(decay: float) -> None:
+    """Over several steps, with what is kept of a parameter told that it has changed."""
+    torch.manual_seed(0)
+    ours, theirs = nn.Linear(5, 3), nn.Linear(5, 3)
+    theirs.load_state_dict(ours.state_dict())
+    asked = TrainOptions(weight_decay=decay, max_grad_norm=0.0)
+    optimizer = Optimizer(ours, asked)
+    groups = [
+        {"params": [theirs.weight], "weight_decay": decay},
+        {"params": [theirs.bias], "weight_decay": 0.0},
+    ]
+    adam = torch.optim.AdamW(groups, lr=0.01, betas=(0.9, 0.999))
+    x = torch.randn(7, 5)
+    for _ in range(4):
+        version = ours.weight._version
+        for module in (ours, theirs):
+            module(x).square().sum().backward()
+        optimizer.step(0.01)
+        adam.step()
+        adam.zero_grad()
+        assert ours.weight._version > version
+    torch.testing.assert_close(ours.weight, theirs.weight, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(ours.bias, theirs.bias, atol=1e-6, rtol=1e-5)
+
+
+def test_lengths_of_rows_follow_what_is_learnt(tmp_path: Path) -> None:
+    """DoRA keeps them between passes: after a step they are those of the new A and B."""
+    model = loaded()
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=("q_proj",), use_dora=True)
+    trainer = Trainer(model, replace(OPTIONS, lora=config, learning_rate=0.05), tmp_path)
+    done = trainer.run(Texts(model))
+    served = hanok.load(hanok.BUNDLED, dtype="float32")
+    served.adapters.load("learnt", done.output)
+    served.use_adapter("learnt")
+    ids = model.encode(TEXTS[0])
+    torch.testing.assert_close(model.logits(ids), served.logits(ids), atol=1e-4, rtol=1e-4)
 
 
 def test_schedules() -> None:

@@ -7,7 +7,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
 import hanok
-from hanok.memory.adapters import attach_new, usual_sources
+from hanok.memory.adapters import attach_new
+from hanok.models.family import family_of, usual_sources
 from hanok.training.speed import StepSpeed
 
 LENGTH = 24
@@ -31,7 +32,7 @@ def speed_of(model: hanok.Model, *, learns_all: bool, rank: int = 4) -> StepSpee
     decoder = model.decoder
     decoder.requires_grad_(learns_all)
     if not learns_all:
-        table = usual_sources(model.checkpoint.config, decoder, "bundled")
+        table = usual_sources(family_of(model.checkpoint.config, "bundled"), model.config)
         lora = hanok.LoraConfig(r=rank, target_modules="all-linear")
         attach_new(decoder, table, lora, index=0, generator=torch.Generator())
     return StepSpeed(decoder, LENGTH)
@@ -69,7 +70,7 @@ def test_a_head_of_its_own_learns() -> None:
     for saved in ((), ("lm_head",)):
         model = hanok.load(hanok.BUNDLED, dtype="float32", weights="copied")
         model.decoder.requires_grad_(False)
-        table = usual_sources(model.checkpoint.config, model.decoder, "bundled")
+        table = usual_sources(family_of(model.checkpoint.config, "bundled"), model.config)
         lora = hanok.LoraConfig(r=4, modules_to_save=saved)
         attach_new(model.decoder, table, lora, index=0, generator=torch.Generator())
         found.append(StepSpeed(model.decoder, LENGTH).flops([LENGTH], 1))

@@ -130,7 +130,9 @@ class _Attend(torch.autograd.Function):
         with torch.enable_grad():
             other = ctx.backend.other(ctx.spec, parts[0])
             scored = other.attend(*parts, ctx.spec, ctx.batch, None)
-        return *torch.autograd.grad(scored, parts, gradient), None, None, None
+            # As a sum: given a gradient, torch would import an algebra system.
+            total = (scored * gradient).sum()
+        return *torch.autograd.grad(total, parts), None, None, None
 
 
 def _check(

@@ -4,7 +4,7 @@ import ctypes
 from functools import cache
 
 M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
-MAPPED_BYTES = 2**20
+MAPPED_BYTES = 2**18
 
 
 @cache

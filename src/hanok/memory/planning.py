@@ -54,6 +54,7 @@ RUNTIME_BYTES = 148 * 2**20  # Python with torch and hanok loaded, before a weig
 # What CUDA's libraries claim of the host when a GPU quantizes and computes, besides its context (H200).
 GPU_LIBRARY_BYTES = 448 * 2**20
 FIRST_USE_BYTES = 28 * 2**20  # what threads and libraries claim the first time they compute
+LEARNING_BYTES = 40 * 2**20  # the same, the first time that gradients are computed
 
 
 def plan_load(
@@ -104,6 +105,7 @@ def plan_load(
     )
     runtime_bytes = FIRST_USE_BYTES + (0 if is_running else RUNTIME_BYTES)
     runtime_bytes += GPU_LIBRARY_BYTES if has_gpus else 0
+    runtime_bytes += LEARNING_BYTES if training is not None else 0
     held = adapter_bytes(adapters, use.dtype)
     places = _with_adapters(places, places[0].name, held)
     plan = _plan(described, use, places, asked.device_map, runtime_bytes)

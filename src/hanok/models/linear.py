@@ -90,12 +90,11 @@ def _back(gradient: Tensor, weight: Tensor) -> Tensor:
     if multiplies(weight.dtype, weight.device):
         return gradient @ weight
     found = torch.zeros(len(gradient), weight.shape[1])
-    wide = gradient.float()
     buffer = torch.empty(min(MANY_TOKENS_ROWS, weight.shape[0]), weight.shape[1])
     for start in range(0, weight.shape[0], MANY_TOKENS_ROWS):
         block = weight[start : start + MANY_TOKENS_ROWS]
         widened = buffer[: block.shape[0]].copy_(block)
-        found.addmm_(wide[:, start : start + MANY_TOKENS_ROWS], widened)
+        found.addmm_(gradient[:, start : start + MANY_TOKENS_ROWS].float(), widened)
     return found.to(gradient.dtype)
 
 

@@ -339,13 +339,12 @@ class _Product(torch.autograd.Function):
         weight: StoredWeight = ctx.weight
         of_x = None
         if ctx.needs_input_grad[0]:
-            wide = gradient.float()
             found = torch.zeros(len(gradient), weight.shape[1], device=gradient.device)
             block: Tensor | None = None
             for start in range(0, weight.shape[0], BLOCK_ROWS):
                 count = min(BLOCK_ROWS, weight.shape[0] - start)
                 block = weight._block(start, count, block)
-                found.addmm_(wide[:, start : start + count], block)
+                found.addmm_(gradient[:, start : start + count].float(), block)
             of_x = found.to(gradient.dtype)
         return of_x, gradient.sum(0) if ctx.needs_input_grad[1] else None, None
 

@@ -51,7 +51,8 @@ def backward(decoder: Decoder, hidden: Tensor, token_ids: Tensor, weight: float)
         if leaf.grad is not None:
             gradients.append(leaf.grad)
     if gradients:
-        hidden.backward(torch.cat(gradients))  # type: ignore[no-untyped-call]  # torch's
+        # As a sum: given a gradient, torch would import an algebra system, for 45 MB and half a second.
+        (hidden * torch.cat(gradients)).sum().backward()  # type: ignore[no-untyped-call]  # torch's
     return total
 
 

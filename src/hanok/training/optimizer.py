@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from hanok.errors import CheckpointError
 from hanok.training.options import TrainOptions
 
-STATES = ("exp_avg", "exp_avg_sq")
+STATES = FIRST, SECOND = "exp_avg", "exp_avg_sq"
 MASTER = "master"
+EPS = 1e-8  # of AdamW
 
 
 def learning_rate(options: TrainOptions, step: int, num_steps: int) -> float:
@@ -49,26 +50,19 @@ class Optimizer:
         self._moved = {
             name: self._masters.get(name, item) for name, item in self.parameters.items()
         }
-        self._max_norm = options.max_grad_norm
-        self._adam = torch.optim.AdamW(
-            self._groups(options),
-            lr=0.0,
-            betas=(options.adam_beta1, options.adam_beta2),
-            fused=True,
-        )
-
-    def _groups(self, options: TrainOptions) -> list[dict[str, object]]:
-        """Return the parameters in groups: matrices decay, and an adapter's B has a rate of its own."""
-        groups: dict[tuple[float, float], list[Tensor]] = {}
+        self._options = options
+        self._moments = {
+            kind: {name: torch.zeros_like(item) for name, item in self._moved.items()}
+            for kind in STATES
+        }
+        self._num_steps = 0
+        # Matrices decay, an adapter's B has a rate of its own, and one call is for one device.
+        self._groups: dict[tuple[float, float, torch.device], list[str]] = {}
         for name, item in self._moved.items():
             is_b = ".lora.adapters." in name and ".b." in name
             ratio = options.loraplus_lr_ratio if is_b else 1.0
             decay = options.weight_decay if item.dim() > 1 else 0.0
-            groups.setdefault((decay, ratio), []).append(item)
-        return [
-            {"params": params, "weight_decay": decay, "ratio": ratio}
-            for (decay, ratio), params in groups.items()
-        ]
+            self._groups.setdefault((decay, ratio, item.device), []).append(name)
 
     def num_parameters(self) -> int:
         """Return how many numbers learn."""
@@ -80,14 +74,38 @@ class Optimizer:
         Where the norm is not finite nothing moves. The gradients are dropped.
         """
         moved = list(self._moved.values())
-        norm = float(torch.nn.utils.clip_grad_norm_(moved, self._max_norm or math.inf))
+        norm = float(torch.nn.utils.clip_grad_norm_(moved, self._options.max_grad_norm or math.inf))
         if math.isfinite(norm):
-            for group in self._adam.param_groups:
-                group["lr"] = rate * group["ratio"]
-            self._adam.step()
+            self._move(rate)
             self._round()
-        self._adam.zero_grad(set_to_none=True)
+            # The fused kernel does not count its changes, which what is kept of A and B looks at.
+            torch.autograd.graph.increment_version(moved)
+        for item in moved:
+            item.grad = None
         return norm
+
+    @torch.no_grad()
+    def _move(self, rate: float) -> None:
+        """Call torch's AdamW. `torch.optim` would import a compiler: 150 MB and a second."""
+        self._num_steps += 1
+        for (decay, ratio, device), names in self._groups.items():
+            gradients = {name: self._moved[name].grad for name in names}
+            used = {name: found for name, found in gradients.items() if found is not None}
+            torch._fused_adamw_(
+                [self._moved[name] for name in used],
+                list(used.values()),
+                [self._moments[FIRST][name] for name in used],
+                [self._moments[SECOND][name] for name in used],
+                [],
+                [torch.tensor(float(self._num_steps), device=device)] * len(used),
+                lr=rate * ratio,
+                beta1=self._options.adam_beta1,
+                beta2=self._options.adam_beta2,
+                weight_decay=decay,
+                eps=EPS,
+                amsgrad=False,
+                maximize=False,
+            )
 
     @torch.no_grad()
     def _round(self) -> None:
@@ -98,27 +116,25 @@ class Optimizer:
         """Yield what each parameter has: "exp_avg.", "exp_avg_sq." and "master." with its name."""
         for name, item in self._moved.items():
             for kind in STATES:
-                if (found := self._adam.state[item].get(kind)) is not None:
-                    yield f"{kind}.{name}", found
+                yield f"{kind}.{name}", self._moments[kind][name]
             if name in self._masters:
                 yield f"{MASTER}.{name}", item
 
     def restore(self, state: Mapping[str, Tensor], num_steps: int) -> None:
         """Take what `state` yielded after so many steps; CheckpointError where something lacks."""
         for name, item in self._moved.items():
-            kept = {"step": torch.tensor(float(num_steps))}
-            for kind in (*STATES, *((MASTER,) if name in self._masters else ())):
+            own = {kind: self._moments[kind][name] for kind in STATES}
+            if name in self._masters:
+                own[MASTER] = item
+            for kind, values in own.items():
                 found = state.get(f"{kind}.{name}")
                 if found is None or found.shape != item.shape:
                     raise CheckpointError(
                         f"the optimizer's state has no {kind} of {name} with {list(item.shape)} "
                         "numbers: it is of another training. Start anew, or choose its checkpoint."
                     )
-                if kind == MASTER:
-                    item.copy_(found)
-                else:
-                    kept[kind] = found.to(item.device, copy=True)
-            self._adam.state[item] = kept
+                values.copy_(found)
+        self._num_steps = num_steps
         self._round()
 
 
