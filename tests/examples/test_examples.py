@@ -69,7 +69,7 @@ def test_every_example_is_listed_tested_and_short() -> None:
     assert set(listed) == files == tested
     for name in files:
         text = (EXAMPLES / f"{name}.py").read_text()
-        assert len(text.splitlines()) <= 60, name
+        assert len(text.splitlines()) <= 70, name
         assert re.findall(r"^(?:from|import) hanok[._]\w+", text, re.M) == [], "public names only"
 
 
@@ -107,6 +107,15 @@ def test_train() -> None:
     assert "194,560 numbers learnt in 40 steps" in output
     assert "tales: Lily saw a small green frog." in output
     assert "None: Lily saw a small green frog." not in output
+
+
+def test_finetune() -> None:
+    output = run("finetune")
+    assert "learn beside the weights" in output
+    assert re.search(r"Trained \d+ steps; loss 0\.\d+, 0\.\d+ held out\.", output)
+    assert "Lily saw a small green frog." in output
+    assert re.search(r"^merged .* same top token (9\d|100)\.\d%", output, re.M)
+    assert "Served: The little bear was sad." in output
 
 
 def test_client(server: str) -> None:

@@ -245,3 +245,48 @@ def test_damaged_files_are_named(
     save_file({name: torch.zeros(2, 64)}, tmp_path / "adapter_model.safetensors")
     with pytest.raises(CheckpointError, match=r"q_proj\.lora_B\.weight is absent"):
         attach_files(decoder, table_of(made.folder, decoder), open_adapter(tmp_path), index=0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changed", "message"),
+    [
+        (
+            "head",
+            "lm_head.weight",
+            r"the adapter's lm_head is \[\d+, 64\], and the base's \[\d+, 64\]",
+        ),
+        (
+            "embedding",
+            "model.embed_tokens.weight",
+            "Check that it was trained on this base, with as many",
+        ),
+        (
+            "tokens",
+            "model.embed_tokens.token_adapter.trainable_tokens_delta",
+            r"rows of 32 numbers for tokens up to 40 of model\.embed_tokens",
+        ),
+    ],
+)
+def test_an_adapter_of_another_vocabulary_is_refused(
+    kind: str,
+    changed: str,
+    message: str,
+    built: Callable[[str], Built],  # noqa: F811 (the fixture)
+    tmp_path: Path,
+) -> None:
+    made = built("llama-biases")
+    decoder = hanok_decoder(made.folder)
+    table = table_of(made.folder, decoder)
+    config = LoraConfig(**options_of(kind, "llama-biases"))
+    attach_new(decoder, table, config, index=0, generator=torch.Generator())
+    folder = saved(tmp_path / "adapter", decoder, table, config, index=0)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    name = f"base_model.model.{changed}"
+    rows, columns = tensors[name].shape
+    other = (rows + 8, columns) if kind != "tokens" else (rows, columns // 2)
+    tensors[name] = torch.zeros(other)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    fresh = hanok_decoder(made.folder)
+    with pytest.raises(CheckpointError, match=message):
+        attach_files(fresh, table, open_adapter(folder), index=0)
+    assert not any(".lora" in path for path, _ in fresh.named_parameters())

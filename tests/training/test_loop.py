@@ -1,10 +1,12 @@
 """Training an adapter: PEFT's gradients, steps that do not depend on the cut, resuming exactly."""
 
+import errno
 import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import BinaryIO
 
 import peft
 import pytest
@@ -13,6 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import hanok
+from hanok.checkpoint.aside import Batch
 from hanok.checkpoint.lora_config import LoraConfig
 from hanok.engine.model import Model
 from hanok.errors import CheckpointError, GenerationError, OptionError
@@ -191,6 +194,35 @@ def test_a_damaged_checkpoint_is_written_again_and_no_complete_one_is_removed_fo
     assert found.folder.name == "step-00000004"
     writer.write(5, state, [], lambda folder: None)
     assert why_incomplete(damaged) is None
+
+
+def test_a_full_disk_ends_a_training_and_what_was_saved_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The checkpoint before is complete, nothing is left of the new one, and the training goes on."""
+    model = loaded()
+    whole = Trainer(model, OPTIONS, tmp_path / "whole").run(Texts(model))
+    created, is_full = Batch._created, False
+
+    def opened(batch: Batch, path: Path) -> BinaryIO:
+        if is_full:
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        return created(batch, path)
+
+    def fill(report: StepReport) -> None:
+        nonlocal is_full
+        is_full = report.step == 4
+
+    monkeypatch.setattr(Batch, "_created", opened)
+    model = loaded()
+    with pytest.raises((CheckpointError, OSError), match="No space left on device"):
+        Trainer(model, OPTIONS, tmp_path / "parts").run(Texts(model), on_step=fill)
+    is_full = False
+    checkpoints = tmp_path / "parts" / "checkpoints"
+    assert [item.name for item in checkpoints.iterdir()] == ["step-00000002"]
+    again = Trainer(loaded(), OPTIONS, tmp_path / "parts")
+    assert again.first_step == 2
+    assert again.run(Texts(model)).losses == whole.losses[2:]
 
 
 def test_a_training_of_more_steps_replaces_the_adapter(tmp_path: Path) -> None:

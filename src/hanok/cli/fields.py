@@ -83,7 +83,7 @@ def _option(item: "Field[Any]", hint: Any, text: str, own: dict[str, Any]) -> Op
         "show_default": default is not None,
     }
     if kind is bool:
-        flag = flag if not default else f"{flag}/--no-{flag.removeprefix('--')}"
+        flag = flag if default is False else f"{flag}/--no-{flag.removeprefix('--')}"
         arguments |= {"is_flag": True, "show_default": bool(default)}
     elif get_origin(kind) is Literal:
         arguments["type"] = click.Choice(get_args(kind))

@@ -100,6 +100,12 @@ class LearningNeeds:
         return max(map(self._moment, range(self._config.num_layers)))
 
     @property
+    def heap_bytes(self) -> int:
+        """Freed blocks that are not all used again: half of the activations in float32 (measured)."""
+        widths = sum(self._widths(index) for index in range(self._config.num_layers))
+        return self._learning.pack_tokens * widths * 4 // 2
+
+    @property
     def head_bytes(self) -> int:
         """Held for a moment while a chunk of scores goes forward and back."""
         config = self._config
@@ -157,7 +163,11 @@ class LearningNeeds:
 
     def _kept(self, index: int) -> int:
         """Return what autograd keeps of a layer, in bytes."""
-        layer, tokens = self._config.layers[index], self._learning.pack_tokens
+        return self._learning.pack_tokens * self._widths(index) * self._size
+
+    def _widths(self, index: int) -> int:
+        """Return how many numbers autograd keeps of a layer for each token."""
+        layer = self._config.layers[index]
         widths = _norm_widths(layer, self._config.hidden_size)
         lora = self._learning.lora
         dropout = 0.0 if lora is None else lora.lora_dropout
@@ -174,8 +184,7 @@ class LearningNeeds:
                 widths += sum(map(lora.rank_of, mine))
                 if dropout:  # its mask, in the dtype of x
                     widths += source.shape[1]
-        widths += _mixer_widths(layer) + _mlp_widths(layer)
-        return tokens * widths * self._size
+        return widths + _mixer_widths(layer) + _mlp_widths(layer)
 
 
 def _paths(source: Source) -> list[str]:

@@ -185,7 +185,8 @@ def activation_bytes(family: Family, config: ModelConfig, use: Use) -> int:
     its norm.
     """
     if use.learning is not None:
-        return LearningNeeds(family, config, use.learning, use.dtype).layer_bytes
+        learning = LearningNeeds(family, config, use.learning, use.dtype)
+        return learning.layer_bytes + learning.heap_bytes
     tokens = min(PREFILL_TOKENS, use.context * use.batch)
     hidden = config.hidden_size
     widths = 4 * hidden + max(layer.active_size(hidden) for layer in config.layers)
