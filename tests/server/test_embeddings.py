@@ -148,6 +148,8 @@ def test_a_base_model_serves_what_needs_no_head(tmp_path: Path) -> None:
     others -= {route.path for route in refused}
     assert others == {
         "/v1/embeddings",
+        "/v1/load_lora_adapter",
+        "/v1/unload_lora_adapter",
         "/tokenize",
         "/detokenize",
         "/chat_tokenize",

@@ -6,14 +6,12 @@ Imports no torch.
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from hanok.check.finding import Finding, plural, shown
-from hanok.checkpoint.adapter_files import PREFIX, open_adapter
+from hanok.check.finding import Finding, shown
+from hanok.checkpoint.adapter_files import PREFIX, WEIGHTS, A, B, open_adapter
 from hanok.checkpoint.formats import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CONFIG
 from hanok.checkpoint.lora_config import LoraConfig
 from hanok.checkpoint.safetensors import TensorRef
 from hanok.errors import CheckpointError, UnsupportedError
-
-A, B = ".lora_A.weight", ".lora_B.weight"
 
 
 def adapter_weights(folder: Path) -> Path | None:
@@ -33,24 +31,14 @@ def adapter_findings(folder: Path, tensors: Mapping[str, TensorRef]) -> Iterator
             level="note",
             kind="unknown-adapter",
             where=ADAPTER_CONFIG,
-            what=str(error).removeprefix(f"{folder / ADAPTER_CONFIG}: ").rstrip("."),
+            what=_without_folder(error, folder),
             advice="nothing, if another program runs it",
         )
         return
     except CheckpointError as error:
         if tensors:  # else it is the weights that are absent or damaged, which is another finding
-            yield _wrong(str(error).removeprefix(f"{folder / ADAPTER_CONFIG}: ").rstrip("."))
+            yield _wrong(_without_folder(error, folder))
         return
-    alone = sorted(
-        name
-        for name in tensors
-        for one, other in ((A, B), (B, A))
-        if name.endswith(one) and name.removesuffix(one) + other not in tensors
-    )
-    if alone:
-        yield _wrong(
-            f"{plural(len(alone), 'tensor')} without the other of its pair: {shown(alone)}"
-        )
     others = sorted(
         f"{name} is {list(ref.shape)}"
         for name, ref in tensors.items()
@@ -58,6 +46,13 @@ def adapter_findings(folder: Path, tensors: Mapping[str, TensorRef]) -> Iterator
     )
     if others:
         yield _wrong(f"ranks other than {ADAPTER_CONFIG} says (r is {config.r}): {shown(others)}")
+
+
+def _without_folder(error: Exception, folder: Path) -> str:
+    text = str(error).rstrip(".")
+    for name in (ADAPTER_CONFIG, WEIGHTS):
+        text = text.removeprefix(f"{folder / name}: ")
+    return text
 
 
 def _fits(name: str, ref: TensorRef, config: LoraConfig) -> bool:

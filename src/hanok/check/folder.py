@@ -13,13 +13,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hanok.check.adapter import B
 from hanok.check.files import file_findings, files_in
 from hanok.check.finding import CheckReport, Finding, Skipped, ordered, plural, shown
 from hanok.check.options import CheckOptions
 from hanok.check.structure import Structure, check_structure
 from hanok.check.tokens import Tokens, facts_of, ids_in, read_tokens
 from hanok.check.weights import Weights, read_json, read_weights
+from hanok.checkpoint.adapter_files import B
 from hanok.checkpoint.formats import ADAPTER_CONFIG, CONFIG
 from hanok.errors import CheckpointError, OptionError
 from hanok.memory.cpus import cpu_budget
