@@ -21,7 +21,7 @@ from hanok.attention.base import ForwardBatch
 from hanok.checkpoint.aside import folder_aside, folder_exchanged
 from hanok.engine.model import Model
 from hanok.errors import GenerationError, OptionError
-from hanok.memory.heap import give_back_at_once
+from hanok.memory.heap import give_back_at_once, trim_heap
 from hanok.memory.watch import peak_resident_bytes
 from hanok.training.checkpoint import CheckpointWriter, find_newest, read_state
 from hanok.training.learnt import Learnt, LearntAdapter, LearntWeights
@@ -254,7 +254,9 @@ class Trainer:
         total = 0.0
         for batch, rows, targets in batches:
             hidden = self._decoder(batch).index_select(0, rows)
+            trim_heap()  # what layers claimed for a moment; the head claims blocks of other sizes
             total += backward(self._decoder, hidden, targets, 1 / max(1, num_targets))
+            del hidden  # and the graph behind it, before the next one is made
         loss, rate = total / max(1, num_targets), learning_rate(self.options, number, num_steps)
         norm = self._optimizer.step(rate) if math.isfinite(loss) else math.nan
         self._decoder.weights_changed()

@@ -50,6 +50,7 @@ def backward(decoder: Decoder, hidden: Tensor, token_ids: Tensor, weight: float)
             (loss * weight).backward()  # type: ignore[no-untyped-call]  # torch's
         if leaf.grad is not None:
             gradients.append(leaf.grad)
+        del loss  # and with it the scores, before others are made
     if gradients:
         # As a sum: given a gradient, torch would import an algebra system, for 45 MB and half a second.
         (hidden * torch.cat(gradients)).sum().backward()  # type: ignore[no-untyped-call]  # torch's
